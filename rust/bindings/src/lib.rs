@@ -1,0 +1,1 @@
+//! The Python face of the Rust core: conversion, GIL release, error mapping. No logic.
