@@ -1,1 +1,54 @@
-//! placeholder
+//! Requests over time: which rows run in the next step, where their keys and values live, and which tokens follow.
+//!
+//! Plain integers and small structs: no tensors, no I/O, no clock of its own, no `unsafe`. [`Core`] is the deterministic heart, a
+//! state machine with two strokes:
+//!
+//! ```text
+//! while let Some(batch) = core.next_batch(now) {      // rows, positions, page tables, rows whose logits are wanted
+//!     device.forward(&batch, &mut logits)?;            // any backend
+//!     core.commit(&logits, now);                       // sample, detokenize, finish; events say what happened
+//! }
+//! ```
+//!
+//! [`Driver`] runs that loop on a thread of its own for any [`Device`] and hands events to waiting threads.
+//! A token's logits are a function of its own sequence alone (the device's law), and every draw is keyed by (seed, position)
+//! (the sampler's law), so scheduling, sharing, preemption and neighbours never change a request's tokens.
+#![forbid(unsafe_code)]
+
+mod cache;
+mod clock;
+mod commit;
+mod config;
+mod core;
+mod driver;
+mod error;
+mod event;
+mod invariants;
+mod logprobs;
+mod metrics;
+mod outbox;
+mod pages;
+mod params;
+mod prefix;
+mod random;
+mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod text;
+
+pub use crate::clock::{Clock, MonotonicClock};
+pub use crate::config::EngineConfig;
+pub use crate::core::{Batch, BatchSequence, Core};
+pub use crate::driver::{Device, Driver, SubmitOptions};
+pub use crate::error::EngineError;
+pub use crate::event::{Event, EventKind, Finish, FinishReason, StopReason};
+pub use crate::logprobs::TokenLogprob;
+pub use crate::metrics::{EngineMetrics, RequestMetrics};
+pub use crate::outbox::{RequestHandle, Update, Waker};
+pub use crate::params::SamplingParams;
+pub use crate::random::{stream_seed, uniform};
+pub use crate::request::{Prompt, RequestId, RequestKind, Submission};
+pub use crate::sampler::{SampleError, Sampler, TokenHistory};
+pub use crate::sequence::SequenceId;
+pub use crate::text::{TextFactory, TextStep, TokenText};

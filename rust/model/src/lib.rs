@@ -1,1 +1,40 @@
-//! placeholder
+//! A model as data, and the CPU backend that computes it.
+//!
+//! row ([`Arch`]) + configuration -> [`ModelSpec`] -> [`Program`] -> interpreter ([`CpuModel`]).
+//!
+//! * `arch.rs`: one row per family. `names.rs`: what its tensors are called.
+//! * `config.rs`, `gguf.rs`, `spec.rs`: configuration, of either container, to a checked spec.
+//! * `step.rs`, `program.rs`: the steps and the one function that writes them.
+//! * `checkpoint.rs`, `weights.rs`: files to tensors to packed weights.
+//! * `export.rs`: a checkpoint as a quantized GGUF file.
+//! * `cpu.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
+
+#![deny(unsafe_code)] // but for the one mapping in checkpoint.rs
+
+mod arch;
+mod batch;
+mod checkpoint;
+mod config;
+mod cpu;
+mod error;
+mod experts;
+mod export;
+mod gguf;
+mod names;
+mod program;
+mod rope;
+mod spec;
+mod step;
+mod weights;
+
+pub use arch::{ARCHITECTURES, Arch};
+pub use batch::{Batch, BatchSequence};
+pub use checkpoint::{Checkpoint, Tensor, known_architectures};
+pub use config::Config;
+pub use cpu::{CpuModel, LoadOptions};
+pub use error::ModelError;
+pub use export::{ExportFormats, export_gguf};
+pub use program::{Buffer, MatrixKey, Program, VectorKey};
+pub use rope::{RopeScaling, RopeSpec};
+pub use spec::{FeedForward, LayerSpec, ModelSpec, QkNormSpec};
+pub use step::{Role, Slice, Step, WeightKey};

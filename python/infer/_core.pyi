@@ -1,0 +1,344 @@
+"""Types of the compiled core (``rust/bindings``).
+
+Every class here may be used from any thread. Whatever a caller can get wrong raises `InferError`; use after ``close()`` and use in
+a forked child do too. Methods that wait release the GIL and look for signals at least every 50 ms.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class InferError(Exception):
+    """A request, a model file or an engine state that cannot be served; the message says what would be right."""
+
+@final
+class SamplingParams:
+    """How to choose tokens and when to stop; names, defaults and meanings are vLLM's. Immutable, comparable, picklable."""
+
+    def __new__(
+        cls,
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        max_tokens: int | None = 16,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        include_stop_str_in_output: bool = False,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool = True,
+        detokenize: bool = True,
+        logit_bias: Mapping[int, float] | None = None,
+        allowed_token_ids: Sequence[int] | None = None,
+    ) -> SamplingParams: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def stop(self) -> list[str]: ...
+    @property
+    def stop_token_ids(self) -> list[int]: ...
+    @property
+    def include_stop_str_in_output(self) -> bool: ...
+    @property
+    def ignore_eos(self) -> bool: ...
+    @property
+    def logprobs(self) -> int | None: ...
+    @property
+    def prompt_logprobs(self) -> int | None: ...
+    @property
+    def skip_special_tokens(self) -> bool: ...
+    @property
+    def detokenize(self) -> bool: ...
+    @property
+    def logit_bias(self) -> dict[int, float]: ...
+    @property
+    def allowed_token_ids(self) -> list[int] | None: ...
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed; the result is validated like a new one."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Update:
+    """What one completion of a request gained since the last look: a delta, never empty unless it ends the completion."""
+
+    @property
+    def index(self) -> int:
+        """Which of the request's ``n`` completions, from 0."""
+
+    @property
+    def text(self) -> str:
+        """New text, whole characters only; "" without a tokenizer or with ``detokenize=False``."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[list[tuple[int, float, int]]] | None:
+        """Per new token: (token id, log-probability, rank from 1), the chosen token first, then the most likely others in order."""
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "abort", "error"] | None:
+        """None while the completion goes on."""
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop token id or stop string that ended it; None for the end-of-sequence token, as in vLLM."""
+
+@final
+class RequestMetrics:
+    """Times in seconds and counts of tokens; a time is None until it has happened."""
+
+    @property
+    def queue_time(self) -> float | None:
+        """From submission to the first step that computed any of it."""
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """From submission to the first generated token."""
+
+    @property
+    def inter_token_latency(self) -> float | None:
+        """Mean time between tokens of one completion after its first."""
+
+    @property
+    def total_time(self) -> float | None:
+        """From submission to the end of the last completion."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose keys and values came from the prefix cache."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """Over all ``n`` completions."""
+
+    @property
+    def preemptions(self) -> int:
+        """How often a completion gave up its pages and was computed again."""
+
+@final
+class ReadyQueue:
+    """Where many requests report that they have news, for one thread that serves them all."""
+
+    def __new__(cls) -> ReadyQueue: ...
+    def wait(self, timeout: float | None = None) -> list[int]:
+        """Keys (``ready_key`` of `Engine.submit`) of requests with news, each once; [] after ``timeout`` seconds or `wake`.
+
+        A key is reported when its request has something to `Request.poll`, and again only after news that came later.
+        """
+
+    def wake(self) -> None:
+        """Make the waiting thread return, possibly with []."""
+
+@final
+class Request:
+    """One submitted prompt and its ``n`` completions. Dropping the last reference cancels it."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def prompt_token_ids(self) -> list[int]: ...
+    @property
+    def finished(self) -> bool:
+        """Whether all completions have ended and their updates were taken."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the request ended with finish_reason "error"."""
+
+    @property
+    def prompt_logprobs(self) -> list[list[tuple[int, float, int]] | None] | None:
+        """As `Update.logprobs`, per prompt token, the first None. None when not asked for, or while the prompt is being computed."""
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """A snapshot; final once the request has finished."""
+
+    def poll(self) -> list[Update]:
+        """Take what is there without waiting: at most one update per completion."""
+
+    def wait(self, timeout: float | None = None) -> list[Update]:
+        """Wait for news, then `poll`; [] when the request has finished and everything was taken, or after ``timeout`` seconds.
+
+        A signal handler that raises (Ctrl-C) cancels the request and raises from here.
+        """
+
+    def cancel(self) -> None:
+        """End it with finish_reason "abort" (its last updates can still be taken); harmless when it has ended."""
+
+@final
+class Tokenizer:
+    """A model's own tokenizer and chat template."""
+
+    @staticmethod
+    def from_path(path: str | PathLike[str]) -> Tokenizer | None:
+        """Of a model folder or GGUF file, without loading weights; None when it has none."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the prompt text; encode it with ``add_special_tokens=False``."""
+
+    def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, token_id: int) -> str | None: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def eos_token_ids(self) -> list[int]: ...
+    @property
+    def chat_template(self) -> str | None: ...
+
+@final
+class ModelInfo:
+    """What a model is, read from its headers alone."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def container(self) -> Literal["safetensors", "gguf"]: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def quantization(self) -> str:
+        """The storage type of most weight bytes, such as "BF16" or "Q4_0"."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> list[int]: ...
+    @property
+    def has_tokenizer(self) -> bool: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def as_dict(self) -> dict[str, Any]: ...
+
+def inspect(path: str | PathLike[str]) -> ModelInfo:
+    """Describe a model folder or GGUF file without loading its weights."""
+
+def system_info() -> dict[str, Any]:
+    """This machine as the core sees it: ``isa`` in use, ``available_isas``, ``threads`` (default count)."""
+
+@final
+class Engine:
+    """A loaded model and the thread that runs requests on it. Takes a folder or a ``.gguf``; hub ids are resolved in Python."""
+
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        *,
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        enable_prefix_caching: bool = True,
+        kv_cache_dtype: str = "auto",
+        kv_cache_memory_bytes: int | None = None,
+        seed: int = 0,
+        mmap: bool = True,
+    ) -> Engine: ...
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def kv_cache_tokens(self) -> int:
+        """How many tokens' keys and values fit in the cache at once."""
+
+    @property
+    def closed(self) -> bool: ...
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = True,
+        final_only: bool = False,
+        ready: ReadyQueue | None = None,
+        ready_key: int = 0,
+    ) -> Request:
+        """Queue a prompt (text, or token ids of any integer sequence); returns at once.
+
+        With ``final_only`` updates are withheld until a completion ends, so that nothing wakes in between. With ``ready``, news
+        is reported there under ``ready_key``. Everything wrong with prompt or parameters raises here.
+        """
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token logits after every prefix of ``token_ids``: (tokens, vocabulary)."""
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start and gauges now: requests, tokens, steps, pages, prefix-cache hits."""
+
+    def close(self) -> None:
+        """Abort what runs, join the thread, free weights and cache; harmless when repeated."""

@@ -1,0 +1,118 @@
+"""`infer bench`: how fast a model reads (prefill) and writes (decode) on this machine.
+
+The two are measured apart, as llama-bench does. Prefill: all prompts at once, until the last of them has its first token.
+Decode: one-token prompts, from the first generated token to the last. Prompts are random token ids, so a model without a
+tokenizer can be measured, and prefix caching is off, so every token is computed.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infer import LLM, SamplingParams, __version__, system_info
+from infer.cli.common import DtypeOption, JsonOption, ModelOption, ThreadsOption, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from infer import RequestMetrics
+
+
+def bench(
+    model: ModelOption = None,
+    threads: ThreadsOption = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 512,
+    generate_tokens: Annotated[int, typer.Option(min=2, help="Length of each completion.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
+    dtype: DtypeOption = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="'auto', 'float32', 'float16' or 'bfloat16'.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill and decode in tokens per second."""
+    with LLM(
+        model,
+        threads=threads,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=batch,
+        enable_prefix_caching=False,
+    ) as llm:
+        prefill = _repeat(repeat, lambda: _prefill(llm, prompt_tokens, batch))
+        decode = _repeat(repeat, lambda: _decode(llm, generate_tokens, batch))
+        report = {
+            "infer": __version__,
+            "model": llm.info.path,
+            "architecture": llm.info.architecture,
+            "quantization": llm.info.quantization,
+            "parameters": llm.info.parameters,
+            "weight_bytes": llm.info.weight_bytes,
+            "isa": system_info()["isa"],
+            "threads": llm.threads,
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "prompt_tokens": prompt_tokens,
+            "generate_tokens": generate_tokens,
+            "batch": batch,
+            "repeat": repeat,
+            "prefill_tokens_per_second": statistics.median(prefill),
+            "decode_tokens_per_second": statistics.median(decode),
+            "prefill_runs": prefill,
+            "decode_runs": decode,
+        }
+    if as_json:
+        print_json(report)
+    else:
+        _table(report)
+
+
+def _repeat(times: int, run: Callable[[], float]) -> list[float]:
+    run()  # pages touched, threads awake
+    return [run() for _ in range(times)]
+
+
+def _prefill(llm: LLM, prompt_tokens: int, batch: int) -> float:
+    done = _run(llm, prompt_tokens, batch, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False))
+    return prompt_tokens * batch / max(metrics.time_to_first_token or 0.0 for metrics in done)
+
+
+def _decode(llm: LLM, generate_tokens: int, batch: int) -> float:
+    done = _run(llm, 1, batch, SamplingParams(max_tokens=generate_tokens, temperature=0, ignore_eos=True, detokenize=False))
+    first = min(metrics.time_to_first_token or 0.0 for metrics in done)
+    last = max(metrics.total_time or 0.0 for metrics in done)
+    return (generate_tokens - 1) * batch / (last - first)
+
+
+def _run(llm: LLM, prompt_tokens: int, batch: int, params: SamplingParams) -> list[RequestMetrics]:
+    rng = random.Random(0)
+    vocabulary = llm.info.vocabulary_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(prompt_tokens)] for _ in range(batch)]
+    return [output.metrics for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def _table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    size = report["weight_bytes"] / 2**20
+    print(f"{report['model']}: {report['architecture']}, {report['quantization']}, {size:,.1f} MiB")
+    print(f"infer {report['infer']}, {report['isa']}, {report['threads']} threads")
+    table = Table()
+    for name in ("test", "tokens", "batch"):
+        table.add_column(name, justify="left" if name == "test" else "right")
+    table.add_column("tokens/s", justify="right", style="bold")
+    table.add_column("spread", justify="right")
+    for test, tokens in (("prefill", "prompt_tokens"), ("decode", "generate_tokens")):
+        runs = report[f"{test}_runs"]
+        table.add_row(
+            test,
+            str(report[tokens]),
+            str(report["batch"]),
+            f"{report[f'{test}_tokens_per_second']:.1f}",
+            f"{min(runs):.1f} to {max(runs):.1f}",
+        )
+    Console(highlight=False).print(table)

@@ -1,0 +1,112 @@
+"""What the commands share: options, the way from options to `SamplingParams`, and how numbers and mistakes are shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from infer import InferError
+
+if TYPE_CHECKING:
+    from infer import LLM, RequestMetrics, SamplingParams
+
+ModelOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder, a .gguf file, or a hub id such as org/name or org/name:Q8_0."),
+]
+ThreadsOption: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Threads that compute; one per core unless said.")
+]
+DtypeOption: TypeAlias = Annotated[
+    str, typer.Option("--dtype", help="'auto', or 'float32' for exact weights and float32 activations.")
+]
+ContextOption: TypeAlias = Annotated[
+    int | None, typer.Option("--max-model-len", min=1, help="Longest prompt and answer together, in tokens.")
+]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+MaxTokensOption: TypeAlias = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
+TemperatureOption: TypeAlias = Annotated[
+    float | None, typer.Option("--temperature", help="0 always takes the likeliest token; the model's own advice unless said.")
+]
+SeedOption: TypeAlias = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
+StopOption: TypeAlias = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.")]
+ParamOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--param", "-p", metavar="NAME=VALUE", help="Any other field of SamplingParams, such as top_p=0.9."),
+]
+
+# Used where neither the user nor the model's authors say anything: a little narrower than the raw distribution.
+ADVICE = {"temperature": 0.8, "top_p": 0.95}
+
+
+def sampling(
+    llm: LLM,
+    max_tokens: int,
+    temperature: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    params: list[str] | None,
+) -> SamplingParams:
+    """Put the options over the model's own advice, and that over ours."""
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
+    changes = {name: value for name, value in options.items() if value is not None}
+    changes.update(parameter(text) for text in params or [])
+    advised = llm.default_sampling_params()
+    plain = type(advised)()
+    ours = {name: value for name, value in ADVICE.items() if getattr(advised, name) == getattr(plain, name)}
+    return advised.replace(**{**ours, **changes})
+
+
+def parameter(text: str) -> tuple[str, Any]:
+    """Read `name=value`; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise InferError(f"--param: {text!r} is no NAME=VALUE, such as top_p=0.9")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def speed(metrics: RequestMetrics) -> str:
+    """Say in a few words how fast a request was."""
+    words = [f"{metrics.prompt_tokens} prompt tokens"]
+    if metrics.cached_tokens:
+        words[0] += f" ({metrics.cached_tokens} cached)"
+    words.append(f"{metrics.generated_tokens} generated")
+    if metrics.time_to_first_token is not None:
+        words.append(f"first after {metrics.time_to_first_token:.2f} s")
+    if metrics.inter_token_latency:
+        words.append(f"then {1 / metrics.inter_token_latency:.1f} tokens/s")
+    return ", ".join(words)
+
+
+def metrics_json(metrics: RequestMetrics) -> dict[str, Any]:
+    """Return the numbers as JSON takes them."""
+    return asdict(metrics)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout, in UTF-8 characters."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def say(text: str) -> None:
+    """Print a line for people on stderr, dimmed, if somebody looks."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print(text, style="dim", markup=False)
+
+
+def complain(text: str) -> None:
+    """Print a mistake on stderr."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), text))

@@ -1,0 +1,78 @@
+"""`infer generate`: complete a prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infer import LLM
+from infer.cli.common import (
+    ContextOption,
+    DtypeOption,
+    JsonOption,
+    MaxTokensOption,
+    ModelOption,
+    ParamOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    ThreadsOption,
+    metrics_json,
+    print_json,
+    sampling,
+    say,
+    speed,
+)
+
+if TYPE_CHECKING:
+    from infer import RequestOutput, SamplingParams
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on with; - reads it from standard input.")],
+    model: ModelOption = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    param: ParamOption = None,
+    echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
+    threads: ThreadsOption = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: ContextOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Complete a prompt and print the text as it comes."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with LLM(model, threads=threads, dtype=dtype, max_model_len=max_model_len) as llm:
+        params = sampling(llm, max_tokens, temperature, seed, stop, param)
+        if as_json:
+            print_json(_document(llm, text, llm.generate(text, params)[0]))
+        elif params.n == 1:
+            _stream(llm, text, params, echo)
+        else:
+            for number, output in enumerate(llm.generate(text, params)[0].outputs, 1):
+                print(f"--- {number}\n{text if echo else ''}{output.text}")
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> None:
+    sys.stdout.write(prompt if echo else "")
+    metrics = None
+    for piece in llm.stream(prompt, params):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        metrics = piece.metrics
+    sys.stdout.write("\n")
+    if metrics is not None:
+        say(speed(metrics))
+
+
+def _document(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:
+    return {
+        "model": llm.info.path,
+        "prompt": prompt,
+        "outputs": [{"text": one.text, "token_ids": one.token_ids, "finish_reason": one.finish_reason} for one in output.outputs],
+        "metrics": metrics_json(output.metrics),
+    }

@@ -1,0 +1,53 @@
+"""`infer info`: what a model is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from infer import model_info
+from infer.cli.common import JsonOption, print_json
+
+
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A folder, a .gguf file or a hub id; none: the bundled one.")
+    ] = None,
+    template: Annotated[bool, typer.Option("--template", help="Print the chat template, whole and nothing else.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model is, from its headers alone: family, sizes, quantization, template."""
+    found = model_info(model)
+    if template:
+        print(found.chat_template or "")
+    elif as_json:
+        print_json(found.as_dict())
+    else:
+        _table(found.as_dict())
+
+
+def _table(fields: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(name.replace("_", " "), _shown(name, value))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "chat_template":
+        return f"{len(value)} characters (--template prints it)" if value else "none"
+    if name == "parameters":
+        return f"{value:,} ({value / 1e6:,.1f} million)"
+    if name.endswith("_bytes"):
+        return f"{value:,} ({value / 2**20:,.1f} MiB)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

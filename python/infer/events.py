@@ -1,0 +1,141 @@
+"""News of running requests, for callers that wait in a thread and for callers that wait in an event loop.
+
+The core wakes one `ReadyQueue` per waiter. A blocking call owns its queue. All tasks of all event loops share one queue and
+one thread per `LLM`, started by the first of them: a thread per request would not scale, and polling would cost latency.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, TypeAlias
+
+from infer._core import InferError, ReadyQueue
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncGenerator, Callable, Generator
+
+    from infer._core import Request, Update
+
+    Submit: TypeAlias = "Callable[[ReadyQueue, int], Request]"  # queue and key under which it is reported
+    News: TypeAlias = "tuple[int, Request, list[Update]]"  # which of the submitted ones, itself, what is new
+
+__all__ = ["Dispatcher", "wait_all"]
+
+
+def wait_all(submits: list[Submit]) -> Generator[News, None, None]:
+    """Submit everything, then yield news as they come until all have finished.
+
+    Leaving early, by an exception (Ctrl-C too) or by closing the iterator, cancels what still runs.
+    """
+    queue = ReadyQueue()
+    requests: list[Request] = []
+    try:
+        for key, submit in enumerate(submits):
+            requests.append(submit(queue, key))
+        open_keys = set(range(len(requests)))
+        while open_keys:
+            for key in queue.wait():
+                request = requests[key]
+                updates = request.poll()
+                if request.finished:
+                    open_keys.discard(key)
+                if updates:
+                    yield key, request, updates
+    finally:
+        for request in requests:
+            request.cancel()
+
+
+class _Listener:
+    """One task's requests: which have news, and the event that wakes it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+        self._loop = loop
+        self._event = event
+        self.ready: deque[int] = deque()
+
+    def tell(self, place: int) -> None:
+        """Report news of the task's request number `place`, from any thread."""
+        self.ready.append(place)
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop was closed with the task still waiting in it: nobody is left to tell
+            self.ready.clear()
+
+
+class Dispatcher:
+    """The thread that hands the core's news to event loops."""
+
+    def __init__(self) -> None:
+        self._queue = ReadyQueue()
+        self._keys = itertools.count()
+        self._listeners: dict[int, tuple[_Listener, int]] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="infer-events", daemon=True)
+        self._thread.start()
+
+    async def wait_all(self, submits: list[Submit]) -> AsyncGenerator[News, None]:
+        """Do as the function of this name does, without blocking the loop."""
+        import asyncio
+
+        event = asyncio.Event()
+        listener = _Listener(asyncio.get_running_loop(), event)
+        keys = [self._listen(listener, place) for place in range(len(submits))]
+        requests: list[Request] = []
+        try:
+            for submit, key in zip(submits, keys, strict=True):
+                # Tokenizing a long prompt takes milliseconds, which belong to the other tasks of this loop.
+                requests.append(await asyncio.to_thread(submit, self._queue, key))
+            open_places = set(range(len(requests)))
+            while open_places:
+                await event.wait()
+                event.clear()
+                while listener.ready:
+                    place = listener.ready.popleft()
+                    request = requests[place]
+                    updates = request.poll()
+                    if request.finished:
+                        open_places.discard(place)
+                    if updates:
+                        yield place, request, updates
+        finally:
+            for request in requests:
+                request.cancel()
+            with self._lock:
+                for key in keys:
+                    self._listeners.pop(key, None)
+
+    def stop(self) -> None:
+        """Deliver what is still there and end the thread; harmless when repeated."""
+        with self._lock:
+            self._stopping = True
+        self._queue.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+
+    def _listen(self, listener: _Listener, place: int) -> int:
+        with self._lock:
+            if self._stopping:
+                raise InferError("this LLM is closed")
+            key = next(self._keys)
+            self._listeners[key] = (listener, place)
+        return key
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._tell(self._queue.wait())
+        self._tell(self._queue.wait(0.0))
+        with self._lock:
+            rest = list(self._listeners.values())
+        for listener, place in rest:  # whatever still waits finds its request aborted
+            listener.tell(place)
+
+    def _tell(self, keys: list[int]) -> None:
+        with self._lock:
+            told = [self._listeners[key] for key in keys if key in self._listeners]
+        for listener, place in told:
+            listener.tell(place)

@@ -1,0 +1,107 @@
+"""From the forms in which users write prompts, conversations and parameters to one list of `Prompt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, TypeAlias, TypeVar
+
+from infer._core import InferError, SamplingParams
+
+__all__ = ["Messages", "Prompt", "PromptInput", "conversations", "pair", "prompts"]
+
+PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
+
+_KEYS = {"prompt", "prompt_token_ids"}
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: its text, its token ids (which win), or both."""
+
+    text: str | None
+    token_ids: Sequence[int] | None
+    add_special_tokens: bool = True
+
+
+def prompts(value: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
+    """Read one prompt or a list of them.
+
+    Parameters
+    ----------
+    value
+        A string, a sequence of token ids (a numpy array too), a dictionary with `prompt_token_ids` or `prompt`, or a
+        sequence of these.
+    """
+    if isinstance(value, (str, Mapping)) or _is_token_ids(value):
+        return [_prompt(value, "prompts")]
+    return [_prompt(item, f"prompts[{number}]") for number, item in enumerate(_sequence(value, "prompts"))]
+
+
+def conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    """Read one conversation (a list of messages) or a list of conversations."""
+    items = _sequence(messages, "messages")
+    many = bool(items) and not isinstance(items[0], Mapping)
+    found: list[Messages] = [_sequence(item, "messages") for item in items] if many else [items]
+    for number, conversation in enumerate(found):
+        where = f"messages[{number}]" if many else "messages"
+        if not conversation:
+            raise InferError(f"{where}: a conversation needs at least one message")
+        for place, message in enumerate(conversation):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InferError(f"{where}[{place}]: a message is a dictionary with 'role' and 'content', got {message!r:.80}")
+    return found
+
+
+def pair(items: Sequence[_Item], params: Any, default: Callable[[], SamplingParams]) -> list[tuple[_Item, SamplingParams]]:
+    """Give each prompt its parameters: one for all, one for each, or the model's defaults."""
+    if params is None:
+        params = default()
+    if isinstance(params, SamplingParams):
+        return [(item, params) for item in items]
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InferError(f"sampling_params: a SamplingParams or a list of them is needed, got {type(params).__name__}")
+    if len(params) != len(items):
+        raise InferError(f"sampling_params: {len(params)} given for {len(items)} prompts; give one, or one for each prompt")
+    return list(zip(items, params, strict=True))
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(value, None)
+    if isinstance(value, Mapping):
+        if unknown := sorted(str(key) for key in set(value) - _KEYS):
+            raise InferError(f"{where}: unknown key {unknown[0]!r}; a prompt dictionary has 'prompt_token_ids' or 'prompt'")
+        token_ids, text = value.get("prompt_token_ids"), value.get("prompt")
+        if token_ids is None and text is None:
+            raise InferError(f"{where}: a prompt dictionary needs 'prompt_token_ids' or 'prompt'")
+        if text is not None and not isinstance(text, str):
+            raise InferError(f"{where}['prompt']: a string is needed, got {type(text).__name__}")
+        return Prompt(text, None if token_ids is None else _token_ids(token_ids, f"{where}['prompt_token_ids']"))
+    return Prompt(None, _token_ids(value, where))
+
+
+def _token_ids(value: Any, where: str) -> list[int]:
+    items = _sequence(value, where)
+    for place, item in enumerate(items):
+        if isinstance(item, bool) or not isinstance(item, Integral):
+            raise InferError(f"{where}[{place}]: a token id is an integer, got {item!r:.40}")
+    return [int(item) for item in items]
+
+
+def _is_token_ids(value: Any) -> bool:
+    """Tell token ids from a list of prompts by the first element; an empty list is an empty list of prompts."""
+    if getattr(value, "ndim", None) == 1:  # numpy, torch
+        return True
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Integral)
+
+
+def _sequence(value: Any, where: str) -> Sequence[Any]:
+    if hasattr(value, "tolist"):  # numpy, torch: Python integers from here on
+        value = value.tolist()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise InferError(f"{where}: a list is needed, got {type(value).__name__}")
+    return value

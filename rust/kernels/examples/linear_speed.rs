@@ -1,0 +1,93 @@
+//! Speed of `linear`: GB/s of weights and GFLOP/s, per layout, instruction set and number of rows, beside the speed of
+//! plain reading. `cargo run --release -p infer-kernels --example linear_speed -- [threads] [rows] [columns]`
+
+#![allow(clippy::print_stdout)] // it is a command
+
+use infer_kernels::{Context, Format, Isa, PackedMatrix, Pool, Precision, Rows, RowsMut, Scratch, linear, quantize};
+use std::hint::black_box;
+use std::time::Instant;
+
+const LAYOUTS: [(Format, Precision); 7] = [
+    (Format::F32, Precision::Auto),
+    (Format::F16, Precision::Auto),
+    (Format::Bf16, Precision::Auto),
+    (Format::Q8_0, Precision::Auto),
+    (Format::Q4_0, Precision::Auto),
+    (Format::Q8_0, Precision::Exact),
+    (Format::Q4_0, Precision::Exact),
+];
+
+/// Least seconds of several runs.
+fn least(mut body: impl FnMut()) -> f64 {
+    let begin = Instant::now();
+    let mut least = f64::MAX;
+    while begin.elapsed().as_secs_f64() < 0.5 {
+        let start = Instant::now();
+        body();
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    least
+}
+
+fn read_speed(context: &Context) -> f64 {
+    let words = vec![1_u64; 32 << 20];
+    let seconds = least(|| {
+        context.pool.run(64, |task| {
+            let part = &words[task * words.len() / 64..(task + 1) * words.len() / 64];
+            black_box(part.iter().fold(0_u64, |sum, word| sum.wrapping_add(*word)));
+        });
+    });
+    (words.len() * 8) as f64 / seconds / 1e9
+}
+
+/// Several matrices, together far larger than the caches, each row the same.
+fn matrices(context: &Context, format: Format, rows: usize, columns: usize) -> Vec<PackedMatrix> {
+    let values: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
+    let mut row = Vec::new();
+    quantize(format, &values, &mut row);
+    let count = (400 << 20) / (rows * row.len()) + 1;
+    let pack = || PackedMatrix::pack(&context.pool, format, columns, &vec![&row[..]; rows]).expect("memory");
+    (0..count.min(40)).map(|_| pack()).collect()
+}
+
+fn main() {
+    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
+    let get = |index: usize, default: usize| arguments.get(index).copied().unwrap_or(default);
+    let (threads, rows, columns) = (get(0, 2), get(1, 2048), get(2, 2048));
+    let isas = match std::env::var_os("INFER_ISA") {
+        Some(_) => vec![Isa::from_env().expect("INFER_ISA")],
+        None => Isa::available().into_iter().filter(|&isa| isa != Isa::Scalar).collect(),
+    };
+    for isa in isas {
+        let context = Context { isa, pool: Pool::new(threads).expect("threads") };
+        println!("{}: plain reading {:.1} GB/s", isa.name(), read_speed(&context));
+        for (format, precision) in LAYOUTS {
+            let start = Instant::now();
+            let weights = matrices(&context, format, rows, columns);
+            let bytes: usize = weights.iter().map(PackedMatrix::bytes).sum();
+            let pack = bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
+            print!("{:5} {precision:?} pack {pack:.1} GB/s", format.name());
+            for count in [1, 4, 8, 16, 32, 128, 512] {
+                speed(&context, &weights, count, precision);
+            }
+            println!();
+        }
+    }
+}
+
+fn speed(context: &Context, weights: &[PackedMatrix], count: usize, precision: Precision) {
+    let (rows, columns) = (weights[0].rows(), weights[0].columns());
+    let input: Vec<f32> = (0..count * columns).map(|i| (i as f32 * 0.73).cos()).collect();
+    let mut output = vec![0.0; count * rows];
+    let mut scratch = Scratch::default();
+    let used = if count > 32 { &weights[..weights.len().min(4)] } else { weights };
+    let seconds = least(|| {
+        for weight in used {
+            let output = RowsMut::new(&mut output, count, rows, rows);
+            linear(context, weight, Rows::new(&input, count, columns, columns), output, None, precision, &mut scratch);
+        }
+    });
+    let bytes: usize = used.iter().map(PackedMatrix::bytes).sum();
+    let operations = 2.0 * (count * rows * columns * used.len()) as f64;
+    print!(" | {count}: {:.1} GB/s {:.0} GF", bytes as f64 / seconds / 1e9, operations / seconds / 1e9);
+}

@@ -1,0 +1,295 @@
+//! Input rows as the kernels want them: *tiles* of a few rows, interleaved.
+//!
+//! With plain rows, thousands of bytes apart, the rows of a tile fall into the same few sets of the L1 cache and evict
+//! each other; a tile is read front to back. How rows are cut into tiles changes no result: every sum is computed in
+//! its own lane, in the order of the columns.
+
+use super::GROUP;
+use crate::rows::SharedSlice;
+use crate::simd::{Kernel, LANES, Simd};
+use crate::{Context, Isa, Rows};
+
+/// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest. Rows that this one
+/// has too many are zeros.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tiles {
+    rows: usize,
+    full: usize,
+}
+
+impl Tiles {
+    /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
+    pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
+        Tiles { rows, full: if isa == Isa::Avx512 { 8 } else { 4 } }
+    }
+
+    /// Number of tiles.
+    pub(crate) fn count(self) -> usize {
+        self.rows.div_ceil(self.full)
+    }
+
+    /// First row of a tile.
+    pub(crate) fn first(self, tile: usize) -> usize {
+        tile * self.full
+    }
+
+    /// Rows of a tile that exist.
+    pub(crate) fn rows(self, tile: usize) -> usize {
+        (self.rows - tile * self.full).min(self.full)
+    }
+
+    /// Rows of a tile, those of zeros included.
+    pub(crate) fn width(self, tile: usize) -> usize {
+        self.rows(tile).next_power_of_two()
+    }
+
+    /// Rows of all tiles, those of zeros included.
+    fn padded_rows(self) -> usize {
+        match self.count() {
+            0 => 0,
+            count => (count - 1) * self.full + self.width(count - 1),
+        }
+    }
+}
+
+/// Tiles of `f32`: (tiles, groups * 32 columns, rows of the tile).
+#[derive(Clone, Copy)]
+pub(crate) struct FloatTiles<'a> {
+    /// How rows are cut.
+    pub(crate) tiles: Tiles,
+    groups: usize,
+    values: &'a [f32],
+}
+
+impl<'a> FloatTiles<'a> {
+    /// The values of a tile: (columns, width).
+    #[inline(always)]
+    pub(crate) fn tile(&self, tile: usize) -> &'a [f32] {
+        let columns = self.groups * GROUP;
+        &self.values[self.tiles.first(tile) * columns..][..self.tiles.width(tile) * columns]
+    }
+}
+
+/// Tiles of 8-bit integers.
+#[derive(Clone, Copy)]
+pub(crate) struct IntegerTiles<'a> {
+    /// How rows are cut.
+    pub(crate) tiles: Tiles,
+    groups: usize,
+    bytes: &'a [[i8; GROUP]],
+    scales: &'a [f32],
+    totals: &'a [i32],
+}
+
+/// One of them. Everything is (groups, width of the tile).
+#[derive(Clone, Copy)]
+pub(crate) struct IntegerTile<'a> {
+    /// The values: an activation is its byte times its scale.
+    pub(crate) bytes: &'a [[i8; GROUP]],
+    /// Scales of every row and group.
+    pub(crate) scales: &'a [f32],
+    /// Sums of the bytes of every row and group.
+    pub(crate) totals: &'a [i32],
+}
+
+impl<'a> IntegerTiles<'a> {
+    /// A tile.
+    #[inline(always)]
+    pub(crate) fn tile(&self, tile: usize) -> IntegerTile<'a> {
+        let (start, len) = (self.tiles.first(tile) * self.groups, self.tiles.width(tile) * self.groups);
+        IntegerTile {
+            bytes: &self.bytes[start..][..len],
+            scales: &self.scales[start..][..len],
+            totals: &self.totals[start..][..len],
+        }
+    }
+}
+
+/// Memory for tiles.
+#[derive(Debug, Default)]
+pub(crate) struct Activations {
+    values: Vec<f32>,
+    bytes: Vec<[i8; GROUP]>,
+    scales: Vec<f32>,
+    totals: Vec<i32>,
+}
+
+fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
+    if vector.len() < len {
+        vector.resize(len, T::default());
+    }
+    &mut vector[..len]
+}
+
+impl Activations {
+    /// The rows as tiles of `f32`.
+    pub(crate) fn interleave(&mut self, context: &Context, input: Rows<'_>) -> FloatTiles<'_> {
+        let tiles = Tiles::new(context.isa, input.rows());
+        let groups = input.width().div_ceil(GROUP);
+        let columns = groups * GROUP;
+        let values = at_least(&mut self.values, tiles.padded_rows() * columns);
+        let shared = SharedSlice::new(values);
+        context.pool.run(tiles.count(), |tile| {
+            let width = tiles.width(tile);
+            // SAFETY: tiles are disjoint.
+            let values = unsafe { shared.part_mut(tiles.first(tile) * columns, width * columns) };
+            match width {
+                1 => interleave::<1>(input, tiles, tile, values),
+                2 => interleave::<2>(input, tiles, tile, values),
+                4 => interleave::<4>(input, tiles, tile, values),
+                _ => interleave::<8>(input, tiles, tile, values),
+            }
+        });
+        FloatTiles { tiles, groups, values: &self.values }
+    }
+
+    /// The rows as tiles of 8-bit integers.
+    pub(crate) fn quantize(&mut self, context: &Context, input: Rows<'_>) -> IntegerTiles<'_> {
+        let tiles = Tiles::new(context.isa, input.rows());
+        let groups = input.width() / GROUP;
+        let len = tiles.padded_rows() * groups;
+        let bytes = SharedSlice::new(at_least(&mut self.bytes, len));
+        let scales = SharedSlice::new(at_least(&mut self.scales, len));
+        let totals = SharedSlice::new(at_least(&mut self.totals, len));
+        context.pool.run(tiles.count(), |tile| {
+            let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
+            // SAFETY: tiles are disjoint.
+            let (bytes, scales, totals) =
+                unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len), totals.part_mut(start, len)) };
+            context.isa.dispatch(QuantizeTile { input, tiles, tile, bytes, scales, totals });
+        });
+        IntegerTiles { tiles, groups, bytes: &self.bytes, scales: &self.scales, totals: &self.totals }
+    }
+}
+
+fn interleave<const WIDTH: usize>(input: Rows<'_>, tiles: Tiles, tile: usize, values: &mut [f32]) {
+    let values = values.as_chunks_mut::<WIDTH>().0;
+    let rows = tiles.rows(tile);
+    for lane in 0..WIDTH {
+        let row = if lane < rows { input.row(tiles.first(tile) + lane) } else { &[] };
+        let (present, missing) = values.split_at_mut(row.len());
+        present.iter_mut().zip(row).for_each(|(out, value)| out[lane] = *value);
+        missing.iter_mut().for_each(|out| out[lane] = 0.0);
+    }
+}
+
+struct QuantizeTile<'a> {
+    input: Rows<'a>,
+    tiles: Tiles,
+    tile: usize,
+    bytes: &'a mut [[i8; GROUP]],
+    scales: &'a mut [f32],
+    totals: &'a mut [i32],
+}
+
+impl Kernel for QuantizeTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (width, rows) = (self.tiles.width(self.tile), self.tiles.rows(self.tile));
+        for lane in 0..rows {
+            let row = self.input.row(self.tiles.first(self.tile) + lane);
+            for (group, values) in row.as_chunks::<GROUP>().0.iter().enumerate() {
+                let at = group * width + lane;
+                (self.scales[at], self.totals[at]) = quantize_group(simd, values, &mut self.bytes[at]);
+            }
+        }
+        for lane in rows..width {
+            for at in (lane..self.bytes.len()).step_by(width) {
+                (self.bytes[at], self.scales[at], self.totals[at]) = ([0; GROUP], 0.0, 0);
+            }
+        }
+    }
+}
+
+/// Rounds 32 values to multiples of a scale that makes the greatest magnitude 127; gives that scale and the sum of
+/// the bytes. A NaN or infinity makes the scale one, so that it reaches the result; magnitudes below 127 / `f32::MAX`
+/// vanish.
+#[inline(always)]
+fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [i8; GROUP]) -> (f32, i32) {
+    let (low, high) = halves(values);
+    let (low, high) = (simd.load(low), simd.load(high));
+    // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
+    let magnitude = simd.max_i32(simd.to_bits(simd.abs(low)), simd.to_bits(simd.abs(high)));
+    let greatest = f32::from_bits(simd.reduce_max_i32(magnitude) as u32);
+    let inverse = 127.0 / greatest;
+    if !(greatest.is_finite() && inverse.is_finite()) {
+        *bytes = [0; GROUP];
+        return (greatest / 127.0, 0);
+    }
+    let inverse = simd.splat(inverse);
+    let (low, high) = (simd.to_i32(simd.mul(low, inverse)), simd.to_i32(simd.mul(high, inverse)));
+    let (low_bytes, high_bytes) = bytes.split_at_mut(LANES);
+    if let (Ok(low_bytes), Ok(high_bytes)) = (low_bytes.try_into(), high_bytes.try_into()) {
+        simd.store_low_bytes(low, low_bytes);
+        simd.store_low_bytes(high, high_bytes);
+    }
+    (greatest / 127.0, simd.reduce_sum_i32(simd.add_i32(low, high)))
+}
+
+#[inline(always)]
+fn halves(values: &[f32; GROUP]) -> (&[f32; LANES], &[f32; LANES]) {
+    let (low, high) = values.as_chunks::<LANES>().0.split_at(1);
+    (&low[0], &high[0])
+}
+
+/// The oracle of the kernel above: every value rounded to 8 bits and back.
+#[cfg(test)]
+pub(crate) fn round_ref(row: &[f32]) -> Vec<(f32, f32)> {
+    row.chunks(GROUP)
+        .flat_map(|group| {
+            let greatest = group.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
+            let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
+            group.iter().map(move |value| ((value * inverse).round_ties_even(), greatest / 127.0))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Pool;
+    use crate::quant::sample_values;
+
+    #[test]
+    fn quantizing_equals_the_oracle() {
+        let (rows, groups) = (7, 3);
+        let mut values = sample_values(rows * groups * GROUP);
+        values[..GROUP].fill(0.0);
+        for isa in Isa::available() {
+            let context = Context { isa, pool: Pool::new(2).unwrap() };
+            let mut memory = Activations::default();
+            let tiles = memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP));
+            for row in 0..rows {
+                let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
+                let index = row / tiles.tiles.full;
+                let (tile, width) = (tiles.tile(index), tiles.tiles.width(index));
+                for (column, (byte, scale)) in expected.into_iter().enumerate() {
+                    let at = column / GROUP * width + row % tiles.tiles.full;
+                    assert_eq!(f32::from(tile.bytes[at][column % GROUP]), byte);
+                    assert_eq!(tile.scales[at], scale);
+                    assert_eq!(tile.totals[at], tile.bytes[at].iter().map(|&byte| i32::from(byte)).sum::<i32>());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn specials_reach_the_scale() {
+        for isa in Isa::available() {
+            let context = Context { isa, pool: Pool::new(1).unwrap() };
+            for (special, finite) in [(f32::NAN, false), (f32::NEG_INFINITY, false), (1e-40, true), (f32::MAX, true)] {
+                let mut values = [0.5; GROUP];
+                if finite {
+                    values = [0.0; GROUP];
+                }
+                values[13] = special;
+                let mut memory = Activations::default();
+                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP)).tile(0);
+                assert_eq!(tile.scales[0].is_finite(), finite, "{special}");
+                assert_eq!(tile.bytes[0][13], if special == f32::MAX { 127 } else { 0 });
+            }
+        }
+    }
+}

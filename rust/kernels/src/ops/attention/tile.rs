@@ -1,0 +1,371 @@
+//! One task of attention: a block of query rows over a run of chunks.
+
+use super::plan::Item;
+use super::product::{Element, SCORE_STRIDE, Scores, Weighted};
+use super::{CHUNK_PAGES, CHUNK_TOKENS, Call};
+use crate::kv::PAGE_TOKENS;
+use crate::ops::elementwise::{Cap, LaneMap};
+use crate::ops::math::exp;
+use crate::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Rows whose values are summed together; they share the positions that all of them see.
+const BLOCK_ROWS: usize = 8;
+
+/// Working memory of one thread. Row `r` is query row `r / group` with head `r % group` of the task.
+#[derive(Debug, Default)]
+pub(super) struct Workspace {
+    queries: Vec<f32>,  // (head_dim, rows)
+    scores: Vec<f32>,   // (rows, SCORE_STRIDE)
+    partials: Vec<f32>, // (rows, stride): the chunk's weighted values
+    chunk: Vec<Partial>,
+    sums: Vec<f32>, // (rows, stride): the weighted values so far
+    total: Vec<Partial>,
+}
+
+/// The scalars of a softmax over some positions.
+#[derive(Clone, Copy, Debug)]
+struct Partial {
+    /// Greatest score.
+    greatest: f32,
+    /// Sum of the weights `exp(score - greatest)`.
+    sum: f32,
+}
+
+impl Partial {
+    /// Over no positions at all.
+    const EMPTY: Partial = Partial { greatest: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// A chunk of which a row saw nothing; one whose scores were all -infinity has a sum of NaN.
+    fn is_empty(self) -> bool {
+        self.greatest == f32::NEG_INFINITY && self.sum == 0.0
+    }
+}
+
+impl Workspace {
+    /// Values of a stored partial result: whole vectors of sums, then greatest score and sum of weights.
+    pub fn partial_width(head_dim: usize) -> usize {
+        head_dim.next_multiple_of(LANES) + LANES
+    }
+
+    fn prepare(&mut self, rows: usize, head_dim: usize) {
+        let stride = head_dim.next_multiple_of(LANES);
+        let grow = |buffer: &mut Vec<f32>, length: usize| {
+            if buffer.len() < length {
+                buffer.resize(length, 0.0);
+            }
+        };
+        grow(&mut self.queries, rows * head_dim);
+        grow(&mut self.scores, rows * SCORE_STRIDE);
+        grow(&mut self.partials, rows * stride);
+        grow(&mut self.sums, rows * stride);
+        self.sums[..rows * stride].fill(0.0);
+        self.chunk.clear();
+        self.chunk.resize(rows, Partial::EMPTY);
+        self.total.clear();
+        self.total.resize(rows, Partial::EMPTY);
+    }
+}
+
+/// Computes an [`Item`].
+pub(super) struct Tile<'a, E> {
+    call: &'a Call<'a>,
+    item: &'a Item,
+    workspace: &'a mut Workspace,
+    group: usize,
+    head_dim: usize,
+    /// `head_dim` rounded up to whole vectors.
+    stride: usize,
+    element: PhantomData<E>,
+}
+
+impl<'a, E: Element> Tile<'a, E> {
+    pub fn new(call: &'a Call<'a>, item: &'a Item, workspace: &'a mut Workspace) -> Tile<'a, E> {
+        let head_dim = call.attention.head_dim;
+        let stride = head_dim.next_multiple_of(LANES);
+        Tile { call, item, workspace, group: call.attention.group(), head_dim, stride, element: PhantomData }
+    }
+
+    fn rows(&self) -> usize {
+        self.item.rows.len() * self.group
+    }
+
+    /// Copies the queries, transposed.
+    fn gather_queries(&mut self) {
+        let rows = self.rows();
+        let width = self.group * self.head_dim;
+        for (token, row) in self.item.rows.clone().enumerate() {
+            let row = self.call.queries.row(self.call.sequences[self.item.sequence].first_row + row);
+            let heads = &row[self.item.kv_head * width..][..width];
+            for (head, query) in heads.chunks_exact(self.head_dim).enumerate() {
+                let column = token * self.group + head;
+                for (dimension, &value) in query.iter().enumerate() {
+                    self.workspace.queries[dimension * rows + column] = value;
+                }
+            }
+        }
+    }
+
+    /// What the item's query row `token` sees of a chunk, counted from the chunk's first position; possibly empty.
+    fn visible(&self, token: usize, chunk: usize) -> Range<usize> {
+        let position = self.call.sequences[self.item.sequence].first_position + self.item.rows.start + token;
+        let first = chunk * CHUNK_TOKENS;
+        let begin = self.call.attention.first_visible(position).max(first) - first;
+        let end = (position + 1).clamp(first, first + CHUNK_TOKENS) - first;
+        begin.min(end)..end
+    }
+
+    /// Keys and values of the chunk's pages that any row sees (null for the others), and which these are.
+    fn pages(&self, chunk: usize) -> (ChunkPages<E>, Range<usize>) {
+        let last = self.item.rows.len() - 1;
+        let pages = self.visible(0, chunk).start / PAGE_TOKENS..self.visible(last, chunk).end.div_ceil(PAGE_TOKENS);
+        let mut pointers =
+            ChunkPages { keys: [std::ptr::null(); CHUNK_PAGES], values: [std::ptr::null(); CHUNK_PAGES] };
+        let table = self.call.sequences[self.item.sequence].pages;
+        for page in pages.clone() {
+            let number = table[chunk * CHUNK_PAGES + page];
+            pointers.keys[page] = self.call.cache.keys(self.call.layer, number, self.item.kv_head).cast();
+            pointers.values[page] = self.call.cache.values(self.call.layer, number, self.item.kv_head).cast();
+        }
+        (pointers, pages)
+    }
+
+    /// Scores, weights and weighted values of one chunk, into the workspace's `chunk` and `partials`.
+    #[inline(always)]
+    fn chunk<S: Simd>(&mut self, simd: S, chunk: usize) {
+        let rows = self.rows();
+        let (pointers, pages) = self.pages(chunk);
+        let scores = Scores {
+            queries: &self.workspace.queries,
+            rows,
+            head_dim: self.head_dim,
+            keys: &pointers.keys,
+        };
+        // SAFETY: `pages` set these pointers to keys inside the cache.
+        unsafe { scores.compute(simd, pages, &mut self.workspace.scores) };
+        let weigh = Weigh::new(simd, self.call.attention.scale, self.call.attention.softcap);
+        for row in 0..rows {
+            let visible = self.visible(row / self.group, chunk);
+            let scores = &mut self.workspace.scores[row * SCORE_STRIDE..][..CHUNK_TOKENS];
+            self.workspace.chunk[row] =
+                if visible.is_empty() { Partial::EMPTY } else { weigh.row(simd, scores, visible) };
+        }
+        self.workspace.partials[..rows * self.stride].fill(0.0);
+        let tokens_per_block = (BLOCK_ROWS / self.group).max(1);
+        for first in (0..self.item.rows.len()).step_by(tokens_per_block) {
+            let block = first..self.item.rows.len().min(first + tokens_per_block);
+            self.add_values(simd, chunk, &pointers, block);
+        }
+    }
+
+    /// Adds the weighted values that a block of query rows sees. What all of them see is added in one pass; before and after it each
+    /// query row adds what it sees alone. A masked position is never multiplied: it may hold anything, NaN included.
+    #[inline(always)]
+    fn add_values<S: Simd>(&mut self, simd: S, chunk: usize, pointers: &ChunkPages<E>, block: Range<usize>) {
+        let weighted = Weighted {
+            weights: &self.workspace.scores,
+            head_dim: self.head_dim,
+            stride: self.stride,
+            values: &pointers.values,
+        };
+        // Both bounds ascend with the query row.
+        let start = self.visible(block.end - 1, chunk).start;
+        let end = self.visible(block.start, chunk).end.max(start);
+        let group = self.group;
+        for pass in 0..3 {
+            // SAFETY: `pages` set the pointers of every visible page to values inside the cache.
+            unsafe {
+                if pass == 1 {
+                    let rows = block.start * group..block.end * group;
+                    weighted.add(simd, rows, start..end, &mut self.workspace.partials);
+                    continue;
+                }
+                for token in block.clone() {
+                    let visible = self.visible(token, chunk);
+                    let alone = if pass == 0 {
+                        visible.start..visible.end.min(start)
+                    } else {
+                        visible.start.max(end)..visible.end
+                    };
+                    let rows = token * group..(token + 1) * group;
+                    weighted.add(simd, rows, alone, &mut self.workspace.partials);
+                }
+            }
+        }
+    }
+
+    /// Merges the chunk's partial results into the totals.
+    #[inline(always)]
+    fn merge_chunk<S: Simd>(&mut self, simd: S) {
+        let Workspace { partials, chunk, sums, total, .. } = &mut *self.workspace;
+        for (row, (chunk, total)) in chunk.iter().zip(total.iter_mut()).enumerate() {
+            let at = row * self.stride..(row + 1) * self.stride;
+            merge(simd, total, &mut sums[at.clone()], *chunk, &partials[at]);
+        }
+    }
+
+    /// Stores the chunk's partial results for a later merge.
+    fn store_partials(&self, first: usize) {
+        for (row, chunk) in self.workspace.chunk.iter().enumerate() {
+            // SAFETY: every (item, chunk, row) has its own row of partials, and items compute each chunk once.
+            let stored = unsafe { self.call.partials.row_mut(first + row) };
+            stored[..self.stride].copy_from_slice(&self.workspace.partials[row * self.stride..][..self.stride]);
+            stored[self.stride] = chunk.greatest;
+            stored[self.stride + 1] = chunk.sum;
+        }
+    }
+}
+
+impl<E: Element> Kernel for Tile<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let rows = self.rows();
+        self.workspace.prepare(rows, self.head_dim);
+        self.gather_queries();
+        for chunk in self.item.chunks.clone() {
+            self.chunk(simd, chunk);
+            match self.item.partial {
+                Some(first) => self.store_partials(first + (chunk - self.item.chunks.start) * rows),
+                None => self.merge_chunk(simd),
+            }
+        }
+        if self.item.partial.is_none() {
+            for row in 0..rows {
+                let sums = &self.workspace.sums[row * self.stride..][..self.stride];
+                finish(simd, self.call, self.item, row, self.workspace.total[row], sums);
+            }
+        }
+    }
+}
+
+/// Merges the stored partial results of an item's rows in ascending order of chunks.
+pub(super) struct Merge<'a> {
+    pub call: &'a Call<'a>,
+    pub item: &'a Item,
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Some(first) = self.item.partial else { return };
+        let rows = self.item.rows.len() * self.call.attention.group();
+        let stride = self.call.attention.head_dim.next_multiple_of(LANES);
+        let mut sums = vec![0.0; stride];
+        for row in 0..rows {
+            sums.fill(0.0);
+            let mut total = Partial::EMPTY;
+            for chunk in 0..self.item.chunks.len() {
+                // SAFETY: all items are computed, and only this task looks at the partials of its rows.
+                let stored = unsafe { self.call.partials.row_mut(first + chunk * rows + row) };
+                let partial = Partial { greatest: stored[stride], sum: stored[stride + 1] };
+                merge(simd, &mut total, &mut sums, partial, &stored[..stride]);
+            }
+            finish(simd, self.call, self.item, row, total, &sums);
+        }
+    }
+}
+
+/// Pointers to a chunk's pages.
+struct ChunkPages<E> {
+    keys: [*const E; CHUNK_PAGES],
+    values: [*const E; CHUNK_PAGES],
+}
+
+/// Turns scores into weights.
+struct Weigh<S: Simd> {
+    scale: S::F32,
+    cap: Option<Cap<S>>,
+}
+
+impl<S: Simd> Weigh<S> {
+    #[inline(always)]
+    fn new(simd: S, scale: f32, softcap: Option<f32>) -> Weigh<S> {
+        let cap = match softcap {
+            Some(cap) => Some(Cap::new(simd, cap)),
+            None => None,
+        };
+        Weigh { scale: simd.splat(scale), cap }
+    }
+
+    /// Replaces one row's scores of the `visible` positions by their weights. Lanes outside get weight 0 inside the first and the
+    /// last visible page, and are left alone elsewhere.
+    #[inline(always)]
+    fn row(&self, simd: S, scores: &mut [f32], visible: Range<usize>) -> Partial {
+        let pages = visible.start / LANES..visible.end.div_ceil(LANES);
+        let blocks = &mut scores.as_chunks_mut::<LANES>().0[pages.clone()];
+        let mut greatest = simd.splat(f32::NEG_INFINITY);
+        for (page, lanes) in pages.zip(blocks.iter_mut()) {
+            let mut score = simd.mul(simd.load(lanes), self.scale);
+            if let Some(cap) = &self.cap {
+                score = cap.apply(simd, score);
+            }
+            if visible.start > page * LANES || visible.end < (page + 1) * LANES {
+                score = mask(simd, score, page * LANES, &visible);
+            }
+            greatest = simd.max(score, greatest);
+            simd.store(score, lanes);
+        }
+        let greatest = simd.reduce_max(greatest);
+        let shift = simd.splat(greatest);
+        let mut sum = simd.splat(0.0);
+        for lanes in blocks {
+            let weight = exp(simd, simd.sub(simd.load(lanes), shift));
+            sum = simd.add(sum, weight);
+            simd.store(weight, lanes);
+        }
+        Partial { greatest, sum: simd.reduce_sum(sum) }
+    }
+}
+
+/// -infinity in the lanes whose position, `first` plus the lane's number, is not visible.
+#[inline(always)]
+fn mask<S: Simd>(simd: S, score: S::F32, first: usize, visible: &Range<usize>) -> S::F32 {
+    const NUMBERS: [i32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+    let position = simd.add_i32(simd.load_i32(&NUMBERS), simd.splat_i32(first as i32));
+    let hidden = simd.to_bits(simd.splat(f32::NEG_INFINITY));
+    let bits = simd.to_bits(score);
+    let bits = simd.select_greater_i32(simd.splat_i32(visible.start as i32), position, hidden, bits);
+    let bits = simd.select_greater_i32(simd.splat_i32(visible.end as i32), position, bits, hidden);
+    simd.from_bits(bits)
+}
+
+/// Adds a chunk's partial result to a row's total.
+#[inline(always)]
+fn merge<S: Simd>(simd: S, total: &mut Partial, sums: &mut [f32], chunk: Partial, partials: &[f32]) {
+    if chunk.is_empty() {
+        return;
+    }
+    let greatest = if chunk.greatest > total.greatest { chunk.greatest } else { total.greatest };
+    let old = exp(simd, simd.splat(total.greatest - greatest));
+    let new = exp(simd, simd.splat(chunk.greatest - greatest));
+    for (sums, partials) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(partials.as_chunks::<LANES>().0) {
+        let scaled = simd.mul(simd.load(partials), new);
+        simd.store(simd.mul_add(simd.load(sums), old, scaled), sums);
+    }
+    let sum = simd.mul_add(simd.splat(total.sum), old, simd.mul(simd.splat(chunk.sum), new));
+    *total = Partial { greatest, sum: simd.reduce_max(sum) };
+}
+
+/// Writes a row's result: its weighted values divided by the sum of its weights.
+#[inline(always)]
+fn finish<S: Simd>(simd: S, call: &Call<'_>, item: &Item, row: usize, total: Partial, sums: &[f32]) {
+    let (group, head_dim) = (call.attention.group(), call.attention.head_dim);
+    let index = call.sequences[item.sequence].first_row + item.rows.start + row / group;
+    let head = item.kv_head * group + row % group;
+    // SAFETY: items are disjoint in (rows, key/value head), `check` proved that sequences share no row, and no reference to a part
+    // of the output outlives this function.
+    let output = unsafe { call.output.part_mut(index, head * head_dim, head_dim) };
+    let inverse = simd.splat(1.0 / total.sum);
+    for (sums, output) in sums.as_chunks::<LANES>().0.iter().zip(output.chunks_mut(LANES)) {
+        let result = simd.mul(simd.load(sums), inverse);
+        match output.first_chunk_mut::<LANES>() {
+            Some(lanes) => simd.store(result, lanes),
+            None => simd.store_partial(result, output),
+        }
+    }
+}

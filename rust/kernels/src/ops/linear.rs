@@ -1,0 +1,103 @@
+//! A weight matrix times input rows.
+//!
+//! Tasks are chunks of panels, claimed by threads as they come; panels outside, tiles of rows inside, so that a panel
+//! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
+//! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set.
+
+use crate::matrix::{FloatLinear, IntegerLinear, PackedMatrix};
+use crate::{Context, Rows, RowsMut, Scratch};
+use std::ops::Range;
+
+#[cfg(test)]
+mod tests;
+
+/// Whether activations may be rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// Exact weights times `f32` activations, whatever the format: the reference.
+    Exact,
+    /// Formats of 8 bits and fewer are multiplied with activations of 8 bits, one scale per row and 32 columns;
+    /// others with `f32` activations.
+    #[default]
+    Auto,
+}
+
+/// Below this many bytes of weights times rows, waking other threads costs more than they gain.
+const ALONE: usize = 1 << 16;
+
+/// `output[t][r] = sum over k of weight[r][k] * input[t][k]`, plus `bias[r]`.
+///
+/// # Panics
+/// When shapes do not fit: `input` is (tokens, columns), `output` (tokens, rows), `bias` (rows).
+pub fn linear(
+    context: &Context,
+    weight: &PackedMatrix,
+    input: Rows<'_>,
+    output: RowsMut<'_>,
+    bias: Option<&[f32]>,
+    precision: Precision,
+    scratch: &mut Scratch,
+) {
+    assert_eq!(input.width(), weight.columns(), "input width");
+    assert_eq!(output.width(), weight.rows(), "output width");
+    assert_eq!(input.rows(), output.rows(), "output rows");
+    assert!(bias.is_none_or(|bias| bias.len() == weight.rows()), "bias length");
+    if input.rows() == 0 {
+        return;
+    }
+    let output = output.share();
+    if precision == Precision::Auto && weight.layout().is_integer() {
+        let input = scratch.activations.quantize(context, input);
+        over_panels(context, weight, output.rows(), |panels| {
+            context.isa.dispatch(IntegerLinear { weight, input, output, bias, panels });
+        });
+    } else {
+        let input = scratch.activations.interleave(context, input);
+        over_panels(context, weight, output.rows(), |panels| {
+            context.isa.dispatch(FloatLinear { weight, input, output, bias, panels });
+        });
+    }
+}
+
+/// Hands out chunks of panels: small enough to end together, large enough to stream.
+fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl Fn(Range<usize>) + Sync) {
+    let (panels, threads) = (weight.panels(), context.pool.threads());
+    let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
+    let chunk = if alone { panels } else { (panels / (threads * 8)).next_multiple_of(4).clamp(4, 8) };
+    context.pool.run(panels.div_ceil(chunk.max(1)), |task| {
+        body(task * chunk..panels.min((task + 1) * chunk));
+    });
+}
+
+/// The oracle: one input row times rows as they lie in a file, without vectors, tiles or threads. Bit for bit what
+/// [`linear`] computes.
+#[cfg(test)]
+fn linear_ref(
+    format: crate::Format,
+    rows: &[&[u8]],
+    input: &[f32],
+    bias: Option<&[f32]>,
+    precision: Precision,
+) -> Vec<f32> {
+    let integer = precision == Precision::Auto && format.block_len() == 32;
+    let rounded = crate::matrix::round_ref(input);
+    let one = |(index, row): (usize, &&[u8])| {
+        let mut weights = vec![0.0; input.len()];
+        crate::dequantize(format, row, &mut weights);
+        let mut sum = 0.0_f32;
+        if integer {
+            for group in 0..input.len() / 32 {
+                let scale_bytes = &row[group * format.block_bytes()..][..2];
+                let scale = half::f16::from_le_bytes([scale_bytes[0], scale_bytes[1]]).to_f32();
+                let columns = group * 32..group * 32 + 32;
+                // Weights divided by their scale are integers again.
+                let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
+                sum = exact.mul_add(scale * rounded[group * 32].1, sum);
+            }
+        } else {
+            sum = weights.iter().zip(input).fold(0.0, |sum, (weight, value)| weight.mul_add(*value, sum));
+        }
+        sum + bias.map_or(0.0, |bias| bias[index])
+    };
+    rows.iter().enumerate().map(one).collect()
+}

@@ -1,0 +1,184 @@
+//! Every instruction set, layout and precision against the oracle, bit for bit, over awkward shapes.
+
+use super::{Precision, linear, linear_ref};
+use crate::quant::sample_values;
+use crate::{Context, Format, Isa, KernelError, PackedMatrix, Pool, Rows, RowsMut, Scratch, quantize};
+
+const FORMATS: [Format; 5] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0];
+const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Auto];
+
+struct Weight {
+    format: Format,
+    columns: usize,
+    rows: Vec<Vec<u8>>,
+    bias: Vec<f32>,
+}
+
+impl Weight {
+    fn new(format: Format, rows: usize, columns: usize) -> Weight {
+        let values = sample_values(rows * columns + 17);
+        let row = |index: usize| {
+            let mut bytes = Vec::new();
+            quantize(format, &values[17 + index * columns..][..columns], &mut bytes);
+            bytes
+        };
+        Weight { format, columns, rows: (0..rows).map(row).collect(), bias: sample_values(rows) }
+    }
+
+    fn slices(&self) -> Vec<&[u8]> {
+        self.rows.iter().map(Vec::as_slice).collect()
+    }
+
+    /// `linear` of rows that lie 3 values further apart than they need, into such rows.
+    fn compute(&self, context: &Context, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
+        let matrix = PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices()).unwrap();
+        let (count, width, stride) = (inputs.len() / self.columns, self.rows.len(), self.rows.len() + 3);
+        let spread: Vec<f32> =
+            inputs.chunks(self.columns).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
+        let mut out = vec![7.0; count * stride];
+        let input = Rows::new(&spread, count, self.columns, self.columns + 3);
+        let bias = with_bias.then_some(&self.bias[..]);
+        let mut scratch = Scratch::default();
+        linear(context, &matrix, input, RowsMut::new(&mut out, count, width, stride), bias, precision, &mut scratch);
+        assert!(out.chunks(stride).all(|row| row[width..] == [7.0; 3]), "written past the row");
+        out.chunks(stride).map(|row| row[..width].to_vec()).collect()
+    }
+
+    fn reference(&self, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
+        let bias = with_bias.then_some(&self.bias[..]);
+        inputs
+            .chunks(self.columns)
+            .map(|row| linear_ref(self.format, &self.slices(), row, bias, precision))
+            .collect()
+    }
+}
+
+fn context(isa: Isa, threads: usize) -> Context {
+    Context { isa, pool: Pool::new(threads).unwrap() }
+}
+
+fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
+    rows.iter().map(|row| row.iter().map(|value| value.to_bits()).collect()).collect()
+}
+
+#[test]
+fn every_isa_layout_and_shape_equals_the_oracle() {
+    for isa in Isa::available() {
+        let context = context(isa, 2);
+        for format in FORMATS {
+            let columns: &[usize] = if format.block_len() == 1 { &[1, 7, 33, 320] } else { &[32, 288] };
+            for (&columns, rows) in columns.iter().flat_map(|columns| [1, 16, 37, 80].map(|rows| (columns, rows))) {
+                let weight = Weight::new(format, rows, columns);
+                let inputs = sample_values(70 * columns);
+                for precision in PRECISIONS {
+                    let expected = weight.reference(&inputs, precision, true);
+                    for count in [1, 2, 3, 4, 5, 8, 9, 17, 70] {
+                        let got = weight.compute(&context, &inputs[..count * columns], precision, true);
+                        let what = (isa, format, rows, columns, count, precision);
+                        assert_eq!(bits(&got), bits(&expected[..count]), "{what:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn close_to_double_precision() {
+    for format in FORMATS {
+        let weight = Weight::new(format, 48, 2048);
+        let inputs = sample_values(3 * 2048);
+        for (precision, tolerance) in PRECISIONS.into_iter().zip([2e-6, 6e-3]) {
+            let got = weight.compute(&context(Isa::detect(), 2), &inputs, precision, false);
+            for (input, got) in inputs.chunks(2048).zip(got) {
+                for (row, got) in weight.rows.iter().zip(got) {
+                    let mut values = vec![0.0; 2048];
+                    crate::dequantize(format, row, &mut values);
+                    let terms = values.iter().zip(input).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    let error = (f64::from(got) - sum).abs() / size;
+                    assert!(error < tolerance, "{format:?} {precision:?} {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_company_or_the_threads() {
+    for format in FORMATS {
+        let weight = Weight::new(format, 100, 544);
+        let inputs = sample_values(41 * 544);
+        for isa in Isa::available() {
+            for precision in PRECISIONS {
+                let together = bits(&weight.compute(&context(isa, 1), &inputs, precision, true));
+                assert_eq!(together, bits(&weight.compute(&context(isa, 3), &inputs, precision, true)));
+                for position in [0, 1, 6, 8, 39, 40] {
+                    let alone = &inputs[position * 544..(position + 1) * 544];
+                    let alone = bits(&weight.compute(&context(isa, 2), alone, precision, true));
+                    assert_eq!(alone[0], together[position], "{isa:?} {format:?} {precision:?} {position}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn extremes_of_the_integer_layouts() {
+    // The greatest sums: all weights -128 or -8 (nibble 0), or nibble 15, all activations +-127.
+    for (format, fill) in [(Format::Q8_0, 0x80), (Format::Q8_0, 0x7f), (Format::Q4_0, 0x00), (Format::Q4_0, 0xff)] {
+        let mut row = vec![fill; format.row_bytes(64).unwrap()];
+        for block in row.chunks_mut(format.block_bytes()) {
+            block[..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
+        }
+        let weight = Weight { format, columns: 64, rows: vec![row; 20], bias: vec![0.0; 20] };
+        for input in [[3.0; 64], [-3.0; 64]] {
+            let expected = weight.reference(&input, Precision::Auto, false);
+            for isa in Isa::available() {
+                let got = weight.compute(&context(isa, 1), &input, Precision::Auto, false);
+                assert_eq!(bits(&got), bits(&expected), "{isa:?} {format:?} {fill}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_is_not_lost() {
+    for format in FORMATS {
+        let weight = Weight::new(format, 20, 64);
+        let mut input = sample_values(64);
+        input[40] = f32::NAN;
+        for isa in Isa::available() {
+            for precision in PRECISIONS {
+                let got = weight.compute(&context(isa, 1), &input, precision, false);
+                assert!(got[0].iter().all(|value| value.is_nan()), "{isa:?} {format:?} {precision:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_scratch_serves_any_sequence_of_shapes() {
+    let context = context(Isa::detect(), 2);
+    let mut scratch = Scratch::default();
+    for (format, columns, count) in [(Format::Q8_0, 320, 9), (Format::F32, 33, 3), (Format::Q8_0, 64, 2)] {
+        let weight = Weight::new(format, 24, columns);
+        let matrix = PackedMatrix::pack(&context.pool, format, columns, &weight.slices()).unwrap();
+        let inputs = sample_values(count * columns);
+        let mut out = vec![0.0; count * 24];
+        let (input, output) = (Rows::new(&inputs, count, columns, columns), RowsMut::new(&mut out, count, 24, 24));
+        linear(&context, &matrix, input, output, None, Precision::Auto, &mut scratch);
+        assert_eq!(out, weight.reference(&inputs, Precision::Auto, false).concat());
+    }
+}
+
+#[test]
+fn packing_refuses_wrong_sizes() {
+    let pool = Pool::new(1).unwrap();
+    let error = PackedMatrix::pack(&pool, Format::Q4_0, 48, &[]).unwrap_err();
+    assert!(matches!(error, KernelError::Size { actual: 48, .. }), "{error}");
+    let error = PackedMatrix::pack(&pool, Format::F16, 3, &[&[0; 6], &[0; 5]]).unwrap_err();
+    assert_eq!(error.to_string(), "size of a row is 5, expected 6 bytes for 3 columns of F16");
+    let empty = PackedMatrix::pack(&pool, Format::F16, 3, &[]).unwrap();
+    assert_eq!((empty.rows(), empty.columns(), empty.format()), (0, 3, Format::F16));
+}

@@ -1,0 +1,310 @@
+//! The thread pool: workers spin briefly, then park, and the calling thread takes part.
+//!
+//! A run publishes one borrowed closure; threads claim task indices from a shared counter. A worker has to *join* a
+//! run before it may look at the closure, and the caller only waits for those that joined: when all tasks were
+//! claimed before a sleeping worker woke up, nobody waits for it. A run allocates nothing.
+//!
+//! A run inside a run, and a run while another thread's run is under way, is computed by the calling thread alone.
+
+use crate::KernelError;
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long an idle worker looks for work before it parks: longer than the gaps between a model's operations.
+const SPIN: Duration = Duration::from_micros(100);
+
+// `Shared::state`: joined workers in the low half, then one bit "open", then the number of the run.
+const OPEN: u64 = 1 << 32;
+const RUN: u64 = 1 << 33;
+const JOINED: u64 = OPEN - 1;
+
+type Payload = Box<dyn Any + Send>;
+
+#[derive(Clone, Copy)]
+struct Job {
+    body: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+struct Shared {
+    state: AtomicU64,
+    next: AtomicUsize,
+    job: UnsafeCell<Option<Job>>,
+    panic: Mutex<Option<Payload>>,
+    sleepers: AtomicUsize,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+// SAFETY: `job` is written only while no run is open and no worker is joined, and read only by joined workers; the
+// closure it points to is `Sync` and outlives the run, because `Pool::run` waits for every joined worker.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// Threads that compute together. See the [module](self).
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    busy: AtomicBool,
+    process: u32,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Pool").field("threads", &self.threads()).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` threads, of which the caller of [`Pool::run`] is one; 0 counts as 1.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn new(threads: usize) -> Result<Pool, KernelError> {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            next: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let process = std::process::id();
+        let mut pool = Pool { shared, workers: Vec::new(), busy: AtomicBool::new(false), process };
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("infer-worker-{index}"))
+                .spawn(move || shared.work())
+                .map_err(|source| KernelError::Thread { index, threads, source })?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Number of threads that a run may use, the calling one included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `body(task)` once for every task in `0..tasks`, on any thread and in any order, and returns when all
+    /// are done. A panic in a task is raised here, after all tasks are done.
+    pub fn run(&self, tasks: usize, body: impl Fn(usize) + Sync) {
+        if tasks <= 1 {
+            return (0..tasks).for_each(body);
+        }
+        let alone = self.workers.is_empty() || self.busy.swap(true, Ordering::Acquire);
+        if alone {
+            return run_alone(tasks, &body);
+        }
+        let job = self.shared.publish(&body, tasks);
+        self.shared.claim(job);
+        self.shared.close();
+        let payload = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.busy.store(false, Ordering::Release);
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if std::process::id() != self.process {
+            return; // after a fork the workers exist only in the parent
+        }
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.wake_all();
+        for worker in self.workers.drain(..) {
+            // A worker catches its tasks' panics, so it has nothing to report.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn run_alone(tasks: usize, body: &dyn Fn(usize)) {
+    let mut first = None;
+    for task in 0..tasks {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(task))) {
+            first.get_or_insert(payload);
+        }
+    }
+    if let Some(payload) = first {
+        resume_unwind(payload);
+    }
+}
+
+impl Shared {
+    /// Opens a run. The caller holds `busy`, so no other run is open.
+    fn publish<'a>(&self, body: &'a (dyn Fn(usize) + Sync + 'a), tasks: usize) -> Job {
+        let body: *const (dyn Fn(usize) + Sync + 'a) = body;
+        // SAFETY: only the lifetime changes; `close` is called before the closure dies, and nothing between panics.
+        let body: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(body) };
+        let job = Job { body, tasks };
+        // SAFETY: no run is open and no worker is joined: nobody reads.
+        unsafe { *self.job.get() = Some(job) };
+        self.next.store(0, Ordering::Relaxed);
+        let run = self.state.load(Ordering::Relaxed) & !(RUN - 1);
+        // SeqCst, as is the counting of sleepers: a worker that goes to sleep either sees this run or is seen here.
+        self.state.store(run.wrapping_add(RUN) | OPEN, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            self.wake_all();
+        }
+        job
+    }
+
+    fn wake_all(&self) {
+        drop(self.sleep.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake.notify_all();
+    }
+
+    /// Computes tasks until none is left.
+    fn claim(&self, job: Job) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= job.tasks {
+                return;
+            }
+            // SAFETY: the run is open or this worker is joined, so the closure lives.
+            let body = unsafe { &*job.body };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(task))) {
+                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+            }
+        }
+    }
+
+    /// Lets nobody join any more and waits for those that did.
+    fn close(&self) {
+        let mut state = self.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut turns = 0_u32;
+        while state & JOINED != 0 {
+            turns += 1;
+            // With more threads than free cores the worker waited for may need this core.
+            if turns.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            state = self.state.load(Ordering::Acquire);
+        }
+    }
+
+    /// A worker's life.
+    fn work(&self) {
+        let mut seen = 0;
+        while let Some(state) = self.await_run(seen) {
+            if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            seen = state & !(RUN - 1);
+            // SAFETY: joined, and `job` was written before the run opened.
+            if let Some(job) = unsafe { *self.job.get() } {
+                self.claim(job);
+            }
+            self.state.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// The state with an open run other than run `seen`; none when the pool ends.
+    fn await_run(&self, seen: u64) -> Option<u64> {
+        let fresh = |state: u64| state & OPEN != 0 && state & !(RUN - 1) != seen;
+        let mut spinning = Instant::now();
+        loop {
+            for _ in 0..64 {
+                let state = self.state.load(Ordering::Acquire);
+                if fresh(state) {
+                    return Some(state);
+                }
+                std::hint::spin_loop();
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            if spinning.elapsed() < SPIN {
+                continue;
+            }
+            let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+            self.sleepers.fetch_add(1, Ordering::SeqCst);
+            while !fresh(self.state.load(Ordering::SeqCst)) && !self.stop.load(Ordering::SeqCst) {
+                guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.sleepers.fetch_sub(1, Ordering::SeqCst);
+            drop(guard);
+            spinning = Instant::now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        let pool = Pool::new(3).unwrap();
+        for tasks in [0, 1, 2, 3, 100, 1000] {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(tasks, |task| {
+                counts[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn many_short_runs_with_parking_between() {
+        let pool = Pool::new(2).unwrap();
+        let total = AtomicUsize::new(0);
+        for turn in 0..2000 {
+            pool.run(4, |task| {
+                total.fetch_add(task, Ordering::Relaxed);
+            });
+            if turn % 500 == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert_eq!(total.load(Ordering::Relaxed), 2000 * 6);
+    }
+
+    #[test]
+    fn a_panic_is_raised_after_all_tasks() {
+        for threads in [1, 2] {
+            let pool = Pool::new(threads).unwrap();
+            let done = AtomicUsize::new(0);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(50, |task| {
+                    assert_ne!(task, 7, "seven");
+                    done.fetch_add(1, Ordering::Relaxed);
+                });
+            }));
+            assert!(outcome.unwrap_err().downcast_ref::<String>().unwrap().contains("seven"));
+            assert_eq!(done.load(Ordering::Relaxed), 49);
+            pool.run(2, |_| ()); // and the pool still works
+        }
+    }
+
+    #[test]
+    fn nested_and_concurrent_runs() {
+        let pool = Pool::new(2).unwrap();
+        let total = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        pool.run(3, |_| {
+                            pool.run(5, |_| {
+                                total.fetch_add(1, Ordering::Relaxed);
+                            });
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.load(Ordering::Relaxed), 3 * 100 * 15);
+    }
+}

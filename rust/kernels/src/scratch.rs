@@ -1,0 +1,16 @@
+//! Working memory that operations reuse, so that a model's step allocates nothing once it has seen its largest batch.
+
+use crate::matrix::Activations;
+use crate::ops::AttentionScratch;
+
+/// Working memory of [`linear`](crate::linear) and [`attention`](crate::attention); its contents mean nothing between
+/// calls.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// Input rows as `linear` wants them.
+    pub(crate) activations: Activations,
+    /// Tasks, scores and partial results of `attention`.
+    pub(crate) attention: AttentionScratch,
+    /// Plain values, for whoever needs some.
+    pub(crate) values: Vec<f32>,
+}

@@ -1,0 +1,328 @@
+//! AVX2, FMA and F16C: two registers hold the 16 lanes.
+
+use super::{Isa, Kernel, LANES, Simd};
+use core::arch::x86_64::*;
+
+/// Token of AVX2, FMA and F16C; only [`Avx2::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx2(());
+
+/// Lanes 0..8 and 8..16.
+type F32 = (__m256, __m256);
+/// Lanes 0..8 and 8..16.
+type I32 = (__m256i, __m256i);
+
+/// An expression of AVX2, FMA and F16C intrinsics, in a method of the token.
+macro_rules! hardware {
+    ($($body:tt)*) => {{
+        // SAFETY: `self` exists, so the instructions do; pointers come from references or the caller's promise.
+        unsafe { $($body)* }
+    }};
+}
+
+impl Avx2 {
+    /// The token, if this machine has the instructions.
+    #[inline]
+    pub fn detect() -> Option<Avx2> {
+        let present = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Avx2(()))
+    }
+
+    /// Runs `kernel` compiled for this instruction set.
+    #[inline]
+    pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn inside<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        hardware!(inside(self, kernel))
+    }
+
+    /// Per 32-bit lane the sum of four products of weights offset by 128 and activations.
+    #[inline(always)]
+    fn byte_products(self, weights: __m256i, activations: __m256i) -> __m256i {
+        hardware!({
+            // |w| <= 128 and |a| <= 127, so a sum of two products, at most 32512, fits 16 bits.
+            let weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+            let signed = _mm256_sign_epi8(activations, weights);
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed);
+            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+        })
+    }
+}
+
+impl Simd for Avx2 {
+    type F32 = F32;
+    type I32 = I32;
+    /// Sums of 16 bits: eight times two products of at most 15 * 127 stay below 2^15.
+    type NibbleSum = I32;
+    const ISA: Isa = Isa::Avx2;
+    const REGISTERS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F32 {
+        hardware!((_mm256_set1_ps(value), _mm256_set1_ps(value)))
+    }
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> F32 {
+        hardware!((_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values.as_ptr().add(8))))
+    }
+    #[inline(always)]
+    unsafe fn load_pointer(self, values: *const f32) -> F32 {
+        hardware!((_mm256_loadu_ps(values), _mm256_loadu_ps(values.add(8))))
+    }
+    #[inline(always)]
+    fn load_f16(self, values: &[u16; LANES]) -> F32 {
+        let pointer = values.as_ptr();
+        hardware!((
+            _mm256_cvtph_ps(_mm_loadu_si128(pointer.cast())),
+            _mm256_cvtph_ps(_mm_loadu_si128(pointer.add(8).cast()))
+        ))
+    }
+    #[inline(always)]
+    fn load_bf16(self, values: &[u16; LANES]) -> F32 {
+        let bits = self.load_u16(values);
+        self.from_bits(self.shift_left(bits, 16))
+    }
+    #[inline(always)]
+    fn store(self, vector: F32, values: &mut [f32; LANES]) {
+        hardware!({
+            _mm256_storeu_ps(values.as_mut_ptr(), vector.0);
+            _mm256_storeu_ps(values.as_mut_ptr().add(8), vector.1);
+        })
+    }
+    #[inline(always)]
+    fn store_f16(self, vector: F32, values: &mut [u16; LANES]) {
+        let pointer = values.as_mut_ptr();
+        hardware!({
+            _mm_storeu_si128(pointer.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(vector.0));
+            _mm_storeu_si128(pointer.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(vector.1));
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sub(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn div(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: F32, b: F32, c: F32) -> F32 {
+        hardware!((_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)))
+    }
+    #[inline(always)]
+    fn max(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn min(self, a: F32, b: F32) -> F32 {
+        hardware!((_mm256_min_ps(a.0, b.0), _mm256_min_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: F32) -> F32 {
+        hardware!((_mm256_sqrt_ps(a.0), _mm256_sqrt_ps(a.1)))
+    }
+    #[inline(always)]
+    fn round(self, a: F32) -> F32 {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        hardware!((_mm256_round_ps::<MODE>(a.0), _mm256_round_ps::<MODE>(a.1)))
+    }
+    #[inline(always)]
+    fn select_greater(self, a: F32, b: F32, yes: F32, no: F32) -> F32 {
+        hardware!((
+            _mm256_blendv_ps(no.0, yes.0, _mm256_cmp_ps::<_CMP_GT_OQ>(a.0, b.0)),
+            _mm256_blendv_ps(no.1, yes.1, _mm256_cmp_ps::<_CMP_GT_OQ>(a.1, b.1))
+        ))
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: F32) -> f32 {
+        hardware!({
+            let a = _mm256_add_ps(a.0, a.1);
+            let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: F32) -> f32 {
+        hardware!({
+            let a = _mm256_max_ps(a.0, a.1);
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> I32 {
+        hardware!((_mm256_set1_epi32(value), _mm256_set1_epi32(value)))
+    }
+    #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> I32 {
+        // SAFETY: 16 values are 64 bytes.
+        unsafe { self.load_bytes(values.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, bytes: *const u8) -> I32 {
+        hardware!((_mm256_loadu_si256(bytes.cast()), _mm256_loadu_si256(bytes.add(32).cast())))
+    }
+    #[inline(always)]
+    fn load_u16(self, values: &[u16; LANES]) -> I32 {
+        let pointer = values.as_ptr();
+        hardware!((
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(pointer.cast())),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(pointer.add(8).cast()))
+        ))
+    }
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> I32 {
+        hardware!({
+            let bytes = _mm_loadu_si128(values.as_ptr().cast());
+            (_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))
+        })
+    }
+    #[inline(always)]
+    fn store_i32(self, vector: I32, values: &mut [i32; LANES]) {
+        hardware!({
+            _mm256_storeu_si256(values.as_mut_ptr().cast(), vector.0);
+            _mm256_storeu_si256(values.as_mut_ptr().add(8).cast(), vector.1);
+        })
+    }
+    #[inline(always)]
+    fn store_low_bytes(self, vector: I32, values: &mut [i8; LANES]) {
+        let mut lanes = [0_i32; LANES];
+        self.store_i32(vector, &mut lanes);
+        for (value, lane) in values.iter_mut().zip(lanes) {
+            *value = lane as i8;
+        }
+    }
+    #[inline(always)]
+    fn add_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_sub_epi32(a.0, b.0), _mm256_sub_epi32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn and_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_and_si256(a.0, b.0), _mm256_and_si256(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_or_si256(a.0, b.0), _mm256_or_si256(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn xor_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_xor_si256(a.0, b.0), _mm256_xor_si256(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn shift_left(self, a: I32, count: u32) -> I32 {
+        hardware!({
+            let count = _mm256_set1_epi32(count as i32);
+            (_mm256_sllv_epi32(a.0, count), _mm256_sllv_epi32(a.1, count))
+        })
+    }
+    #[inline(always)]
+    fn shift_right(self, a: I32, count: u32) -> I32 {
+        hardware!({
+            let count = _mm256_set1_epi32(count as i32);
+            (_mm256_srlv_epi32(a.0, count), _mm256_srlv_epi32(a.1, count))
+        })
+    }
+    #[inline(always)]
+    fn select_greater_i32(self, a: I32, b: I32, yes: I32, no: I32) -> I32 {
+        hardware!((
+            _mm256_blendv_epi8(no.0, yes.0, _mm256_cmpgt_epi32(a.0, b.0)),
+            _mm256_blendv_epi8(no.1, yes.1, _mm256_cmpgt_epi32(a.1, b.1))
+        ))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: I32) -> F32 {
+        hardware!((_mm256_cvtepi32_ps(a.0), _mm256_cvtepi32_ps(a.1)))
+    }
+    #[inline(always)]
+    fn to_i32(self, a: F32) -> I32 {
+        hardware!((_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1)))
+    }
+    #[inline(always)]
+    fn from_bits(self, a: I32) -> F32 {
+        hardware!((_mm256_castsi256_ps(a.0), _mm256_castsi256_ps(a.1)))
+    }
+    #[inline(always)]
+    fn to_bits(self, a: F32) -> I32 {
+        hardware!((_mm256_castps_si256(a.0), _mm256_castps_si256(a.1)))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: I32, b: I32) -> I32 {
+        hardware!((_mm256_max_epi32(a.0, b.0), _mm256_max_epi32(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn reduce_max_i32(self, a: I32) -> i32 {
+        hardware!({
+            let a = _mm256_max_epi32(a.0, a.1);
+            let a = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_max_epi32(a, _mm_unpackhi_epi64(a, a));
+            _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32::<1>(a)))
+        })
+    }
+    #[inline(always)]
+    fn reduce_sum_i32(self, a: I32) -> i32 {
+        hardware!({
+            let a = _mm256_add_epi32(a.0, a.1);
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_unpackhi_epi64(a, a));
+            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<1>(a)))
+        })
+    }
+
+    #[inline(always)]
+    fn nibble_zero(self) -> I32 {
+        self.splat_i32(0)
+    }
+    #[inline(always)]
+    fn nibble_dot(self, sum: I32, weights: I32, activations: I32) -> I32 {
+        hardware!((
+            _mm256_add_epi16(sum.0, _mm256_maddubs_epi16(weights.0, activations.0)),
+            _mm256_add_epi16(sum.1, _mm256_maddubs_epi16(weights.1, activations.1))
+        ))
+    }
+    #[inline(always)]
+    fn nibble_finish(self, sum: I32, offset: i32) -> I32 {
+        hardware!({
+            let (ones, offset) = (_mm256_set1_epi16(1), _mm256_set1_epi32(offset));
+            (
+                _mm256_add_epi32(_mm256_madd_epi16(sum.0, ones), offset),
+                _mm256_add_epi32(_mm256_madd_epi16(sum.1, ones), offset),
+            )
+        })
+    }
+    #[inline(always)]
+    fn byte_start(self, _total: i32) -> I32 {
+        self.splat_i32(0)
+    }
+    #[inline(always)]
+    fn byte_dot(self, sum: I32, weights: I32, activations: I32) -> I32 {
+        hardware!((
+            _mm256_add_epi32(sum.0, self.byte_products(weights.0, activations.0)),
+            _mm256_add_epi32(sum.1, self.byte_products(weights.1, activations.1))
+        ))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        hardware!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+}

@@ -1,0 +1,257 @@
+//! AVX-512 F, BW, DQ, VL and VNNI: one register holds all 16 lanes.
+
+use super::{Isa, Kernel, LANES, Simd};
+use core::arch::x86_64::*;
+
+/// Token of AVX-512; only [`Avx512::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512(());
+
+/// An expression of AVX-512 intrinsics, in a method of the token.
+macro_rules! hardware {
+    ($($body:tt)*) => {{
+        // SAFETY: `self` exists, so the instructions do; pointers come from references or the caller's promise.
+        unsafe { $($body)* }
+    }};
+}
+
+impl Avx512 {
+    /// The token, if this machine has the instructions.
+    #[inline]
+    pub fn detect() -> Option<Avx512> {
+        let present = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Avx512(()))
+    }
+
+    /// Runs `kernel` compiled for this instruction set.
+    #[inline]
+    pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        fn inside<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        hardware!(inside(self, kernel))
+    }
+}
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+    type I32 = __m512i;
+    type NibbleSum = __m512i;
+    const ISA: Isa = Isa::Avx512;
+    const REGISTERS: usize = 32;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        hardware!(_mm512_set1_ps(value))
+    }
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> __m512 {
+        hardware!(_mm512_loadu_ps(values.as_ptr()))
+    }
+    #[inline(always)]
+    unsafe fn load_pointer(self, values: *const f32) -> __m512 {
+        hardware!(_mm512_loadu_ps(values))
+    }
+    #[inline(always)]
+    fn load_f16(self, values: &[u16; LANES]) -> __m512 {
+        hardware!(_mm512_cvtph_ps(_mm256_loadu_si256(values.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_bf16(self, values: &[u16; LANES]) -> __m512 {
+        let bits = self.load_u16(values);
+        hardware!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+    }
+    #[inline(always)]
+    fn store(self, vector: __m512, values: &mut [f32; LANES]) {
+        hardware!(_mm512_storeu_ps(values.as_mut_ptr(), vector))
+    }
+    #[inline(always)]
+    fn store_f16(self, vector: __m512, values: &mut [u16; LANES]) {
+        hardware!({
+            let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(vector);
+            _mm256_storeu_si256(values.as_mut_ptr().cast(), half);
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        hardware!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        hardware!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: __m512) -> __m512 {
+        hardware!(_mm512_sqrt_ps(a))
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        hardware!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn select_greater(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
+        hardware!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), no, yes))
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: __m512) -> f32 {
+        hardware!({
+            let a = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: __m512) -> f32 {
+        hardware!({
+            let a = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m512i {
+        hardware!(_mm512_set1_epi32(value))
+    }
+    #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> __m512i {
+        hardware!(_mm512_loadu_si512(values.as_ptr().cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, bytes: *const u8) -> __m512i {
+        hardware!(_mm512_loadu_si512(bytes.cast()))
+    }
+    #[inline(always)]
+    fn load_u16(self, values: &[u16; LANES]) -> __m512i {
+        hardware!(_mm512_cvtepu16_epi32(_mm256_loadu_si256(values.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> __m512i {
+        hardware!(_mm512_cvtepi8_epi32(_mm_loadu_si128(values.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn store_i32(self, vector: __m512i, values: &mut [i32; LANES]) {
+        hardware!(_mm512_storeu_si512(values.as_mut_ptr().cast(), vector))
+    }
+    #[inline(always)]
+    fn store_low_bytes(self, vector: __m512i, values: &mut [i8; LANES]) {
+        hardware!(_mm_storeu_si128(values.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(vector)))
+    }
+    #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn xor_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_xor_si512(a, b))
+    }
+    #[inline(always)]
+    fn shift_left(self, a: __m512i, count: u32) -> __m512i {
+        hardware!(_mm512_sllv_epi32(a, _mm512_set1_epi32(count as i32)))
+    }
+    #[inline(always)]
+    fn shift_right(self, a: __m512i, count: u32) -> __m512i {
+        hardware!(_mm512_srlv_epi32(a, _mm512_set1_epi32(count as i32)))
+    }
+    #[inline(always)]
+    fn select_greater_i32(self, a: __m512i, b: __m512i, yes: __m512i, no: __m512i) -> __m512i {
+        hardware!(_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a, b), no, yes))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: __m512i) -> __m512 {
+        hardware!(_mm512_cvtepi32_ps(a))
+    }
+    #[inline(always)]
+    fn to_i32(self, a: __m512) -> __m512i {
+        hardware!(_mm512_cvtps_epi32(a))
+    }
+    #[inline(always)]
+    fn from_bits(self, a: __m512i) -> __m512 {
+        hardware!(_mm512_castsi512_ps(a))
+    }
+    #[inline(always)]
+    fn to_bits(self, a: __m512) -> __m512i {
+        hardware!(_mm512_castps_si512(a))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        hardware!(_mm512_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn reduce_max_i32(self, a: __m512i) -> i32 {
+        hardware!(_mm512_reduce_max_epi32(a))
+    }
+    #[inline(always)]
+    fn reduce_sum_i32(self, a: __m512i) -> i32 {
+        hardware!(_mm512_reduce_add_epi32(a))
+    }
+
+    #[inline(always)]
+    fn nibble_zero(self) -> __m512i {
+        hardware!(_mm512_setzero_si512())
+    }
+    #[inline(always)]
+    fn nibble_dot(self, sum: __m512i, weights: __m512i, activations: __m512i) -> __m512i {
+        hardware!(_mm512_dpbusd_epi32(sum, weights, activations))
+    }
+    #[inline(always)]
+    fn nibble_finish(self, sum: __m512i, offset: i32) -> __m512i {
+        hardware!(_mm512_add_epi32(sum, _mm512_set1_epi32(offset)))
+    }
+    #[inline(always)]
+    fn byte_start(self, total: i32) -> __m512i {
+        hardware!(_mm512_set1_epi32(total.wrapping_mul(-128)))
+    }
+    #[inline(always)]
+    fn byte_dot(self, sum: __m512i, weights: __m512i, activations: __m512i) -> __m512i {
+        hardware!(_mm512_dpbusd_epi32(sum, weights, activations))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        hardware!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+}

@@ -1,0 +1,286 @@
+//! Instruction sets. Kernels are written once, generic over [`Simd`]: 16 virtual lanes, however wide the registers.
+//!
+//! A value of a type that implements [`Simd`] is a token: it exists only where its instructions do, because only the
+//! type's `detect` makes one. [`Isa::dispatch`] turns an [`Isa`] into its token inside a function compiled for that
+//! instruction set; everything a kernel calls from there must be `#[inline(always)]`, or it falls back to baseline
+//! code (and every vector operation becomes a call).
+//!
+//! The same lane operations in the same order give the same bits on every instruction set: multiply-adds are fused
+//! everywhere (the scalar set uses `f32::mul_add`), horizontal sums use one tree, conversions round to nearest even.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+#[cfg(test)]
+mod tests;
+
+use crate::KernelError;
+#[cfg(target_arch = "x86_64")]
+pub use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub use avx512::Avx512;
+pub use scalar::Scalar;
+
+/// Lanes of a virtual vector.
+pub const LANES: usize = 16;
+
+/// An instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Portable code.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+/// A computation that is generic over the instruction set. See [`Isa::dispatch`].
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Computes. Implementations must be `#[inline(always)]`, and so must everything they call with `simd`.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+impl Isa {
+    const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// Its name, as in `INFER_ISA`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::detect().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => false,
+        }
+    }
+
+    /// Those that this machine has, the best one last.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The best one that this machine has.
+    pub fn detect() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The one that the environment variable `INFER_ISA` (`scalar`, `avx2`, `avx512`) forces, else the best one.
+    ///
+    /// # Errors
+    /// When the variable names no instruction set, or one that this machine lacks.
+    pub fn from_env() -> Result<Isa, KernelError> {
+        match std::env::var_os("INFER_ISA") {
+            None => Ok(Isa::detect()),
+            Some(value) => Isa::from_name(&value.to_string_lossy()),
+        }
+    }
+
+    /// The one of this name, if this machine has it; the best one for an empty name.
+    ///
+    /// # Errors
+    /// When the name is unknown, or this machine lacks the instruction set.
+    pub fn from_name(name: &str) -> Result<Isa, KernelError> {
+        if name.is_empty() {
+            return Ok(Isa::detect());
+        }
+        let named = Isa::ALL.into_iter().find(|isa| isa.name() == name);
+        let isa = named.ok_or_else(|| KernelError::UnknownIsa { value: name.to_owned() })?;
+        if isa.is_available() {
+            return Ok(isa);
+        }
+        let available = Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", ");
+        Err(KernelError::IsaUnavailable { requested: isa.name(), available })
+    }
+
+    /// Runs `kernel` compiled for this instruction set.
+    ///
+    /// # Panics
+    /// When this machine lacks it.
+    #[inline]
+    pub fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Isa::Scalar => kernel.run(Scalar),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::detect().expect("AVX2, FMA and F16C are absent").enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::detect().expect("AVX-512 with VNNI is absent").enter(kernel),
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => panic!("{} is absent: this is no x86-64 machine", self.name()),
+        }
+    }
+}
+
+/// Operations on vectors of 16 lanes.
+///
+/// Implementing it is a promise that the operations are sound wherever a value of the type exists.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// 16 lanes of `f32`.
+    type F32: Copy;
+    /// 16 lanes of `i32`, or 64 bytes.
+    type I32: Copy;
+    /// Sums of products of bytes, see [`Simd::nibble_dot`].
+    type NibbleSum: Copy;
+
+    /// Which instruction set this is.
+    const ISA: Isa;
+    /// Vector registers in units of 16 lanes: kernels size their tiles by it.
+    const REGISTERS: usize;
+
+    /// All lanes `value`.
+    fn splat(self, value: f32) -> Self::F32;
+    /// Sixteen values.
+    fn load(self, values: &[f32; LANES]) -> Self::F32;
+    /// Sixteen values.
+    ///
+    /// # Safety
+    /// `values` is valid for reading 16 values; alignment is free.
+    unsafe fn load_pointer(self, values: *const f32) -> Self::F32;
+    /// Sixteen half-precision values.
+    fn load_f16(self, values: &[u16; LANES]) -> Self::F32;
+    /// Sixteen bfloat16 values.
+    fn load_bf16(self, values: &[u16; LANES]) -> Self::F32;
+    /// Writes sixteen values.
+    fn store(self, vector: Self::F32, values: &mut [f32; LANES]);
+    /// Writes sixteen values rounded to half precision, to nearest even.
+    fn store_f16(self, vector: Self::F32, values: &mut [u16; LANES]);
+    /// Writes sixteen values rounded to bfloat16, to nearest even; a NaN stays one.
+    #[inline(always)]
+    fn store_bf16(self, vector: Self::F32, values: &mut [u16; LANES]) {
+        let bits = self.to_bits(vector);
+        let odd = self.and_i32(self.shift_right(bits, 16), self.splat_i32(1));
+        let rounded = self.add_i32(self.add_i32(bits, self.splat_i32(0x7fff)), odd);
+        let quiet = self.or_i32(bits, self.splat_i32(0x40_0000));
+        let magnitude = self.and_i32(bits, self.splat_i32(0x7fff_ffff));
+        let chosen = self.select_greater_i32(magnitude, self.splat_i32(0x7f80_0000), quiet, rounded);
+        let mut words = [0_i32; LANES];
+        self.store_i32(chosen, &mut words);
+        for (value, word) in values.iter_mut().zip(words) {
+            *value = (word as u32 >> 16) as u16;
+        }
+    }
+    /// Up to sixteen values; the lanes after them are 0.
+    #[inline(always)]
+    fn load_partial(self, values: &[f32]) -> Self::F32 {
+        let mut lanes = [0.0; LANES];
+        lanes[..values.len()].copy_from_slice(values);
+        self.load(&lanes)
+    }
+    /// Writes the first `values.len()` lanes, at most sixteen.
+    #[inline(always)]
+    fn store_partial(self, vector: Self::F32, values: &mut [f32]) {
+        let mut lanes = [0.0; LANES];
+        self.store(vector, &mut lanes);
+        values.copy_from_slice(&lanes[..values.len()]);
+    }
+
+    /// `a + b`.
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a - b`.
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b`.
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a / b`.
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `a > b ? a : b` (so `b` when either is NaN).
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a < b ? a : b` (so `b` when either is NaN).
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Square root.
+    fn sqrt(self, a: Self::F32) -> Self::F32;
+    /// Nearest integer, ties to even.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// Magnitude.
+    #[inline(always)]
+    fn abs(self, a: Self::F32) -> Self::F32 {
+        self.from_bits(self.and_i32(self.to_bits(a), self.splat_i32(0x7fff_ffff)))
+    }
+    /// Per lane `a > b ? yes : no` (so `no` when either is NaN).
+    fn select_greater(self, a: Self::F32, b: Self::F32, yes: Self::F32, no: Self::F32) -> Self::F32;
+    /// Sum of the lanes: halves are added until one lane is left (lane `i` with lane `i + 8`, then 4, 2, 1).
+    fn reduce_sum(self, a: Self::F32) -> f32;
+    /// Greatest lane, by the same tree of [`Simd::max`].
+    fn reduce_max(self, a: Self::F32) -> f32;
+
+    /// All lanes `value`.
+    fn splat_i32(self, value: i32) -> Self::I32;
+    /// Sixteen values.
+    fn load_i32(self, values: &[i32; LANES]) -> Self::I32;
+    /// 64 bytes.
+    ///
+    /// # Safety
+    /// `bytes` is valid for reading 64 bytes; alignment is free.
+    unsafe fn load_bytes(self, bytes: *const u8) -> Self::I32;
+    /// Sixteen unsigned 16-bit values.
+    fn load_u16(self, values: &[u16; LANES]) -> Self::I32;
+    /// Sixteen signed 8-bit values.
+    fn load_i8(self, values: &[i8; LANES]) -> Self::I32;
+    /// Writes sixteen values.
+    fn store_i32(self, vector: Self::I32, values: &mut [i32; LANES]);
+    /// Writes the low byte of each lane.
+    fn store_low_bytes(self, vector: Self::I32, values: &mut [i8; LANES]);
+    /// `a + b`, wrapping.
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a - b`, wrapping.
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise and.
+    fn and_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise or.
+    fn or_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Bitwise exclusive or.
+    fn xor_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Every lane shifted left by `count` < 32 bits.
+    fn shift_left(self, a: Self::I32, count: u32) -> Self::I32;
+    /// Every lane shifted right by `count` < 32 bits, zeros coming in.
+    fn shift_right(self, a: Self::I32, count: u32) -> Self::I32;
+    /// Per lane `a > b ? yes : no`.
+    fn select_greater_i32(self, a: Self::I32, b: Self::I32, yes: Self::I32, no: Self::I32) -> Self::I32;
+    /// The nearest `f32` of every lane.
+    fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// The nearest integer of every lane, ties to even; for lanes within the range of `i32` only.
+    fn to_i32(self, a: Self::F32) -> Self::I32;
+    /// The lanes' bits as `f32`.
+    #[allow(clippy::wrong_self_convention)] // `self` is the token
+    fn from_bits(self, a: Self::I32) -> Self::F32;
+    /// The lanes' bits.
+    fn to_bits(self, a: Self::F32) -> Self::I32;
+    /// The greater of both.
+    fn max_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Greatest lane.
+    fn reduce_max_i32(self, a: Self::I32) -> i32;
+    /// Sum of the lanes, wrapping.
+    fn reduce_sum_i32(self, a: Self::I32) -> i32;
+
+    /// An empty sum for [`Simd::nibble_dot`].
+    fn nibble_zero(self) -> Self::NibbleSum;
+    /// Adds, per lane, the products of four weight bytes in 0..=15 with four activation bytes in -127..=127.
+    /// At most 8 of these may be added to one sum.
+    fn nibble_dot(self, sum: Self::NibbleSum, weights: Self::I32, activations: Self::I32) -> Self::NibbleSum;
+    /// The sum, plus `offset` in every lane.
+    fn nibble_finish(self, sum: Self::NibbleSum, offset: i32) -> Self::I32;
+    /// The beginning of a sum of [`Simd::byte_dot`], where `total` is the sum of all activations that will follow.
+    fn byte_start(self, total: i32) -> Self::I32;
+    /// Adds, per lane, the products of four weights with four activation bytes in -127..=127.
+    /// Weights are bytes offset by 128, so 0 stands for -128; `sum` began as [`Simd::byte_start`].
+    fn byte_dot(self, sum: Self::I32, weights: Self::I32, activations: Self::I32) -> Self::I32;
+
+    /// Asks for the cache line at `address`, which need not be valid.
+    fn prefetch(self, address: *const u8);
+}

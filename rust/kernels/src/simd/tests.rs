@@ -1,0 +1,142 @@
+//! Every instruction set against the scalar one, bit for bit.
+
+use super::*;
+
+/// Every operation on the same lanes, as bits.
+struct Everything {
+    a: [f32; LANES],
+    b: [f32; LANES],
+    words: [i32; LANES],
+}
+
+impl Kernel for Everything {
+    type Output = Vec<[i32; LANES]>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let (a, b, w) = (s.load(&self.a), s.load(&self.b), s.load_i32(&self.words));
+        let mut out = Vec::new();
+        let mut keep = |bits: S::I32| {
+            let mut lanes = [0; LANES];
+            s.store_i32(bits, &mut lanes);
+            out.push(lanes);
+        };
+        let c = s.splat(0.37);
+        for value in [
+            s.add(a, b),
+            s.sub(a, b),
+            s.mul(a, b),
+            s.div(a, b),
+            s.mul_add(a, b, c),
+            s.max(a, b),
+            s.min(a, b),
+            s.sqrt(s.abs(a)),
+            s.round(a),
+            s.select_greater(a, b, c, a),
+            s.splat(s.reduce_sum(a)),
+            s.splat(s.reduce_max(a)),
+            s.to_f32(w),
+            s.load_partial(&self.a[..7]),
+        ] {
+            keep(s.to_bits(value));
+        }
+        let nibbles = s.and_i32(w, s.splat_i32(0x0f0f_0f0f));
+        let activations = s.splat_i32(i32::from_le_bytes([127, 0x81, 3, 0xf0])); // 127, -127, 3, -16
+        let mut sum = s.nibble_zero();
+        for _ in 0..8 {
+            sum = s.nibble_dot(sum, nibbles, activations);
+        }
+        let bytes = s.byte_dot(s.byte_start(127 - 127 + 3 - 16), w, activations);
+        for value in [
+            s.add_i32(w, nibbles),
+            s.sub_i32(nibbles, w),
+            s.or_i32(w, nibbles),
+            s.xor_i32(w, nibbles),
+            s.shift_left(w, 5),
+            s.shift_right(w, 5),
+            s.select_greater_i32(w, nibbles, s.splat_i32(7), w),
+            s.to_i32(a),
+            s.splat_i32(s.reduce_sum_i32(w)),
+            s.splat_i32(s.reduce_max_i32(w)),
+            s.max_i32(w, nibbles),
+            s.nibble_finish(sum, -88),
+            bytes,
+        ] {
+            keep(value);
+        }
+        out.extend(narrow(s, a, w));
+        out
+    }
+}
+
+#[inline(always)]
+fn narrow<S: Simd>(s: S, a: S::F32, w: S::I32) -> Vec<[i32; LANES]> {
+    let (mut half, mut brain, mut bytes, mut part) = ([0; LANES], [0; LANES], [0; LANES], [0.0; 5]);
+    s.store_f16(a, &mut half);
+    s.store_bf16(a, &mut brain);
+    s.store_low_bytes(w, &mut bytes);
+    s.store_partial(a, &mut part);
+    let mut out = vec![half.map(i32::from), brain.map(i32::from), bytes.map(i32::from)];
+    for value in [s.load_f16(&half), s.load_bf16(&brain), s.load_partial(&part), s.to_f32(s.load_i8(&bytes))] {
+        let mut lanes = [0.0; LANES];
+        s.store(value, &mut lanes);
+        out.push(lanes.map(|lane| lane.to_bits() as i32));
+    }
+    out
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_scalar_one() {
+    let mut state = 1_u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state
+    };
+    for _ in 0..200 {
+        let mut float = || (next() as i32 as f32) / 65536.0 / (1 << (next() % 20)) as f32;
+        let (a, b) = (std::array::from_fn(|_| float()), std::array::from_fn(|_| float()));
+        let words = std::array::from_fn(|_| next() as i32);
+        let expected = Isa::Scalar.dispatch(Everything { a, b, words });
+        for isa in Isa::available() {
+            assert_eq!(isa.dispatch(Everything { a, b, words }), expected, "{}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn bfloat16_rounds_to_even_and_keeps_specials() {
+    let cases = [
+        (1.0 + 1.0 / 256.0, 0x3f80), // a tie, to even
+        (1.0 + 3.0 / 256.0, 0x3f82),
+        (f32::INFINITY, 0x7f80),
+        (f32::MAX, 0x7f80),
+        (-0.0, 0x8000),
+    ];
+    struct Store([f32; LANES]);
+    impl Kernel for Store {
+        type Output = [u16; LANES];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> [u16; LANES] {
+            let mut out = [0; LANES];
+            s.store_bf16(s.load(&self.0), &mut out);
+            out
+        }
+    }
+    for isa in Isa::available() {
+        for (value, bits) in cases {
+            assert_eq!(isa.dispatch(Store([value; LANES])), [bits; LANES], "{value}");
+        }
+        let nan = isa.dispatch(Store([f32::NAN; LANES]))[0];
+        assert!(half::bf16::from_bits(nan).is_nan());
+    }
+}
+
+#[test]
+fn names_are_checked() {
+    assert_eq!(Isa::from_name("scalar").unwrap(), Isa::Scalar);
+    assert_eq!(Isa::from_name("").unwrap(), Isa::detect());
+    assert!(Isa::from_name("sse9").unwrap_err().to_string().contains("\"sse9\""));
+    for isa in Isa::ALL {
+        assert_eq!(Isa::from_name(isa.name()).is_ok(), isa.is_available());
+    }
+}

@@ -1,0 +1,257 @@
+//! A checkpoint on disk, opened and checked: which tensors there are, where their bytes lie, and the configuration.
+//!
+//! Files are mapped for loading only: all weights are packed into memory of our own, so a file that is replaced or cut
+//! short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use infer_formats::{FormatError, Gguf, Metadata, Safetensors, SafetensorsIndex, TensorInfo, check_splits};
+
+use crate::names::{self, Names};
+use crate::{Config, ModelError, ModelSpec, arch, gguf};
+
+/// How much of a small text file of a model folder is read at most, bytes.
+const MAX_CONFIG_BYTES: u64 = 64 << 20;
+
+#[derive(Debug)]
+enum FileBytes {
+    Mapped(memmap2::Mmap),
+    Read(Vec<u8>),
+}
+
+impl FileBytes {
+    fn open(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        let io = |source| ModelError::Io { path: path.to_owned(), source };
+        if !mmap {
+            return fs::read(path).map(Self::Read).map_err(io);
+        }
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: the mapping is private to the load; see the head of this file for what happens to changed files.
+        #[allow(unsafe_code)]
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        Ok(Self::Mapped(map))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// A tensor of a checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'a> {
+    /// Name, type, shape.
+    pub info: &'a TensorInfo,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+}
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What the model is.
+    pub spec: ModelSpec,
+    /// Metadata, for GGUF: the vocabulary and chat template are inside.
+    pub metadata: Option<Metadata>,
+    /// How its tensors are called.
+    pub(crate) names: &'static Names,
+    path: PathBuf,
+    files: Vec<FileBytes>,
+    tensors: HashMap<String, (usize, TensorInfo)>,
+}
+
+impl Checkpoint {
+    /// Opens a folder with `config.json` and safetensors files, a `.gguf` file, or a folder with one `.gguf` model.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the files: missing, malformed, an unknown architecture, values that cannot be right.
+    pub fn open(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        let kind = fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
+        if kind.is_file() {
+            return match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+                true => Self::open_gguf(path, mmap),
+                false => Err(not_a_model(path, "a file must be a .gguf; a safetensors model is given as its folder")),
+            };
+        }
+        if path.join("config.json").is_file() {
+            return Self::open_folder(path, mmap);
+        }
+        let found = files_with_extension(path, "gguf")?;
+        let first = |file: &&PathBuf| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            !name.contains("-of-") || name.contains("-00001-of-")
+        };
+        match found.iter().filter(first).collect::<Vec<_>>()[..] {
+            [single] => Self::open_gguf(single, mmap),
+            [] => Err(not_a_model(path, "the folder has neither config.json nor a .gguf file")),
+            _ => Err(not_a_model(path, "the folder has several .gguf models; name one of the files")),
+        }
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Looks a tensor up by its name in the file.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let (file, info) = self.tensors.get(name)?;
+        let bytes = self.files[*file].bytes().get(info.range.clone())?;
+        Some(Tensor { info, bytes })
+    }
+
+    /// All tensors, in no order.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors.values().map(|(_, info)| info)
+    }
+
+    /// Was it made by llama.cpp's converter, with rows reordered and constants folded?
+    pub fn is_gguf(&self) -> bool {
+        self.metadata.is_some()
+    }
+
+    fn open_folder(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        let config = Config::parse(&read_small(&path.join("config.json"))?)?;
+        let mut spec = ModelSpec::from_config(&config)?;
+        let generation = path.join("generation_config.json");
+        if generation.is_file() {
+            let more = Config::parse(&read_small(&generation)?)?.token_ids("eos_token_id")?;
+            spec.eos_token_ids.extend(more);
+            spec.eos_token_ids.sort_unstable();
+            spec.eos_token_ids.dedup();
+        }
+        let names = spec.arch.names;
+        let mut checkpoint =
+            Self { spec, metadata: None, names, path: path.to_owned(), files: Vec::new(), tensors: HashMap::new() };
+        for file in safetensors_files(path)? {
+            let bytes = FileBytes::open(&file, mmap)?;
+            let parsed = Safetensors::parse(bytes.bytes()).map_err(in_file(&file))?;
+            checkpoint.add(bytes, parsed.tensors);
+        }
+        checkpoint.normalise_prefix();
+        Ok(checkpoint)
+    }
+
+    /// Some checkpoints leave out the first part of every name (`wte` for `transformer.wte`: the first GPT-2 files), and
+    /// multi-modal ones put `language_model.` before it. Names are brought to the row's form.
+    fn normalise_prefix(&mut self) {
+        let embedding = format!("{}.weight", self.names.embedding);
+        let Some((first, short)) = embedding.split_once('.') else { return };
+        if self.tensors.contains_key(&embedding) {
+            return;
+        }
+        let outer = ["language_model.", "model.language_model."]
+            .into_iter()
+            .find(|outer| self.tensors.contains_key(&format!("{outer}{embedding}")));
+        let bare = self.tensors.contains_key(short);
+        let head = format!("{}.", self.names.head);
+        let renamed = |name: String| match outer.and_then(|outer| name.strip_prefix(outer)) {
+            Some(inner) => inner.to_owned(),
+            None if bare && !name.starts_with(&head) => format!("{first}.{name}"),
+            None => name,
+        };
+        self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(name, at)| (renamed(name), at)).collect();
+    }
+
+    fn open_gguf(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        let first = FileBytes::open(path, mmap)?;
+        let parsed = Gguf::parse(first.bytes()).map_err(in_file(path))?;
+        let mut parts = vec![(first, parsed)];
+        if let Some(split) = parts[0].1.split().map_err(in_file(path))? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            parts.clear();
+            for sibling in split.file_names(&name).map_err(in_file(path))? {
+                let sibling = path.with_file_name(sibling);
+                let bytes = FileBytes::open(&sibling, mmap)?;
+                let parsed = Gguf::parse(bytes.bytes()).map_err(in_file(&sibling))?;
+                parts.push((bytes, parsed));
+            }
+            let (bytes, parsed): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+            check_splits(&parsed).map_err(in_file(path))?;
+            parts = bytes.into_iter().zip(parsed).collect();
+        }
+        let mut files = Vec::with_capacity(parts.len());
+        let mut tensors = HashMap::new();
+        let mut metadata = None;
+        for (index, (bytes, parsed)) in parts.into_iter().enumerate() {
+            files.push(bytes);
+            tensors.extend(parsed.tensors.into_iter().map(|info| (info.name.clone(), (index, info))));
+            metadata.get_or_insert(parsed.metadata);
+        }
+        let Some(metadata) = metadata else { return Err(not_a_model(path, "no parts")) };
+        let tensor = |name: &str| {
+            let (file, info) = tensors.get(name)?;
+            Some(Tensor { info, bytes: files[*file].bytes().get(info.range.clone())? })
+        };
+        let (row, config) = gguf::config(&metadata, &tensor, path)?;
+        let spec = ModelSpec::read(row, &config)?;
+        Ok(Self { spec, metadata: Some(metadata), names: &names::GGUF, path: path.to_owned(), files, tensors })
+    }
+
+    fn add(&mut self, bytes: FileBytes, tensors: Vec<TensorInfo>) {
+        let file = self.files.len();
+        self.files.push(bytes);
+        self.tensors.extend(tensors.into_iter().map(|info| (info.name.clone(), (file, info))));
+    }
+}
+
+/// Whether there is an architecture of this name, for messages of other rooms.
+pub fn known_architectures() -> String {
+    arch::known()
+}
+
+fn in_file(path: &Path) -> impl Fn(FormatError) -> ModelError + '_ {
+    |source| ModelError::Format { path: path.to_owned(), source }
+}
+
+fn not_a_model(path: &Path, reason: &str) -> ModelError {
+    ModelError::NotAModel { path: path.to_owned(), reason: reason.to_owned() }
+}
+
+fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let io = |source| ModelError::Io { path: path.to_owned(), source };
+    let length = fs::metadata(path).map_err(io)?.len();
+    if length > MAX_CONFIG_BYTES {
+        return Err(not_a_model(path, &format!("{length} bytes is too long for a configuration")));
+    }
+    fs::read(path).map_err(io)
+}
+
+fn files_with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>, ModelError> {
+    let io = |source| ModelError::Io { path: folder.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if path.is_file() && path.extension().is_some_and(|own| own == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let index = folder.join("model.safetensors.index.json");
+    if index.is_file() {
+        let parsed = SafetensorsIndex::parse(&read_small(&index)?).map_err(in_file(&index))?;
+        return Ok(parsed.files().into_iter().map(|name| folder.join(name)).collect());
+    }
+    let single = folder.join("model.safetensors");
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let found = files_with_extension(folder, "safetensors")?;
+    match found.len() {
+        0 if files_with_extension(folder, "bin")?.is_empty() => {
+            Err(not_a_model(folder, "there is a config.json but no .safetensors file"))
+        }
+        0 => Err(not_a_model(folder, "weights are .bin pickles, which can run code when read; convert to safetensors")),
+        1 => Ok(found),
+        _ => Err(not_a_model(folder, "several .safetensors files but no model.safetensors.index.json")),
+    }
+}

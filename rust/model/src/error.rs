@@ -1,0 +1,88 @@
+//! The one error of this room: what is wrong with a model, where, and what would be right.
+
+use std::path::PathBuf;
+
+/// Why a model could not be read, understood or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file could not be opened or read.
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A container is malformed.
+    #[error("{path}: {source}", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: infer_formats::FormatError,
+    },
+    /// A folder or file is not a model at all.
+    #[error("{path} is not a model: {reason}", path = path.display())]
+    NotAModel {
+        /// The path that was given.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A field of the configuration is missing or has a value that cannot be right.
+    #[error("model configuration: `{field}` is {value}; expected {expected}")]
+    Config {
+        /// Name of the field as the file writes it.
+        field: String,
+        /// What was found.
+        value: String,
+        /// What would be right.
+        expected: String,
+    },
+    /// The architecture has no row in `arch.rs`.
+    #[error("unknown architecture `{name}`; known: {known}")]
+    UnknownArchitecture {
+        /// The name in the file.
+        name: String,
+        /// Comma separated list of the names we know.
+        known: String,
+    },
+    /// The checkpoint lacks a tensor which the configuration calls for.
+    #[error("the checkpoint has no tensor `{name}`, which its configuration calls for")]
+    MissingTensor {
+        /// The names that were tried.
+        name: String,
+    },
+    /// A tensor has another shape than the configuration implies.
+    #[error("tensor `{name}` has shape {found:?}; the configuration implies {expected}")]
+    Shape {
+        /// Tensor name.
+        name: String,
+        /// Shape in the file, slowest dimension first.
+        found: Vec<usize>,
+        /// What would fit.
+        expected: String,
+    },
+    /// A tensor is stored in a type that cannot be computed yet.
+    #[error("tensor `{name}` is stored as {found}; types that can be computed: {known}")]
+    TensorType {
+        /// Tensor name.
+        name: String,
+        /// Its type.
+        found: String,
+        /// Comma separated list.
+        known: String,
+    },
+    /// A request to the model does not fit it.
+    #[error("{0}")]
+    Request(String),
+    /// A kernel refused its arguments or memory ran out.
+    #[error(transparent)]
+    Kernel(#[from] infer_kernels::KernelError),
+}
+
+impl ModelError {
+    pub(crate) fn config(field: &str, value: impl ToString, expected: impl ToString) -> Self {
+        Self::Config { field: field.to_owned(), value: value.to_string(), expected: expected.to_string() }
+    }
+}

@@ -1,0 +1,402 @@
+//! From a row of `arch.rs` and a checkpoint's configuration to a checked description of one model.
+
+use infer_kernels::{Activation, NormKind};
+
+use crate::arch::{self, Arch, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
+use crate::rope::RopeSpec;
+use crate::{Config, ModelError};
+
+/// Everything `program.rs` needs to know about one model. Sizes are checked: no product of two of them overflows.
+#[derive(Debug, Clone)]
+pub struct ModelSpec {
+    /// The family's row.
+    pub arch: &'static Arch,
+    /// Width of the residual.
+    pub hidden: usize,
+    /// Tokens in the vocabulary, rows of the head.
+    pub vocabulary: usize,
+    /// Longest sequence the checkpoint was made for, tokens.
+    pub max_positions: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Epsilon of all norms.
+    pub epsilon: f32,
+    /// Norms of queries and keys, if any.
+    pub qk_norm: Option<QkNormSpec>,
+    /// Attention and feed-forward read the same residual.
+    pub parallel: bool,
+    /// ... and the same norm of it.
+    pub shared_norm: bool,
+    /// Kinds of rotation; layers refer to them by index.
+    pub ropes: Vec<RopeSpec>,
+    /// One entry per layer.
+    pub layers: Vec<LayerSpec>,
+    /// Factor on scores before the softmax.
+    pub attention_scale: f32,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub attention_softcap: Option<f32>,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub logit_softcap: Option<f32>,
+    /// Factor on embeddings.
+    pub embedding_scale: f32,
+    /// Factor on each branch.
+    pub residual_scale: f32,
+    /// Factor on logits.
+    pub logit_scale: f32,
+    /// Activation of feed-forward networks.
+    pub activation: Activation,
+    /// The head is the embedding.
+    pub tied: bool,
+    /// Ids that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// Id that begins a text.
+    pub bos_token_id: Option<u32>,
+}
+
+/// Norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QkNormSpec {
+    /// Kind of norm.
+    pub kind: NormKind,
+    /// Each head alone (else the whole row).
+    pub per_head: bool,
+}
+
+/// What differs between layers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerSpec {
+    /// Tokens visible, the token itself included; all if absent.
+    pub window: Option<usize>,
+    /// Index into [`ModelSpec::ropes`]; absent: no rotation.
+    pub rope: Option<usize>,
+    /// The second half of the layer.
+    pub feed_forward: FeedForward,
+}
+
+/// The second half of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum FeedForward {
+    /// One network for all tokens.
+    Dense {
+        /// Inner width.
+        width: usize,
+    },
+    /// A few of many, chosen per token.
+    Experts {
+        /// How many there are.
+        count: usize,
+        /// How many a token uses.
+        used: usize,
+        /// Inner width of each.
+        width: usize,
+        /// Weights of the chosen are divided by their sum.
+        renormalise: bool,
+        /// Inner width of the expert that all tokens use, if there is one.
+        shared_width: Option<usize>,
+    },
+}
+
+const MAX_LAYERS: usize = 4096;
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_VOCABULARY: usize = 1 << 24;
+const MAX_POSITIONS: usize = 1 << 30;
+const MAX_HEADS: usize = 1 << 16;
+
+impl ModelSpec {
+    /// Reads the configuration of a safetensors checkpoint. `eos` from `generation_config.json` may be added later.
+    ///
+    /// # Errors
+    /// An unknown architecture, a missing field, or a value that cannot be right.
+    pub fn from_config(config: &Config) -> Result<Self, ModelError> {
+        let names = config.texts("architectures")?.unwrap_or_default();
+        let arch = names.iter().find_map(|name| arch::by_hf(name)).ok_or_else(|| ModelError::UnknownArchitecture {
+            name: if names.is_empty() { "(none in `architectures`)".to_owned() } else { names.join(", ") },
+            known: arch::known(),
+        })?;
+        Self::read(arch, config)
+    }
+
+    /// Reads a configuration for a given row.
+    pub fn read(arch: &'static Arch, config: &Config) -> Result<Self, ModelError> {
+        let hidden = config.size(&["hidden_size", "n_embd"], MAX_WIDTH)?;
+        let heads = config.size(&["num_attention_heads", "n_head"], MAX_HEADS)?;
+        let kv_heads = config.count(&["num_key_value_heads"], MAX_HEADS)?.unwrap_or(heads);
+        if kv_heads == 0 || heads % kv_heads != 0 {
+            let expected = format!("a divisor of num_attention_heads ({heads})");
+            return Err(ModelError::config("num_key_value_heads", kv_heads, expected));
+        }
+        let head_dim = match config.count(&["head_dim"], MAX_WIDTH)? {
+            Some(head_dim) => head_dim,
+            None => hidden / heads,
+        };
+        if head_dim == 0 || heads * head_dim > MAX_WIDTH || head_dim > 1024 {
+            return Err(ModelError::config("head_dim", head_dim, "a number from 1 to 1024 that fits the heads"));
+        }
+        let max_positions = config.size(&["max_position_embeddings", "n_positions", "n_ctx"], MAX_POSITIONS)?;
+        let epsilon_fields =
+            ["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"];
+        let (parallel, shared_norm) = parallel(arch, config)?;
+        let ropes = ropes(arch, config, head_dim, max_positions)?;
+        let scales = Scales::read(arch, config, hidden, head_dim)?;
+        Ok(Self {
+            arch,
+            hidden,
+            vocabulary: config.size(&["vocab_size"], MAX_VOCABULARY)?,
+            max_positions,
+            heads,
+            kv_heads,
+            head_dim,
+            epsilon: config.positive(&epsilon_fields)?.unwrap_or(1e-5) as f32,
+            qk_norm: qk_norm(arch, config)?,
+            parallel,
+            shared_norm,
+            layers: layers(arch, config, hidden, ropes.len())?,
+            ropes,
+            attention_scale: scales.attention,
+            attention_softcap: config.positive(&["attn_logit_softcapping"])?.map(|cap| cap as f32),
+            logit_softcap: config.positive(&["final_logit_softcapping"])?.map(|cap| cap as f32),
+            embedding_scale: scales.embedding,
+            residual_scale: scales.residual,
+            logit_scale: scales.logit,
+            activation: activation(arch, config)?,
+            tied: config.flag("tie_word_embeddings")?.unwrap_or(arch.tied),
+            eos_token_ids: config.token_ids("eos_token_id")?,
+            bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
+        })
+    }
+
+    /// Name of the architecture as transformers has it.
+    pub fn architecture(&self) -> &'static str {
+        self.arch.hf[0]
+    }
+
+    /// The length beyond which a sequence must be computed anew with long-context frequencies, if the model has such.
+    pub fn context_switch(&self) -> Option<usize> {
+        self.ropes.iter().filter_map(RopeSpec::context_switch).min()
+    }
+}
+
+fn parallel(arch: &Arch, config: &Config) -> Result<(bool, bool), ModelError> {
+    let flag = |default| Ok::<_, ModelError>(config.flag("use_parallel_residual")?.unwrap_or(default));
+    Ok(match arch.parallel {
+        Parallel::No => (false, false),
+        Parallel::Always => (true, true),
+        Parallel::FlagOneNorm(default) => (flag(default)?, true),
+        Parallel::FlagTwoNorms(default) => (flag(default)?, false),
+    })
+}
+
+fn qk_norm(arch: &Arch, config: &Config) -> Result<Option<QkNormSpec>, ModelError> {
+    Ok(match arch.qk_norm {
+        QkNorm::None => None,
+        QkNorm::PerHead => Some(QkNormSpec { kind: NormKind::Rms, per_head: true }),
+        QkNorm::Full => Some(QkNormSpec { kind: NormKind::Rms, per_head: false }),
+        QkNorm::LayerPerHeadIfFlag => match config.flag("qk_layernorm")?.unwrap_or(false) {
+            true => Some(QkNormSpec { kind: NormKind::Layer, per_head: true }),
+            false => None,
+        },
+    })
+}
+
+struct Scales {
+    attention: f32,
+    embedding: f32,
+    residual: f32,
+    logit: f32,
+}
+
+impl Scales {
+    fn read(arch: &Arch, config: &Config, hidden: usize, head_dim: usize) -> Result<Self, ModelError> {
+        let field = |name: &str| Ok::<_, ModelError>(config.positive(&[name])?.unwrap_or(1.0));
+        let resolve = |scale: Scale, default: f64| {
+            Ok::<_, ModelError>(match scale {
+                Scale::Default => default,
+                Scale::SqrtHidden => (hidden as f64).sqrt(),
+                Scale::Field(name) => field(name)?,
+                Scale::Inverse(name) => 1.0 / field(name)?,
+                Scale::InverseSqrt(name) => match config.positive(&[name])? {
+                    Some(value) => value.sqrt().recip(),
+                    None => default,
+                },
+            } as f32)
+        };
+        let usual = (head_dim as f64).sqrt().recip();
+        let attention = match config.flag("scale_attn_weights")? {
+            Some(false) => 1.0,
+            _ => resolve(arch.attention_scale, usual)?,
+        };
+        if config.flag("scale_attn_by_inverse_layer_idx")? == Some(true) {
+            let field = "scale_attn_by_inverse_layer_idx";
+            return Err(ModelError::config(field, true, "false (a scale per layer is not supported)"));
+        }
+        Ok(Self {
+            attention,
+            embedding: resolve(arch.embedding_scale, 1.0)?,
+            residual: resolve(arch.residual_scale, 1.0)?,
+            logit: resolve(arch.logit_scale, 1.0)?,
+        })
+    }
+}
+
+fn activation(arch: &Arch, config: &Config) -> Result<Activation, ModelError> {
+    let named = match config.text(&["hidden_activation"])? {
+        None if arch.activation_fixed => None,
+        None => config.text(&["hidden_act", "activation_function"])?,
+        some => some,
+    };
+    Ok(match named {
+        None => arch.activation,
+        Some("silu" | "swish") => Activation::Silu,
+        Some("gelu") => Activation::GeluErf,
+        Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_tanh") => Activation::GeluTanh,
+        Some("relu") => Activation::Relu,
+        Some("relu2") => Activation::ReluSquared,
+        Some(other) => {
+            let known = "silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu or relu2";
+            return Err(ModelError::config("hidden_act", format!("`{other}`"), known));
+        }
+    })
+}
+
+/// Kinds of rotation: the model's, and second the one of layers with a window where it differs (Gemma 3).
+fn ropes(arch: &Arch, config: &Config, head_dim: usize, max_positions: usize) -> Result<Vec<RopeSpec>, ModelError> {
+    if arch.positions == Positions::Learned {
+        return Ok(Vec::new());
+    }
+    let outer = config.count(&["original_max_position_embeddings"], MAX_POSITIONS)?;
+    let read = |parameters: Option<&Config>, theta: Option<f64>| {
+        let inner = |names: &[&str]| match parameters {
+            Some(parameters) => parameters.positive(names),
+            None => Ok(None),
+        };
+        let fraction = inner(&["partial_rotary_factor"])?
+            .or(config.positive(&["partial_rotary_factor", "rotary_pct", "rope_pct"])?)
+            .unwrap_or(f64::from(arch.rotary_fraction));
+        let rotary_dim = (head_dim as f64 * fraction) as usize;
+        if rotary_dim == 0 || rotary_dim > head_dim || rotary_dim % 2 != 0 {
+            let expected = format!("a fraction which makes an even number of {head_dim} dimensions");
+            return Err(ModelError::config("partial_rotary_factor", fraction, expected));
+        }
+        let theta = inner(&["rope_theta"])?
+            .or(theta)
+            .or(config.positive(&["rope_theta", "rotary_emb_base"])?)
+            .unwrap_or(f64::from(arch.rope_theta));
+        if theta <= 1.0 {
+            return Err(ModelError::config("rope_theta", theta, "a number above 1"));
+        }
+        RopeSpec::read(parameters, theta, rotary_dim, max_positions, outer)
+    };
+    let parameters = match config.object("rope_parameters")? {
+        Some(parameters) => Some(parameters),
+        None => config.object("rope_scaling")?,
+    };
+    if let Some(parameters) = &parameters
+        && (parameters.contains("full_attention") || parameters.contains("sliding_attention"))
+    {
+        let full = read(parameters.object("full_attention")?.as_ref(), None)?;
+        let sliding = read(parameters.object("sliding_attention")?.as_ref(), None)?;
+        return Ok(vec![full, sliding]);
+    }
+    let global = read(parameters.as_ref(), None)?;
+    match config.positive(&["rope_local_base_freq"])? {
+        Some(theta) => Ok(vec![global, read(None, Some(theta))?]),
+        None => Ok(vec![global]),
+    }
+}
+
+fn layers(arch: &Arch, config: &Config, hidden: usize, ropes: usize) -> Result<Vec<LayerSpec>, ModelError> {
+    let count = config.size(&["num_hidden_layers", "n_layer"], MAX_LAYERS)?;
+    let windows = windows(arch, config, count)?;
+    let marked = config.numbers("no_rope_layers")?;
+    let interval = config.count(&["no_rope_layer_interval"], MAX_LAYERS)?.unwrap_or(4).max(1);
+    (0..count)
+        .map(|layer| {
+            let window = windows[layer];
+            let rotated = match arch.rotated {
+                Rotated::All => true,
+                Rotated::Windowed => window.is_some(),
+                Rotated::Marked => match &marked {
+                    Some(marked) => marked.get(layer).is_none_or(|mark| *mark != 0.0),
+                    None => (layer + 1) % interval != 0,
+                },
+            };
+            let rope = if window.is_some() { ropes.min(2) } else { 1 };
+            Ok(LayerSpec {
+                window,
+                rope: (rotated && ropes > 0).then(|| rope - 1),
+                feed_forward: feed_forward(arch, config, hidden, layer)?,
+            })
+        })
+        .collect()
+}
+
+fn windows(arch: &Arch, config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
+    let window = config.count(&["sliding_window"], MAX_POSITIONS)?.filter(|window| *window > 0);
+    let by_flag = config.flag("use_sliding_window")?.unwrap_or(false);
+    let flagged = matches!(arch.windows, Windows::FromLayerIfFlag | Windows::AllIfFlag);
+    let Some(window) = window.filter(|_| !flagged || by_flag) else { return Ok(vec![None; layers]) };
+    if let Some(types) = config.texts("layer_types")? {
+        if types.len() != layers {
+            return Err(ModelError::config("layer_types", types.len(), format!("{layers} items")));
+        }
+        return types
+            .into_iter()
+            .map(|kind| match kind {
+                "sliding_attention" => Ok(Some(window)),
+                "full_attention" => Ok(None),
+                other => Err(ModelError::config("layer_types", other, "sliding_attention or full_attention")),
+            })
+            .collect();
+    }
+    let pattern = config.count(&["sliding_window_pattern", "_sliding_window_pattern"], MAX_LAYERS)?;
+    let first = config.count(&["max_window_layers"], MAX_LAYERS)?.unwrap_or(28);
+    let windowed = |layer: usize| match arch.windows {
+        Windows::Never => false,
+        Windows::All | Windows::AllIfFlag => true,
+        Windows::FromLayerIfFlag => layer >= first,
+        Windows::AllButEach(each) => (layer + 1) % pattern.unwrap_or(each).max(1) != 0,
+    };
+    Ok((0..layers).map(|layer| windowed(layer).then_some(window)).collect())
+}
+
+fn feed_forward(arch: &Arch, config: &Config, hidden: usize, layer: usize) -> Result<FeedForward, ModelError> {
+    if let Some(row) = &arch.experts
+        && is_sparse(config, layer)?
+    {
+        return experts(row, config);
+    }
+    let width = match config.count(&["intermediate_size", "n_inner"], MAX_WIDTH)? {
+        Some(width) => width,
+        None => 4 * hidden,
+    };
+    if width == 0 {
+        return Err(ModelError::config("intermediate_size", 0, format!("a number from 1 to {MAX_WIDTH}")));
+    }
+    Ok(FeedForward::Dense { width })
+}
+
+fn is_sparse(config: &Config, layer: usize) -> Result<bool, ModelError> {
+    let step = config.count(&["decoder_sparse_step"], MAX_LAYERS)?.unwrap_or(1);
+    let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
+    Ok(step > 0 && (layer + 1) % step == 0 && !dense.contains(&(layer as f64)))
+}
+
+fn experts(row: &ExpertsRow, config: &Config) -> Result<FeedForward, ModelError> {
+    let count = config.size(&["num_experts", "num_local_experts"], 1 << 14)?;
+    let used = config.size(&["num_experts_per_tok"], count)?;
+    let shared_width = match row.shared {
+        true => Some(config.size(&["shared_expert_intermediate_size"], MAX_WIDTH)?),
+        false => None,
+    };
+    Ok(FeedForward::Experts {
+        count,
+        used,
+        width: config.size(&[row.width_field], MAX_WIDTH)?,
+        renormalise: config.flag("norm_topk_prob")?.unwrap_or(row.renormalise),
+        shared_width,
+    })
+}

@@ -1,0 +1,72 @@
+//! The law of the CPU: a token's logits are a function of its own sequence alone, bit for bit, whatever the batch,
+//! its place in it, the sizes of chunks, the pages it lies in and the number of threads.
+
+mod common;
+
+use common::{Expected, exact, golden_folder, is_long, logits};
+use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
+use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions};
+
+/// Families that between them use every kind of step.
+const CASES: &[&str] = &["llama", "gemma2", "gemma3", "cohere2", "gpt2", "qwen2_moe", "stablelm", "mistral"];
+
+fn options(threads: usize, precision: Precision, kv_element: KvElement) -> LoadOptions {
+    LoadOptions { precision, kv_element, ..exact(threads) }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn chunks_and_threads_change_no_bit() {
+    for case in CASES {
+        let text = Expected::read(case).token_ids;
+        let mut one = CpuModel::load(&golden_folder().join(case), &exact(1)).expect("loads");
+        let long = is_long(&one, text.len());
+        let reference = bits(&logits(&mut one, &text, text.len(), long));
+        for threads in [1, 2, 3] {
+            let mut model = CpuModel::load(&golden_folder().join(case), &exact(threads)).expect("loads");
+            for chunk in [1, 7, 16, 33, text.len()] {
+                let found = bits(&logits(&mut model, &text, chunk, long));
+                assert_eq!(found, reference, "{case}: {threads} threads, chunks of {chunk}");
+            }
+        }
+    }
+}
+
+#[test]
+fn neighbours_change_no_bit() {
+    for (precision, kv) in [(Precision::Exact, KvElement::F32), (Precision::Auto, KvElement::F16)] {
+        for case in CASES {
+            let text = Expected::read(case).token_ids;
+            let mut model = CpuModel::load(&golden_folder().join(case), &options(2, precision, kv)).expect("loads");
+            let vocabulary = model.spec().vocabulary;
+            let long = is_long(&model, text.len());
+            let alone = bits(&logits(&mut model, &text, text.len(), long));
+            // The text between two others, in pages that are scattered among theirs.
+            let others: Vec<u32> = text.iter().rev().copied().collect();
+            let pages_each = text.len().div_ceil(PAGE_TOKENS) as u32;
+            let pages: Vec<Vec<u32>> =
+                (0..3).map(|sequence| (0..pages_each).map(|page| page * 3 + sequence).collect()).collect();
+            model.allocate_cache(3 * pages_each as usize).expect("memory");
+            let tokens = [&others[..5], &text[..], &others[..]].concat();
+            let starts = [0, 5, 5 + text.len(), 5 + 2 * text.len()];
+            let sequences: Vec<_> = (0..3)
+                .map(|index| BatchSequence {
+                    first_row: starts[index],
+                    rows: starts[index + 1] - starts[index],
+                    first_position: 0,
+                    pages: &pages[index],
+                    long_context: long,
+                })
+                .collect();
+            let rows: Vec<u32> = (5..5 + text.len() as u32).collect();
+            let mut found = Vec::new();
+            let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &rows };
+            model.forward(&batch, &mut found).expect("computable");
+            assert_eq!(found.len(), text.len() * vocabulary);
+            assert_eq!(bits(&found), alone, "{case} {precision:?}");
+        }
+    }
+}

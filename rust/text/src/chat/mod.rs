@@ -1,0 +1,16 @@
+//! Chat templates: messages to the text that a model was trained on.
+//!
+//! Templates are Jinja2 programs out of model files. They run in minijinja, with no access to anything but their
+//! arguments, under limits on fuel, template size and output size. The environment is configured as in
+//! transformers' `apply_chat_template` (trim_blocks, lstrip_blocks, loop controls, its `tojson`,
+//! `raise_exception`, `strftime_now`), and Python's printing of values is imitated, because templates print
+//! lists and dictionaries of tool schemas.
+
+mod clock;
+mod environment;
+mod generation;
+mod json;
+mod printing;
+mod template;
+
+pub use template::ChatTemplate;

@@ -1,0 +1,152 @@
+"""Every argument a user can get wrong is refused by an `InferError` that names it; none is accepted and ignored."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from infer import LLM, InferError, SamplingParams
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -2),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("stop", [""]),
+        ("stop_token_ids", [-1]),
+        ("logprobs", -2),
+        ("prompt_logprobs", -2),
+        ("allowed_token_ids", []),
+        ("logit_bias", {1: float("nan")}),
+    ],
+)
+def test_sampling_parameters_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(InferError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("n", 1.5), ("stop", 3), ("logit_bias", [1]), ("max_tokens", "x")])
+def test_sampling_parameters_of_a_wrong_type(name: str, value: Any) -> None:
+    with pytest.raises((InferError, TypeError), match=name):
+        SamplingParams(**{name: value})
+
+
+def test_min_tokens_above_max_tokens() -> None:
+    with pytest.raises(InferError, match="min_tokens"):
+        SamplingParams(min_tokens=9, max_tokens=8)
+
+
+def test_unknown_sampling_parameters_are_refused() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_sampling_parameters_are_values() -> None:
+    params = SamplingParams(temperature=0.5, stop="end", logit_bias={3: 1.0}, seed=2**63 - 1)
+    assert params == SamplingParams(temperature=0.5, stop=["end"], logit_bias={3: 1.0}, seed=2**63 - 1)
+    assert params != params.replace(seed=1)
+    assert hash(params) == hash(params.replace())
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    assert "temperature=0.5" in repr(params)
+    with pytest.raises(AttributeError):
+        params.temperature = 1.0  # type: ignore[misc]
+    with pytest.raises(InferError, match="top_p"):
+        params.replace(top_p=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("device", "cuda", "this release computes on CPUs only"),
+        ("device", "tpu", "'tpu' is unknown"),
+        ("dtype", "int3", "dtype.*int3"),
+        ("kv_cache_dtype", "int3", "kv_cache_dtype.*int3"),
+        ("threads", 0, "threads.*0"),
+        ("max_model_len", 0, "max_model_len.*0"),
+        ("max_model_len", 10**9, "max_model_len"),
+        ("max_num_seqs", 0, "max_num_seqs.*0"),
+        ("max_num_batched_tokens", 0, "max_num_batched_tokens.*0"),
+        ("kv_cache_memory_bytes", 1, "kv_cache_memory_bytes"),
+    ],
+)
+def test_engine_arguments_out_of_range(name: str, value: Any, words: str) -> None:
+    with pytest.raises(InferError, match=words):
+        LLM(**{name: value})
+
+
+def test_the_context_is_a_limit() -> None:
+    with LLM(threads=1, max_model_len=64) as llm:
+        assert llm.max_model_len == 64
+        (output,) = llm.generate([[5] * 60], SamplingParams(max_tokens=100, ignore_eos=True))
+        assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (4, "length")
+        with pytest.raises(InferError, match="64"):
+            llm.generate([[5] * 65])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_kv_cache_types_and_reading_instead_of_mapping(kind: str, llm: LLM) -> None:
+    prompt = "Once upon a time there was"
+    params = SamplingParams(temperature=0, max_tokens=4)
+    with LLM(threads=1, kv_cache_dtype=kind, mmap=False) as other:
+        assert len(other.generate(prompt, params)[0].outputs[0].token_ids) == 4
+        assert abs(other.logits(prompt) - llm.logits(prompt)).max() < 0.5
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"x" * 100, b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_files_that_are_no_models(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(InferError):
+        LLM(tmp_path / "model.gguf")
+    with pytest.raises(InferError):
+        LLM(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, bare_folder: Path) -> None:
+    for file in bare_folder.iterdir():
+        if file.name.startswith("model."):
+            (tmp_path / file.name).symlink_to(file)
+    settings = json.loads((bare_folder / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "architectures": ["NoSuchForCausalLM"]}), encoding="utf-8")
+    with pytest.raises(InferError, match=r"NoSuchForCausalLM.*LlamaForCausalLM"):
+        LLM(tmp_path)
+
+
+def advised(tmp_path: Path, bare_folder: Path, text: str) -> LLM:
+    for file in bare_folder.iterdir():
+        if file.name in ("config.json", "model.safetensors"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    return LLM(tmp_path, threads=1)
+
+
+def test_the_models_own_advice_is_the_default(tmp_path: Path, bare_folder: Path) -> None:
+    with advised(tmp_path, bare_folder, '{"temperature": 0.5, "top_k": 7, "max_new_tokens": 3, "do_sample": true}') as llm:
+        assert llm.default_sampling_params() == SamplingParams(temperature=0.5, top_k=7, max_tokens=3)
+        assert llm.default_sampling_params(top_k=0).top_k == 0
+        assert len(llm.generate([[1, 2]])[0].outputs[0].token_ids) <= 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 5000, "1" * (1 << 21)])
+def test_advice_that_is_no_advice(tmp_path: Path, bare_folder: Path, text: str) -> None:
+    with pytest.raises(InferError, match="generation_config"):
+        advised(tmp_path, bare_folder, text)

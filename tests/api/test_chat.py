@@ -1,0 +1,83 @@
+"""`LLM.chat` and the tokenizer: conversations through the model's own template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+import pytest
+
+from infer import LLM, InferError, SamplingParams
+
+PARAMS = SamplingParams(temperature=0, max_tokens=16)
+MESSAGES = [
+    {"role": "user", "content": "Hello! What is your favorite movie?"},
+    {"role": "assistant", "content": "I like the old ones."},
+    {"role": "user", "content": "Tell me a story."},
+]
+
+
+def test_chat_is_generate_on_the_template(llm: LLM) -> None:
+    prompt = llm.tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=True)
+    answered = llm.chat(MESSAGES, PARAMS)[0]
+    generated = llm.generate([prompt], PARAMS)[0]
+    assert answered.prompt_token_ids == prompt
+    assert answered.outputs[0].token_ids == generated.outputs[0].token_ids
+    assert "".join(llm.stream_chat(MESSAGES, PARAMS)) == answered.outputs[0].text
+    assert answered.prompt == llm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+
+
+def test_the_template_is_rendered_as_jinja_does(llm: LLM) -> None:
+    assert llm.tokenizer.chat_template is not None
+    expected = jinja2.Template(llm.tokenizer.chat_template).render(messages=MESSAGES, add_generation_prompt=True)
+    assert llm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True) == expected
+
+
+def test_special_tokens_of_the_template_are_single_tokens(llm: LLM) -> None:
+    token_ids = llm.tokenizer.apply_chat_template(MESSAGES, tokenize=True)
+    start, end = llm.tokenizer.token_to_id("<|im_start|>"), llm.tokenizer.token_to_id("<|im_end|>")
+    assert (token_ids.count(start or -1), token_ids.count(end or -1)) == (3, 3)
+    assert end in llm.tokenizer.eos_token_ids
+    assert "<|im_end|>" not in llm.tokenizer.decode(token_ids)
+    assert "<|im_end|>" in llm.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def test_many_conversations_at_once(llm: LLM) -> None:
+    alone = [llm.chat(messages, PARAMS)[0].outputs[0].text for messages in (MESSAGES, MESSAGES[2:])]
+    assert [output.outputs[0].text for output in llm.chat([MESSAGES, MESSAGES[2:]], PARAMS)] == alone
+
+
+def test_another_template_and_its_variables(llm: LLM) -> None:
+    template = "{{ greeting }}: {{ messages[0]['content'] }}"
+    output = llm.chat(MESSAGES, PARAMS, chat_template=template, chat_template_kwargs={"greeting": "Hark"})[0]
+    assert output.prompt == "Hark: Hello! What is your favorite movie?"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([[]], "at least one message"),
+        ([], "at least one message"),
+        ("Hello", "a list is needed"),
+        ([{"content": "no role"}], r"messages\[0\]: a message is a dictionary"),
+        ([[{"role": "user", "content": "a"}, "b"]], r"messages\[0\]\[1\]"),
+    ],
+)
+def test_conversations_that_are_none(llm: LLM, messages: Any, words: str) -> None:
+    with pytest.raises(InferError, match=words):
+        llm.chat(messages, PARAMS)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('not so') }}", "{{ messages[99].content.x }}"])
+def test_templates_that_fail(llm: LLM, template: str) -> None:
+    with pytest.raises(InferError):
+        llm.chat(MESSAGES, PARAMS, chat_template=template)
+
+
+def test_tokenizer_facade(llm: LLM) -> None:
+    text = "The quick brown fox, 42 times."
+    token_ids = llm.tokenizer.encode(text)
+    assert llm.tokenizer.decode(token_ids) == text
+    assert len(llm.tokenizer) == llm.tokenizer.vocabulary_size == llm.info.vocabulary_size == 8192
+    assert llm.tokenizer.id_to_token(0) == "<|endoftext|>"
+    assert llm.tokenizer.token_to_id("no such token") is None

@@ -1,0 +1,42 @@
+"""`_core.pyi` says what the binary has. CI runs the thorough check (mypy.stubtest); this one needs nothing installed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import infer
+from infer import _core
+
+STUB = Path(infer.__file__).parent / "_core.pyi"
+
+
+def stub_names() -> dict[str, set[str]]:
+    """Return class -> members, and module-level names under "" ."""
+    found: dict[str, set[str]] = {"": set()}
+    for node in ast.parse(STUB.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+        elif isinstance(node, ast.FunctionDef):
+            found[""].add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[""].add(node.target.id)
+    return found
+
+
+def test_stub_and_binary_have_the_same_names() -> None:
+    names = stub_names()
+    public = {name for name in dir(_core) if not name.startswith("_")} | {"__version__"}
+    assert public == names.pop("") | set(names)
+    for name, members in names.items():
+        present = {member for member in dir(getattr(_core, name)) if not member.startswith("_")}
+        if name != "InferError":
+            assert present == {member for member in members if not member.startswith("_")}, name
+
+
+def test_stubtest(run_python) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("mypy", reason="CI installs mypy and runs this check")
+    done = run_python("import sys; from mypy.stubtest import main; sys.argv[1:] = ['infer._core']; sys.exit(main())")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,285 @@
+"""The rules of the house that neither cargo nor a linter can guard. README's "Map" says them in words.
+
+Collected by pytest (`python_files` in pyproject.toml). A rule that has an exception names it here with its reason, and an
+exception that is no longer needed fails too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "infer"
+CRATES = sorted(path.parent for path in ROOT.glob("rust/*/Cargo.toml"))
+
+# crate -> our own crates that it may name
+MAY_IMPORT = {
+    "formats": set(),
+    "kernels": set(),
+    "engine": set(),
+    "text": set(),
+    "model": {"formats", "kernels"},
+    "bindings": {"formats", "kernels", "engine", "text", "model"},
+}
+# third-party crates that belong to one room alone
+ONE_ROOM = {
+    "pyo3": "bindings",
+    "numpy": "bindings",
+    "tokenizers": "text",
+    "minijinja": "text",
+    "minijinja-contrib": "text",
+    "memmap2": "model",
+}
+# crate -> how many `unsafe` blocks it may hold; kernels are free, each block with its SAFETY line (clippy checks that)
+UNSAFE_BLOCKS = {"formats": 0, "engine": 0, "text": 0, "bindings": 0, "model": 1}
+
+MAX_FILE_LINES = 400
+LONG_FILES = {
+    "tests/rooms.py": "one rule after the other; a second file would only hide half of them",
+}
+MAX_FUNCTION_LINES = 60
+LONG_FUNCTIONS: dict[str, str] = {}
+# Instruction-set files and tables are lists of small things: their length is no sign of tangle.
+UNLIMITED = ("rust/kernels/src/simd/", "rust/model/src/arch.rs")
+
+# ops and quant files of the CPU that have no CUDA twin, with the reason
+NO_CUDA_TWIN: dict[str, str] = {}
+
+
+def sources(*suffixes: str) -> list[Path]:
+    folders = ("rust", "python", "cuda", "tests", "benches", "tools", "examples")
+    skipped = {"target", "__pycache__", ".venv", "work", "corpus", "artifacts"}
+    return sorted(
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and path.is_file() and not skipped & set(path.relative_to(ROOT).parts)
+    )
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, str | None, ast.stmt]]:
+    """Yield (module, imported name or None, statement) for every import, also those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, None, node
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield node.module or "", alias.name, node
+
+
+def python_modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+# ---- Rust rooms
+
+
+def test_every_crate_is_on_the_map() -> None:
+    assert {crate.name for crate in CRATES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("crate", CRATES, ids=lambda crate: crate.name)
+def test_crates_import_downwards_only(crate: Path) -> None:
+    manifest = tomllib.loads((crate / "Cargo.toml").read_text(encoding="utf-8"))
+    for section in ("dependencies", "dev-dependencies", "build-dependencies"):
+        for dependency in manifest.get(section, {}):
+            if dependency.startswith("infer-"):
+                assert dependency.removeprefix("infer-") in MAY_IMPORT[crate.name], f"{crate.name} names {dependency}"
+            if section == "dependencies" and dependency in ONE_ROOM:
+                assert crate.name == ONE_ROOM[dependency], f"{dependency} belongs to {ONE_ROOM[dependency]}"
+    assert manifest.get("lints") == {"workspace": True}, f"{crate.name} opts out of the workspace's lints"
+
+
+@pytest.mark.parametrize("crate", sorted(UNSAFE_BLOCKS))
+def test_unsafe_stays_in_kernels(crate: str) -> None:
+    found = [
+        f"{name_of(path)}:{number}"
+        for path in sorted((ROOT / "rust" / crate / "src").rglob("*.rs"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\bunsafe\s*(\{|fn|impl|extern)", line.split("//")[0])
+    ]
+    assert len(found) <= UNSAFE_BLOCKS[crate], found
+
+
+@pytest.mark.parametrize("crate", ["formats", "engine"])
+def test_rooms_that_parse_and_decide_forbid_unsafe(crate: str) -> None:
+    assert "#![forbid(unsafe_code)]" in (ROOT / "rust" / crate / "src" / "lib.rs").read_text(encoding="utf-8")
+
+
+def test_operations_and_formats_have_cuda_twins() -> None:
+    kernels, cuda = ROOT / "rust" / "kernels" / "src", ROOT / "cuda"
+    twins = {f"{room}/{path.stem}" for room, path in _kernel_stems(kernels)}
+    if not list(cuda.rglob("*.cu")):
+        assert (cuda / "README.md").is_file(), "cuda/ is empty and does not say why"
+        assert not NO_CUDA_TWIN, "no exemption is needed while there is no GPU code at all"
+        return
+    made = {f"ops/{path.stem}" for path in cuda.glob("*.cu")}
+    made |= {f"quant/{path.stem}" for path in (cuda / "quant").glob("*.cuh")}
+    assert twins - made == set(NO_CUDA_TWIN), "each operation and format has its CUDA twin or a reason"
+    assert made <= twins, "CUDA files carry the stem of their CPU twin"
+
+
+def _kernel_stems(kernels: Path) -> Iterator[tuple[str, Path]]:
+    for room in ("ops", "quant"):
+        for path in sorted((kernels / room).glob("*.rs")):
+            if path.stem not in {"mod", "tests"}:
+                yield room, path
+
+
+# ---- Python rooms
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=name_of)
+def test_python_imports(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    public = _public_names()
+    for module, name, statement in imports(parse(path)):
+        place = f"{name_of(path)}:{statement.lineno}"
+        whole = f"{module}.{name}" if name else module
+        if module.split(".")[0] == "cupy":
+            assert room == "gpu", f"{place}: cupy belongs to infer/gpu"
+        if room == "cli" and module.split(".")[0] == "infer" and not whole.startswith("infer.cli"):
+            assert module == "infer" and name in public, f"{place}: the command line uses public names, not {whole}"
+        if room != "cli" and whole.startswith("infer.cli"):
+            assert path.name == "__main__.py", f"{place}: nothing imports the command line"
+        if whole.startswith("infer.gpu") and room != "gpu":
+            assert statement.col_offset > 0, f"{place}: infer.gpu is imported inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=name_of)
+def test_python_keeps_no_ambient_state_and_validates_by_exception(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        assert not isinstance(node, ast.Global), f"{name_of(path)}:{node.lineno}: no globals that change"
+        assert not isinstance(node, ast.Assert), f"{name_of(path)}:{node.lineno}: users' mistakes raise InferError"
+
+
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    """`import infer` stays fast and starts no thread (numpy's BLAS would)."""
+    heavy = {"numpy", "typer", "rich", "huggingface_hub", "tqdm", "asyncio", "cupy"}
+    for path in python_modules():
+        if path.relative_to(PACKAGE).parts[0] == "cli":
+            continue
+        top = [node for node in parse(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for module, _, statement in imports(ast.Module(body=list(top), type_ignores=[])):
+            assert module.split(".")[0] not in heavy, f"{name_of(path)}:{statement.lineno} imports {module} at the top"
+
+
+def test_every_command_has_its_file_and_its_test() -> None:
+    commands = {path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"__init__", "common"}
+    registered = (PACKAGE / "cli" / "__init__.py").read_text(encoding="utf-8")
+    for command in commands:
+        assert f'"{command}"' in registered, f"{command} is not registered in cli/__init__.py"
+        assert (ROOT / "tests" / "cli" / f"test_{command}.py").is_file(), f"tests/cli/test_{command}.py is missing"
+
+
+def _public_names() -> set[str]:
+    for node in parse(PACKAGE / "__init__.py").body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("infer/__init__.py has no __all__")
+
+
+# ---- sizes
+
+
+def test_files_stay_small() -> None:
+    long = {
+        name_of(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in sources(".rs", ".py", ".pyi", ".cu", ".cuh")
+        if not name_of(path).startswith(UNLIMITED)
+    }
+    over = {name: lines for name, lines in long.items() if lines > MAX_FILE_LINES}
+    assert set(over) <= set(LONG_FILES), {name: n for name, n in over.items() if name not in LONG_FILES}
+    assert set(LONG_FILES) <= set(long) and all(LONG_FILES.values())
+
+
+def test_functions_stay_small() -> None:
+    lengths = {}
+    for path in sources(".py"):
+        if not name_of(path).startswith("tools/tinylm/t"):  # the training scripts are kept as they ran
+            for node in ast.walk(parse(path)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    lengths[f"{name_of(path)}:{node.name}"] = _body_lines(node)
+    for path in sources(".rs"):
+        if not name_of(path).startswith(UNLIMITED):
+            lengths.update({f"{name_of(path)}:{name}": lines for name, lines in _rust_functions(path)})
+    over = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+    assert set(over) == set(LONG_FUNCTIONS), over
+    assert statistics.median(lengths.values()) <= 15
+
+
+def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count a function's lines without its signature and docstring: a long table of parameters is no tangle."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def _rust_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield (name, lines) of each function; rustfmt puts the closing brace under the first letter of its line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = re.compile(r"^(\s*)(?:pub(?:\([\w: ]+\))? )?(?:const |async |unsafe |extern \"C\" )*fn (\w+)")
+    for start, line in enumerate(lines):
+        if match := head.match(line):
+            for end in range(start, len(lines)):
+                if lines[end] == match[1] + "}" or (end == start and lines[end].endswith(("}", ";"))):
+                    yield match[2], end - start + 1
+                    break
+                if lines[end].endswith(";") and "{" not in "".join(lines[start : end + 1]):
+                    break  # a declaration inside a trait
+
+
+# ---- words
+
+
+def test_nothing_is_left_unfinished() -> None:
+    unfinished = re.compile(r"\b(todo!|unimplemented!|NotImplementedError|TO" r"DO|FIX" r"ME|XX" r"X)\b")
+    hits = [
+        f"{name_of(path)}:{number}"
+        for path in sources(".rs", ".py", ".pyi", ".cu", ".cuh")
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if unfinished.search(line)
+    ]
+    assert not hits, hits
+
+
+def test_no_path_of_one_machine() -> None:
+    absolute = re.compile(r"(?<![\w.:~/-])/(home|root|work|Users)/\w")
+    texts = [*sources(".rs", ".py", ".pyi", ".toml", ".md", ".cu", ".cuh"), *ROOT.glob("*.md"), *ROOT.glob("*.toml")]
+    hits = [name_of(path) for path in texts if absolute.search(path.read_text(encoding="utf-8"))]
+    assert not hits, hits
+
+
+def test_start_is_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = re.split(r"^## ", readme, flags=re.MULTILINE)
+    section = next(part for part in start if part.startswith("Start\n"))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "bash"]
+    assert all(body.count("\n") == 1 and body.strip() for _, body in blocks), "one command line each"
+
+
+def test_the_map_names_every_room() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = [f"{crate.name}/" for crate in CRATES] + ["python/infer/", "cuda/", "tests/", "benches/", "tools/"]
+    assert not [room for room in rooms if room not in readme]
