@@ -90,6 +90,8 @@ def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     llama_commit = ""
     for number in range(arguments.rounds):
         load.append(os.getloadavg()[0])
+        if load[0] > 0.5:  # what came before this run; the runs themselves load the machine
+            print(f"the machine is busy (load {load[0]:.1f}): threads that spin suffer most", file=sys.stderr)
         runs["infer"].append(infer_speed(infer))
         speeds, llama_commit = llama_speed(llama)
         runs["llama.cpp"].append(speeds)

@@ -1,5 +1,6 @@
 """Fixtures that every room of tests shares. Models come from the repository alone: nothing is downloaded, no folder is needed
-beside the clone."""
+beside the clone.
+"""
 
 from __future__ import annotations
 

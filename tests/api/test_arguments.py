@@ -45,7 +45,9 @@ def test_sampling_parameters_out_of_range(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("n", 1.5), ("stop", 3), ("logit_bias", [1]), ("max_tokens", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", "hot"), ("n", 1.5), ("stop", 3), ("logit_bias", [1]), ("max_tokens", "x")]
+)
 def test_sampling_parameters_of_a_wrong_type(name: str, value: Any) -> None:
     with pytest.raises((InferError, TypeError), match=name):
         SamplingParams(**{name: value})

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import doctest
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import infer.info
 import infer.llm
-from conftest import ROOT
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
 
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

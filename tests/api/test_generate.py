@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -160,7 +160,7 @@ def test_results_survive_pickling(llm: LLM) -> None:
 
 def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     class Bar:
-        made: list[Bar] = []
+        made: ClassVar[list[Bar]] = []
 
         def __init__(self, *, total: int, **_: Any) -> None:
             self.total, self.count, self.closed = total, 0, False
@@ -191,7 +191,11 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(bare_folder: Path) -> None
         assert len(output.outputs[0].token_ids) == 8
         assert output.outputs[0].text == ""
         assert not llm.info.has_tokenizer
-        for call in (lambda: llm.generate("text", GREEDY), lambda: llm.tokenizer, lambda: llm.chat([{"role": "user", "content": "x"}])):
+        for call in (
+            lambda: llm.generate("text", GREEDY),
+            lambda: llm.tokenizer,
+            lambda: llm.chat([{"role": "user", "content": "x"}]),
+        ):
             with pytest.raises(InferError, match="tokenizer"):
                 call()
 

@@ -32,7 +32,9 @@ impl PageCache {
         let mut parent = Parent::Root(domain);
         let mut pages = Vec::new();
         for first in (0..limit / self.page_tokens).map(|page| page * self.page_tokens) {
-            let Some(page) = self.index.find(parent, tokens.range(first, first + self.page_tokens)) else { break };
+            let Some(page) = self.index.find(parent, tokens.range(first, first + self.page_tokens)) else {
+                break;
+            };
             self.pool.retain(page);
             pages.push(page);
             parent = Parent::Page(page);

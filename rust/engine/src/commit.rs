@@ -21,15 +21,19 @@ impl Core {
         let scheduled = self.in_flight.take().expect("commit was called without a step in flight");
         let rows: usize = scheduled.iter().map(|work| work.prompt_rows + usize::from(work.samples)).sum();
         if logits.len() != rows * self.config.vocabulary {
-            let message =
-                format!("the device returned {} logits instead of {rows} x {}", logits.len(), self.config.vocabulary);
+            let message = format!(
+                "the device returned {} logits instead of {rows} x {}",
+                logits.len(),
+                self.config.vocabulary
+            );
             self.in_flight = Some(scheduled);
             return self.fail(&message, now);
         }
         self.settle_cancelled(now);
         let mut rest = logits;
         for work in scheduled {
-            let (own, others) = rest.split_at((work.prompt_rows + usize::from(work.samples)) * self.config.vocabulary);
+            let (own, others) =
+                rest.split_at((work.prompt_rows + usize::from(work.samples)) * self.config.vocabulary);
             rest = others;
             // Gone when its request was cancelled, or failed in a completion before it.
             if self.sequences.contains_key(&work.id) {
@@ -61,9 +65,9 @@ impl Core {
     fn commit_rows(&mut self, work: Scheduled, logits: &[f32], now: Duration) {
         let id = work.id;
         let (prompt, sampled) = logits.split_at(work.prompt_rows * self.config.vocabulary);
-        let outcome = self.deliver_prompt_rows(id, prompt).and_then(|()| {
-            if work.samples { self.choose(id, sampled, now).map(Some) } else { Ok(None) }
-        });
+        let outcome = self
+            .deliver_prompt_rows(id, prompt)
+            .and_then(|()| if work.samples { self.choose(id, sampled, now).map(Some) } else { Ok(None) });
         // Rows that gave NaN are not named: nobody should find their keys and values.
         if outcome.is_ok() {
             self.sequence(id).computed += work.rows;
@@ -95,12 +99,14 @@ impl Core {
                 EventKind::Logits(logits.to_vec())
             }
             RequestKind::Generate(params) => {
-                check(logits)?;
+                logits.chunks_exact(vocabulary).try_for_each(check)?;
                 let count = params.prompt_logprobs.unwrap_or(0);
                 let next = request.prompt[first + 1..].iter();
                 let rows = logits.chunks_exact(vocabulary).zip(next);
                 let scratch = &mut self.sampler.scratch;
-                EventKind::PromptLogprobs(rows.map(|(row, &token)| token_logprobs(row, token, count, scratch)).collect())
+                EventKind::PromptLogprobs(
+                    rows.map(|(row, &token)| token_logprobs(row, token, count, scratch)).collect(),
+                )
             }
         };
         self.emit(id.request, kind);
@@ -126,11 +132,14 @@ impl Core {
     fn choose(&mut self, id: SequenceId, logits: &[f32], now: Duration) -> Result<u32, SampleError> {
         let request = self.requests.get_mut(&id.request).expect("a sequence has a request");
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
-        let RequestKind::Generate(params) = &request.kind else { unreachable!("only Generate rows are sampled") };
+        let RequestKind::Generate(params) = &request.kind else {
+            unreachable!("only Generate rows are sampled")
+        };
         let too_early = sequence.tokens.output.len() < params.min_tokens;
         let banned: &[u32] = if too_early { &request.stop_tokens } else { &[] };
         let position = sequence.tokens.len() as u64;
-        let token = self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
+        let token =
+            self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
         if params.has_penalties() {
             *sequence.history.output.entry(token).or_default() += 1;
         }

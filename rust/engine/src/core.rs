@@ -177,7 +177,9 @@ impl Core {
         let request = &self.requests[&id.request];
         let engine_seed = self.config.seed;
         let seed = match &request.kind {
-            RequestKind::Generate(params) => params.seed.unwrap_or_else(|| stream_seed(engine_seed, id.request)),
+            RequestKind::Generate(params) => {
+                params.seed.unwrap_or_else(|| stream_seed(engine_seed, id.request))
+            }
             RequestKind::Logits => 0,
         };
         // Completion 0 draws from the request's own stream, so n = 1 and the first of n agree.
@@ -217,10 +219,17 @@ impl Core {
     }
 
     /// Ends all completions of a request that have not ended, and the request.
-    pub(crate) fn end_request(&mut self, id: RequestId, reason: FinishReason, error: Option<String>, now: Duration) {
+    pub(crate) fn end_request(
+        &mut self,
+        id: RequestId,
+        reason: FinishReason,
+        error: Option<String>,
+        now: Duration,
+    ) {
         let Some(request) = self.requests.get(&id) else { return };
         let generates = request.params().is_some();
-        let open: Vec<u32> = (0..).zip(&request.ended).filter(|&(_, &ended)| !ended).map(|(index, _)| index).collect();
+        let open: Vec<u32> =
+            (0..).zip(&request.ended).filter(|&(_, &ended)| !ended).map(|(index, _)| index).collect();
         for index in open {
             self.drop_sequence(SequenceId { request: id, index }, now);
             if generates {

@@ -104,12 +104,8 @@ impl Driver {
         clock: Arc<dyn Clock>,
     ) -> Result<Self, EngineError> {
         let core = Core::new(config.clone())?;
-        let letters = Letters {
-            commands: VecDeque::new(),
-            status: Status::Open,
-            next_id: 0,
-            metrics: core.metrics(),
-        };
+        let letters =
+            Letters { commands: VecDeque::new(), status: Status::Open, next_id: 0, metrics: core.metrics() };
         let mailbox = Arc::new(Mailbox { letters: Mutex::new(letters), arrived: Condvar::new() });
         let worker = Worker {
             core,
@@ -119,10 +115,10 @@ impl Driver {
             outboxes: HashMap::new(),
             logits: Vec::new(),
         };
-        let thread = std::thread::Builder::new()
-            .name("infer-engine".to_owned())
-            .spawn(move || worker.run())
-            .map_err(|error| EngineError::Config(format!("the engine's thread could not be started: {error}")))?;
+        let thread =
+            std::thread::Builder::new().name("infer-engine".to_owned()).spawn(move || worker.run()).map_err(
+                |error| EngineError::Config(format!("the engine's thread could not be started: {error}")),
+            )?;
         Ok(Self { mailbox, thread: Mutex::new(Some(thread)), config, clock })
     }
 
@@ -209,7 +205,9 @@ impl<D: Device> Worker<D> {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let (reason, why) = match outcome {
             Ok(()) => (FinishReason::Abort, CLOSED.to_owned()),
-            Err(panic) => (FinishReason::Error, format!("the engine stopped by a bug in infer: {}", describe(&*panic))),
+            Err(panic) => {
+                (FinishReason::Error, format!("the engine stopped by a bug in infer: {}", describe(&*panic)))
+            }
         };
         let mut letters = self.mailbox.lock();
         letters.status = Status::Ended(why.clone());
@@ -233,14 +231,12 @@ impl<D: Device> Worker<D> {
             }
             can_step = self.step();
             self.deliver();
-            self.mailbox.lock().metrics = self.core.metrics();
         }
         let now = self.clock.now();
         for id in self.core.live_requests().collect::<Vec<_>>() {
             self.core.cancel(id, now);
         }
         self.deliver();
-        self.mailbox.lock().metrics = self.core.metrics();
     }
 
     /// New commands; waits for some unless there is work. None when the engine is closing.
@@ -284,7 +280,9 @@ impl<D: Device> Worker<D> {
         true
     }
 
+    /// Files what happened; the counters first, so that whoever hears of an end finds it counted.
     fn deliver(&mut self) {
+        self.mailbox.lock().metrics = self.core.metrics();
         for event in self.core.take_events() {
             let done = matches!(event.kind, EventKind::Done { .. });
             if let Some(outbox) = self.outboxes.get(&event.request) {

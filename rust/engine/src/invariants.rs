@@ -31,7 +31,11 @@ impl Core {
             let held = holders.get(&page).copied().unwrap_or(0);
             assert_eq!(pool.references(page), held, "references of page {page} against page tables");
         }
-        assert_eq!(pool.free() + pool.evictable() + holders.len(), pool.total(), "every page is in one state");
+        assert_eq!(
+            pool.free() + pool.evictable() + holders.len(),
+            pool.total(),
+            "every page is in one state"
+        );
     }
 
     /// Every name is of a cached page, and leads to the root over named pages.
@@ -39,7 +43,11 @@ impl Core {
         let mut named = 0;
         for page in 0..self.cache.pool.total() as u32 {
             let name = self.cache.index.name(page);
-            assert_eq!(name.is_some(), self.cache.pool.is_cached(page), "page {page} is named exactly if cached");
+            assert_eq!(
+                name.is_some(),
+                self.cache.pool.is_cached(page),
+                "page {page} is named exactly if cached"
+            );
             let Some((parent, tokens)) = name else { continue };
             named += 1;
             assert_eq!(tokens.len(), self.config.page_tokens, "only full pages are named");
@@ -70,7 +78,11 @@ impl Core {
 
     /// Every completion that has not ended exists, or will when the first has computed the prompt.
     fn check_requests(&self) {
-        assert_eq!(self.sequences.len(), self.running.len() + self.waiting.len(), "queues hold all sequences");
+        assert_eq!(
+            self.sequences.len(),
+            self.running.len() + self.waiting.len(),
+            "queues hold all sequences"
+        );
         let mut open = 0;
         for request in self.requests.values() {
             let unended = request.ended.iter().filter(|&&ended| !ended).count();
@@ -92,8 +104,17 @@ impl Core {
             let first = sequence.computed / self.config.page_tokens;
             let end = self.config.pages_for(sequence.computed + work.rows);
             for &page in &sequence.pages[first..end] {
-                assert_eq!(self.cache.pool.references(page), 1, "written page {page} of {:?} has one owner", work.id);
-                assert!(!self.cache.pool.is_cached(page), "written page {page} of {:?} is not shared", work.id);
+                assert_eq!(
+                    self.cache.pool.references(page),
+                    1,
+                    "written page {page} of {:?} has one owner",
+                    work.id
+                );
+                assert!(
+                    !self.cache.pool.is_cached(page),
+                    "written page {page} of {:?} is not shared",
+                    work.id
+                );
             }
         }
     }

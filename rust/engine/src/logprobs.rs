@@ -42,7 +42,10 @@ pub(crate) fn token_logprobs(
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
 
     let logit = logits[chosen as usize];
-    let ahead = logits.iter().enumerate().filter(|&(id, &other)| other > logit || (other == logit && id < chosen as usize));
+    let ahead = logits
+        .iter()
+        .enumerate()
+        .filter(|&(id, &other)| other > logit || (other == logit && id < chosen as usize));
     let mut result = Vec::with_capacity(1 + count as usize);
     result.push(TokenLogprob { token: chosen, logprob: logprob(logit), rank: ahead.count() as u32 + 1 });
 
@@ -79,7 +82,8 @@ mod tests {
         let mut scratch = Vec::new();
         let logits = [0.0, 2.0, 1.0];
         assert_eq!(token_logprobs(&logits, 0, 0, &mut scratch).len(), 1);
-        let tokens: Vec<u32> = token_logprobs(&logits, 2, 2, &mut scratch).iter().map(|entry| entry.token).collect();
+        let tokens: Vec<u32> =
+            token_logprobs(&logits, 2, 2, &mut scratch).iter().map(|entry| entry.token).collect();
         assert_eq!(tokens, [2, 1]);
     }
 }

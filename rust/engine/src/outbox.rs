@@ -66,7 +66,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Outbox {
     pub fn new(completions: usize, final_only: bool, waker: Option<Waker>) -> Self {
-        let state = State { updates: vec![None; completions], ended: vec![false; completions], ..State::default() };
+        let state =
+            State { updates: vec![None; completions], ended: vec![false; completions], ..State::default() };
         Self { state: Mutex::new(state), changed: Condvar::new(), waker, final_only }
     }
 

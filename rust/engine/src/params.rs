@@ -103,14 +103,21 @@ impl SamplingParams {
         if let Some(max_tokens) = self.max_tokens
             && self.min_tokens > max_tokens
         {
-            return refuse(format!("min_tokens ({}) must not exceed max_tokens ({max_tokens})", self.min_tokens));
+            return refuse(format!(
+                "min_tokens ({}) must not exceed max_tokens ({max_tokens})",
+                self.min_tokens
+            ));
         }
         self.validate_stops()?;
-        if let Some((token, bias)) = self.logit_bias.iter().find(|(_, bias)| bias.is_nan() || bias.abs() > MAX_BIAS) {
+        if let Some((token, bias)) =
+            self.logit_bias.iter().find(|(_, bias)| bias.is_nan() || bias.abs() > MAX_BIAS)
+        {
             return refuse(format!("logit_bias[{token}] must be from -{MAX_BIAS} to {MAX_BIAS}, got {bias}"));
         }
         if self.allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
-            return refuse("allowed_token_ids must name at least one token, or be None to allow all; got an empty list");
+            return refuse(
+                "allowed_token_ids must name at least one token, or be None to allow all; got an empty list",
+            );
         }
         Ok(())
     }
@@ -131,8 +138,18 @@ impl SamplingParams {
             repetition.is_finite() && repetition > 0.0,
         )?;
         let two = -2.0..=2.0;
-        within("presence_penalty", self.presence_penalty, "from -2 to 2", two.contains(&self.presence_penalty))?;
-        within("frequency_penalty", self.frequency_penalty, "from -2 to 2", two.contains(&self.frequency_penalty))
+        within(
+            "presence_penalty",
+            self.presence_penalty,
+            "from -2 to 2",
+            two.contains(&self.presence_penalty),
+        )?;
+        within(
+            "frequency_penalty",
+            self.frequency_penalty,
+            "from -2 to 2",
+            two.contains(&self.frequency_penalty),
+        )
     }
 
     fn validate_stops(&self) -> Result<(), EngineError> {
@@ -144,11 +161,16 @@ impl SamplingParams {
                 return refuse(format!("stop[{index}] must not be an empty string"));
             }
             if stop.len() > MAX_STOP_BYTES {
-                return refuse(format!("stop[{index}] takes at most {MAX_STOP_BYTES} bytes, got {}", stop.len()));
+                return refuse(format!(
+                    "stop[{index}] takes at most {MAX_STOP_BYTES} bytes, got {}",
+                    stop.len()
+                ));
             }
         }
         if !self.stop.is_empty() && !self.detokenize {
-            return refuse("stop strings need text: use detokenize=True with stop, or stop_token_ids without it");
+            return refuse(
+                "stop strings need text: use detokenize=True with stop, or stop_token_ids without it",
+            );
         }
         Ok(())
     }
@@ -163,15 +185,23 @@ impl SamplingParams {
         lists.extend(self.allowed_token_ids.as_ref().map(|allowed| ("allowed_token_ids", allowed)));
         for (name, list) in lists {
             if let Some(token) = list.iter().find(|&&token| outside(token)) {
-                return refuse(format!("{name} holds {token}, but this model's token ids end at {}", vocabulary - 1));
+                return refuse(format!(
+                    "{name} holds {token}, but this model's token ids end at {}",
+                    vocabulary - 1
+                ));
             }
         }
         if let Some((token, _)) = self.logit_bias.iter().find(|&(&token, _)| outside(token)) {
-            return refuse(format!("logit_bias names {token}, but this model's token ids end at {}", vocabulary - 1));
+            return refuse(format!(
+                "logit_bias names {token}, but this model's token ids end at {}",
+                vocabulary - 1
+            ));
         }
         for (name, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
             if let Some(count) = count.filter(|&count| count as usize > vocabulary) {
-                return refuse(format!("{name} must be at most the vocabulary's {vocabulary} tokens, got {count}"));
+                return refuse(format!(
+                    "{name} must be at most the vocabulary's {vocabulary} tokens, got {count}"
+                ));
             }
         }
         Ok(())
@@ -214,7 +244,10 @@ mod tests {
         assert_eq!(message(|p| p.stop = vec![String::new()]), "stop[0] must not be an empty string");
         assert!(message(|p| p.stop = vec!["x".repeat(5000)]).starts_with("stop[0]"));
         assert!(message(|p| p.stop = vec!["x".into(); 65]).starts_with("stop takes at most 64"));
-        assert!(message(|p| (p.stop, p.detokenize) = (vec!["x".into()], false)).starts_with("stop strings need text"));
+        assert!(
+            message(|p| (p.stop, p.detokenize) = (vec!["x".into()], false))
+                .starts_with("stop strings need text")
+        );
         assert!(message(|p| p.allowed_token_ids = Some(vec![])).starts_with("allowed_token_ids"));
         assert!(message(|p| p.logit_bias = [(3, f32::NAN)].into()).starts_with("logit_bias[3]"));
     }

@@ -72,7 +72,8 @@ mod tests {
         let chi_square: f64 = bins.iter().map(|&n| (f64::from(n) - 1000.0).powi(2) / 1000.0).sum();
         assert!(chi_square < 120.0, "63 degrees of freedom, chi-square {chi_square}"); // p < 1e-5 beyond
         let correlation: f64 =
-            (0..count).map(|i| (uniform(7, i, 0) - 0.5) * (uniform(8, i, 0) - 0.5)).sum::<f64>() / count as f64;
+            (0..count).map(|i| (uniform(7, i, 0) - 0.5) * (uniform(8, i, 0) - 0.5)).sum::<f64>()
+                / count as f64;
         assert!(correlation.abs() < 0.002, "{correlation}");
     }
 

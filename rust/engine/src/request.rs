@@ -54,9 +54,9 @@ impl Submission {
         }
         let limit = config.max_model_len;
         match &self.kind {
-            RequestKind::Logits if length > limit => {
-                refuse(format!("the prompt has {length} tokens, but max_model_len is {limit}; shorten it or raise max_model_len"))
-            }
+            RequestKind::Logits if length > limit => refuse(format!(
+                "the prompt has {length} tokens, but max_model_len is {limit}; shorten it or raise max_model_len"
+            )),
             RequestKind::Logits => Ok(()),
             RequestKind::Generate(_) if length >= limit => refuse(format!(
                 "the prompt has {length} tokens and max_model_len is {limit}, which leaves no room to generate; shorten it to at \
@@ -67,7 +67,9 @@ impl Submission {
                 params.validate()?;
                 params.validate_for(config.vocabulary)?;
                 if !params.stop.is_empty() && self.text.is_none() {
-                    return refuse("stop strings need a tokenizer, and this model has none; use stop_token_ids");
+                    return refuse(
+                        "stop strings need a tokenizer, and this model has none; use stop_token_ids",
+                    );
                 }
                 Ok(())
             }
@@ -101,7 +103,8 @@ impl Request {
             RequestKind::Generate(params) => {
                 let mut stop_tokens = params.stop_token_ids.clone();
                 if !params.ignore_eos {
-                    let inside = config.eos_token_ids.iter().filter(|&&token| (token as usize) < config.vocabulary);
+                    let inside =
+                        config.eos_token_ids.iter().filter(|&&token| (token as usize) < config.vocabulary);
                     stop_tokens.extend(inside);
                 }
                 stop_tokens.sort_unstable();

@@ -22,7 +22,9 @@ use crate::random::uniform;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum SampleError {
     /// The model's numbers overflowed.
-    #[error("the model computed a NaN or infinite logit for token {token}; its weights or this dtype overflow (try dtype=\"float32\")")]
+    #[error(
+        "the model computed a NaN or infinite logit for token {token}; its weights or this dtype overflow (try dtype=\"float32\")"
+    )]
     NotFinite {
         /// The first such token.
         token: usize,

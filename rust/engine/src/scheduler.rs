@@ -62,7 +62,8 @@ impl Core {
     fn restart_long_contexts(&mut self) {
         let Some(switch) = self.config.context_switch else { return };
         let outgrown = |sequence: &Sequence| sequence.tokens.len() > switch && !sequence.domain.long_context;
-        let ids: Vec<SequenceId> = self.running.iter().copied().filter(|id| outgrown(&self.sequences[id])).collect();
+        let ids: Vec<SequenceId> =
+            self.running.iter().copied().filter(|id| outgrown(&self.sequences[id])).collect();
         for &id in &ids {
             self.take_pages_back(id);
         }
@@ -148,7 +149,9 @@ impl Core {
 
     /// Admits the earliest waiting sequence if there is room, and schedules it.
     fn admit_next(&mut self, plan: &mut Plan, now: Duration) -> bool {
-        let Some(id) = self.waiting.iter().copied().find(|id| !self.sequences[id].blocked) else { return false };
+        let Some(id) = self.waiting.iter().copied().find(|id| !self.sequences[id].blocked) else {
+            return false;
+        };
         while !self.try_admit(id) {
             let Some(idle) = self.idle_holder(plan) else { return false };
             self.preempt(idle);

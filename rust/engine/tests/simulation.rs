@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{FakeDevice, TagText, VOCABULARY, expected_logits, mix};
 use infer_engine::{
-    Core, EngineConfig, Event, EventKind, FinishReason, Prompt, RequestId, RequestKind, SamplingParams, Submission,
-    TextFactory,
+    Core, EngineConfig, Event, EventKind, FinishReason, Prompt, RequestId, RequestKind, SamplingParams,
+    Submission, TextFactory,
 };
 
 /// Random numbers of a simulation.
@@ -41,7 +41,8 @@ fn random_config(dice: &mut Dice) -> EngineConfig {
 }
 
 fn random_params(dice: &mut Dice) -> SamplingParams {
-    let mut params = SamplingParams { n: 1 + dice.roll(3) as u32 * dice.roll(2) as u32, ..SamplingParams::default() };
+    let mut params =
+        SamplingParams { n: 1 + dice.roll(3) as u32 * dice.roll(2) as u32, ..SamplingParams::default() };
     params.temperature = [0.0, 0.7, 1.3][dice.roll(3)];
     params.top_k = [0, 5][dice.roll(2)];
     params.top_p = [1.0, 0.9][dice.roll(2)];
@@ -71,7 +72,11 @@ fn random_request(dice: &mut Dice, config: &EngineConfig, stems: &[Vec<u32>]) ->
     let mut prompt = stem[..dice.roll(stem.len() + 1)].to_vec();
     prompt.extend((0..=dice.roll(6)).map(|_| dice.roll(VOCABULARY) as u32));
     prompt.truncate(config.max_model_len.saturating_sub(1).max(1));
-    let kind = if dice.chance(6) { RequestKind::Logits } else { RequestKind::Generate(Box::new(random_params(dice))) };
+    let kind = if dice.chance(6) {
+        RequestKind::Logits
+    } else {
+        RequestKind::Generate(Box::new(random_params(dice)))
+    };
     Planned { prompt: prompt.into(), kind }
 }
 
@@ -112,7 +117,9 @@ impl Seen {
                 let end = (finish.reason, format!("{:?}", finish.stop));
                 assert!(self.ends.insert(*index, end).is_none(), "a completion ends once");
             }
-            EventKind::PromptLogprobs(rows) => rows.iter().for_each(|row| self.prompt_logprobs += &format!("{row:?}")),
+            EventKind::PromptLogprobs(rows) => {
+                rows.iter().for_each(|row| self.prompt_logprobs += &format!("{row:?}"))
+            }
             EventKind::Logits(rows) => self.logits.extend(rows.iter().map(|logit| logit.to_bits())),
             EventKind::Done { error } => self.done = Some(error.clone()),
         }
@@ -175,7 +182,10 @@ fn alone(config: &EngineConfig, id: RequestId, planned: &Planned, nan_every: Opt
     let roomy = EngineConfig { pages, max_num_batched_tokens: 4096, max_num_seqs: 64, ..config.clone() };
     let mut world = World::new(&roomy);
     world.device.nan_every = nan_every;
-    world.core.submit(submission(id, planned), Duration::ZERO).expect("accepted in the crowd, so accepted alone");
+    world
+        .core
+        .submit(submission(id, planned), Duration::ZERO)
+        .expect("accepted in the crowd, so accepted alone");
     while !world.core.is_idle() {
         assert!(world.step(None), "a lone request always runs");
         for id in world.collect() {
@@ -233,7 +243,12 @@ fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
     }
     check_outcome(seed, &config, &world, &planned, &cancelled);
     let metrics = world.core.metrics();
-    Outcome { log: world.log, steps: world.steps, preemptions: metrics.preemptions, cached: metrics.cached_tokens }
+    Outcome {
+        log: world.log,
+        steps: world.steps,
+        preemptions: metrics.preemptions,
+        cached: metrics.cached_tokens,
+    }
 }
 
 fn check_outcome(
@@ -244,7 +259,11 @@ fn check_outcome(
     cancelled: &HashSet<RequestId>,
 ) {
     let metrics = world.core.metrics();
-    assert_eq!(metrics.pages_free + metrics.pages_evictable, metrics.pages_total, "seed {seed}: pages came back");
+    assert_eq!(
+        metrics.pages_free + metrics.pages_evictable,
+        metrics.pages_total,
+        "seed {seed}: pages came back"
+    );
     let ended = metrics.requests_finished + metrics.requests_aborted + metrics.requests_failed;
     assert_eq!((ended, metrics.running, metrics.waiting), (planned.len() as u64, 0, 0), "seed {seed}");
     for (&id, request) in planned {
@@ -266,7 +285,8 @@ fn check_outcome(
         if matches!(request.kind, RequestKind::Logits) && done.is_none() {
             let long = config.context_switch.is_some_and(|switch| request.prompt.len() > switch);
             let expected = expected_logits(&request.prompt, long);
-            let fine = |(bits, logit): (&u32, &f32)| *bits == logit.to_bits() || f32::from_bits(*bits).is_nan();
+            let fine =
+                |(bits, logit): (&u32, &f32)| *bits == logit.to_bits() || f32::from_bits(*bits).is_nan();
             assert_eq!(seen.logits.len(), expected.len(), "seed {seed}: request {id}");
             assert!(seen.logits.iter().zip(&expected).all(fine), "seed {seed}: request {id}");
         }
@@ -310,7 +330,10 @@ fn every_request_gets_in_a_crowd_what_it_gets_alone() {
         cached += outcome.cached;
     }
     // The test is worth little if pages never run out and prefixes never meet.
-    assert!(steps > 10_000 && preemptions > 500 && cached > 1_000, "{steps} steps, {preemptions} preemptions, {cached} cached");
+    assert!(
+        steps > 10_000 && preemptions > 500 && cached > 1_000,
+        "{steps} steps, {preemptions} preemptions, {cached} cached"
+    );
 }
 
 #[test]

@@ -40,6 +40,7 @@
 mod budget;
 mod error;
 mod gguf;
+mod json;
 mod names;
 mod safetensors;
 mod safetensors_index;

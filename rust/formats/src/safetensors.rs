@@ -16,20 +16,20 @@ use std::ops::Range;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use crate::budget::Budget;
 use crate::error::{Container, FormatError, quoted};
+use crate::json::{JsonState, MAX_JSON_BYTES, Text, TextMapSeed};
 use crate::names::NameIndex;
 use crate::tensor::{TensorInfo, TensorType, element_count};
 
 const CONTAINER: Container = Container::Safetensors;
 /// Bytes of the length that opens the file.
 const LENGTH_BYTES: usize = 8;
-/// The reference implementation's limit on the JSON header.
-pub(crate) const MAX_HEADER_BYTES: usize = 100_000_000;
 /// Far more than any framework's tensors have; a shape of two bytes per dimension must not grow in memory.
 const MAX_RANK: usize = 16;
-/// What a map node costs beside its two strings, roughly.
-const ENTRY_BYTES: usize = 96;
+/// What a tensor costs beside its name: the JSON entry in a vector that doubles, the checked description, the
+/// longest shape.
+const TENSOR_BYTES: usize =
+    2 * size_of::<(String, Entry<'_>)>() + size_of::<TensorInfo>() + MAX_RANK * size_of::<usize>();
 
 /// A parsed safetensors file.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,15 +51,10 @@ impl Safetensors {
         let header = header_bytes(file)?;
         let data = header.end..file.len();
         let text = file.get(header).unwrap_or_default();
-        let mut budget = Budget::for_file(CONTAINER, file.len());
-        let mut json = serde_json::Deserializer::from_slice(text);
-        let parsed = HeaderSeed { budget: &mut budget }
-            .deserialize(&mut json)
-            .and_then(|header| json.end().map(|()| header))
-            .map_err(|error| FormatError::json(CONTAINER, "the header", &error))?;
-        let mut tensors: Vec<TensorInfo> = Vec::new();
-        budget.charge(parsed.entries.len(), size_of::<TensorInfo>(), "the list of tensors")?;
-        tensors.reserve_exact(parsed.entries.len());
+        let parsed = JsonState::read(CONTAINER, "the header", text, file.len(), |state, json| {
+            HeaderSeed { state }.deserialize(json)
+        })?;
+        let mut tensors: Vec<TensorInfo> = Vec::with_capacity(parsed.entries.len());
         for (name, entry) in parsed.entries {
             tensors.push(tensor_info(name, entry, &data)?);
         }
@@ -94,13 +89,13 @@ fn header_bytes(file: &[u8]) -> Result<Range<usize>, FormatError> {
         return Err(truncated("the header length", 8, 0));
     };
     let length = u64::from_le_bytes(*length);
-    let bounded = usize::try_from(length).ok().filter(|&length| length <= MAX_HEADER_BYTES);
+    let bounded = usize::try_from(length).ok().filter(|&length| length <= MAX_JSON_BYTES);
     let Some(bounded) = bounded else {
         return Err(FormatError::invalid(
             CONTAINER,
             "the header length (first 8 bytes, little-endian)",
             format_args!("{length} bytes"),
-            format_args!("at most {MAX_HEADER_BYTES}; is this a safetensors file?"),
+            format_args!("at most {MAX_JSON_BYTES}; is this a safetensors file?"),
         ));
     };
     let end = LENGTH_BYTES.saturating_add(bounded);
@@ -243,8 +238,8 @@ impl<'de> Deserialize<'de> for Shape {
 }
 
 /// Reads the header's map by hand: derived maps keep the last of two equal keys and know no budget.
-struct HeaderSeed<'b> {
-    budget: &'b mut Budget,
+struct HeaderSeed<'s> {
+    state: &'s mut JsonState,
 }
 
 impl<'de> DeserializeSeed<'de> for HeaderSeed<'_> {
@@ -262,67 +257,21 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header<'de>, A::Error> {
+        let state = self.state;
         let mut metadata = None;
         let mut entries = Vec::new();
         while let Some(name) = map.next_key::<Text<'de>>()? {
-            if name.0 == "__metadata__" {
-                if metadata.is_some() {
-                    return Err(A::Error::duplicate_field("__metadata__"));
-                }
-                metadata = Some(map.next_value_seed(MetadataSeed { budget: self.budget })?);
-                continue;
+            if name.0 != "__metadata__" {
+                let entry: Entry<'de> = map.next_value()?;
+                state.charge::<A::Error>(TENSOR_BYTES, "the list of tensors")?;
+                entries.push((state.own(&name.0, "a tensor name")?, entry));
+            } else if metadata.is_some() {
+                return Err(A::Error::duplicate_field("__metadata__"));
+            } else {
+                let seed = TextMapSeed { state, key: "__metadata__ key", object: "__metadata__" };
+                metadata = Some(map.next_value_seed(seed)?);
             }
-            let entry: Entry<'de> = map.next_value()?;
-            let held = size_of::<(String, Entry<'_>)>().saturating_add(MAX_RANK.saturating_mul(8));
-            self.budget.charge(1, held, "the header").map_err(A::Error::custom)?;
-            entries.push((self.budget.own(&name.0, "a tensor name").map_err(A::Error::custom)?, entry));
         }
         Ok(Header { entries, metadata: metadata.unwrap_or_default() })
     }
-}
-
-/// Text that is borrowed from the header where it has no escapes.
-#[derive(Deserialize)]
-pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
-
-struct MetadataSeed<'b> {
-    budget: &'b mut Budget,
-}
-
-impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
-    type Value = BTreeMap<String, String>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for MetadataSeed<'_> {
-    type Value = BTreeMap<String, String>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("__metadata__: an object from strings to strings")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-        read_text_map(map, self.budget, "metadata")
-    }
-}
-
-/// Reads an object from strings to strings, refusing a key that occurs twice.
-pub(crate) fn read_text_map<'de, A: MapAccess<'de>>(
-    mut map: A,
-    budget: &mut Budget,
-    part: &str,
-) -> Result<BTreeMap<String, String>, A::Error> {
-    let mut texts = BTreeMap::new();
-    while let Some((key, value)) = map.next_entry::<Text<'de>, Text<'de>>()? {
-        budget.charge(1, ENTRY_BYTES, part).map_err(A::Error::custom)?;
-        let key = budget.own(&key.0, part).map_err(A::Error::custom)?;
-        let value = budget.own(&value.0, part).map_err(A::Error::custom)?;
-        if texts.contains_key(&key) {
-            return Err(A::Error::custom(format_args!("{part} key {} occurs more than once", quoted(&key))));
-        }
-        texts.insert(key, value);
-    }
-    Ok(texts)
 }

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::Deserializer as _;
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 
-use crate::budget::Budget;
 use crate::error::{Container, FormatError, quoted};
-use crate::safetensors::{MAX_HEADER_BYTES, Text, read_text_map};
+use crate::json::{JsonState, MAX_JSON_BYTES, Text, TextMapSeed};
 
 const CONTAINER: Container = Container::SafetensorsIndex;
 /// What common file systems take as one name.
@@ -27,20 +27,17 @@ impl SafetensorsIndex {
     /// [`FormatError`] if it is not JSON with a `weight_map` from tensor names to file names, is empty, names a
     /// tensor twice, or names a file that is not a plain `*.safetensors` file beside the index.
     pub fn parse(text: &[u8]) -> Result<Self, FormatError> {
-        if text.len() > MAX_HEADER_BYTES {
+        if text.len() > MAX_JSON_BYTES {
             return Err(FormatError::invalid(
                 CONTAINER,
                 "the index",
                 format_args!("{} bytes", text.len()),
-                format_args!("at most {MAX_HEADER_BYTES} bytes"),
+                format_args!("at most {MAX_JSON_BYTES} bytes"),
             ));
         }
-        let mut budget = Budget::for_file(CONTAINER, text.len());
-        let mut json = serde_json::Deserializer::from_slice(text);
-        let weight_map = (&mut json)
-            .deserialize_map(IndexVisitor { budget: &mut budget })
-            .and_then(|weight_map| json.end().map(|()| weight_map))
-            .map_err(|error| FormatError::json(CONTAINER, "the index", &error))?;
+        let weight_map = JsonState::read(CONTAINER, "the index", text, text.len(), |state, json| {
+            json.deserialize_map(IndexVisitor { state })
+        })?;
         if weight_map.is_empty() {
             return Err(FormatError::invalid(CONTAINER, "weight_map", "empty", "at least one tensor"));
         }
@@ -74,8 +71,8 @@ fn check_file_name(tensor: &str, file: &str) -> Result<(), FormatError> {
     ))
 }
 
-struct IndexVisitor<'b> {
-    budget: &'b mut Budget,
+struct IndexVisitor<'s> {
+    state: &'s mut JsonState,
 }
 
 impl<'de> Visitor<'de> for IndexVisitor<'_> {
@@ -93,32 +90,10 @@ impl<'de> Visitor<'de> for IndexVisitor<'_> {
             } else if weight_map.is_some() {
                 return Err(A::Error::duplicate_field("weight_map"));
             } else {
-                weight_map = Some(map.next_value_seed(WeightMapSeed { budget: self.budget })?);
+                let seed = TextMapSeed { state: self.state, key: "tensor", object: "weight_map" };
+                weight_map = Some(map.next_value_seed(seed)?);
             }
         }
         weight_map.ok_or_else(|| A::Error::missing_field("weight_map"))
-    }
-}
-
-struct WeightMapSeed<'b> {
-    budget: &'b mut Budget,
-}
-
-impl<'de> DeserializeSeed<'de> for WeightMapSeed<'_> {
-    type Value = BTreeMap<String, String>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for WeightMapSeed<'_> {
-    type Value = BTreeMap<String, String>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("weight_map: an object from tensor names to file names")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-        read_text_map(map, self.budget, "weight_map")
     }
 }

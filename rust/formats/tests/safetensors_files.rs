@@ -76,7 +76,7 @@ fn bad_json_is_refused() {
     );
     assert!(long.to_string().len() < 400 && !long.to_string().contains('\u{1b}'), "{long}");
     refused(r#"{"__metadata__":{"a":1}}"#, 0, &["expected a string"]);
-    refused(r#"{"__metadata__":{"a":"1","a":"2"}}"#, 0, &["metadata key \"a\" occurs more than once"]);
+    refused(r#"{"__metadata__":{"a":"1","a":"2"}}"#, 0, &["__metadata__ key \"a\" occurs more than once"]);
     refused(r#"{"__metadata__":{},"__metadata__":{}}"#, 0, &["duplicate field `__metadata__`"]);
     refused(&one_tensor("[1]", "0", "4").replace("\"shape\"", "\"dtype\""), 4, &["duplicate field `dtype`"]);
 }

@@ -55,11 +55,11 @@ fn other_json_is_refused() {
     refused("[]", &["an object with a weight_map"]);
     refused("{}", &["missing field `weight_map`"]);
     refused(r#"{"weight_map":{}}"#, &["weight_map is empty", "at least one tensor"]);
-    refused(r#"{"weight_map":[]}"#, &["from tensor names to file names"]);
+    refused(r#"{"weight_map":[]}"#, &["weight_map: an object from strings to strings"]);
     refused(r#"{"weight_map":{"a":1}}"#, &["expected a string"]);
     refused(r#"{"weight_map":{"a":"x.safetensors"}}}"#, &["trailing characters"]);
     let twice = r#"{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}"#;
-    refused(twice, &["weight_map key \"a\" occurs more than once"]);
+    refused(twice, &["tensor \"a\" occurs more than once"]);
     refused(r#"{"weight_map":{},"weight_map":{}}"#, &["duplicate field `weight_map`"]);
     refused(&format!("{{\"metadata\":{}", "[".repeat(60_000)), &["not the JSON"]);
 }

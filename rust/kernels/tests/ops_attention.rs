@@ -350,7 +350,15 @@ fn caches_that_cannot_be_are_refused() {
     assert!(refused(&[KvLayer { kv_heads: usize::MAX, head_dim: 3 }], 4).contains("key/value cache"));
     assert!(refused(&[KvLayer { kv_heads: 0, head_dim: 3 }], 4).contains("heads"));
     assert!(refused(&[layer], usize::MAX).contains("at most 268435455"));
-    // Reserved, but not touched: 64 GiB of address space would not be there as memory.
-    let cache = KvCache::new(&[layer; 32], 8192, KvElement::F32).unwrap();
-    assert!(cache.reserved_bytes() >= 32 << 30);
+    // Reserved, but not touched.
+    let before = resident_pages();
+    let cache = KvCache::new(&[layer; 16], 2048, KvElement::F16).unwrap();
+    assert!(cache.reserved_bytes() >= 2 << 30);
+    assert!(resident_pages() < before + (1 << 18), "a new cache took memory");
+}
+
+/// 4 KiB pages of memory that the process uses; 0 where the system does not say.
+fn resident_pages() -> usize {
+    let counts = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    counts.split_whitespace().nth(1).map_or(0, |pages| pages.parse().unwrap())
 }

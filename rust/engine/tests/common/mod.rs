@@ -56,7 +56,11 @@ impl FakeDevice {
         let mut last = 0;
         for past in 0..position {
             let slot = self.slot(sequence, past).expect("attention reads only written slots");
-            assert_eq!((slot.position, slot.long_context), (past, sequence.long_context), "slot of another position");
+            assert_eq!(
+                (slot.position, slot.long_context),
+                (past, sequence.long_context),
+                "slot of another position"
+            );
             last = slot.prefix;
         }
         last
@@ -73,7 +77,8 @@ impl FakeDevice {
                 let before = self.prefix(sequence, position);
                 let token = batch.tokens[sequence.first_row + row];
                 let prefix = mix(before, u64::from(token) | u64::from(sequence.long_context) << 40);
-                *self.slot(sequence, position) = Some(Slot { prefix, position, long_context: sequence.long_context });
+                *self.slot(sequence, position) =
+                    Some(Slot { prefix, position, long_context: sequence.long_context });
                 if wanted.next_if(|&&at| at as usize == sequence.first_row + row).is_some() {
                     let poisoned = self.nan_every.is_some_and(|every| prefix.is_multiple_of(every));
                     logits.extend(row_logits(prefix).map(|logit| if poisoned { f32::NAN } else { logit }));

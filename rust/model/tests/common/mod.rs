@@ -39,7 +39,11 @@ pub struct Expected {
 
 impl Expected {
     pub fn read(case: &str) -> Self {
-        let bytes = std::fs::read(golden_folder().join(case).join("expected.safetensors")).expect("readable");
+        Self::read_file(&golden_folder().join(case).join("expected.safetensors"))
+    }
+
+    pub fn read_file(path: &Path) -> Self {
+        let bytes = std::fs::read(path).expect("readable");
         let file = Safetensors::parse(&bytes).expect("well-formed");
         let raw = |name: &str| &bytes[file.tensor(name).expect("present").range.clone()];
         let ids = |name: &str| -> Vec<u32> {

@@ -1,0 +1,33 @@
+"""`infer bench`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+SMALL = ("--prompt-tokens", "64", "--generate-tokens", "8", "--repeat", "2", "--threads", "2")
+
+
+def test_json(infer_cli: Cli) -> None:
+    report = json.loads(infer_cli("bench", *SMALL, "--json").stdout)
+    assert report["prefill_tokens_per_second"] > 0
+    assert report["decode_tokens_per_second"] > 0
+    assert len(report["prefill_runs"]) == len(report["decode_runs"]) == 2
+    assert min(report["decode_runs"]) <= report["decode_tokens_per_second"] <= max(report["decode_runs"])
+    assert (report["threads"], report["prompt_tokens"], report["generate_tokens"], report["batch"]) == (2, 64, 8, 1)
+    assert report["isa"] in ("scalar", "avx2", "avx512", "neon")
+
+
+def test_table_without_a_tokenizer_and_with_a_batch(infer_cli: Cli, bare_folder: Path) -> None:
+    done = infer_cli("bench", *SMALL, "--batch", "4", "--model", str(bare_folder))
+    assert done.returncode == 0, done.stderr
+    assert "prefill" in done.stdout
+    assert "decode" in done.stdout
+    assert "tokens/s" in done.stdout

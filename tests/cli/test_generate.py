@@ -1,0 +1,53 @@
+"""`infer generate`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from infer import SamplingParams
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    from infer import LLM
+
+    Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_it_continues_a_prompt_with_the_bundled_model(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "Once upon a time", "-n", "32", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    assert len(done.stdout.split()) > 12
+    assert done.stderr == "", "figures are for a terminal only"
+    again = infer_cli("generate", "Once upon a time", "-n", "32", "--seed", "1", "--no-echo")
+    assert "Once upon a time" + again.stdout == done.stdout
+
+
+def test_json_holds_what_python_gives(infer_cli: Cli, llm: LLM) -> None:
+    done = infer_cli("generate", "-", "-n", "12", "--temperature", "0", "--json", stdin="The king")
+    document = json.loads(done.stdout)
+    (output,) = llm.generate("The king", llm.default_sampling_params(max_tokens=12, temperature=0))
+    (completion,) = document["outputs"]
+    assert document["prompt"] == "The king"
+    assert completion["token_ids"] == output.outputs[0].token_ids
+    assert completion["text"] == output.outputs[0].text
+    assert completion["finish_reason"] == "length"
+    assert document["metrics"]["generated_tokens"] == 12
+    assert document["model"].endswith("tinylm.gguf")
+
+
+def test_any_field_of_the_parameters(infer_cli: Cli, llm: LLM) -> None:
+    done = infer_cli("generate", "The king", "-n", "12", "--seed", "3", "-p", "n=2", "-p", "top_k=1", "-p", "stop=zzz", "--json")
+    found = [completion["token_ids"] for completion in json.loads(done.stdout)["outputs"]]
+    greedy = llm.generate("The king", SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].token_ids
+    assert found == [greedy, greedy]
+    assert infer_cli("generate", "The king", "-n", "4", "-p", "n=2").stdout.count("--- ") == 2
+
+
+def test_stop_ends_the_text(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "The king", "-n", "200", "--temperature", "0", "--stop", " the", "--stop", ",", "--no-echo")
+    assert " the" not in done.stdout
+    assert "," not in done.stdout

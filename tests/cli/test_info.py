@@ -1,0 +1,30 @@
+"""`infer info`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from infer import model_info
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_table_for_people(infer_cli: Cli) -> None:
+    shown = infer_cli("info").stdout
+    for words in ("LlamaForCausalLM", "27,795,968 (27.8 million)", "8192", "tinylm.gguf", "--template prints it"):
+        assert words in shown.replace("\n", ""), shown
+
+
+def test_json_for_programs(infer_cli: Cli, bare_folder: Path) -> None:
+    assert json.loads(infer_cli("info", "--json").stdout) == model_info().as_dict()
+    assert json.loads(infer_cli("info", str(bare_folder), "--json").stdout) == model_info(bare_folder).as_dict()
+
+
+def test_the_template_alone(infer_cli: Cli) -> None:
+    assert infer_cli("info", "--template").stdout.rstrip("\n") == (model_info().chat_template or "").rstrip("\n")
