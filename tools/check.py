@@ -13,7 +13,7 @@ RUST = (1, 89)
 def python_problems():
     """Yield what is wrong with this Python."""
     if sys.version_info < PYTHON:
-        yield "Python {}.{} or newer is needed, this is {}.{}.".format(*(PYTHON + sys.version_info[:2]))
+        yield "Python {}.{} or newer is needed, this is {}.{}.".format(*PYTHON, *sys.version_info[:2])
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -29,7 +29,7 @@ def rust_problems():
     said = subprocess.run(["rustc", "--version"], stdout=subprocess.PIPE, check=False).stdout.decode()
     match = re.search(r"(\d+)\.(\d+)", said)
     if match and tuple(map(int, match.groups())) < RUST:
-        yield "Rust {}.{} or newer is needed, found {}: run `rustup update`.".format(*(RUST + (said.strip(),)))
+        yield "Rust {}.{} or newer is needed, found {}: run `rustup update`.".format(*RUST, said.strip())
     if os.name == "posix" and not shutil.which(os.environ.get("CC", "cc")):
         yield "A C compiler was not found; Rust links with it: apt-get install gcc libc6-dev, or xcode-select --install."
 

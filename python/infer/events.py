@@ -6,6 +6,7 @@ one thread per `LLM`, started by the first of them: a thread per request would n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import deque
@@ -113,7 +114,8 @@ class Dispatcher:
         """Deliver what is still there and end the thread; harmless when repeated."""
         with self._lock:
             self._stopping = True
-        self._queue.wake()
+        with contextlib.suppress(InferError):  # in a forked child, where there is neither queue nor thread
+            self._queue.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
 

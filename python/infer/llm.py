@@ -18,7 +18,7 @@ from infer._core import Engine, InferError, SamplingParams
 from infer.events import Dispatcher, wait_all
 from infer.outputs import Gather
 from infer.progress import progress
-from infer.prompts import Prompt, conversations, pair, prompts
+from infer.prompts import Prompt, conversations, pair, prompts, template_options
 from infer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from infer import _core
     from infer._core import ModelInfo, ReadyQueue, Request
     from infer.events import Submit
     from infer.outputs import RequestOutput, StreamOutput
@@ -178,7 +179,7 @@ class LLM:
         tools, chat_template, chat_template_kwargs, add_generation_prompt
             As for `Tokenizer.apply_chat_template`.
         """
-        template = _template(tools, chat_template, chat_template_kwargs, add_generation_prompt)
+        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
         return self._run(self._conversations(messages, sampling_params, template), use_tqdm)
 
     def stream(
@@ -203,7 +204,7 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> Generator[StreamOutput, None, None]:
         """Yield pieces of an answer as they are generated; arguments as for `chat`."""
-        template = _template(tools, chat_template, chat_template_kwargs, add_generation_prompt)
+        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
         return self._stream(self._conversations(messages, sampling_params, template))
 
     # ---- the same, awaited
@@ -227,7 +228,7 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Do as `chat` does, without blocking the event loop."""
-        template = _template(tools, chat_template, chat_template_kwargs, add_generation_prompt)
+        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
         return await self._arun(self._conversations(messages, sampling_params, template))
 
     def astream(
@@ -249,7 +250,7 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> AsyncGenerator[StreamOutput, None]:
         """Do as `stream_chat` does, for `async for`."""
-        template = _template(tools, chat_template, chat_template_kwargs, add_generation_prompt)
+        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
         return self._astream(self._conversations(messages, sampling_params, template))
 
     # ---- everything else
@@ -267,9 +268,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; `InferError` if it has none (then `info.has_tokenizer` is False)."""
-        if self._names is None:
-            raise InferError(f"tokenizer: {self.info.path} has none; give token ids instead of text")
-        return Tokenizer(self._names)
+        return Tokenizer(self._tokenizer())
 
     @property
     def info(self) -> ModelInfo:
@@ -311,15 +310,20 @@ class LLM:
 
     # ---- the shell
 
+    def _tokenizer(self) -> _core.Tokenizer:
+        if self._names is None:
+            raise InferError(f"tokenizer: {self.info.path} has none; give token ids instead of text")
+        return self._names
+
     def _prompts(self, value: Any, params: Any) -> Work:
         return pair(prompts(value), params, self.default_sampling_params)
 
     def _conversations(self, messages: Any, params: Any, template: dict[str, Any]) -> Work:
         found = pair(conversations(messages), params, self.default_sampling_params)
-        tokenizer = self.tokenizer
+        names = self._tokenizer()
         # The template writes the special tokens itself.
         return [
-            (Prompt(tokenizer.apply_chat_template(conversation, **template), None, add_special_tokens=False), one)
+            (Prompt(names.apply_chat_template(conversation, **template), None, add_special_tokens=False), one)
             for conversation, one in found
         ]
 
@@ -381,17 +385,3 @@ def _check_device(device: str) -> None:
         raise InferError("device: 'cuda' was asked for, but this release computes on CPUs only; use 'cpu' or 'auto'")
     if device not in ("auto", "cpu"):
         raise InferError(f"device: {device!r} is unknown; use 'auto' or 'cpu'")
-
-
-def _template(
-    tools: Sequence[Mapping[str, Any]] | None,
-    chat_template: str | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
-    add_generation_prompt: bool,
-) -> dict[str, Any]:
-    return {
-        "tools": tools,
-        "chat_template": chat_template,
-        "add_generation_prompt": add_generation_prompt,
-        **(chat_template_kwargs or {}),
-    }

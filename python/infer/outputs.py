@@ -127,7 +127,7 @@ class RequestOutput:
         Times and counts.
     """
 
-    request_id: int
+    request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
@@ -216,7 +216,7 @@ class Collector:
         """Return everything collected so far."""
         rows = self.request.prompt_logprobs
         return RequestOutput(
-            request_id=self.request.request_id,
+            request_id=str(self.request.request_id),
             prompt=self._prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             prompt_logprobs=None if rows is None else [None if row is None else self._named(row) for row in rows],

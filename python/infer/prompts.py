@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from infer._core import InferError, SamplingParams
 
-__all__ = ["Messages", "Prompt", "PromptInput", "conversations", "pair", "prompts"]
+__all__ = ["Messages", "Prompt", "PromptInput", "conversations", "pair", "prompts", "template_options"]
 
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -67,6 +67,21 @@ def pair(items: Sequence[_Item], params: Any, default: Callable[[], SamplingPara
     if len(params) != len(items):
         raise InferError(f"sampling_params: {len(params)} given for {len(items)} prompts; give one, or one for each prompt")
     return list(zip(items, params, strict=True))
+
+
+def template_options(
+    tools: Sequence[Mapping[str, Any]] | None,
+    chat_template: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    add_generation_prompt: bool,
+) -> dict[str, Any]:
+    """Return the keywords of the core's `apply_chat_template`."""
+    return {
+        "tools": tools,
+        "chat_template": chat_template,
+        "add_generation_prompt": add_generation_prompt,
+        "template_kwargs": chat_template_kwargs,
+    }
 
 
 def _prompt(value: Any, where: str) -> Prompt:

@@ -47,6 +47,8 @@ def test_the_script_and_the_module_are_one_command() -> None:
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--param", "top_p"], "is no NAME=VALUE"),
         (["generate", "x", "--param", "top_p=7"], "top_p"),
+        (["generate", "x", "--param", "no_such_field=7"], "no_such_field"),
+        (["chat", "--param", "n=2"], "n: 2"),
         (["generate", "x", "--dtype", "int3"], "dtype"),
         (["generate", ""], "empty"),
         (["info", "."], "error: "),

@@ -28,6 +28,7 @@ from infer.cli.common import (
     StopOption,
     TemperatureOption,
     ThreadsOption,
+    changed,
     complain,
     metrics_json,
     parameter,
@@ -37,7 +38,7 @@ from infer.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from infer import SamplingParams, StreamOutput
 
@@ -71,7 +72,7 @@ class Conversation:
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None, *, as_json: bool) -> None:
         self.llm = llm
-        self.params = params
+        self.params = _single(params)
         self.as_json = as_json
         self.messages: list[dict[str, str]] = []
         if system:
@@ -160,7 +161,7 @@ class Conversation:
     def set_params(self, text: str) -> None:
         """[NAME=VALUE ...]: show or change how answers are sampled, such as /params temperature=0.2 top_p=0.9"""
         if text:
-            self.params = self.params.replace(**dict(parameter(word) for word in text.split()))
+            self.params = _single(changed(self.params, dict(parameter(word) for word in text.split())))
         print(self.params)
 
     def help(self, _: str) -> None:
@@ -173,7 +174,7 @@ class Conversation:
     def _answer(self) -> None:
         """Print the answer as it comes and keep it, also what Ctrl-C left of it."""
         pieces: list[StreamOutput] = []
-        stream = self.llm.stream_chat(self.messages, self.params.replace(n=1))
+        stream = self.llm.stream_chat(self.messages, self.params)
         try:
             for piece in stream:
                 pieces.append(piece)
@@ -184,13 +185,16 @@ class Conversation:
             say("\n(stopped)")
         finally:
             stream.close()
+        if not pieces:  # stopped before the first word: as if it had not been asked
+            self.messages.pop()
+            return
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
-        self._conclude(pieces)
+        self._conclude(pieces[-1])
 
-    def _conclude(self, pieces: list[StreamOutput]) -> None:
-        metrics = pieces[-1].metrics if pieces else None
+    def _conclude(self, last: StreamOutput) -> None:
+        metrics = last.metrics
         if self.as_json:
-            answer: dict[str, Any] = {**self.messages[-1], "finish_reason": pieces[-1].finish_reason if pieces else "abort"}
+            answer: dict[str, Any] = {**self.messages[-1], "finish_reason": last.finish_reason or "abort"}
             answer["metrics"] = None if metrics is None else metrics_json(metrics)
             print(json.dumps(answer, ensure_ascii=False), flush=True)  # one line each, as answers come
             return
@@ -211,6 +215,12 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "undo": Conversation.undo,
     "params": Conversation.set_params,
 }
+
+
+def _single(params: SamplingParams) -> SamplingParams:
+    if params.n != 1:
+        raise InferError(f"n: {params.n} answers to one question make no conversation; use 1")
+    return params
 
 
 def _is_message(value: Any) -> bool:
@@ -243,7 +253,7 @@ def _line(prompt: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _line_editing() -> Any:
+def _line_editing() -> Iterator[None]:
     """Edit lines and keep them from one session to the next, where readline is there and somebody types."""
     try:
         import readline

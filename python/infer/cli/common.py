@@ -58,7 +58,15 @@ def sampling(
     advised = llm.default_sampling_params()
     plain = type(advised)()
     ours = {name: value for name, value in ADVICE.items() if getattr(advised, name) == getattr(plain, name)}
-    return advised.replace(**{**ours, **changes})
+    return changed(advised, {**ours, **changes})
+
+
+def changed(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
+    """Change some fields by their names, as users write them."""
+    try:
+        return params.replace(**changes)
+    except TypeError as error:  # no such field, or a value of another type
+        raise InferError(f"sampling parameters: {error}") from error
 
 
 def parameter(text: str) -> tuple[str, Any]:
@@ -100,7 +108,7 @@ def say(text: str) -> None:
     if sys.stderr.isatty():
         from rich.console import Console
 
-        Console(stderr=True, highlight=False).print(text, style="dim", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
 
 
 def complain(text: str) -> None:

@@ -271,6 +271,7 @@ fn closing_aborts_joins_drops_the_device_and_is_harmless_twice() {
     struct Witness(FakeDevice, Arc<Mutex<bool>>);
     impl Device for Witness {
         fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+            std::thread::sleep(Duration::from_millis(5)); // a second for all 200 tokens
             self.0.compute(batch, logits)
         }
     }

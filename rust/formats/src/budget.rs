@@ -51,6 +51,9 @@ impl Budget {
         count: usize,
         field: impl fmt::Display,
     ) -> Result<Vec<T>, FormatError> {
+        if count > 0 {
+            self.charge(1, ALLOCATION_OVERHEAD, &field)?;
+        }
         self.charge(count, size_of::<T>(), &field)?;
         let mut items = Vec::new();
         match items.try_reserve_exact(count) {

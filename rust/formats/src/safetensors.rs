@@ -202,7 +202,7 @@ struct Header<'a> {
     metadata: BTreeMap<String, String>,
 }
 
-/// One tensor as JSON says it.
+/// One tensor as JSON says it. Further fields are skipped, as in the reference implementation.
 #[derive(Deserialize)]
 struct Entry<'a> {
     #[serde(borrow)]

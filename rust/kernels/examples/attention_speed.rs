@@ -1,7 +1,7 @@
 //! Speed of attention: decoding at two context lengths (GB/s of keys and values read) and a prompt of 512 (GFLOP/s).
 //!
 //! `cargo run --release -p infer-kernels --example attention_speed [threads]`. Layers are visited in turn, so that decoding finds its
-//! keys and values in memory and not in a cache, as it does in a model. The best of several rounds counts.
+//! keys and values in memory and not in a cache, as it does in a model. The best call of several rounds counts.
 
 use infer_kernels::{
     Attention, AttentionRows, Context, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows, RowsMut, Scratch, attention,
@@ -79,12 +79,12 @@ fn best_seconds(
     let (mut output, mut scratch) = (vec![0.0; rows * width], Scratch::default());
     let mut best = f64::INFINITY;
     for _ in 0..7 {
-        let start = Instant::now();
         for layer in 0..layers {
+            let start = Instant::now();
             let (input, result) = (Rows::new(&queries, rows, width, width), RowsMut::new(&mut output, rows, width, width));
             attention(context, &kind, &cache, layer, &[sequence], input, result, &mut scratch);
+            best = best.min(start.elapsed().as_secs_f64());
         }
-        best = best.min(start.elapsed().as_secs_f64() / layers as f64);
     }
     Ok(best)
 }

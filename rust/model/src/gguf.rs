@@ -96,11 +96,10 @@ impl Reader<'_, '_> {
         self.sizes(&mut fields);
         self.rotation(arch, &mut fields)?;
         self.family(arch, &mut fields);
-        for (field, key) in [("eos_token_id", "eos"), ("bos_token_id", "bos")] {
-            if let Ok(Some(id)) = self.metadata.u64(&format!("tokenizer.ggml.{key}_token_id")) {
-                fields.insert(field.to_owned(), json!(id));
-            }
-        }
+        let id = |key: &str| self.metadata.u64(&format!("tokenizer.ggml.{key}_token_id")).ok().flatten();
+        let ends: Vec<u64> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
+        fields.insert("eos_token_id".to_owned(), json!(ends));
+        fields.insert("bos_token_id".to_owned(), json!(id("bos")));
         Ok(fields)
     }
 

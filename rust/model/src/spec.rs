@@ -105,6 +105,8 @@ const MAX_WIDTH: usize = 1 << 20;
 const MAX_VOCABULARY: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
 const MAX_HEADS: usize = 1 << 16;
+/// Of all layers together.
+const MAX_EXPERTS: usize = 1 << 18;
 
 impl ModelSpec {
     /// Reads the configuration of a safetensors checkpoint. `eos` from `generation_config.json` may be added later.
@@ -310,6 +312,10 @@ fn ropes(arch: &Arch, config: &Config, head_dim: usize, max_positions: usize) ->
 
 fn layers(arch: &Arch, config: &Config, hidden: usize, ropes: usize) -> Result<Vec<LayerSpec>, ModelError> {
     let count = config.size(&["num_hidden_layers", "n_layer"], MAX_LAYERS)?;
+    let experts = config.count(&["num_experts", "num_local_experts"], MAX_EXPERTS)?.unwrap_or(0);
+    if arch.experts.is_some() && count * experts > MAX_EXPERTS {
+        return Err(ModelError::config("num_experts", experts, format!("at most {MAX_EXPERTS} in all layers")));
+    }
     let windows = windows(arch, config, count)?;
     let marked = config.numbers("no_rope_layers")?;
     let interval = config.count(&["no_rope_layer_interval"], MAX_LAYERS)?.unwrap_or(4).max(1);

@@ -1,0 +1,259 @@
+//! `SamplingParams` as a Python value.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use infer_engine as core;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyMapping, PyString, PyTuple};
+
+use crate::convert::{Int, text, token_ids, type_name};
+use crate::error::{guarded, refusal};
+
+/// How to choose tokens and when to stop; names, defaults and meanings are vLLM's. Immutable.
+#[pyclass(frozen, module = "infer._core")]
+pub struct SamplingParams {
+    pub inner: core::SamplingParams,
+}
+
+#[pymethods]
+impl SamplingParams {
+    #[new]
+    #[pyo3(signature = (
+        *, n=Int(1), temperature=1.0, top_k=Int(0), top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+        frequency_penalty=0.0, seed=None, max_tokens=Some(Int(16)), min_tokens=Int(0), stop=None, stop_token_ids=None,
+        include_stop_str_in_output=false, ignore_eos=false, logprobs=None, prompt_logprobs=None, skip_special_tokens=true,
+        detokenize=true, logit_bias=None, allowed_token_ids=None
+    ), text_signature = "(*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
+        presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=16, min_tokens=0, stop=None, \
+        stop_token_ids=None, include_stop_str_in_output=False, ignore_eos=False, logprobs=None, prompt_logprobs=None, \
+        skip_special_tokens=True, detokenize=True, logit_bias=None, allowed_token_ids=None)")]
+    fn new(
+        n: Int,
+        temperature: f64,
+        top_k: Int,
+        top_p: f64,
+        min_p: f64,
+        repetition_penalty: f64,
+        presence_penalty: f64,
+        frequency_penalty: f64,
+        seed: Option<Int>,
+        max_tokens: Option<Int>,
+        min_tokens: Int,
+        stop: Option<Bound<'_, PyAny>>,
+        stop_token_ids: Option<Bound<'_, PyAny>>,
+        include_stop_str_in_output: bool,
+        ignore_eos: bool,
+        logprobs: Option<Int>,
+        prompt_logprobs: Option<Int>,
+        skip_special_tokens: bool,
+        detokenize: bool,
+        logit_bias: Option<Bound<'_, PyAny>>,
+        allowed_token_ids: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        guarded(|| {
+            let count = "None or at least 0";
+            // -0.0 equals 0.0 but would hash apart.
+            let number = |value: f64| value + 0.0;
+            let inner = core::SamplingParams {
+                n: n.fit("n", "from 1 to 1024")?,
+                temperature: number(temperature),
+                top_k: if top_k.0 == -1 { 0 } else { top_k.fit("top_k", "0 or -1 for all tokens, or at least 1")? },
+                top_p: number(top_p),
+                min_p: number(min_p),
+                repetition_penalty: number(repetition_penalty),
+                presence_penalty: number(presence_penalty),
+                frequency_penalty: number(frequency_penalty),
+                seed: seed.map(|seed| seed.fit("seed", "from 0 to 2**64 - 1")).transpose()?,
+                max_tokens: max_tokens.map(|tokens| tokens.fit("max_tokens", "None or at least 1")).transpose()?,
+                min_tokens: min_tokens.fit("min_tokens", "at least 0")?,
+                stop: stop.map_or(Ok(Vec::new()), |stop| stop_strings(&stop))?,
+                stop_token_ids: stop_token_ids.map_or(Ok(Vec::new()), |ids| token_ids("stop_token_ids", &ids))?,
+                include_stop_str_in_output,
+                ignore_eos,
+                logprobs: logprobs.map(|top| top.fit("logprobs", count)).transpose()?,
+                prompt_logprobs: prompt_logprobs.map(|top| top.fit("prompt_logprobs", count)).transpose()?,
+                skip_special_tokens,
+                detokenize,
+                logit_bias: logit_bias.map_or(Ok(BTreeMap::new()), |bias| biases(&bias))?,
+                allowed_token_ids: allowed_token_ids.map(|ids| token_ids("allowed_token_ids", &ids)).transpose()?,
+            };
+            inner.validate().map_err(refusal)?;
+            Ok(Self { inner })
+        })
+    }
+
+    #[getter]
+    fn n(&self) -> u32 {
+        self.inner.n
+    }
+    #[getter]
+    fn temperature(&self) -> f64 {
+        self.inner.temperature
+    }
+    #[getter]
+    fn top_k(&self) -> u32 {
+        self.inner.top_k
+    }
+    #[getter]
+    fn top_p(&self) -> f64 {
+        self.inner.top_p
+    }
+    #[getter]
+    fn min_p(&self) -> f64 {
+        self.inner.min_p
+    }
+    #[getter]
+    fn repetition_penalty(&self) -> f64 {
+        self.inner.repetition_penalty
+    }
+    #[getter]
+    fn presence_penalty(&self) -> f64 {
+        self.inner.presence_penalty
+    }
+    #[getter]
+    fn frequency_penalty(&self) -> f64 {
+        self.inner.frequency_penalty
+    }
+    #[getter]
+    fn seed(&self) -> Option<u64> {
+        self.inner.seed
+    }
+    #[getter]
+    fn max_tokens(&self) -> Option<usize> {
+        self.inner.max_tokens
+    }
+    #[getter]
+    fn min_tokens(&self) -> usize {
+        self.inner.min_tokens
+    }
+    #[getter]
+    fn stop(&self) -> Vec<String> {
+        self.inner.stop.clone()
+    }
+    #[getter]
+    fn stop_token_ids(&self) -> Vec<u32> {
+        self.inner.stop_token_ids.clone()
+    }
+    #[getter]
+    fn include_stop_str_in_output(&self) -> bool {
+        self.inner.include_stop_str_in_output
+    }
+    #[getter]
+    fn ignore_eos(&self) -> bool {
+        self.inner.ignore_eos
+    }
+    #[getter]
+    fn logprobs(&self) -> Option<u32> {
+        self.inner.logprobs
+    }
+    #[getter]
+    fn prompt_logprobs(&self) -> Option<u32> {
+        self.inner.prompt_logprobs
+    }
+    #[getter]
+    fn skip_special_tokens(&self) -> bool {
+        self.inner.skip_special_tokens
+    }
+    #[getter]
+    fn detokenize(&self) -> bool {
+        self.inner.detokenize
+    }
+    #[getter]
+    fn logit_bias(&self) -> BTreeMap<u32, f32> {
+        self.inner.logit_bias.clone()
+    }
+    #[getter]
+    fn allowed_token_ids(&self) -> Option<Vec<u32>> {
+        self.inner.allowed_token_ids.clone()
+    }
+
+    /// A copy with some fields changed; the result is validated like a new one.
+    #[pyo3(signature = (**changes))]
+    fn replace<'py>(slf: &Bound<'py, Self>, changes: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyAny>> {
+        let fields = slf.get().fields(slf.py())?;
+        if let Some(changes) = changes {
+            fields.update(changes.as_mapping())?;
+        }
+        slf.get_type().call((), Some(&fields))
+    }
+
+    /// For pickle and copy: the arguments that make it again.
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        Ok((PyTuple::empty(py), self.fields(py)?))
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| other.get().inner == self.inner)
+    }
+
+    fn __hash__(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        format!("{:?}", self.inner).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let defaults = Self { inner: core::SamplingParams::default() }.fields(py)?;
+        let mut parts = Vec::new();
+        for (name, value) in self.fields(py)? {
+            if !defaults.get_item(&name)?.is_some_and(|usual| usual.eq(&value).unwrap_or(false)) {
+                parts.push(format!("{name}={}", value.repr()?));
+            }
+        }
+        Ok(format!("SamplingParams({})", parts.join(", ")))
+    }
+}
+
+impl SamplingParams {
+    fn fields<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let fields = PyDict::new(py);
+        let inner = &self.inner;
+        fields.set_item("n", inner.n)?;
+        fields.set_item("temperature", inner.temperature)?;
+        fields.set_item("top_k", inner.top_k)?;
+        fields.set_item("top_p", inner.top_p)?;
+        fields.set_item("min_p", inner.min_p)?;
+        fields.set_item("repetition_penalty", inner.repetition_penalty)?;
+        fields.set_item("presence_penalty", inner.presence_penalty)?;
+        fields.set_item("frequency_penalty", inner.frequency_penalty)?;
+        fields.set_item("seed", inner.seed)?;
+        fields.set_item("max_tokens", inner.max_tokens)?;
+        fields.set_item("min_tokens", inner.min_tokens)?;
+        fields.set_item("stop", &inner.stop)?;
+        fields.set_item("stop_token_ids", &inner.stop_token_ids)?;
+        fields.set_item("include_stop_str_in_output", inner.include_stop_str_in_output)?;
+        fields.set_item("ignore_eos", inner.ignore_eos)?;
+        fields.set_item("logprobs", inner.logprobs)?;
+        fields.set_item("prompt_logprobs", inner.prompt_logprobs)?;
+        fields.set_item("skip_special_tokens", inner.skip_special_tokens)?;
+        fields.set_item("detokenize", inner.detokenize)?;
+        fields.set_item("logit_bias", &inner.logit_bias)?;
+        fields.set_item("allowed_token_ids", &inner.allowed_token_ids)?;
+        Ok(fields)
+    }
+}
+
+/// One string or several.
+fn stop_strings(object: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+    if object.is_instance_of::<PyString>() {
+        return Ok(vec![text("stop", object)?]);
+    }
+    let wrong = || refusal(format!("stop must be a string or a sequence of strings, got {}", type_name(object)));
+    let items = object.try_iter().map_err(|_| wrong())?;
+    items.enumerate().map(|(index, item)| text(&format!("stop[{index}]"), &item?)).collect()
+}
+
+fn biases(object: &Bound<'_, PyAny>) -> PyResult<BTreeMap<u32, f32>> {
+    let Ok(mapping) = object.cast::<PyMapping>() else {
+        let found = type_name(object);
+        return Err(refusal(format!("logit_bias must be a mapping of token ids to numbers, got {found}")));
+    };
+    let mut biases = BTreeMap::new();
+    for item in mapping.items()?.iter() {
+        let (key, value) = item.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
+        let wrong = |_| refusal(format!("logit_bias must map token ids to numbers, got {key}: {value}"));
+        biases.insert(key.extract().map_err(wrong)?, value.extract().map_err(wrong)?);
+    }
+    Ok(biases)
+}

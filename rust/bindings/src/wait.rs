@@ -1,0 +1,72 @@
+//! Waiting without the GIL, and without being deaf to signals.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+
+use crate::error::{describe_panic, refusal};
+
+/// How long nobody looks for signals.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A deadline from Python's `timeout` in seconds.
+///
+/// # Errors
+/// A negative or NaN timeout.
+pub fn deadline(timeout: Option<f64>) -> PyResult<Option<Instant>> {
+    let Some(seconds) = timeout else { return Ok(None) };
+    if seconds.is_nan() || seconds < 0.0 {
+        return Err(refusal(format!("timeout must be None or at least 0 seconds, got {seconds}")));
+    }
+    let span = Duration::try_from_secs_f64(seconds).ok();
+    Ok(span.and_then(|span| Instant::now().checked_add(span)))
+}
+
+/// Calls `wait` with short timeouts until it says true (then true), the deadline passes (then false), or a signal handler raises.
+pub fn wait_until(
+    py: Python<'_>,
+    deadline: Option<Instant>,
+    wait: impl Fn(Duration) -> bool + Send + Sync,
+) -> PyResult<bool> {
+    loop {
+        let left = deadline.map_or(GLANCE, |at| at.saturating_duration_since(Instant::now()));
+        if py.detach(|| wait(left.min(GLANCE))) {
+            return Ok(true);
+        }
+        py.check_signals()?;
+        if deadline.is_some_and(|at| Instant::now() >= at) {
+            return Ok(false);
+        }
+    }
+}
+
+/// Runs `work` on a thread of its own while this one looks for signals. When a signal handler raises, the work's result is dropped as
+/// soon as it is there.
+pub fn interruptible<T: Send + 'static>(
+    py: Python<'_>,
+    name: &str,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> PyResult<T> {
+    let (sender, mut receiver) = sync_channel(1);
+    let run = move || {
+        let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(describe_panic(&*panic)));
+        let _ = sender.send(outcome); // nobody listens after a signal
+    };
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    let thread = thread.map_err(|error| refusal(format!("cannot start a thread: {error}")))?;
+    loop {
+        let (news, back) = py.detach(move || (receiver.recv_timeout(GLANCE), receiver));
+        receiver = back;
+        match news {
+            Ok(outcome) => {
+                // The thread is about to end; after the join it no longer counts as one of the process's.
+                let _ = py.detach(|| thread.join());
+                return outcome.map_err(refusal);
+            }
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(refusal("a bug in infer: a helper thread vanished")),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Wrong checkpoints end in one clear error: never in a panic, and never in numbers.
+
+mod common;
+
+use std::path::Path;
+
+use common::{exact, golden_folder};
+use infer_model::{Checkpoint, CpuModel, ModelError};
+use serde_json::{Value, json};
+
+/// A copy of the small Llama with one change to its configuration, loaded.
+fn with_config(change: impl FnOnce(&mut Value)) -> Result<CpuModel, ModelError> {
+    let source = golden_folder().join("llama");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::copy(source.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(source.join("config.json")).expect("readable")).expect("JSON");
+    change(&mut config);
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    CpuModel::load(folder.path(), &exact(1))
+}
+
+#[track_caller]
+fn refused(result: Result<CpuModel, ModelError>, parts: &[&str]) {
+    match result {
+        Ok(_) => panic!("loaded; expected an error naming {parts:?}"),
+        Err(error) => {
+            let message = error.to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message:?} lacks one of {parts:?}");
+        }
+    }
+}
+
+#[test]
+fn configurations_that_cannot_be_right_name_the_field() {
+    refused(with_config(|config| config["architectures"] = json!(["FalconForCausalLM"])), &["FalconForCausalLM", "LlamaForCausalLM"]);
+    refused(with_config(|config| config["architectures"] = json!([])), &["architectures", "LlamaForCausalLM"]);
+    refused(with_config(|config| *config = json!([1])), &["JSON object"]);
+    for field in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"] {
+        for wrong in [json!(0), json!(-1), json!("64"), json!(1.5), json!(1e300), json!(null), json!(u64::MAX)] {
+            refused(with_config(|config| config[field] = wrong), &[field]);
+        }
+    }
+    for (field, wrong) in [
+        ("num_key_value_heads", json!(3)),
+        ("head_dim", json!(0)),
+        ("head_dim", json!(1u64 << 40)),
+        ("rms_norm_eps", json!(-1.0)),
+        ("hidden_act", json!("tanhish")),
+        ("tie_word_embeddings", json!("yes")),
+        ("eos_token_id", json!("</s>")),
+    ] {
+        refused(with_config(|config| config[field] = wrong), &[field]);
+    }
+    for (rope, part) in [
+        (json!({"rope_type": "spiral"}), "spiral"),
+        (json!({"rope_type": "linear"}), "factor"),
+        (json!({"rope_type": "linear", "factor": 0}), "factor"),
+        (json!({"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
+        (json!({"rope_type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]}), "short_factor"),
+        (json!({"rope_type": "default", "rope_theta": 0.5}), "rope_theta"),
+    ] {
+        refused(with_config(|config| config["rope_parameters"] = rope), &[part]);
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_configuration_name_the_tensor() {
+    refused(with_config(|config| config["intermediate_size"] = json!(4096)), &["mlp.", "shape"]);
+    refused(with_config(|config| config["num_hidden_layers"] = json!(40)), &["model.layers.", "no tensor"]);
+    refused(with_config(|config| config["vocab_size"] = json!(1 << 20)), &["shape", "rows"]);
+    refused(with_config(|config| config["hidden_size"] = json!(1 << 19)), &["shape"]);
+}
+
+#[test]
+fn folders_that_are_no_models_say_what_is_missing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let open = |path: &Path| CpuModel::load(path, &exact(1));
+    refused(open(&folder.path().join("absent")), &["absent", "cannot read"]);
+    refused(open(folder.path()), &["neither config.json nor a .gguf"]);
+    let config = golden_folder().join("llama/config.json");
+    std::fs::copy(&config, folder.path().join("config.json")).expect("copied");
+    refused(open(folder.path()), &["no .safetensors"]);
+    std::fs::write(folder.path().join("pytorch_model.bin"), b"x").expect("written");
+    refused(open(folder.path()), &["pickles"]);
+    refused(open(&config), &[".gguf"]);
+}
+
+/// Every truncation and many single-bit flips of a real file: an error, or (a flip in weights) a model.
+#[test]
+fn damaged_files_never_panic() {
+    let source = golden_folder().join("llama");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("model.gguf");
+    let whole = std::fs::read(source.join("model.q4_0.gguf")).expect("readable");
+    let header = whole.len().min(6000);
+    for length in (0..header).step_by(61).chain([whole.len() - 1]) {
+        std::fs::write(&path, &whole[..length]).expect("written");
+        for mmap in [true, false] {
+            assert!(Checkpoint::open(&path, mmap).is_err(), "{length} bytes of {}", whole.len());
+        }
+    }
+    for position in (0..header).step_by(7) {
+        let mut damaged = whole.clone();
+        damaged[position] ^= 1 << (position % 8);
+        std::fs::write(&path, &damaged).expect("written");
+        let _ = CpuModel::load(&path, &exact(1)); // either is right; a panic is not
+    }
+}

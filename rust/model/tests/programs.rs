@@ -1,0 +1,42 @@
+//! Each family's program as text, to be read in a review: `tests/programs/<architecture>.txt`.
+//!
+//! After a change on purpose: `UPDATE_SNAPSHOTS=1 cargo test -p infer-model --test programs`.
+
+mod common;
+
+use std::path::Path;
+
+use common::{golden_cases, golden_folder};
+use infer_model::{Checkpoint, Program};
+
+#[test]
+fn programs_are_the_reviewed_ones() {
+    let update = std::env::var_os("UPDATE_SNAPSHOTS").is_some();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs");
+    for case in golden_cases() {
+        let checkpoint = Checkpoint::open(&golden_folder().join(&case), true).expect("opens");
+        let program = Program::new(&checkpoint.spec).to_string();
+        let path = folder.join(format!("{case}.txt"));
+        if update {
+            std::fs::write(&path, &program).expect("written");
+        }
+        let reviewed = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(program, reviewed, "{case}: see the head of this test");
+    }
+}
+
+#[test]
+fn fusion_merges_products_of_one_input_and_keeps_the_rest() {
+    let checkpoint = Checkpoint::open(&golden_folder().join("llama"), true).expect("opens");
+    let plain = Program::new(&checkpoint.spec);
+    let mut never = plain.clone();
+    never.fuse(|_, _| false);
+    assert_eq!(never, plain);
+    let mut fused = plain.clone();
+    fused.fuse(|_, _| true);
+    let text = fused.to_string();
+    assert!(text.contains("linear normed -> qkv Query.0|Key.0|Value.0"), "{text}");
+    assert!(text.contains("linear normed -> gate_up Gate.0|Up.0"), "{text}");
+    let layers = checkpoint.spec.layers.len();
+    assert_eq!(plain.steps.len() - fused.steps.len(), 3 * layers);
+}
