@@ -50,7 +50,9 @@ pub fn text(name: &str, object: &Bound<'_, PyAny>) -> PyResult<String> {
     let Ok(string) = object.cast::<PyString>() else {
         return Err(refusal(format!("{name} must be a string, got {}", type_name(object))));
     };
-    let text = string.to_cow().map_err(|_| refusal(format!("{name} holds half a surrogate pair, which is not text")))?;
+    let text = string
+        .to_cow()
+        .map_err(|_| refusal(format!("{name} holds half a surrogate pair, which is not text")))?;
     Ok(text.into_owned())
 }
 

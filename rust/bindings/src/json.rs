@@ -43,8 +43,11 @@ fn convert(name: &str, object: &Bound<'_, PyAny>, depth: usize) -> PyResult<Valu
         return Ok(Value::String(text(name, object)?));
     }
     if object.is_instance_of::<PyInt>() {
-        let number = object.extract::<i64>().map(Number::from).or_else(|_| object.extract::<u64>().map(Number::from));
-        return number.map(Value::Number).map_err(|_| refusal(format!("{name} holds an integer beyond 64 bits")));
+        let number =
+            object.extract::<i64>().map(Number::from).or_else(|_| object.extract::<u64>().map(Number::from));
+        return number
+            .map(Value::Number)
+            .map_err(|_| refusal(format!("{name} holds an integer beyond 64 bits")));
     }
     if let Ok(value) = object.cast::<PyFloat>() {
         let number = Number::from_f64(value.value());

@@ -58,17 +58,24 @@ impl SamplingParams {
             let inner = core::SamplingParams {
                 n: n.fit("n", "from 1 to 1024")?,
                 temperature: number(temperature),
-                top_k: if top_k.0 == -1 { 0 } else { top_k.fit("top_k", "0 or -1 for all tokens, or at least 1")? },
+                top_k: if top_k.0 == -1 {
+                    0
+                } else {
+                    top_k.fit("top_k", "0 or -1 for all tokens, or at least 1")?
+                },
                 top_p: number(top_p),
                 min_p: number(min_p),
                 repetition_penalty: number(repetition_penalty),
                 presence_penalty: number(presence_penalty),
                 frequency_penalty: number(frequency_penalty),
                 seed: seed.map(|seed| seed.fit("seed", "from 0 to 2**64 - 1")).transpose()?,
-                max_tokens: max_tokens.map(|tokens| tokens.fit("max_tokens", "None or at least 1")).transpose()?,
+                max_tokens: max_tokens
+                    .map(|tokens| tokens.fit("max_tokens", "None or at least 1"))
+                    .transpose()?,
                 min_tokens: min_tokens.fit("min_tokens", "at least 0")?,
                 stop: stop.map_or(Ok(Vec::new()), |stop| stop_strings(&stop))?,
-                stop_token_ids: stop_token_ids.map_or(Ok(Vec::new()), |ids| token_ids("stop_token_ids", &ids))?,
+                stop_token_ids: stop_token_ids
+                    .map_or(Ok(Vec::new()), |ids| token_ids("stop_token_ids", &ids))?,
                 include_stop_str_in_output,
                 ignore_eos,
                 logprobs: logprobs.map(|top| top.fit("logprobs", count)).transpose()?,
@@ -76,7 +83,9 @@ impl SamplingParams {
                 skip_special_tokens,
                 detokenize,
                 logit_bias: logit_bias.map_or(Ok(BTreeMap::new()), |bias| biases(&bias))?,
-                allowed_token_ids: allowed_token_ids.map(|ids| token_ids("allowed_token_ids", &ids)).transpose()?,
+                allowed_token_ids: allowed_token_ids
+                    .map(|ids| token_ids("allowed_token_ids", &ids))
+                    .transpose()?,
             };
             inner.validate().map_err(refusal)?;
             Ok(Self { inner })
@@ -170,7 +179,10 @@ impl SamplingParams {
 
     /// A copy with some fields changed; the result is validated like a new one.
     #[pyo3(signature = (**changes))]
-    fn replace<'py>(slf: &Bound<'py, Self>, changes: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyAny>> {
+    fn replace<'py>(
+        slf: &Bound<'py, Self>,
+        changes: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let fields = slf.get().fields(slf.py())?;
         if let Some(changes) = changes {
             fields.update(changes.as_mapping())?;
@@ -239,7 +251,8 @@ fn stop_strings(object: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
     if object.is_instance_of::<PyString>() {
         return Ok(vec![text("stop", object)?]);
     }
-    let wrong = || refusal(format!("stop must be a string or a sequence of strings, got {}", type_name(object)));
+    let wrong =
+        || refusal(format!("stop must be a string or a sequence of strings, got {}", type_name(object)));
     let items = object.try_iter().map_err(|_| wrong())?;
     items.enumerate().map(|(index, item)| text(&format!("stop[{index}]"), &item?)).collect()
 }

@@ -14,7 +14,8 @@ use crate::wait::{deadline, wait_until};
 type Logprob = (u32, f32, u32);
 
 fn logprobs(rows: &[Vec<TokenLogprob>]) -> Vec<Vec<Logprob>> {
-    let row = |row: &Vec<TokenLogprob>| row.iter().map(|entry| (entry.token, entry.logprob, entry.rank)).collect();
+    let row =
+        |row: &Vec<TokenLogprob>| row.iter().map(|entry| (entry.token, entry.logprob, entry.rank)).collect();
     rows.iter().map(row).collect()
 }
 

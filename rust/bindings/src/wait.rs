@@ -51,7 +51,8 @@ pub fn interruptible<T: Send + 'static>(
 ) -> PyResult<T> {
     let (sender, mut receiver) = sync_channel(1);
     let run = move || {
-        let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(describe_panic(&*panic)));
+        let outcome =
+            catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(describe_panic(&*panic)));
         let _ = sender.send(outcome); // nobody listens after a signal
     };
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
@@ -66,7 +67,9 @@ pub fn interruptible<T: Send + 'static>(
                 return outcome.map_err(refusal);
             }
             Err(RecvTimeoutError::Timeout) => py.check_signals()?,
-            Err(RecvTimeoutError::Disconnected) => return Err(refusal("a bug in infer: a helper thread vanished")),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(refusal("a bug in infer: a helper thread vanished"));
+            }
         }
     }
 }

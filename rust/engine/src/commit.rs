@@ -161,10 +161,9 @@ impl Core {
         let generated = sequence.tokens.output.len();
         let stop_token = request.stop_tokens.binary_search(&token).is_ok();
         let mut step = TextStep::default();
-        if let Some(text) = sequence.text.as_mut().filter(|_| params.detokenize) {
-            if !stop_token || params.include_stop_str_in_output {
-                step = text.push(token, generated >= params.min_tokens && !stop_token);
-            }
+        let shown = params.detokenize && (!stop_token || params.include_stop_str_in_output);
+        if let Some(text) = sequence.text.as_mut().filter(|_| shown) {
+            step = text.push(token, generated >= params.min_tokens && !stop_token);
         }
         let mut finish = None;
         if stop_token {

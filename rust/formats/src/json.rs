@@ -24,7 +24,7 @@ pub(crate) struct JsonState {
 }
 
 impl JsonState {
-    /// Reads all of `text` as one JSON value, by the visitor that `seed` makes around the state.
+    /// Reads all of `text` as one JSON value, by `read`, which gets the state and the deserializer.
     pub(crate) fn read<'t, T>(
         container: Container,
         part: &'static str,

@@ -1,12 +1,12 @@
 //! The safetensors container: 8 bytes of header length, a JSON header, the tensors' bytes back to back.
 //!
-//! Format: <https://github.com/huggingface/safetensors#format>. Like the reference implementation this refuses
-//! headers over 100 MB, and tensors that overlap, leave gaps or do not end where the file ends.
+//! Format: <https://github.com/huggingface/safetensors#format>. Like the reference implementation this
+//! refuses headers over 100 MB, and tensors that overlap, leave gaps or do not end where the file ends.
 //!
-//! The `safetensors` crate parses the same header, and is the oracle of this crate's tests, but does not stand
-//! between a file and us: it keeps the last of two tensors of one name, has no memory budget, and its errors
-//! name neither the values nor what would be right. Stricter than it: zero-sized dimensions and duplicate
-//! names are refused.
+//! The `safetensors` crate parses the same header, and is the oracle of this crate's tests, but does not
+//! stand between a file and us: it keeps the last of two tensors of one name, has no memory budget, and its
+//! errors name neither the values nor what would be right. Stricter than it: zero-sized dimensions and
+//! duplicate names are refused.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

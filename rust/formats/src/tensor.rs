@@ -146,7 +146,8 @@ pub struct TensorInfo {
     pub name: String,
     /// How its elements are stored.
     pub tensor_type: TensorType,
-    /// Row-major: slowest dimension first, elements of a row adjacent. Empty for a scalar; never holds a zero.
+    /// Row-major: slowest dimension first, elements of a row adjacent. Empty for a scalar; never holds a
+    /// zero.
     pub shape: Vec<usize>,
     /// Its bytes within the file.
     pub range: Range<usize>,

@@ -1,4 +1,5 @@
-//! GGUF files that lie: each is refused with an error that names the field, the value and what would be right.
+//! GGUF files that lie: each is refused with an error that names the field, the value and what would be
+//! right.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! A short fuzz run that needs no fuzzer: every seed of `fuzz/seeds`, and deterministic mutants of each, through
-//! the properties that the fuzz targets check.
+//! A short fuzz run that needs no fuzzer: every seed of `fuzz/seeds`, and deterministic mutants of each,
+//! through the properties that the fuzz targets check.
 
 mod common;
 

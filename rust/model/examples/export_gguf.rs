@@ -13,7 +13,9 @@ use infer_model::{Checkpoint, ExportFormats, export_gguf};
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, out, embedding, matrices, rest @ ..] = &arguments[..] else {
-        return Err("usage: export_gguf FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]".into());
+        return Err(
+            "usage: export_gguf FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]".into()
+        );
     };
     let formats = ExportFormats { embedding: format(embedding)?, matrices: format(matrices)? };
     let checkpoint = Checkpoint::open(Path::new(folder), true)?;

@@ -10,7 +10,9 @@ use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions, ModelError};
 
 fn main() -> Result<(), ModelError> {
     let arguments: Vec<String> = std::env::args().collect();
-    let number = |index: usize, default: usize| arguments.get(index).and_then(|text| text.parse().ok()).unwrap_or(default);
+    let number = |index: usize, default: usize| {
+        arguments.get(index).and_then(|text| text.parse().ok()).unwrap_or(default)
+    };
     let path = arguments.get(1).map_or("model.gguf", String::as_str);
     let (threads, prompt, generated) = (number(2, 2), number(3, 128), number(4, 32));
     let options = LoadOptions {
@@ -26,8 +28,13 @@ fn main() -> Result<(), ModelError> {
     model.allocate_cache(pages.len())?;
     let mut logits = Vec::new();
     let mut forward = |model: &mut CpuModel, tokens: &[u32], first_position: usize| {
-        let sequence =
-            BatchSequence { first_row: 0, rows: tokens.len(), first_position, pages: &pages, long_context: false };
+        let sequence = BatchSequence {
+            first_row: 0,
+            rows: tokens.len(),
+            first_position,
+            pages: &pages,
+            long_context: false,
+        };
         let last = [tokens.len() as u32 - 1];
         model.forward(&Batch { tokens, sequences: &[sequence], logit_rows: &last }, &mut logits)
     };

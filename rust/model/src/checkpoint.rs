@@ -75,7 +75,10 @@ impl Checkpoint {
         if kind.is_file() {
             return match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
                 true => Self::open_gguf(path, mmap),
-                false => Err(not_a_model(path, "a file must be a .gguf; a safetensors model is given as its folder")),
+                false => Err(not_a_model(
+                    path,
+                    "a file must be a .gguf; a safetensors model is given as its folder",
+                )),
             };
         }
         if path.join("config.json").is_file() {
@@ -126,8 +129,14 @@ impl Checkpoint {
             spec.eos_token_ids.dedup();
         }
         let names = spec.arch.names;
-        let mut checkpoint =
-            Self { spec, metadata: None, names, path: path.to_owned(), files: Vec::new(), tensors: HashMap::new() };
+        let mut checkpoint = Self {
+            spec,
+            metadata: None,
+            names,
+            path: path.to_owned(),
+            files: Vec::new(),
+            tensors: HashMap::new(),
+        };
         for file in safetensors_files(path)? {
             let bytes = FileBytes::open(&file, mmap)?;
             let parsed = Safetensors::parse(bytes.bytes()).map_err(in_file(&file))?;
@@ -155,7 +164,8 @@ impl Checkpoint {
             None if bare && !name.starts_with(&head) => format!("{first}.{name}"),
             None => name,
         };
-        self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(name, at)| (renamed(name), at)).collect();
+        self.tensors =
+            std::mem::take(&mut self.tensors).into_iter().map(|(name, at)| (renamed(name), at)).collect();
     }
 
     fn open_gguf(path: &Path, mmap: bool) -> Result<Self, ModelError> {
@@ -190,7 +200,14 @@ impl Checkpoint {
         };
         let (row, config) = gguf::config(&metadata, &tensor, path)?;
         let spec = ModelSpec::read(row, &config)?;
-        Ok(Self { spec, metadata: Some(metadata), names: &names::GGUF, path: path.to_owned(), files, tensors })
+        Ok(Self {
+            spec,
+            metadata: Some(metadata),
+            names: &names::GGUF,
+            path: path.to_owned(),
+            files,
+            tensors,
+        })
     }
 
     fn add(&mut self, bytes: FileBytes, tensors: Vec<TensorInfo>) {
@@ -206,7 +223,7 @@ pub fn known_architectures() -> String {
 }
 
 fn in_file(path: &Path) -> impl Fn(FormatError) -> ModelError + '_ {
-    |source| ModelError::Format { path: path.to_owned(), source }
+    |source| ModelError::Format { path: path.to_owned(), source: Box::new(source) }
 }
 
 fn not_a_model(path: &Path, reason: &str) -> ModelError {
@@ -250,7 +267,10 @@ fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
         0 if files_with_extension(folder, "bin")?.is_empty() => {
             Err(not_a_model(folder, "there is a config.json but no .safetensors file"))
         }
-        0 => Err(not_a_model(folder, "weights are .bin pickles, which can run code when read; convert to safetensors")),
+        0 => Err(not_a_model(
+            folder,
+            "weights are .bin pickles, which can run code when read; convert to safetensors",
+        )),
         1 => Ok(found),
         _ => Err(not_a_model(folder, "several .safetensors files but no model.safetensors.index.json")),
     }

@@ -56,7 +56,9 @@ impl Config {
     /// A whole number of at most `limit`.
     pub fn count(&self, names: Fields<'_>, limit: usize) -> Result<Option<usize>, ModelError> {
         let Some((name, value)) = self.find(names) else { return Ok(None) };
-        let number = value.as_u64().or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64));
+        let number = value
+            .as_u64()
+            .or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64));
         match number.and_then(|number| usize::try_from(number).ok()).filter(|number| *number <= limit) {
             Some(number) => Ok(Some(number)),
             None => Err(ModelError::config(name, value, format!("a whole number up to {limit}"))),
@@ -122,7 +124,9 @@ impl Config {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         match self.find(&[name]) {
             None => Ok(Vec::new()),
-            Some((_, Value::Array(_))) => Ok(self.list(name, "a token id or a list of them", id)?.unwrap_or_default()),
+            Some((_, Value::Array(_))) => {
+                Ok(self.list(name, "a token id or a list of them", id)?.unwrap_or_default())
+            }
             Some((_, value)) => match id(value) {
                 Some(id) => Ok(vec![id]),
                 None => Err(ModelError::config(name, value, "a token id or a list of them")),

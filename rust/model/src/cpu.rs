@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, Format, KvCache, KvElement, KvLayer, Norm, PAGE_TOKENS, Precision, Rows,
-    RowsMut, Scratch, activation_in_place, add_in_place, attention, dequantize, gated_activation, linear, norm,
+    Attention, AttentionRows, Context, Format, KvCache, KvElement, KvLayer, Norm, PAGE_TOKENS, Precision,
+    RopeStyle, activation_in_place, add_in_place, attention, dequantize, gated_activation, linear, norm,
     norm_in_place, rope_in_place, scale_in_place, softcap_in_place,
 };
 
 use crate::arch::Positions;
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
-use crate::experts::{ExpertNetworks, Routes};
+use crate::experts::{ExpertNetworks, add_gated};
+use crate::memory::Memory;
 use crate::rope::RopeTable;
 use crate::step::{Role, Slice, Step};
 use crate::weights::{Loader, Matrix, Vector};
@@ -59,19 +60,6 @@ pub struct CpuModel {
     memory: Memory,
 }
 
-/// Working memory, kept between calls.
-#[derive(Default)]
-struct Memory {
-    /// Rows of the batch, and after `Select` the wanted ones.
-    rows: usize,
-    buffers: Vec<Vec<f32>>,
-    slots: Vec<u32>,
-    /// Cosines and sines of every kind of rotation.
-    rotations: Vec<(Vec<f32>, Vec<f32>)>,
-    routes: Routes,
-    scratch: Scratch,
-}
-
 impl CpuModel {
     /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts: no file stays mapped.
     ///
@@ -101,7 +89,6 @@ impl CpuModel {
             Positions::Rope(_) => None,
         };
         let ropes = spec.ropes.iter().map(RopeTable::new).collect();
-        let memory = Memory { buffers: vec![Vec::new(); program.buffers.len()], ..Memory::default() };
         Ok(Self {
             spec,
             program,
@@ -114,7 +101,7 @@ impl CpuModel {
             positions,
             ropes,
             cache: None,
-            memory,
+            memory: Memory::default(),
         })
     }
 
@@ -168,7 +155,7 @@ impl CpuModel {
             return Err(ModelError::Request("no KV cache was allocated".to_owned()));
         };
         let mut memory = std::mem::take(&mut self.memory);
-        memory.prepare(self, batch);
+        memory.prepare(&self.program, &self.ropes, batch);
         for step in &self.program.steps {
             let wanted = batch.logit_rows.len();
             if wanted == 0 && matches!(step, Step::Select { .. }) {
@@ -178,7 +165,7 @@ impl CpuModel {
         }
         if !batch.logit_rows.is_empty() {
             let size = batch.logit_rows.len() * self.spec.vocabulary;
-            logits.extend_from_slice(&memory.buffers[self.program.logits.buffer][..size]);
+            logits.extend_from_slice(memory.values(self.program.logits, size));
         }
         self.memory = memory;
         self.cache = Some(cache);
@@ -189,9 +176,11 @@ impl CpuModel {
         let limit = self.spec.max_positions;
         let longest = batch.sequences.iter().map(|sequence| sequence.first_position + sequence.rows).max();
         match longest {
-            Some(longest) if self.positions.is_some() && longest > limit => Err(ModelError::Request(format!(
-                "a sequence of {longest} tokens is longer than the {limit} positions that the model learned"
-            ))),
+            Some(longest) if self.positions.is_some() && longest > limit => {
+                Err(ModelError::Request(format!(
+                    "a sequence of {longest} tokens is longer than the {limit} positions that the model learned"
+                )))
+            }
             _ => Ok(()),
         }
     }
@@ -210,26 +199,23 @@ impl CpuModel {
                 let vector = &self.vectors[*weight];
                 let (weight, bias) = (Some(&vector.weight[..]), vector.bias.as_deref());
                 let parameters = Norm { kind: *kind, groups: *groups, weight, bias, epsilon: *epsilon };
-                match input == output {
-                    true => norm_in_place(context, &parameters, memory.rows_mut(*output, &self.program)),
-                    false => memory.map(&self.program, *input, *output, |_, input, output| {
-                        norm(context, &parameters, input, output);
-                    }),
-                }
+                self.norm(&parameters, *input, *output, memory);
             }
             Step::Linear { input, output, weight } => {
                 let Some(matrix) = &self.matrices[*weight] else { return };
                 memory.map(&self.program, *input, *output, |scratch, input, output| {
-                    linear(context, &matrix.packed, input, output, matrix.bias.as_deref(), self.precision, scratch);
+                    linear(
+                        context,
+                        &matrix.packed,
+                        input,
+                        output,
+                        matrix.bias.as_deref(),
+                        self.precision,
+                        scratch,
+                    );
                 });
             }
-            Step::Rope { rows, heads, rope, style } => {
-                let rotary_dim = self.spec.ropes[*rope].rotary_dim;
-                let (cos, sin) = std::mem::take(&mut memory.rotations[*rope]);
-                let target = memory.rows_mut(*rows, &self.program);
-                rope_in_place(context, target, *heads, self.spec.head_dim, &cos, &sin, rotary_dim, *style);
-                memory.rotations[*rope] = (cos, sin);
-            }
+            Step::Rope { rows, heads, rope, style } => self.rope(*rows, *heads, *rope, *style, memory),
             Step::WriteKv { keys, values, layer } => {
                 let (keys, values) = (memory.rows(*keys, &self.program), memory.rows(*values, &self.program));
                 cache.write(context, *layer, keys, values, &memory.slots);
@@ -252,7 +238,7 @@ impl CpuModel {
                 });
             }
             Step::AddGated { destination, source, gate } => {
-                memory.map_two(&self.program, *source, *gate, *destination, crate::experts::add_gated);
+                memory.map_two(&self.program, *source, *gate, *destination, add_gated);
             }
             Step::Route { logits, used, renormalise } => {
                 let mut routes = std::mem::take(&mut memory.routes);
@@ -263,18 +249,10 @@ impl CpuModel {
                 let matrices = |indices: &[usize]| {
                     indices.iter().filter_map(|index| self.matrices[*index].as_ref()).collect::<Vec<_>>()
                 };
-                let networks = ExpertNetworks {
-                    gate_up: matrices(gate_up),
-                    down: matrices(down),
-                    width: *width,
-                    activation: *activation,
-                    precision: self.precision,
-                };
-                let mut routes = std::mem::take(&mut memory.routes);
-                memory.map(&self.program, *input, *output, |scratch, input, output| {
-                    networks.run(context, &mut routes, input, output, scratch);
-                });
-                memory.routes = routes;
+                let (gate_up, down) = (matrices(gate_up), matrices(down));
+                let (width, activation, precision) = (*width, *activation, self.precision);
+                let networks = ExpertNetworks { gate_up, down, width, activation, precision };
+                self.experts(&networks, *input, *output, memory);
             }
             Step::Select { input, output } => memory.select(&self.program, *input, *output, batch.logit_rows),
             Step::Scale { rows, scale } => {
@@ -284,6 +262,31 @@ impl CpuModel {
                 softcap_in_place(context, memory.rows_mut(*rows, &self.program), *cap);
             }
         }
+    }
+
+    fn norm(&self, parameters: &Norm<'_>, input: Slice, output: Slice, memory: &mut Memory) {
+        match input == output {
+            true => norm_in_place(&self.context, parameters, memory.rows_mut(output, &self.program)),
+            false => memory.map(&self.program, input, output, |_, input, output| {
+                norm(&self.context, parameters, input, output);
+            }),
+        }
+    }
+
+    fn rope(&self, rows: Slice, heads: usize, rope: usize, style: RopeStyle, memory: &mut Memory) {
+        let rotary_dim = self.spec.ropes[rope].rotary_dim;
+        let (cos, sin) = std::mem::take(&mut memory.rotations[rope]);
+        let target = memory.rows_mut(rows, &self.program);
+        rope_in_place(&self.context, target, heads, self.spec.head_dim, &cos, &sin, rotary_dim, style);
+        memory.rotations[rope] = (cos, sin);
+    }
+
+    fn experts(&self, networks: &ExpertNetworks<'_>, input: Slice, output: Slice, memory: &mut Memory) {
+        let mut routes = std::mem::take(&mut memory.routes);
+        memory.map(&self.program, input, output, |scratch, input, output| {
+            networks.run(&self.context, &mut routes, input, output, scratch);
+        });
+        memory.routes = routes;
     }
 
     fn embed(&self, output: Slice, scale: f32, batch: &Batch<'_>, memory: &mut Memory) {
@@ -338,89 +341,6 @@ impl CpuModel {
         memory.map(&self.program, queries, output, |scratch, queries, output| {
             attention(&self.context, &parameters, cache, layer, &sequences, queries, output, scratch);
         });
-    }
-}
-
-impl Memory {
-    /// Sizes the buffers for a batch, and computes slots and rotations of its rows.
-    fn prepare(&mut self, model: &CpuModel, batch: &Batch<'_>) {
-        self.buffers.resize_with(model.program.buffers.len(), Vec::new);
-        for (index, (buffer, values)) in model.program.buffers.iter().zip(&mut self.buffers).enumerate() {
-            let logits = index == model.program.logits.buffer;
-            let rows = if logits { batch.logit_rows.len() } else { batch.tokens.len() };
-            let size = rows * buffer.width;
-            // Grown to what is needed and never zeroed: every step writes all of the columns that a later one reads.
-            if values.len() < size {
-                values.resize(size, 0.0);
-            } else if logits && values.capacity() > 4 * size.max(1 << 16) {
-                values.truncate(size);
-                values.shrink_to_fit(); // a long prompt's logits are not kept for ever
-            }
-        }
-        self.rows = batch.tokens.len();
-        self.slots.clear();
-        self.slots.extend(batch.slots());
-        self.rotations.resize_with(model.ropes.len(), Default::default);
-        for (rope, (cos, sin)) in model.ropes.iter().zip(&mut self.rotations) {
-            cos.clear();
-            sin.clear();
-            for (position, long_context) in batch.positions() {
-                rope.append(position, long_context, cos, sin);
-            }
-        }
-    }
-
-    fn rows(&self, slice: Slice, program: &Program) -> Rows<'_> {
-        let stride = program.buffers[slice.buffer].width;
-        Rows::new(&self.buffers[slice.buffer][slice.offset..], self.rows, slice.width, stride)
-    }
-
-    fn rows_mut(&mut self, slice: Slice, program: &Program) -> RowsMut<'_> {
-        let stride = program.buffers[slice.buffer].width;
-        RowsMut::new(&mut self.buffers[slice.buffer][slice.offset..], self.rows, slice.width, stride)
-    }
-
-    /// Calls `body` with one slice to read and one of another buffer to write.
-    fn map(
-        &mut self,
-        program: &Program,
-        input: Slice,
-        output: Slice,
-        body: impl FnOnce(&mut Scratch, Rows<'_>, RowsMut<'_>),
-    ) {
-        let mut target = std::mem::take(&mut self.buffers[output.buffer]);
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let stride = program.buffers[output.buffer].width;
-        let rows = RowsMut::new(&mut target[output.offset..], self.rows, output.width, stride);
-        body(&mut scratch, self.rows(input, program), rows);
-        self.scratch = scratch;
-        self.buffers[output.buffer] = target;
-    }
-
-    /// The same with two slices to read.
-    fn map_two(
-        &mut self,
-        program: &Program,
-        first: Slice,
-        second: Slice,
-        output: Slice,
-        body: impl FnOnce(Rows<'_>, Rows<'_>, RowsMut<'_>),
-    ) {
-        let mut target = std::mem::take(&mut self.buffers[output.buffer]);
-        let stride = program.buffers[output.buffer].width;
-        let rows = RowsMut::new(&mut target[output.offset..], self.rows, output.width, stride);
-        body(self.rows(first, program), self.rows(second, program), rows);
-        self.buffers[output.buffer] = target;
-    }
-
-    /// Copies the wanted rows; from here on a batch has only these.
-    fn select(&mut self, program: &Program, input: Slice, output: Slice, wanted: &[u32]) {
-        self.map(program, input, output, |_, input, mut output| {
-            for (row, from) in wanted.iter().enumerate() {
-                output.row_mut(row).copy_from_slice(input.row(*from as usize));
-            }
-        });
-        self.rows = wanted.len();
     }
 }
 

@@ -19,7 +19,7 @@ pub enum ModelError {
         /// The file.
         path: PathBuf,
         /// What the parser said.
-        source: infer_formats::FormatError,
+        source: Box<infer_formats::FormatError>,
     },
     /// A folder or file is not a model at all.
     #[error("{path} is not a model: {reason}", path = path.display())]

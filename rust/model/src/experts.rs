@@ -100,7 +100,13 @@ impl ExpertNetworks<'_> {
         linear(context, &gate_up.packed, gathered, both, gate_up.bias.as_deref(), self.precision, scratch);
         let gate = Rows::new(&routes.gate_up, rows, width, 2 * width);
         let up = Rows::new(&routes.gate_up[width..], rows, width, 2 * width);
-        gated_activation(context, self.activation, gate, up, RowsMut::new(&mut routes.inner, rows, width, width));
+        gated_activation(
+            context,
+            self.activation,
+            gate,
+            up,
+            RowsMut::new(&mut routes.inner, rows, width, width),
+        );
         let inner = Rows::new(&routes.inner, rows, width, width);
         let result = RowsMut::new(&mut routes.result, rows, output_width, output_width);
         linear(context, &down.packed, inner, result, down.bias.as_deref(), self.precision, scratch);

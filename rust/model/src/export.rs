@@ -36,7 +36,7 @@ pub fn export_gguf(
         let expected = "LlamaForCausalLM from safetensors";
         return Err(ModelError::config("architectures", spec.architecture(), expected));
     }
-    let bad = |source| ModelError::Format { path: checkpoint.path().to_owned(), source };
+    let bad = |source| ModelError::Format { path: checkpoint.path().to_owned(), source: Box::new(source) };
     let mut writer = GgufWriter::new();
     for (key, value) in header(spec).into_iter().chain(metadata) {
         writer.metadata(key, value).map_err(bad)?;

@@ -43,8 +43,12 @@ const NUMBERS: &[(&str, &str)] = &[
 type FindTensor<'a, 't> = &'a dyn Fn(&str) -> Option<Tensor<'t>>;
 
 /// The row and the configuration of a GGUF model.
-pub fn config(metadata: &Metadata, tensor: FindTensor<'_, '_>, path: &Path) -> Result<(&'static Arch, Config), ModelError> {
-    let bad = |source: FormatError| ModelError::Format { path: path.to_owned(), source };
+pub fn config(
+    metadata: &Metadata,
+    tensor: FindTensor<'_, '_>,
+    path: &Path,
+) -> Result<(&'static Arch, Config), ModelError> {
+    let bad = |source: FormatError| ModelError::Format { path: path.to_owned(), source: Box::new(source) };
     let name = metadata.str("general.architecture").map_err(bad)?.unwrap_or("(none)");
     let reader = Reader { metadata, tensor, prefix: name };
     let experts = reader.number("expert_count").is_some_and(|count| count > 0.0);
@@ -112,14 +116,17 @@ impl Reader<'_, '_> {
         }
         let tied = (self.tensor)("output.weight").is_none();
         fields.insert("tie_word_embeddings".to_owned(), json!(tied));
-        if let Some(parallel) = self.metadata.bool(&format!("{}.use_parallel_residual", self.prefix)).ok().flatten() {
+        if let Some(parallel) =
+            self.metadata.bool(&format!("{}.use_parallel_residual", self.prefix)).ok().flatten()
+        {
             fields.insert("use_parallel_residual".to_owned(), json!(parallel));
         }
         let rows = |name: &str| (self.tensor)(name).and_then(|found| found.info.shape.first().copied());
         if let Some(width) = rows("blk.0.ffn_gate_shexp.weight") {
             fields.entry("shared_expert_intermediate_size").or_insert(json!(width));
         }
-        let expert = (self.tensor)("blk.0.ffn_gate_exps.weight").and_then(|found| found.info.shape.get(1).copied());
+        let expert =
+            (self.tensor)("blk.0.ffn_gate_exps.weight").and_then(|found| found.info.shape.get(1).copied());
         if let Some(width) = expert {
             fields.insert("moe_intermediate_size".to_owned(), json!(width));
         }
@@ -128,7 +135,8 @@ impl Reader<'_, '_> {
 
     fn rotation(&self, arch: &Arch, fields: &mut Map<String, Value>) -> Result<(), ModelError> {
         let size = |name: &str| fields.get(name).and_then(Value::as_f64);
-        let head_dim = size("head_dim").or(size("hidden_size").zip(size("num_attention_heads")).map(|(h, n)| h / n));
+        let head_dim =
+            size("head_dim").or(size("hidden_size").zip(size("num_attention_heads")).map(|(h, n)| h / n));
         let rotated = self.number("rope.dimension_count");
         if let Some((head_dim, rotated)) = head_dim.zip(rotated) {
             fields.insert("partial_rotary_factor".to_owned(), json!(rotated / head_dim.max(1.0)));
@@ -190,10 +198,9 @@ impl Reader<'_, '_> {
             "gemma2" | "gemma3" => {
                 let layers = self.number("block_count");
                 let per_head = self.number("embedding_length").zip(self.number("attention.head_count"));
-                if (arch.gguf == "gemma2" && layers == Some(46.0)) || (arch.gguf == "gemma3" && layers == Some(62.0)) {
-                    if let Some((hidden, heads)) = per_head {
-                        set("query_pre_attn_scalar", json!(hidden / heads));
-                    }
+                let largest = if arch.gguf == "gemma2" { 46.0 } else { 62.0 };
+                if let Some((hidden, heads)) = per_head.filter(|_| layers == Some(largest)) {
+                    set("query_pre_attn_scalar", json!(hidden / heads));
                 }
                 if arch.gguf == "gemma2" && self.number("attention.sliding_window").is_none() {
                     set("sliding_window", json!(4096));

@@ -3,11 +3,11 @@
 //! row ([`Arch`]) + configuration -> [`ModelSpec`] -> [`Program`] -> interpreter ([`CpuModel`]).
 //!
 //! * `arch.rs`: one row per family. `names.rs`: what its tensors are called.
-//! * `config.rs`, `gguf.rs`, `spec.rs`: configuration, of either container, to a checked spec.
+//! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`: files to tensors to packed weights.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
-//! * `cpu.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
+//! * `cpu.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
 #![deny(unsafe_code)] // but for the one mapping in checkpoint.rs
 
@@ -20,6 +20,8 @@ mod error;
 mod experts;
 mod export;
 mod gguf;
+mod layers;
+mod memory;
 mod names;
 mod program;
 mod rope;

@@ -67,8 +67,10 @@ impl Program {
     pub fn fuse(&mut self, may_merge: impl Fn(&MatrixKey, &MatrixKey) -> bool) {
         let mut fused: Vec<Step> = Vec::with_capacity(self.steps.len());
         for step in std::mem::take(&mut self.steps) {
-            if let (Some(Step::Linear { input: a, output: first, weight: left }), Step::Linear { input: b, output: second, weight: right }) =
-                (fused.last_mut(), &step)
+            if let (
+                Some(Step::Linear { input: a, output: first, weight: left }),
+                Step::Linear { input: b, output: second, weight: right },
+            ) = (fused.last_mut(), &step)
             {
                 let adjacent = first.buffer == second.buffer && first.offset + first.width == second.offset;
                 if *a == *b && adjacent && may_merge(&self.matrices[*left], &self.matrices[*right]) {
@@ -107,7 +109,9 @@ struct Builder<'a> {
 fn widest(spec: &ModelSpec) -> (usize, usize) {
     spec.layers.iter().fold((1, 1), |(width, experts), layer| match layer.feed_forward {
         FeedForward::Dense { width: own } => (width.max(own), experts),
-        FeedForward::Experts { count, shared_width, .. } => (width.max(shared_width.unwrap_or(1)), experts.max(count)),
+        FeedForward::Experts { count, shared_width, .. } => {
+            (width.max(shared_width.unwrap_or(1)), experts.max(count))
+        }
     })
 }
 
@@ -216,7 +220,9 @@ impl<'a> Builder<'a> {
         self.linear(input, queries, Role::Query, Some(index));
         self.linear(input, keys, Role::Key, Some(index));
         self.linear(input, values, Role::Value, Some(index));
-        for (rows, heads, role) in [(queries, spec.heads, Role::QueryNorm), (keys, spec.kv_heads, Role::KeyNorm)] {
+        for (rows, heads, role) in
+            [(queries, spec.heads, Role::QueryNorm), (keys, spec.kv_heads, Role::KeyNorm)]
+        {
             if let Some(norm) = spec.qk_norm {
                 let groups = if norm.per_head { heads } else { 1 };
                 self.norm_groups(rows, rows, role, Some(index), norm.kind, groups);
@@ -250,7 +256,13 @@ impl<'a> Builder<'a> {
                 self.experts(index, input, count, width);
                 if let Some(shared) = shared_width {
                     let (source, gate) = (self.shared_output(), self.router.part(0, 1));
-                    self.gated(index, input, source, shared, [Role::SharedGate, Role::SharedUp, Role::SharedDown]);
+                    self.gated(
+                        index,
+                        input,
+                        source,
+                        shared,
+                        [Role::SharedGate, Role::SharedUp, Role::SharedDown],
+                    );
                     self.linear(input, gate, Role::SharedRouter, Some(index));
                     self.push(Step::AddGated { destination: branch, source, gate });
                 }
@@ -282,7 +294,9 @@ impl<'a> Builder<'a> {
             self.program.matrices.len() - 1
         };
         let gate_up = (0..count)
-            .map(|expert| add(vec![key(Role::ExpertGate, expert), key(Role::ExpertUp, expert)], width, hidden))
+            .map(|expert| {
+                add(vec![key(Role::ExpertGate, expert), key(Role::ExpertUp, expert)], width, hidden)
+            })
             .collect();
         let down = (0..count).map(|expert| add(vec![key(Role::ExpertDown, expert)], hidden, width)).collect();
         let (output, activation) = (self.branch, self.spec.activation);
@@ -354,12 +368,19 @@ impl fmt::Display for Program {
                     writeln!(f, "write_kv {} {} layer={layer}", name(keys), name(values))
                 }
                 Step::Attend { queries, output, layer, window } => {
-                    writeln!(f, "attend {} -> {} layer={layer} window={window:?}", name(queries), name(output))
+                    writeln!(
+                        f,
+                        "attend {} -> {} layer={layer} window={window:?}",
+                        name(queries),
+                        name(output)
+                    )
                 }
                 Step::GatedActivation { gate, up, output, activation } => {
                     writeln!(f, "gated {activation:?} {} {} -> {}", name(gate), name(up), name(output))
                 }
-                Step::Activation { rows, activation } => writeln!(f, "activation {activation:?} {}", name(rows)),
+                Step::Activation { rows, activation } => {
+                    writeln!(f, "activation {activation:?} {}", name(rows))
+                }
                 Step::Add { destination, source, scale } => {
                     writeln!(f, "add {} += {scale} * {}", name(destination), name(source))
                 }

@@ -93,8 +93,10 @@ impl RopeSpec {
         let mut spec = Self { theta, rotary_dim, scaling: RopeScaling::None, attention_factor: 1.0 };
         let Some(parameters) = parameters else { return Ok(spec) };
         let kind = parameters.text(&["rope_type", "type"])?.unwrap_or("default").to_owned();
-        let original =
-            parameters.count(&["original_max_position_embeddings"], 1 << 31)?.or(outer_original).unwrap_or(max_positions);
+        let original = parameters
+            .count(&["original_max_position_embeddings"], 1 << 31)?
+            .or(outer_original)
+            .unwrap_or(max_positions);
         let ratio = max_positions as f64 / original.max(1) as f64;
         let factor = |default: Option<f64>| {
             parameters
@@ -134,8 +136,11 @@ impl RopeSpec {
             }
             "longrope" | "su" => {
                 let factor = factor(Some(ratio))?;
-                let computed =
-                    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original.max(2) as f64).ln()).sqrt() };
+                let computed = if factor <= 1.0 {
+                    1.0
+                } else {
+                    (1.0 + factor.ln() / (original.max(2) as f64).ln()).sqrt()
+                };
                 spec.attention_factor = attention_factor.unwrap_or(computed);
                 RopeScaling::Long {
                     short: factors(parameters, "short_factor", rotary_dim)?,
@@ -170,11 +175,16 @@ impl RopeSpec {
         let dim = self.rotary_dim as f64;
         let base = |theta: f64| (0..self.rotary_dim / 2).map(move |i| theta.powf(2.0 * i as f64 / dim));
         let divided = |factors: &[f32]| {
-            base(self.theta).zip(factors).map(|(power, factor)| (1.0 / (f64::from(*factor) * power)) as f32).collect()
+            base(self.theta)
+                .zip(factors)
+                .map(|(power, factor)| (1.0 / (f64::from(*factor) * power)) as f32)
+                .collect()
         };
         match &self.scaling {
             RopeScaling::None => base(self.theta).map(|power| (1.0 / power) as f32).collect(),
-            RopeScaling::Linear { factor } => base(self.theta).map(|power| (1.0 / power / factor) as f32).collect(),
+            RopeScaling::Linear { factor } => {
+                base(self.theta).map(|power| (1.0 / power / factor) as f32).collect()
+            }
             RopeScaling::Factors { factors } => divided(factors),
             RopeScaling::Long { short, long, .. } => divided(if long_context { long } else { short }),
             RopeScaling::Dynamic { factor, original } => {

@@ -2,7 +2,8 @@
 
 use infer_kernels::{Activation, NormKind};
 
-use crate::arch::{self, Arch, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
+use crate::arch::{self, Arch, Parallel, Positions, QkNorm, Scale};
+use crate::layers;
 use crate::rope::RopeSpec;
 use crate::{Config, ModelError};
 
@@ -100,13 +101,10 @@ pub enum FeedForward {
     },
 }
 
-const MAX_LAYERS: usize = 4096;
-const MAX_WIDTH: usize = 1 << 20;
+pub(crate) const MAX_WIDTH: usize = 1 << 20;
+pub(crate) const MAX_POSITIONS: usize = 1 << 30;
 const MAX_VOCABULARY: usize = 1 << 24;
-const MAX_POSITIONS: usize = 1 << 30;
 const MAX_HEADS: usize = 1 << 16;
-/// Of all layers together.
-const MAX_EXPERTS: usize = 1 << 18;
 
 impl ModelSpec {
     /// Reads the configuration of a safetensors checkpoint. `eos` from `generation_config.json` may be added later.
@@ -115,9 +113,15 @@ impl ModelSpec {
     /// An unknown architecture, a missing field, or a value that cannot be right.
     pub fn from_config(config: &Config) -> Result<Self, ModelError> {
         let names = config.texts("architectures")?.unwrap_or_default();
-        let arch = names.iter().find_map(|name| arch::by_hf(name)).ok_or_else(|| ModelError::UnknownArchitecture {
-            name: if names.is_empty() { "(none in `architectures`)".to_owned() } else { names.join(", ") },
-            known: arch::known(),
+        let arch = names.iter().find_map(|name| arch::by_hf(name)).ok_or_else(|| {
+            ModelError::UnknownArchitecture {
+                name: if names.is_empty() {
+                    "(none in `architectures`)".to_owned()
+                } else {
+                    names.join(", ")
+                },
+                known: arch::known(),
+            }
         })?;
         Self::read(arch, config)
     }
@@ -127,7 +131,7 @@ impl ModelSpec {
         let hidden = config.size(&["hidden_size", "n_embd"], MAX_WIDTH)?;
         let heads = config.size(&["num_attention_heads", "n_head"], MAX_HEADS)?;
         let kv_heads = config.count(&["num_key_value_heads"], MAX_HEADS)?.unwrap_or(heads);
-        if kv_heads == 0 || heads % kv_heads != 0 {
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of num_attention_heads ({heads})");
             return Err(ModelError::config("num_key_value_heads", kv_heads, expected));
         }
@@ -136,9 +140,14 @@ impl ModelSpec {
             None => hidden / heads,
         };
         if head_dim == 0 || heads * head_dim > MAX_WIDTH || head_dim > 1024 {
-            return Err(ModelError::config("head_dim", head_dim, "a number from 1 to 1024 that fits the heads"));
+            return Err(ModelError::config(
+                "head_dim",
+                head_dim,
+                "a number from 1 to 1024 that fits the heads",
+            ));
         }
-        let max_positions = config.size(&["max_position_embeddings", "n_positions", "n_ctx"], MAX_POSITIONS)?;
+        let max_positions =
+            config.size(&["max_position_embeddings", "n_positions", "n_ctx"], MAX_POSITIONS)?;
         let epsilon_fields =
             ["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"];
         let (parallel, shared_norm) = parallel(arch, config)?;
@@ -156,7 +165,7 @@ impl ModelSpec {
             qk_norm: qk_norm(arch, config)?,
             parallel,
             shared_norm,
-            layers: layers(arch, config, hidden, ropes.len())?,
+            layers: layers::read(arch, config, hidden, ropes.len())?,
             ropes,
             attention_scale: scales.attention,
             attention_softcap: config.positive(&["attn_logit_softcapping"])?.map(|cap| cap as f32),
@@ -265,7 +274,12 @@ fn activation(arch: &Arch, config: &Config) -> Result<Activation, ModelError> {
 }
 
 /// Kinds of rotation: the model's, and second the one of layers with a window where it differs (Gemma 3).
-fn ropes(arch: &Arch, config: &Config, head_dim: usize, max_positions: usize) -> Result<Vec<RopeSpec>, ModelError> {
+fn ropes(
+    arch: &Arch,
+    config: &Config,
+    head_dim: usize,
+    max_positions: usize,
+) -> Result<Vec<RopeSpec>, ModelError> {
     if arch.positions == Positions::Learned {
         return Ok(Vec::new());
     }
@@ -279,7 +293,7 @@ fn ropes(arch: &Arch, config: &Config, head_dim: usize, max_positions: usize) ->
             .or(config.positive(&["partial_rotary_factor", "rotary_pct", "rope_pct"])?)
             .unwrap_or(f64::from(arch.rotary_fraction));
         let rotary_dim = (head_dim as f64 * fraction) as usize;
-        if rotary_dim == 0 || rotary_dim > head_dim || rotary_dim % 2 != 0 {
+        if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
             let expected = format!("a fraction which makes an even number of {head_dim} dimensions");
             return Err(ModelError::config("partial_rotary_factor", fraction, expected));
         }
@@ -308,101 +322,4 @@ fn ropes(arch: &Arch, config: &Config, head_dim: usize, max_positions: usize) ->
         Some(theta) => Ok(vec![global, read(None, Some(theta))?]),
         None => Ok(vec![global]),
     }
-}
-
-fn layers(arch: &Arch, config: &Config, hidden: usize, ropes: usize) -> Result<Vec<LayerSpec>, ModelError> {
-    let count = config.size(&["num_hidden_layers", "n_layer"], MAX_LAYERS)?;
-    let experts = config.count(&["num_experts", "num_local_experts"], MAX_EXPERTS)?.unwrap_or(0);
-    if arch.experts.is_some() && count * experts > MAX_EXPERTS {
-        return Err(ModelError::config("num_experts", experts, format!("at most {MAX_EXPERTS} in all layers")));
-    }
-    let windows = windows(arch, config, count)?;
-    let marked = config.numbers("no_rope_layers")?;
-    let interval = config.count(&["no_rope_layer_interval"], MAX_LAYERS)?.unwrap_or(4).max(1);
-    (0..count)
-        .map(|layer| {
-            let window = windows[layer];
-            let rotated = match arch.rotated {
-                Rotated::All => true,
-                Rotated::Windowed => window.is_some(),
-                Rotated::Marked => match &marked {
-                    Some(marked) => marked.get(layer).is_none_or(|mark| *mark != 0.0),
-                    None => (layer + 1) % interval != 0,
-                },
-            };
-            let rope = if window.is_some() { ropes.min(2) } else { 1 };
-            Ok(LayerSpec {
-                window,
-                rope: (rotated && ropes > 0).then(|| rope - 1),
-                feed_forward: feed_forward(arch, config, hidden, layer)?,
-            })
-        })
-        .collect()
-}
-
-fn windows(arch: &Arch, config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
-    let window = config.count(&["sliding_window"], MAX_POSITIONS)?.filter(|window| *window > 0);
-    let by_flag = config.flag("use_sliding_window")?.unwrap_or(false);
-    let flagged = matches!(arch.windows, Windows::FromLayerIfFlag | Windows::AllIfFlag);
-    let Some(window) = window.filter(|_| !flagged || by_flag) else { return Ok(vec![None; layers]) };
-    if let Some(types) = config.texts("layer_types")? {
-        if types.len() != layers {
-            return Err(ModelError::config("layer_types", types.len(), format!("{layers} items")));
-        }
-        return types
-            .into_iter()
-            .map(|kind| match kind {
-                "sliding_attention" => Ok(Some(window)),
-                "full_attention" => Ok(None),
-                other => Err(ModelError::config("layer_types", other, "sliding_attention or full_attention")),
-            })
-            .collect();
-    }
-    let pattern = config.count(&["sliding_window_pattern", "_sliding_window_pattern"], MAX_LAYERS)?;
-    let first = config.count(&["max_window_layers"], MAX_LAYERS)?.unwrap_or(28);
-    let windowed = |layer: usize| match arch.windows {
-        Windows::Never => false,
-        Windows::All | Windows::AllIfFlag => true,
-        Windows::FromLayerIfFlag => layer >= first,
-        Windows::AllButEach(each) => (layer + 1) % pattern.unwrap_or(each).max(1) != 0,
-    };
-    Ok((0..layers).map(|layer| windowed(layer).then_some(window)).collect())
-}
-
-fn feed_forward(arch: &Arch, config: &Config, hidden: usize, layer: usize) -> Result<FeedForward, ModelError> {
-    if let Some(row) = &arch.experts
-        && is_sparse(config, layer)?
-    {
-        return experts(row, config);
-    }
-    let width = match config.count(&["intermediate_size", "n_inner"], MAX_WIDTH)? {
-        Some(width) => width,
-        None => 4 * hidden,
-    };
-    if width == 0 {
-        return Err(ModelError::config("intermediate_size", 0, format!("a number from 1 to {MAX_WIDTH}")));
-    }
-    Ok(FeedForward::Dense { width })
-}
-
-fn is_sparse(config: &Config, layer: usize) -> Result<bool, ModelError> {
-    let step = config.count(&["decoder_sparse_step"], MAX_LAYERS)?.unwrap_or(1);
-    let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
-    Ok(step > 0 && (layer + 1) % step == 0 && !dense.contains(&(layer as f64)))
-}
-
-fn experts(row: &ExpertsRow, config: &Config) -> Result<FeedForward, ModelError> {
-    let count = config.size(&["num_experts", "num_local_experts"], 1 << 14)?;
-    let used = config.size(&["num_experts_per_tok"], count)?;
-    let shared_width = match row.shared {
-        true => Some(config.size(&["shared_expert_intermediate_size"], MAX_WIDTH)?),
-        false => None,
-    };
-    Ok(FeedForward::Experts {
-        count,
-        used,
-        width: config.size(&[row.width_field], MAX_WIDTH)?,
-        renormalise: config.flag("norm_topk_prob")?.unwrap_or(row.renormalise),
-        shared_width,
-    })
 }

@@ -123,7 +123,11 @@ impl<'a> Loader<'a> {
         };
         if weight.len() != key.width && weight.len() != key.width * key.heads {
             let expected = format!("{} values", key.width);
-            return Err(ModelError::Shape { name: format!("{name}.weight"), found: vec![weight.len()], expected });
+            return Err(ModelError::Shape {
+                name: format!("{name}.weight"),
+                found: vec![weight.len()],
+                expected,
+            });
         }
         if self.spec.arch.norm_unit_offset && !self.checkpoint.is_gguf() {
             weight.iter_mut().for_each(|value| *value += 1.0);
@@ -134,7 +138,11 @@ impl<'a> Loader<'a> {
         };
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != weight.len()) {
             let expected = format!("{} values", weight.len());
-            return Err(ModelError::Shape { name: format!("{name}.bias"), found: vec![bias.len()], expected });
+            return Err(ModelError::Shape {
+                name: format!("{name}.bias"),
+                found: vec![bias.len()],
+                expected,
+            });
         }
         Ok(Vector { weight, bias })
     }
@@ -154,7 +162,8 @@ impl<'a> Loader<'a> {
         let table = match transposed {
             true => transpose(tensor, columns, total)?,
             false => {
-                let expected = if key.role == Role::Head { format!("at least {total}") } else { total.to_string() };
+                let expected =
+                    if key.role == Role::Head { format!("at least {total}") } else { total.to_string() };
                 let fits = |found: usize| found == total || (key.role == Role::Head && found > total);
                 self.table_of(tensor, columns, fits, format!("{expected} rows"))?
             }
@@ -220,7 +229,8 @@ impl<'a> Loader<'a> {
             let fused = spec.arch.gated && self.checkpoint.tensor(&gate).is_none();
             if fused { part(names.fused_gate_up, 2 * rows, first) } else { None }
         };
-        let experts = match key.layer.and_then(|layer| spec.layers.get(layer)).map(|layer| layer.feed_forward) {
+        let experts = match key.layer.and_then(|layer| spec.layers.get(layer)).map(|layer| layer.feed_forward)
+        {
             Some(FeedForward::Experts { count, .. }) => count,
             _ => 1,
         };
@@ -346,7 +356,9 @@ impl Part {
     fn rows(&self, count: usize) -> Vec<usize> {
         match self.block {
             None => (self.first..self.first + count).collect(),
-            Some((taken, step)) => (0..count).map(|row| self.first + row / taken * step + row % taken).collect(),
+            Some((taken, step)) => {
+                (0..count).map(|row| self.first + row / taken * step + row % taken).collect()
+            }
         }
     }
 }

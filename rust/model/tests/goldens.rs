@@ -2,6 +2,8 @@
 //!
 //! The table (case, architecture, largest difference): `cargo test -p infer-model --test goldens -- --nocapture`
 
+#![allow(clippy::print_stdout)] // the table is for people
+
 mod common;
 
 use std::path::PathBuf;
@@ -60,7 +62,8 @@ fn forms(case: &str) -> Vec<Form> {
 /// Largest difference of a form's logits, and whether greedy decoding agrees.
 fn compare(form: &Form) -> (String, f32, bool) {
     let expected = Expected::read_file(&form.expected);
-    let mut model = CpuModel::load(&form.path, &exact(2)).unwrap_or_else(|error| panic!("{}: {error}", form.name));
+    let mut model =
+        CpuModel::load(&form.path, &exact(2)).unwrap_or_else(|error| panic!("{}: {error}", form.name));
     let long = is_long(&model, expected.token_ids.len());
     let found = logits(&mut model, &expected.token_ids, 17, long);
     let difference = largest_difference(&found, &expected.logits);
@@ -89,7 +92,10 @@ fn every_architecture_has_a_case() {
         .iter()
         .map(|case| Checkpoint::open(&golden_folder().join(case), true).expect("opens").spec.architecture())
         .collect();
-    let missing: Vec<_> =
-        infer_model::ARCHITECTURES.iter().map(|arch| arch.hf[0]).filter(|name| !have.contains(name)).collect();
+    let missing: Vec<_> = infer_model::ARCHITECTURES
+        .iter()
+        .map(|arch| arch.hf[0])
+        .filter(|name| !have.contains(name))
+        .collect();
     assert!(missing.is_empty(), "no golden case for {missing:?}");
 }

@@ -33,11 +33,21 @@ fn refused(result: Result<CpuModel, ModelError>, parts: &[&str]) {
 
 #[test]
 fn configurations_that_cannot_be_right_name_the_field() {
-    refused(with_config(|config| config["architectures"] = json!(["FalconForCausalLM"])), &["FalconForCausalLM", "LlamaForCausalLM"]);
-    refused(with_config(|config| config["architectures"] = json!([])), &["architectures", "LlamaForCausalLM"]);
+    refused(
+        with_config(|config| config["architectures"] = json!(["FalconForCausalLM"])),
+        &["FalconForCausalLM", "LlamaForCausalLM"],
+    );
+    refused(
+        with_config(|config| config["architectures"] = json!([])),
+        &["architectures", "LlamaForCausalLM"],
+    );
     refused(with_config(|config| *config = json!([1])), &["JSON object"]);
-    for field in ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"] {
-        for wrong in [json!(0), json!(-1), json!("64"), json!(1.5), json!(1e300), json!(null), json!(u64::MAX)] {
+    for field in
+        ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"]
+    {
+        for wrong in
+            [json!(0), json!(-1), json!("64"), json!(1.5), json!(1e300), json!(null), json!(u64::MAX)]
+        {
             refused(with_config(|config| config[field] = wrong), &[field]);
         }
     }
@@ -57,7 +67,10 @@ fn configurations_that_cannot_be_right_name_the_field() {
         (json!({"rope_type": "linear"}), "factor"),
         (json!({"rope_type": "linear", "factor": 0}), "factor"),
         (json!({"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
-        (json!({"rope_type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]}), "short_factor"),
+        (
+            json!({"rope_type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]}),
+            "short_factor",
+        ),
         (json!({"rope_type": "default", "rope_theta": 0.5}), "rope_theta"),
     ] {
         refused(with_config(|config| config["rope_parameters"] = rope), &[part]);

@@ -40,7 +40,8 @@ fn neighbours_change_no_bit() {
     for (precision, kv) in [(Precision::Exact, KvElement::F32), (Precision::Auto, KvElement::F16)] {
         for case in CASES {
             let text = Expected::read(case).token_ids;
-            let mut model = CpuModel::load(&golden_folder().join(case), &options(2, precision, kv)).expect("loads");
+            let mut model =
+                CpuModel::load(&golden_folder().join(case), &options(2, precision, kv)).expect("loads");
             let vocabulary = model.spec().vocabulary;
             let long = is_long(&model, text.len());
             let alone = bits(&logits(&mut model, &text, text.len(), long));

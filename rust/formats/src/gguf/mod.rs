@@ -1,10 +1,10 @@
 //! The GGUF container, versions 2 and 3: typed metadata, then tensor descriptions, then aligned tensor data.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; the facts that it leaves open (at most
-//! four dimensions, the block sizes of each type) are those of ggml's own reader. Where that reader insists
-//! that tensors follow each other without a gap, this one asks only that they are aligned and do not overlap.
-//! Zero-sized dimensions, which ggml has come to allow, are refused: no model computes with them, and they
-//! have crashed enough readers.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; the facts that it leaves open (at
+//! most four dimensions, the block sizes of each type) are those of ggml's own reader. Where that reader
+//! insists that tensors follow each other without a gap, this one asks only that they are aligned and do not
+//! overlap. Zero-sized dimensions, which ggml has come to allow, are refused: no model computes with them,
+//! and they have crashed enough readers.
 
 mod cursor;
 mod metadata;

@@ -140,7 +140,9 @@ macro_rules! values {
                 out.extend_from_slice(&self.type_id().to_le_bytes());
                 write_length(self.len(), out);
                 match self {
-                    $(Array::$variant(items) => items.iter().for_each(|item| out.extend_from_slice(&item.to_le_bytes())),)*
+                    $(Array::$variant(items) => {
+                        items.iter().for_each(|item| out.extend_from_slice(&item.to_le_bytes()));
+                    })*
                     Array::Bool(items) => out.extend(items.iter().map(|&truth| u8::from(truth))),
                     Array::String(items) => items.iter().for_each(|text| write_string(text, out)),
                     Array::Array(items) => items.iter().for_each(|array| array.write(out)),
@@ -169,8 +171,8 @@ impl Array {
         self.len() == 0
     }
 
-    /// Levels of arrays: 1 unless elements are arrays; an empty array of arrays has 2. Stops counting past the
-    /// limit, as the writer's input is not bounded by a file.
+    /// Levels of arrays: 1 unless elements are arrays; an empty array of arrays has 2. Stops counting past
+    /// the limit, as the writer's input is not bounded by a file.
     pub(crate) fn depth(&self) -> usize {
         fn within(array: &Array, level: usize) -> usize {
             match array {

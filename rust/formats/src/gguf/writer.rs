@@ -14,8 +14,8 @@ use crate::tensor::TensorType;
 
 const VERSION: u32 = 3;
 
-/// Collects metadata and tensors, checks each as it comes, and writes them as a file that [`crate::Gguf`] reads
-/// back. Tensor data may be borrowed, so a converted file need not fit in memory twice.
+/// Collects metadata and tensors, checks each as it comes, and writes them as a file that [`crate::Gguf`]
+/// reads back. Tensor data may be borrowed, so a converted file need not fit in memory twice.
 #[derive(Debug)]
 pub struct GgufWriter<'a> {
     alignment: usize,
@@ -76,8 +76,8 @@ impl<'a> GgufWriter<'a> {
     ///
     /// # Errors
     /// [`FormatError`] if the name is empty, too long or already there, if GGUF has no such type, if the shape
-    /// has more than four dimensions, a zero, or rows that are no whole blocks, or if `bytes` is not as long as
-    /// shape and type say.
+    /// has more than four dimensions, a zero, or rows that are no whole blocks, or if `bytes` is not as long
+    /// as shape and type say.
     pub fn tensor(
         &mut self,
         name: impl Into<String>,

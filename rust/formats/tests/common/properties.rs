@@ -1,4 +1,5 @@
-//! What must hold for every input: no panic, and whatever is accepted is true. The fuzz targets call these too.
+//! What must hold for every input: no panic, and whatever is accepted is true. The fuzz targets call these
+//! too.
 #![allow(dead_code, reason = "a fuzz target calls one of them")]
 
 use std::borrow::Cow;
@@ -7,8 +8,8 @@ use infer_formats::{
     FormatError, Gguf, GgufWriter, Safetensors, SafetensorsIndex, TensorInfo, Value, check_splits,
 };
 
-/// Parses; on success each tensor lies within the file, is as long as its shape says, shares no byte, is found
-/// by name, and the file survives being written anew.
+/// Parses; on success each tensor lies within the file, is as long as its shape says, shares no byte, is
+/// found by name, and the file survives being written anew.
 pub fn gguf(file: &[u8]) -> Result<Gguf, FormatError> {
     let parsed = Gguf::parse(file)?;
     tensors_are_true(&parsed.tensors, file, |name| parsed.tensor(name));

@@ -78,7 +78,7 @@ pub(crate) struct IntegerTiles<'a> {
     groups: usize,
     bytes: &'a [[i8; GROUP]],
     scales: &'a [f32],
-    totals: &'a [i32],
+    offsets: &'a [i32],
 }
 
 /// One of them. Everything is (groups, width of the tile).
@@ -88,8 +88,8 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) bytes: &'a [[i8; GROUP]],
     /// Scales of every row and group.
     pub(crate) scales: &'a [f32],
-    /// Sums of the bytes of every row and group.
-    pub(crate) totals: &'a [i32],
+    /// Sums of the bytes of every row and group, times what the layout asked for.
+    pub(crate) offsets: &'a [i32],
 }
 
 impl<'a> IntegerTiles<'a> {
@@ -100,7 +100,7 @@ impl<'a> IntegerTiles<'a> {
         IntegerTile {
             bytes: &self.bytes[start..][..len],
             scales: &self.scales[start..][..len],
-            totals: &self.totals[start..][..len],
+            offsets: &self.offsets[start..][..len],
         }
     }
 }
@@ -111,7 +111,7 @@ pub(crate) struct Activations {
     values: Vec<f32>,
     bytes: Vec<[i8; GROUP]>,
     scales: Vec<f32>,
-    totals: Vec<i32>,
+    offsets: Vec<i32>,
 }
 
 fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
@@ -143,22 +143,22 @@ impl Activations {
         FloatTiles { tiles, groups, values: &self.values }
     }
 
-    /// The rows as tiles of 8-bit integers.
-    pub(crate) fn quantize(&mut self, context: &Context, input: Rows<'_>) -> IntegerTiles<'_> {
+    /// The rows as tiles of 8-bit integers, with `weight_offset` times the sums of their groups.
+    pub(crate) fn quantize(&mut self, context: &Context, input: Rows<'_>, weight_offset: i32) -> IntegerTiles<'_> {
         let tiles = Tiles::new(context.isa, input.rows());
         let groups = input.width() / GROUP;
         let len = tiles.padded_rows() * groups;
         let bytes = SharedSlice::new(at_least(&mut self.bytes, len));
         let scales = SharedSlice::new(at_least(&mut self.scales, len));
-        let totals = SharedSlice::new(at_least(&mut self.totals, len));
+        let offsets = SharedSlice::new(at_least(&mut self.offsets, len));
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let (bytes, scales, totals) =
-                unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len), totals.part_mut(start, len)) };
-            context.isa.dispatch(QuantizeTile { input, tiles, tile, bytes, scales, totals });
+            let (bytes, scales, offsets) =
+                unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len), offsets.part_mut(start, len)) };
+            context.isa.dispatch(QuantizeTile { input, tiles, tile, weight_offset, bytes, scales, offsets });
         });
-        IntegerTiles { tiles, groups, bytes: &self.bytes, scales: &self.scales, totals: &self.totals }
+        IntegerTiles { tiles, groups, bytes: &self.bytes, scales: &self.scales, offsets: &self.offsets }
     }
 }
 
@@ -177,9 +177,10 @@ struct QuantizeTile<'a> {
     input: Rows<'a>,
     tiles: Tiles,
     tile: usize,
+    weight_offset: i32,
     bytes: &'a mut [[i8; GROUP]],
     scales: &'a mut [f32],
-    totals: &'a mut [i32],
+    offsets: &'a mut [i32],
 }
 
 impl Kernel for QuantizeTile<'_> {
@@ -192,12 +193,13 @@ impl Kernel for QuantizeTile<'_> {
             let row = self.input.row(self.tiles.first(self.tile) + lane);
             for (group, values) in row.as_chunks::<GROUP>().0.iter().enumerate() {
                 let at = group * width + lane;
-                (self.scales[at], self.totals[at]) = quantize_group(simd, values, &mut self.bytes[at]);
+                let (scale, total) = quantize_group(simd, values, &mut self.bytes[at]);
+                (self.scales[at], self.offsets[at]) = (scale, self.weight_offset * total);
             }
         }
         for lane in rows..width {
             for at in (lane..self.bytes.len()).step_by(width) {
-                (self.bytes[at], self.scales[at], self.totals[at]) = ([0; GROUP], 0.0, 0);
+                (self.bytes[at], self.scales[at], self.offsets[at]) = ([0; GROUP], 0.0, 0);
             }
         }
     }
@@ -260,7 +262,7 @@ mod tests {
         for isa in Isa::available() {
             let context = Context { isa, pool: Pool::new(2).unwrap() };
             let mut memory = Activations::default();
-            let tiles = memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP));
+            let tiles = memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), -8);
             for row in 0..rows {
                 let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
                 let index = row / tiles.tiles.full;
@@ -269,7 +271,8 @@ mod tests {
                     let at = column / GROUP * width + row % tiles.tiles.full;
                     assert_eq!(f32::from(tile.bytes[at][column % GROUP]), byte);
                     assert_eq!(tile.scales[at], scale);
-                    assert_eq!(tile.totals[at], tile.bytes[at].iter().map(|&byte| i32::from(byte)).sum::<i32>());
+                    let total: i32 = tile.bytes[at].iter().map(|&byte| i32::from(byte)).sum();
+                    assert_eq!(tile.offsets[at], -8 * total);
                 }
             }
         }
@@ -286,7 +289,7 @@ mod tests {
                 }
                 values[13] = special;
                 let mut memory = Activations::default();
-                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP)).tile(0);
+                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP), -8).tile(0);
                 assert_eq!(tile.scales[0].is_finite(), finite, "{special}");
                 assert_eq!(tile.bytes[0][13], if special == f32::MAX { 127 } else { 0 });
             }

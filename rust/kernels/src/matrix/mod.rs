@@ -57,9 +57,18 @@ impl Layout {
         }
     }
 
-    /// Whether it can be multiplied with activations of 8 bits.
-    pub(crate) fn is_integer(self) -> bool {
-        matches!(self, Layout::Int8 | Layout::Int4)
+    /// Minus the offset of weights that can be multiplied with activations of 8 bits; none for other layouts.
+    pub(crate) const fn weight_offset(self) -> Option<i32> {
+        match self {
+            Layout::F32 | Layout::F16 | Layout::Bf16 => None,
+            Layout::Int8 => Some(-128),
+            Layout::Int4 => Some(-8),
+        }
+    }
+
+    /// Bytes of scales per panel and group.
+    const fn scale_bytes(self) -> usize {
+        if self.weight_offset().is_some() { LANES * 2 } else { 0 }
     }
 
     /// Bytes of 32 columns of a panel.
@@ -96,7 +105,6 @@ impl PackedMatrix {
         let layout = Layout::of(format);
         let panels = rows.len().div_ceil(LANES);
         let groups = columns.div_ceil(GROUP);
-        let scale_bytes = if layout.is_integer() { LANES * 2 } else { 0 };
         // The largest size is refused by the allocation, with its message.
         let size = |bytes| panels.checked_mul(groups).and_then(|n| n.checked_mul(bytes)).unwrap_or(usize::MAX);
         let mut matrix = PackedMatrix {
@@ -105,7 +113,7 @@ impl PackedMatrix {
             rows: rows.len(),
             columns,
             weights: Buffer::zeroed(size(layout.group_bytes()), "weights")?,
-            scales: Buffer::zeroed(size(scale_bytes), "weight scales")?,
+            scales: Buffer::zeroed(size(layout.scale_bytes()), "weight scales")?,
         };
         debug_assert!(rows.iter().all(|row| row.len() == row_bytes));
         pack::fill(pool, &mut matrix, rows);

@@ -25,7 +25,7 @@ pub(super) fn check(format: Format, columns: usize, rows: &[&[u8]]) -> Result<us
 pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
     let layout = matrix.layout;
     let panel_bytes = matrix.groups() * layout.group_bytes();
-    let scale_bytes = if layout.is_integer() { matrix.groups() * LANES * 2 } else { 0 };
+    let scale_bytes = matrix.groups() * layout.scale_bytes();
     if panel_bytes == 0 || rows.is_empty() {
         return;
     }
@@ -38,60 +38,73 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
     pool.run(panels.len(), |panel| {
         let mut panel = panels[panel].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (weights, scales, rows) = &mut *panel;
-        if layout.is_integer() && rows.len() < LANES {
-            weights.fill(if layout == Layout::Int8 { 0x80 } else { 0x88 }); // an offset zero
-        }
-        for (lane, row) in rows.iter().enumerate() {
-            match layout {
-                Layout::F32 => interleave::<4>(row, lane, weights),
-                Layout::F16 => interleave::<2>(row, lane, weights),
-                Layout::Bf16 => interleave_pairs(row, lane, weights),
-                Layout::Int8 => pack_int8(row, lane, weights, scales),
-                Layout::Int4 => pack_int4(row, lane, weights, scales),
-            }
+        match layout {
+            Layout::F32 => interleave::<4>(rows, weights),
+            Layout::F16 => interleave::<2>(rows, weights),
+            Layout::Bf16 => interleave_pairs(rows, weights),
+            Layout::Int8 => pack_int8(rows, weights, scales),
+            Layout::Int4 => pack_int4(rows, weights, scales),
         }
     });
 }
 
+/// Bytes of a row that are read at a time: with 16 rows, source and destination stay in the L1 cache.
+const BLOCK: usize = 256;
+
 /// Elements of `SIZE` bytes, one after the other, 16 lanes apart.
-fn interleave<const SIZE: usize>(row: &[u8], lane: usize, weights: &mut [u8]) {
-    for (element, step) in row.as_chunks::<SIZE>().0.iter().zip(weights.chunks_exact_mut(LANES * SIZE)) {
-        step[lane * SIZE..][..SIZE].copy_from_slice(element);
-    }
-}
-
-/// Elements of 2 bytes, two to a lane.
-fn interleave_pairs(row: &[u8], lane: usize, weights: &mut [u8]) {
-    for (pair, step) in row.chunks(4).zip(weights.chunks_exact_mut(64)) {
-        step[lane * 4..][..pair.len()].copy_from_slice(pair);
-    }
-}
-
-fn write_scale(scale: [u8; 2], group: usize, lane: usize, scales: &mut [u8]) {
-    let native = u16::from_le_bytes(scale).to_ne_bytes();
-    scales[(group * LANES + lane) * 2..][..2].copy_from_slice(&native);
-}
-
-fn pack_int8(row: &[u8], lane: usize, weights: &mut [u8], scales: &mut [u8]) {
-    for (group, bytes) in row.as_chunks().0.iter().enumerate() {
-        let block = BlockQ8_0::from_bytes(bytes);
-        write_scale(block.scale, group, lane, scales);
-        let steps = weights[group * 512..][..512].chunks_exact_mut(64);
-        for (quants, step) in block.quants.as_chunks::<4>().0.iter().zip(steps) {
-            step[lane * 4..][..4].copy_from_slice(&quants.map(|quant| quant ^ 0x80));
+fn interleave<const SIZE: usize>(rows: &[&[u8]], weights: &mut [u8]) {
+    for (block, weights) in weights.chunks_mut(BLOCK * LANES).enumerate() {
+        for (lane, row) in rows.iter().enumerate() {
+            let row = &row[row.len().min(block * BLOCK)..row.len().min((block + 1) * BLOCK)];
+            let slots = weights.as_chunks_mut::<SIZE>().0.iter_mut().skip(lane).step_by(LANES);
+            slots.zip(row.as_chunks::<SIZE>().0).for_each(|(slot, element)| *slot = *element);
         }
     }
 }
 
-fn pack_int4(row: &[u8], lane: usize, weights: &mut [u8], scales: &mut [u8]) {
-    for (group, bytes) in row.as_chunks().0.iter().enumerate() {
-        let block = BlockQ4_0::from_bytes(bytes);
-        write_scale(block.scale, group, lane, scales);
-        let steps = weights[group * 256..][..256].chunks_exact_mut(64);
-        for (nibbles, step) in block.nibbles().as_chunks::<8>().0.iter().zip(steps) {
-            for i in 0..4 {
-                step[lane * 4 + i] = nibbles[i] | nibbles[i + 4] << 4;
-            }
+/// Elements of 2 bytes, two to a lane; the second of the last pair may be missing.
+fn interleave_pairs(rows: &[&[u8]], weights: &mut [u8]) {
+    interleave::<4>(rows, weights);
+    for (lane, row) in rows.iter().enumerate() {
+        let (pairs, last) = row.as_chunks::<4>();
+        if !last.is_empty() {
+            weights[(pairs.len() * LANES + lane) * 4..][..last.len()].copy_from_slice(last);
+        }
+    }
+}
+
+/// One group of a panel: a word of four bytes per step and lane.
+fn write_words<const STEPS: usize>(words: [u32; STEPS], lane: usize, weights: &mut [u8]) {
+    for (step, word) in weights.as_chunks_mut::<64>().0.iter_mut().zip(words) {
+        step.as_chunks_mut::<4>().0[lane] = word.to_le_bytes();
+    }
+}
+
+fn pack_int8(rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+    weights.fill(0x80); // lanes without a row hold zeros
+    let groups = weights.as_chunks_mut::<512>().0.iter_mut().zip(scales.as_chunks_mut::<32>().0);
+    for (group, (weights, scales)) in groups.enumerate() {
+        for (lane, row) in rows.iter().enumerate() {
+            let block = BlockQ8_0::from_bytes(&row.as_chunks().0[group]);
+            scales.as_chunks_mut::<2>().0[lane] = block.scale;
+            let four = |step: usize| u32::from_le_bytes(block.quants.as_chunks::<4>().0[step]) ^ 0x8080_8080;
+            write_words::<8>(std::array::from_fn(four), lane, weights);
+        }
+    }
+}
+
+fn pack_int4(rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+    weights.fill(0x88); // lanes without a row hold zeros
+    let groups = weights.as_chunks_mut::<256>().0.iter_mut().zip(scales.as_chunks_mut::<32>().0);
+    for (group, (weights, scales)) in groups.enumerate() {
+        for (lane, row) in rows.iter().enumerate() {
+            let block = BlockQ4_0::from_bytes(&row.as_chunks().0[group]);
+            scales.as_chunks_mut::<2>().0[lane] = block.scale;
+            // Weights 0..16 are the low nibbles of the file's bytes, weights 16..32 the high ones.
+            let [a, b, c, d] = std::array::from_fn(|i| u32::from_le_bytes(block.quants.as_chunks::<4>().0[i]));
+            let low = |first: u32, second: u32| first & 0x0f0f_0f0f | (second & 0x0f0f_0f0f) << 4;
+            let high = |first: u32, second: u32| first >> 4 & 0x0f0f_0f0f | second & 0xf0f0_f0f0;
+            write_words([low(a, b), low(c, d), high(a, b), high(c, d)], lane, weights);
         }
     }
 }

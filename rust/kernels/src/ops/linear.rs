@@ -46,8 +46,9 @@ pub fn linear(
         return;
     }
     let output = output.share();
-    if precision == Precision::Auto && weight.layout().is_integer() {
-        let input = scratch.activations.quantize(context, input);
+    let weight_offset = weight.layout().weight_offset().filter(|_| precision == Precision::Auto);
+    if let Some(weight_offset) = weight_offset {
+        let input = scratch.activations.quantize(context, input, weight_offset);
         over_panels(context, weight, output.rows(), |panels| {
             context.isa.dispatch(IntegerLinear { weight, input, output, bias, panels });
         });

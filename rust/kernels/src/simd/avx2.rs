@@ -1,6 +1,6 @@
 //! AVX2, FMA and F16C: two registers hold the 16 lanes.
 
-use super::{Isa, Kernel, LANES, Simd};
+use super::{Isa, Kernel, LANES, Simd, four};
 use core::arch::x86_64::*;
 
 /// Token of AVX2, FMA and F16C; only [`Avx2::detect`] makes one.
@@ -40,15 +40,56 @@ impl Avx2 {
         hardware!(inside(self, kernel))
     }
 
-    /// Per 32-bit lane the sum of four products of weights offset by 128 and activations.
+    /// [`Simd::dot_bytes`] of the 8 lanes that begin at byte `at` of each 64.
     #[inline(always)]
-    fn byte_products(self, weights: __m256i, activations: __m256i) -> __m256i {
+    fn half_bytes<const T: usize>(self, weights: &[u8; 512], at: usize, rows: &[[i8; 32]; T]) -> [__m256i; T] {
         hardware!({
-            // |w| <= 128 and |a| <= 127, so a sum of two products, at most 32512, fits 16 bits.
-            let weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-            let signed = _mm256_sign_epi8(activations, weights);
-            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed);
-            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+            let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+            let mut sums = [_mm256_setzero_si256(); T];
+            for step in 0..8 {
+                let weights = _mm256_loadu_si256(weights.as_ptr().add(step * 64 + at).cast());
+                let weights = _mm256_xor_si256(weights, flip);
+                let magnitudes = _mm256_abs_epi8(weights);
+                for t in 0..T {
+                    // |w| <= 128 and |a| <= 127, so a sum of two products, at most 32512, fits 16 bits.
+                    let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(&rows[t], step)), weights);
+                    let pairs = _mm256_maddubs_epi16(magnitudes, signed);
+                    sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+            sums
+        })
+    }
+
+    /// [`Simd::dot_nibbles`] of the 8 lanes that begin at byte `at` of each 64. Both halves at once would need more
+    /// registers than there are.
+    #[inline(always)]
+    fn half_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        at: usize,
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [__m256i; T] {
+        hardware!({
+            let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+            let mut nibbles = [mask; 8];
+            for step in 0..4 {
+                let weights = _mm256_loadu_si256(weights.as_ptr().add(step * 64 + at).cast());
+                nibbles[2 * step] = _mm256_and_si256(weights, mask);
+                nibbles[2 * step + 1] = _mm256_and_si256(_mm256_srli_epi32::<4>(weights), mask);
+            }
+            let mut out = [mask; T];
+            for t in 0..T {
+                // Eight times two products of at most 15 * 127 stay below 2^15.
+                let mut sum = _mm256_maddubs_epi16(nibbles[0], _mm256_set1_epi32(four(&rows[t], 0)));
+                for (i, &nibbles) in nibbles.iter().enumerate().skip(1) {
+                    let products = _mm256_maddubs_epi16(nibbles, _mm256_set1_epi32(four(&rows[t], i)));
+                    sum = _mm256_add_epi16(sum, products);
+                }
+                out[t] = _mm256_add_epi32(_mm256_madd_epi16(sum, ones), _mm256_set1_epi32(offsets[t]));
+            }
+            out
         })
     }
 }
@@ -56,8 +97,6 @@ impl Avx2 {
 impl Simd for Avx2 {
     type F32 = F32;
     type I32 = I32;
-    /// Sums of 16 bits: eight times two products of at most 15 * 127 stay below 2^15.
-    type NibbleSum = I32;
     const ISA: Isa = Isa::Avx2;
     const REGISTERS: usize = 8;
 
@@ -289,36 +328,25 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> I32 {
-        self.splat_i32(0)
+    fn dot_bytes<const T: usize>(
+        self,
+        weights: &[u8; 512],
+        rows: &[[i8; 32]; T],
+        _offsets: &[i32; T],
+    ) -> [I32; T] {
+        let (low, high) = (self.half_bytes(weights, 0, rows), self.half_bytes(weights, 32, rows));
+        std::array::from_fn(|t| (low[t], high[t]))
     }
     #[inline(always)]
-    fn nibble_dot(self, sum: I32, weights: I32, activations: I32) -> I32 {
-        hardware!((
-            _mm256_add_epi16(sum.0, _mm256_maddubs_epi16(weights.0, activations.0)),
-            _mm256_add_epi16(sum.1, _mm256_maddubs_epi16(weights.1, activations.1))
-        ))
-    }
-    #[inline(always)]
-    fn nibble_finish(self, sum: I32, offset: i32) -> I32 {
-        hardware!({
-            let (ones, offset) = (_mm256_set1_epi16(1), _mm256_set1_epi32(offset));
-            (
-                _mm256_add_epi32(_mm256_madd_epi16(sum.0, ones), offset),
-                _mm256_add_epi32(_mm256_madd_epi16(sum.1, ones), offset),
-            )
-        })
-    }
-    #[inline(always)]
-    fn byte_start(self, _total: i32) -> I32 {
-        self.splat_i32(0)
-    }
-    #[inline(always)]
-    fn byte_dot(self, sum: I32, weights: I32, activations: I32) -> I32 {
-        hardware!((
-            _mm256_add_epi32(sum.0, self.byte_products(weights.0, activations.0)),
-            _mm256_add_epi32(sum.1, self.byte_products(weights.1, activations.1))
-        ))
+    fn dot_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        let low = self.half_nibbles(weights, 0, rows, offsets);
+        let high = self.half_nibbles(weights, 32, rows, offsets);
+        std::array::from_fn(|t| (low[t], high[t]))
     }
 
     #[inline(always)]

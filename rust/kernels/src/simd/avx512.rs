@@ -1,6 +1,6 @@
 //! AVX-512 F, BW, DQ, VL and VNNI: one register holds all 16 lanes.
 
-use super::{Isa, Kernel, LANES, Simd};
+use super::{Isa, Kernel, LANES, Simd, four};
 use core::arch::x86_64::*;
 
 /// Token of AVX-512; only [`Avx512::detect`] makes one.
@@ -44,7 +44,6 @@ impl Avx512 {
 impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
-    type NibbleSum = __m512i;
     const ISA: Isa = Isa::Avx512;
     const REGISTERS: usize = 32;
 
@@ -230,24 +229,43 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> __m512i {
-        hardware!(_mm512_setzero_si512())
+    fn dot_bytes<const T: usize>(
+        self,
+        weights: &[u8; 512],
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [__m512i; T] {
+        let mut sums = offsets.map(|offset| self.splat_i32(offset));
+        for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
+            hardware!({
+                let weights = _mm512_loadu_si512(weights.as_ptr().cast());
+                for t in 0..T {
+                    sums[t] = _mm512_dpbusd_epi32(sums[t], weights, _mm512_set1_epi32(four(&rows[t], step)));
+                }
+            });
+        }
+        sums
     }
     #[inline(always)]
-    fn nibble_dot(self, sum: __m512i, weights: __m512i, activations: __m512i) -> __m512i {
-        hardware!(_mm512_dpbusd_epi32(sum, weights, activations))
-    }
-    #[inline(always)]
-    fn nibble_finish(self, sum: __m512i, offset: i32) -> __m512i {
-        hardware!(_mm512_add_epi32(sum, _mm512_set1_epi32(offset)))
-    }
-    #[inline(always)]
-    fn byte_start(self, total: i32) -> __m512i {
-        hardware!(_mm512_set1_epi32(total.wrapping_mul(-128)))
-    }
-    #[inline(always)]
-    fn byte_dot(self, sum: __m512i, weights: __m512i, activations: __m512i) -> __m512i {
-        hardware!(_mm512_dpbusd_epi32(sum, weights, activations))
+    fn dot_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [__m512i; T] {
+        let mut sums = offsets.map(|offset| self.splat_i32(offset));
+        for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
+            hardware!({
+                let (weights, mask) = (_mm512_loadu_si512(weights.as_ptr().cast()), _mm512_set1_epi8(15));
+                let low = _mm512_and_si512(weights, mask);
+                let high = _mm512_and_si512(_mm512_srli_epi32::<4>(weights), mask);
+                for t in 0..T {
+                    sums[t] = _mm512_dpbusd_epi32(sums[t], low, _mm512_set1_epi32(four(&rows[t], 2 * step)));
+                    sums[t] = _mm512_dpbusd_epi32(sums[t], high, _mm512_set1_epi32(four(&rows[t], 2 * step + 1)));
+                }
+            });
+        }
+        sums
     }
 
     #[inline(always)]

@@ -134,8 +134,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type F32: Copy;
     /// 16 lanes of `i32`, or 64 bytes.
     type I32: Copy;
-    /// Sums of products of bytes, see [`Simd::nibble_dot`].
-    type NibbleSum: Copy;
 
     /// Which instruction set this is.
     const ISA: Isa;
@@ -268,19 +266,31 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Sum of the lanes, wrapping.
     fn reduce_sum_i32(self, a: Self::I32) -> i32;
 
-    /// An empty sum for [`Simd::nibble_dot`].
-    fn nibble_zero(self) -> Self::NibbleSum;
-    /// Adds, per lane, the products of four weight bytes in 0..=15 with four activation bytes in -127..=127.
-    /// At most 8 of these may be added to one sum.
-    fn nibble_dot(self, sum: Self::NibbleSum, weights: Self::I32, activations: Self::I32) -> Self::NibbleSum;
-    /// The sum, plus `offset` in every lane.
-    fn nibble_finish(self, sum: Self::NibbleSum, offset: i32) -> Self::I32;
-    /// The beginning of a sum of [`Simd::byte_dot`], where `total` is the sum of all activations that will follow.
-    fn byte_start(self, total: i32) -> Self::I32;
-    /// Adds, per lane, the products of four weights with four activation bytes in -127..=127.
-    /// Weights are bytes offset by 128, so 0 stands for -128; `sum` began as [`Simd::byte_start`].
-    fn byte_dot(self, sum: Self::I32, weights: Self::I32, activations: Self::I32) -> Self::I32;
+    /// Exact sums of products of 32 weights per lane with the 32 activations of each of `T` rows.
+    ///
+    /// Weights are bytes offset by 128 (0 stands for -128), a lane's four to 4 bytes, 16 lanes after each other, 8 times.
+    /// Activations are in -127..=127, `offsets` -128 times the sum of a row's.
+    fn dot_bytes<const T: usize>(
+        self,
+        weights: &[u8; 512],
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [Self::I32; T];
+    /// The same with weights of 4 bits offset by 8: 64 bytes hold four per lane in the low halves of bytes, and the
+    /// next four in the high halves; `offsets` are -8 times the sum of a row's activations.
+    fn dot_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        rows: &[[i8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [Self::I32; T];
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);
+}
+
+/// Four activations as one number, to be broadcast.
+#[inline(always)]
+fn four(row: &[i8; 32], index: usize) -> i32 {
+    i32::from_le_bytes(row.as_chunks::<4>().0[index].map(|byte| byte as u8))
 }

@@ -38,15 +38,14 @@ fn greater(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-fn dot4(weights: i32, activations: i32, offset: i32) -> i32 {
-    let (weights, activations) = (weights.to_le_bytes(), activations.to_le_bytes());
-    (0..4).map(|i| (i32::from(weights[i]) - offset) * i32::from(activations[i] as i8)).sum()
+#[inline(always)]
+fn dot4(weights: [i8; 4], activations: &[i8]) -> i32 {
+    weights.iter().zip(activations).map(|(&weight, &value)| i32::from(weight) * i32::from(value)).sum()
 }
 
 impl Simd for Scalar {
     type F32 = [f32; LANES];
     type I32 = [i32; LANES];
-    type NibbleSum = [i32; LANES];
     const ISA: Isa = Isa::Scalar;
     const REGISTERS: usize = 8;
 
@@ -236,24 +235,39 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn nibble_zero(self) -> Self::NibbleSum {
-        [0; LANES]
+    fn dot_bytes<const T: usize>(
+        self,
+        weights: &[u8; 512],
+        rows: &[[i8; 32]; T],
+        _offsets: &[i32; T],
+    ) -> [Self::I32; T] {
+        rows.each_ref().map(|row| {
+            let mut sums = [0; LANES];
+            for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
+                for (sum, weights) in sums.iter_mut().zip(weights.as_chunks::<4>().0) {
+                    *sum += dot4(weights.map(|byte| (byte ^ 0x80) as i8), &row[step * 4..]);
+                }
+            }
+            sums
+        })
     }
     #[inline(always)]
-    fn nibble_dot(self, sum: Self::NibbleSum, weights: Self::I32, activations: Self::I32) -> Self::NibbleSum {
-        self.add_i32(sum, zip(weights, activations, |w, a| dot4(w, a, 0)))
-    }
-    #[inline(always)]
-    fn nibble_finish(self, sum: Self::NibbleSum, offset: i32) -> Self::I32 {
-        map(sum, |sum| sum + offset)
-    }
-    #[inline(always)]
-    fn byte_start(self, _total: i32) -> Self::I32 {
-        [0; LANES]
-    }
-    #[inline(always)]
-    fn byte_dot(self, sum: Self::I32, weights: Self::I32, activations: Self::I32) -> Self::I32 {
-        self.add_i32(sum, zip(weights, activations, |w, a| dot4(w, a, 128)))
+    fn dot_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        rows: &[[i8; 32]; T],
+        _offsets: &[i32; T],
+    ) -> [Self::I32; T] {
+        rows.each_ref().map(|row| {
+            let mut sums = [0; LANES];
+            for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
+                for (sum, weights) in sums.iter_mut().zip(weights.as_chunks::<4>().0) {
+                    *sum += dot4(weights.map(|byte| (byte & 15) as i8 - 8), &row[step * 8..]);
+                    *sum += dot4(weights.map(|byte| (byte >> 4) as i8 - 8), &row[step * 8 + 4..]);
+                }
+            }
+            sums
+        })
     }
 
     #[inline(always)]

@@ -41,12 +41,12 @@ impl Kernel for Everything {
             keep(s.to_bits(value));
         }
         let nibbles = s.and_i32(w, s.splat_i32(0x0f0f_0f0f));
-        let activations = s.splat_i32(i32::from_le_bytes([127, 0x81, 3, 0xf0])); // 127, -127, 3, -16
-        let mut sum = s.nibble_zero();
-        for _ in 0..8 {
-            sum = s.nibble_dot(sum, nibbles, activations);
-        }
-        let bytes = s.byte_dot(s.byte_start(127 - 127 + 3 - 16), w, activations);
+        let row: [i8; 32] = std::array::from_fn(|i| (self.words[i / 4] >> (i % 4 * 8)) as i8).map(|i| i.max(-127));
+        let total: i32 = row.iter().map(|&i| i32::from(i)).sum();
+        let weights: [u8; 512] = std::array::from_fn(|i| (self.words[i % 16] >> (i / 32)) as u8);
+        let [bytes] = s.dot_bytes(&weights, &[row], &[-128 * total]);
+        let [nibble_sums, again] =
+            s.dot_nibbles(weights.first_chunk().unwrap_or(&[0; 256]), &[row; 2], &[-8 * total; 2]);
         for value in [
             s.add_i32(w, nibbles),
             s.sub_i32(nibbles, w),
@@ -59,7 +59,8 @@ impl Kernel for Everything {
             s.splat_i32(s.reduce_sum_i32(w)),
             s.splat_i32(s.reduce_max_i32(w)),
             s.max_i32(w, nibbles),
-            s.nibble_finish(sum, -88),
+            nibble_sums,
+            again,
             bytes,
         ] {
             keep(value);

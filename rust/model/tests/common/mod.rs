@@ -9,7 +9,12 @@ use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions};
 
 /// Exact weights, f32 activations, f32 keys and values.
 pub fn exact(threads: usize) -> LoadOptions {
-    LoadOptions { threads: Some(threads), precision: Precision::Exact, mmap: true, kv_element: KvElement::F32 }
+    LoadOptions {
+        threads: Some(threads),
+        precision: Precision::Exact,
+        mmap: true,
+        kv_element: KvElement::F32,
+    }
 }
 
 pub fn golden_folder() -> PathBuf {
@@ -47,10 +52,12 @@ impl Expected {
         let file = Safetensors::parse(&bytes).expect("well-formed");
         let raw = |name: &str| &bytes[file.tensor(name).expect("present").range.clone()];
         let ids = |name: &str| -> Vec<u32> {
-            let values = raw(name).chunks_exact(8).map(|item| i64::from_le_bytes(item.try_into().expect("8 bytes")));
+            let values =
+                raw(name).chunks_exact(8).map(|item| i64::from_le_bytes(item.try_into().expect("8 bytes")));
             values.map(|id| u32::try_from(id).expect("an id")).collect()
         };
-        let floats = raw("logits").chunks_exact(4).map(|item| f32::from_le_bytes(item.try_into().expect("4 bytes")));
+        let floats =
+            raw("logits").chunks_exact(4).map(|item| f32::from_le_bytes(item.try_into().expect("4 bytes")));
         Self {
             token_ids: ids("token_ids"),
             logits: floats.collect(),
@@ -67,8 +74,13 @@ pub fn logits(model: &mut CpuModel, tokens: &[u32], chunk: usize, long_context: 
     let mut all = Vec::new();
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let mut out = Vec::new();
-        let sequence =
-            BatchSequence { first_row: 0, rows: part.len(), first_position: index * chunk, pages: &pages, long_context };
+        let sequence = BatchSequence {
+            first_row: 0,
+            rows: part.len(),
+            first_position: index * chunk,
+            pages: &pages,
+            long_context,
+        };
         let rows: Vec<u32> = (0..part.len() as u32).collect();
         let batch = Batch { tokens: part, sequences: &[sequence], logit_rows: &rows };
         model.forward(&batch, &mut out).expect("computable");
@@ -105,5 +117,9 @@ pub fn greedy(model: &mut CpuModel, prompt: &[u32], count: usize) -> Vec<u32> {
 
 pub fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
-    found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |most, own| if own <= most { most } else { own })
+    found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |most, own| if own <= most { most } else { own })
 }

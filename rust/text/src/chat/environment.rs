@@ -1,7 +1,7 @@
 //! The environment that templates run in, configured as transformers configures Jinja2.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::ValueKind;
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
@@ -30,6 +30,7 @@ pub(super) fn new() -> Environment<'static> {
     minijinja_contrib::add_to_environment(&mut environment);
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("string", |value: &Value| printing::python_str(value));
+    environment.add_filter("indent", indent);
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
@@ -51,6 +52,32 @@ pub(super) fn set_clock(environment: &mut Environment<'static>, fixed: Option<i6
         clock::strftime(format, fixed.unwrap_or_else(clock::now))
             .map_err(|message| Error::new(ErrorKind::InvalidOperation, message))
     });
+}
+
+/// Jinja2's `indent(width=4, first=False, blank=False)`; minijinja's drops a final newline.
+fn indent(text: &str, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let argument = |index: usize, name: &str| -> Result<Option<Value>, Error> {
+        positional.get(index).map_or_else(|| named.get(name), |value| Ok(Some(value.clone())))
+    };
+    let indentation = match argument(0, "width")? {
+        Some(width) if width.as_str().is_some() => printing::python_str(&width),
+        Some(width) => match usize::try_from(width) {
+            Ok(width @ ..=1024) => " ".repeat(width),
+            _ => return Err(Error::new(ErrorKind::InvalidOperation, "indent: expected at most 1024 spaces")),
+        },
+        None => " ".repeat(4),
+    };
+    let first = argument(1, "first")?.is_some_and(|value| value.is_true());
+    let blank = argument(2, "blank")?.is_some_and(|value| value.is_true());
+    named.assert_all_used()?;
+    let mut out = String::new();
+    for (index, line) in text.split('\n').enumerate() {
+        out.push_str(if index > 0 { "\n" } else { "" });
+        let indented = if index == 0 { first } else { blank || !line.is_empty() };
+        out.push_str(if indented { &indentation } else { "" });
+        out.push_str(line);
+    }
+    Ok(out)
 }
 
 /// Jinja2 asks for a length and for indexing, which Python's strings and dictionaries have too.

@@ -59,6 +59,8 @@ pub(super) struct Scores<'a, E> {
     pub head_dim: usize,
     /// Keys of each page of the chunk, (head_dim, PAGE_TOKENS).
     pub keys: &'a [*const E],
+    /// For each page, what to fetch from memory while it is computed with: as many bytes as its keys. May point anywhere.
+    pub ahead: &'a [*const E],
 }
 
 impl<E: Element> Scores<'_, E> {
@@ -69,7 +71,7 @@ impl<E: Element> Scores<'_, E> {
     #[inline(always)]
     pub unsafe fn compute<S: Simd>(&self, simd: S, pages: Range<usize>, scores: &mut [f32]) {
         assert!(scores.len() >= self.rows * SCORE_STRIDE && self.queries.len() >= self.rows * self.head_dim);
-        assert!(pages.end <= self.keys.len() && pages.end * PAGE_TOKENS <= SCORE_STRIDE);
+        assert!(pages.end <= self.keys.len() && self.ahead.len() == self.keys.len() && pages.end * PAGE_TOKENS <= SCORE_STRIDE);
         let mut page = pages.start;
         // SAFETY: the assertions, and the caller's promise about the keys.
         unsafe {
@@ -149,13 +151,18 @@ impl<E: Element> Scores<'_, E> {
         let mut sums = [[simd.splat(0.0); PAGES]; ROWS];
         // SAFETY: `compute` asserted the sizes of queries, keys and scores; keys hold head_dim * PAGE_TOKENS elements.
         unsafe {
-            let mut keys = [std::ptr::null::<E>(); PAGES];
-            for (i, key) in keys.iter_mut().enumerate() {
-                *key = *self.keys.get_unchecked(page + i);
+            let (mut keys, mut ahead) = ([std::ptr::null::<E>(); PAGES], [std::ptr::null::<E>(); PAGES]);
+            for i in 0..PAGES {
+                keys[i] = *self.keys.get_unchecked(page + i);
+                ahead[i] = *self.ahead.get_unchecked(page + i);
             }
+            let fetch = row == 0; // the tiles of other rows find their keys in the cache
             let mut query = self.queries.as_ptr().add(row);
             for dimension in 0..self.head_dim {
                 for i in 0..PAGES {
+                    if fetch {
+                        simd.prefetch(ahead[i].wrapping_add(dimension * PAGE_TOKENS).cast());
+                    }
                     let key = E::load(simd, keys[i].add(dimension * PAGE_TOKENS));
                     for (r, sums) in sums.iter_mut().enumerate() {
                         sums[i] = simd.mul_add(simd.splat(*query.add(r)), key, sums[i]);
@@ -182,6 +189,8 @@ pub(super) struct Weighted<'a, E> {
     pub stride: usize,
     /// Values of each page of the chunk, (PAGE_TOKENS, head_dim); a full vector may be loaded at any of them.
     pub values: &'a [*const E],
+    /// For each page, what to fetch from memory meanwhile: as many bytes as its values. May point anywhere.
+    pub ahead: &'a [*const E],
 }
 
 impl<E: Element> Weighted<'_, E> {
@@ -196,6 +205,7 @@ impl<E: Element> Weighted<'_, E> {
         }
         assert!(sums.len() >= rows.end * self.stride && self.weights.len() >= rows.end * SCORE_STRIDE);
         assert!(tokens.end <= CHUNK_TOKENS && tokens.end.div_ceil(PAGE_TOKENS) <= self.values.len());
+        assert_eq!(self.ahead.len(), self.values.len());
         let mut row = rows.start;
         // SAFETY: the assertions, and the caller's promise about the values.
         unsafe {
@@ -268,15 +278,21 @@ impl<E: Element> Weighted<'_, E> {
                     *lanes = simd.load_pointer(base.add(r * self.stride + c * LANES));
                 }
             }
+            let fetch = row == 0;
             let mut token = tokens.start;
             while token < tokens.end {
                 let page = token / PAGE_TOKENS;
                 let stop = tokens.end.min((page + 1) * PAGE_TOKENS);
                 let values = *self.values.get_unchecked(page);
+                let ahead = *self.ahead.get_unchecked(page);
                 while token < stop {
-                    let value = values.add(token % PAGE_TOKENS * self.head_dim + column);
+                    let at = token % PAGE_TOKENS * self.head_dim + column;
+                    let value = values.add(at);
                     let weight = self.weights.as_ptr().add(row * SCORE_STRIDE + token);
                     for c in 0..WIDE {
+                        if fetch {
+                            simd.prefetch(ahead.wrapping_add(at + c * LANES).cast());
+                        }
                         let value = E::load(simd, value.add(c * LANES));
                         for (r, lanes) in lanes.iter_mut().enumerate() {
                             lanes[c] = simd.mul_add(simd.splat(*weight.add(r * SCORE_STRIDE)), value, lanes[c]);

@@ -13,6 +13,10 @@ use std::ops::Range;
 /// Rows whose values are summed together; they share the positions that all of them see.
 const BLOCK_ROWS: usize = 8;
 
+/// How many pages ahead keys and values are fetched. A page's part for one head is a short run of memory, too short for the hardware to
+/// foresee the next.
+const FETCH_PAGES: usize = 4;
+
 /// Working memory of one thread. Row `r` is query row `r / group` with head `r % group` of the task.
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
@@ -116,34 +120,55 @@ impl<'a, E: Element> Tile<'a, E> {
         begin.min(end)..end
     }
 
-    /// Keys and values of the chunk's pages that any row sees (null for the others), and which these are.
-    fn pages(&self, chunk: usize) -> (ChunkPages<E>, Range<usize>) {
+    /// The chunk's pages that any row sees.
+    fn visible_pages(&self, chunk: usize) -> Range<usize> {
         let last = self.item.rows.len() - 1;
-        let pages = self.visible(0, chunk).start / PAGE_TOKENS..self.visible(last, chunk).end.div_ceil(PAGE_TOKENS);
-        let mut pointers =
-            ChunkPages { keys: [std::ptr::null(); CHUNK_PAGES], values: [std::ptr::null(); CHUNK_PAGES] };
-        let table = self.call.sequences[self.item.sequence].pages;
-        for page in pages.clone() {
-            let number = table[chunk * CHUNK_PAGES + page];
-            pointers.keys[page] = self.call.cache.keys(self.call.layer, number, self.item.kv_head).cast();
-            pointers.values[page] = self.call.cache.values(self.call.layer, number, self.item.kv_head).cast();
+        self.visible(0, chunk).start / PAGE_TOKENS..self.visible(last, chunk).end.div_ceil(PAGE_TOKENS)
+    }
+
+    /// Where keys and values of the chunk's visible pages lie.
+    fn pages(&self, chunk: usize) -> ChunkPages<E> {
+        let visible = self.visible_pages(chunk);
+        let mut pages = ChunkPages::EMPTY;
+        for page in visible.clone() {
+            (pages.keys[page], pages.values[page]) = self.page(chunk, page);
         }
-        (pointers, pages)
+        // What comes next, in the order of use: the keys, the values, the next chunk's keys.
+        let next = visible.len().min(FETCH_PAGES);
+        let (start, turn) = (visible.start, visible.end - next);
+        pages.after_keys[start..turn].copy_from_slice(&pages.keys[start + next..visible.end]);
+        pages.after_keys[turn..visible.end].copy_from_slice(&pages.values[start..start + next]);
+        pages.after_values[start..turn].copy_from_slice(&pages.values[start + next..visible.end]);
+        if chunk + 1 < self.item.chunks.end {
+            let following = self.visible_pages(chunk + 1);
+            for (page, following) in (turn..visible.end).zip(following) {
+                pages.after_values[page] = self.page(chunk + 1, following).0;
+            }
+        }
+        pages
+    }
+
+    /// Keys and values of one page of a chunk.
+    fn page(&self, chunk: usize, page: usize) -> (*const E, *const E) {
+        let Call { cache, layer, .. } = *self.call;
+        let number = self.call.sequences[self.item.sequence].pages[chunk * CHUNK_PAGES + page];
+        (cache.keys(layer, number, self.item.kv_head).cast(), cache.values(layer, number, self.item.kv_head).cast())
     }
 
     /// Scores, weights and weighted values of one chunk, into the workspace's `chunk` and `partials`.
     #[inline(always)]
     fn chunk<S: Simd>(&mut self, simd: S, chunk: usize) {
         let rows = self.rows();
-        let (pointers, pages) = self.pages(chunk);
+        let pages = self.pages(chunk);
         let scores = Scores {
             queries: &self.workspace.queries,
             rows,
             head_dim: self.head_dim,
-            keys: &pointers.keys,
+            keys: &pages.keys,
+            ahead: &pages.after_keys,
         };
-        // SAFETY: `pages` set these pointers to keys inside the cache.
-        unsafe { scores.compute(simd, pages, &mut self.workspace.scores) };
+        // SAFETY: `pages` holds, for visible pages, pointers to keys inside the cache.
+        unsafe { scores.compute(simd, self.visible_pages(chunk), &mut self.workspace.scores) };
         let weigh = Weigh::new(simd, self.call.attention.scale, self.call.attention.softcap);
         for row in 0..rows {
             let visible = self.visible(row / self.group, chunk);
@@ -155,26 +180,27 @@ impl<'a, E: Element> Tile<'a, E> {
         let tokens_per_block = (BLOCK_ROWS / self.group).max(1);
         for first in (0..self.item.rows.len()).step_by(tokens_per_block) {
             let block = first..self.item.rows.len().min(first + tokens_per_block);
-            self.add_values(simd, chunk, &pointers, block);
+            self.add_values(simd, chunk, &pages, block);
         }
     }
 
     /// Adds the weighted values that a block of query rows sees. What all of them see is added in one pass; before and after it each
     /// query row adds what it sees alone. A masked position is never multiplied: it may hold anything, NaN included.
     #[inline(always)]
-    fn add_values<S: Simd>(&mut self, simd: S, chunk: usize, pointers: &ChunkPages<E>, block: Range<usize>) {
+    fn add_values<S: Simd>(&mut self, simd: S, chunk: usize, pages: &ChunkPages<E>, block: Range<usize>) {
         let weighted = Weighted {
             weights: &self.workspace.scores,
             head_dim: self.head_dim,
             stride: self.stride,
-            values: &pointers.values,
+            values: &pages.values,
+            ahead: &pages.after_values,
         };
         // Both bounds ascend with the query row.
         let start = self.visible(block.end - 1, chunk).start;
         let end = self.visible(block.start, chunk).end.max(start);
         let group = self.group;
         for pass in 0..3 {
-            // SAFETY: `pages` set the pointers of every visible page to values inside the cache.
+            // SAFETY: `pages` holds, for visible pages, pointers to values inside the cache.
             unsafe {
                 if pass == 1 {
                     let rows = block.start * group..block.end * group;
@@ -270,10 +296,21 @@ impl Kernel for Merge<'_> {
     }
 }
 
-/// Pointers to a chunk's pages.
+/// Pointers to a chunk's visible pages (null for the others).
 struct ChunkPages<E> {
     keys: [*const E; CHUNK_PAGES],
     values: [*const E; CHUNK_PAGES],
+    /// What to fetch while a page's keys are used.
+    after_keys: [*const E; CHUNK_PAGES],
+    /// What to fetch while a page's values are used; null for nothing.
+    after_values: [*const E; CHUNK_PAGES],
+}
+
+impl<E> ChunkPages<E> {
+    const EMPTY: ChunkPages<E> = {
+        let nothing = [std::ptr::null(); CHUNK_PAGES];
+        ChunkPages { keys: nothing, values: nothing, after_keys: nothing, after_values: nothing }
+    };
 }
 
 /// Turns scores into weights.

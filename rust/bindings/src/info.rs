@@ -1,0 +1,139 @@
+//! What a model and a machine are.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use infer_kernels::Isa;
+use infer_model::Checkpoint;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::error::{guarded, refusal};
+use crate::load::default_threads;
+use crate::tokenizer::TextModel;
+use crate::wait::interruptible;
+
+/// What a model is, read from its headers alone.
+#[pyclass(frozen, get_all, skip_from_py_object, module = "infer._core")]
+#[derive(Clone)]
+pub struct ModelInfo {
+    /// Where it lies.
+    path: String,
+    /// "safetensors" or "gguf".
+    container: &'static str,
+    /// Its name in Hugging Face's form.
+    architecture: &'static str,
+    /// The storage type of most weight bytes.
+    quantization: &'static str,
+    /// Number of weights.
+    parameters: u64,
+    /// Bytes of the weights in the file.
+    weight_bytes: u64,
+    layers: usize,
+    hidden_size: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocabulary_size: usize,
+    /// Longest sequence that the model was trained for.
+    max_positions: usize,
+    /// Tokens that end an answer.
+    eos_token_ids: Vec<u32>,
+    has_tokenizer: bool,
+    /// The Jinja source.
+    chat_template: Option<String>,
+}
+
+impl ModelInfo {
+    /// Where it lies.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    pub fn new(checkpoint: &Checkpoint, text: Option<&TextModel>) -> Self {
+        let spec = &checkpoint.spec;
+        let mut bytes_of = BTreeMap::<&str, u64>::new();
+        let (mut parameters, mut weight_bytes) = (0, 0);
+        for tensor in checkpoint.tensors() {
+            let bytes = tensor.range.len() as u64;
+            *bytes_of.entry(tensor.tensor_type.name()).or_default() += bytes;
+            weight_bytes += bytes;
+            parameters += tensor.shape.iter().product::<usize>() as u64;
+        }
+        let most = bytes_of.iter().max_by_key(|(_, bytes)| **bytes);
+        Self {
+            path: checkpoint.path().display().to_string(),
+            container: if checkpoint.is_gguf() { "gguf" } else { "safetensors" },
+            architecture: spec.architecture(),
+            quantization: most.map_or("none", |(name, _)| name),
+            parameters,
+            weight_bytes,
+            layers: spec.layers.len(),
+            hidden_size: spec.hidden,
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            vocabulary_size: spec.vocabulary,
+            max_positions: spec.max_positions,
+            eos_token_ids: text.map_or(&spec.eos_token_ids, |text| &text.eos_token_ids).clone(),
+            has_tokenizer: text.is_some(),
+            chat_template: text.and_then(TextModel::chat_template).map(str::to_owned),
+        }
+    }
+}
+
+#[pymethods]
+impl ModelInfo {
+    /// All of it.
+    fn as_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        dict.set_item("path", &self.path)?;
+        dict.set_item("container", self.container)?;
+        dict.set_item("architecture", self.architecture)?;
+        dict.set_item("quantization", self.quantization)?;
+        dict.set_item("parameters", self.parameters)?;
+        dict.set_item("weight_bytes", self.weight_bytes)?;
+        dict.set_item("layers", self.layers)?;
+        dict.set_item("hidden_size", self.hidden_size)?;
+        dict.set_item("heads", self.heads)?;
+        dict.set_item("kv_heads", self.kv_heads)?;
+        dict.set_item("head_dim", self.head_dim)?;
+        dict.set_item("vocabulary_size", self.vocabulary_size)?;
+        dict.set_item("max_positions", self.max_positions)?;
+        dict.set_item("eos_token_ids", &self.eos_token_ids)?;
+        dict.set_item("has_tokenizer", self.has_tokenizer)?;
+        dict.set_item("chat_template", &self.chat_template)?;
+        Ok(dict)
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "ModelInfo(architecture='{}', quantization='{}', parameters={}, path='{}')",
+            self.architecture, self.quantization, self.parameters, self.path
+        )
+    }
+}
+
+/// Describe a model folder or GGUF file without loading its weights.
+#[pyfunction]
+pub fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<ModelInfo> {
+    guarded(|| {
+        interruptible(py, "infer-load", move || {
+            let checkpoint = Checkpoint::open(&path, true).map_err(|error| error.to_string())?;
+            let text = TextModel::of_checkpoint(&checkpoint)?;
+            Ok(ModelInfo::new(&checkpoint, text.as_ref()))
+        })
+    })
+}
+
+/// This machine as the core sees it.
+#[pyfunction]
+pub fn system_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    guarded(|| {
+        let dict = PyDict::new(py);
+        dict.set_item("isa", Isa::from_env().map_err(refusal)?.name())?;
+        dict.set_item("available_isas", Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>())?;
+        dict.set_item("threads", default_threads())?;
+        Ok(dict)
+    })
+}

@@ -1,0 +1,52 @@
+//! GGUF metadata to the text room's vocabulary.
+
+use infer_formats::{Array, FormatError, Metadata, Value};
+use infer_text::GgufVocabulary;
+
+/// What the metadata says about text; none when it names no tokenizer.
+///
+/// # Errors
+/// A key of the wrong type, or an id outside 32 bits.
+pub fn from_metadata(metadata: &Metadata) -> Result<Option<GgufVocabulary>, String> {
+    read(metadata).map_err(|error| error.to_string())
+}
+
+fn read(metadata: &Metadata) -> Result<Option<GgufVocabulary>, FormatError> {
+    let key = |name: &str| format!("tokenizer.ggml.{name}");
+    let Some(model) = metadata.str(&key("model"))? else { return Ok(None) };
+    // Writers mark an absent token by an id outside 32 bits (-1 as unsigned), so such an id is no token rather than an error.
+    let id = |name: &str| Ok(metadata.i64(&key(name))?.and_then(|id| u32::try_from(id).ok()));
+    let strings = |name: &str| Ok(metadata.strings(&key(name))?.unwrap_or_default().to_vec());
+    let mut end_of_turn_ids = Vec::new();
+    for name in ["eot_token_id", "eom_token_id"] {
+        end_of_turn_ids.extend(id(name)?);
+    }
+    Ok(Some(GgufVocabulary {
+        model: model.to_owned(),
+        pre: metadata.str(&key("pre"))?.map(str::to_owned),
+        tokens: strings("tokens")?,
+        scores: metadata.f32s(&key("scores"))?.unwrap_or_default().to_vec(),
+        token_type: metadata.i32s(&key("token_type"))?.unwrap_or_default(),
+        merges: strings("merges")?,
+        bos_token_id: id("bos_token_id")?,
+        eos_token_id: id("eos_token_id")?,
+        unknown_token_id: id("unknown_token_id")?,
+        padding_token_id: id("padding_token_id")?,
+        end_of_turn_ids,
+        add_bos_token: metadata.bool(&key("add_bos_token"))?,
+        add_eos_token: metadata.bool(&key("add_eos_token"))?,
+        add_space_prefix: metadata.bool(&key("add_space_prefix"))?,
+        remove_extra_whitespaces: metadata.bool(&key("remove_extra_whitespaces"))?,
+        precompiled_charsmap: bytes(metadata.get(&key("precompiled_charsmap"))),
+        chat_template: metadata.str("tokenizer.chat_template")?.map(str::to_owned),
+    }))
+}
+
+/// Byte arrays are written signed by some and unsigned by others.
+fn bytes(value: Option<&Value>) -> Vec<u8> {
+    match value {
+        Some(Value::Array(Array::U8(bytes))) => bytes.clone(),
+        Some(Value::Array(Array::I8(bytes))) => bytes.iter().map(|byte| byte.cast_unsigned()).collect(),
+        _ => Vec::new(),
+    }
+}

@@ -1,0 +1,121 @@
+//! What differs between the layers of a model: windows, rotation, dense or expert feed-forward networks.
+
+use crate::arch::{Arch, ExpertsRow, Rotated, Windows};
+use crate::spec::{FeedForward, LayerSpec, MAX_POSITIONS, MAX_WIDTH};
+use crate::{Config, ModelError};
+
+const MAX_LAYERS: usize = 4096;
+/// Of all layers together.
+const MAX_EXPERTS: usize = 1 << 18;
+
+/// Reads all layers of a model with so many kinds of rotation.
+pub(crate) fn read(
+    arch: &Arch,
+    config: &Config,
+    hidden: usize,
+    ropes: usize,
+) -> Result<Vec<LayerSpec>, ModelError> {
+    let count = config.size(&["num_hidden_layers", "n_layer"], MAX_LAYERS)?;
+    let experts = config.count(&["num_experts", "num_local_experts"], MAX_EXPERTS)?.unwrap_or(0);
+    if arch.experts.is_some() && count * experts > MAX_EXPERTS {
+        return Err(ModelError::config(
+            "num_experts",
+            experts,
+            format!("at most {MAX_EXPERTS} in all layers"),
+        ));
+    }
+    let windows = windows(arch, config, count)?;
+    let marked = config.numbers("no_rope_layers")?;
+    let interval = config.count(&["no_rope_layer_interval"], MAX_LAYERS)?.unwrap_or(4).max(1);
+    (0..count)
+        .map(|layer| {
+            let window = windows[layer];
+            let rotated = match arch.rotated {
+                Rotated::All => true,
+                Rotated::Windowed => window.is_some(),
+                Rotated::Marked => match &marked {
+                    Some(marked) => marked.get(layer).is_none_or(|mark| *mark != 0.0),
+                    None => !(layer + 1).is_multiple_of(interval),
+                },
+            };
+            let rope = if window.is_some() { ropes.min(2) } else { 1 };
+            Ok(LayerSpec {
+                window,
+                rope: (rotated && ropes > 0).then(|| rope - 1),
+                feed_forward: feed_forward(arch, config, hidden, layer)?,
+            })
+        })
+        .collect()
+}
+
+fn windows(arch: &Arch, config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
+    let window = config.count(&["sliding_window"], MAX_POSITIONS)?.filter(|window| *window > 0);
+    let by_flag = config.flag("use_sliding_window")?.unwrap_or(false);
+    let flagged = matches!(arch.windows, Windows::FromLayerIfFlag | Windows::AllIfFlag);
+    let Some(window) = window.filter(|_| !flagged || by_flag) else { return Ok(vec![None; layers]) };
+    if let Some(types) = config.texts("layer_types")? {
+        if types.len() != layers {
+            return Err(ModelError::config("layer_types", types.len(), format!("{layers} items")));
+        }
+        return types
+            .into_iter()
+            .map(|kind| match kind {
+                "sliding_attention" => Ok(Some(window)),
+                "full_attention" => Ok(None),
+                other => Err(ModelError::config("layer_types", other, "sliding_attention or full_attention")),
+            })
+            .collect();
+    }
+    let pattern = config.count(&["sliding_window_pattern", "_sliding_window_pattern"], MAX_LAYERS)?;
+    let first = config.count(&["max_window_layers"], MAX_LAYERS)?.unwrap_or(28);
+    let windowed = |layer: usize| match arch.windows {
+        Windows::Never => false,
+        Windows::All | Windows::AllIfFlag => true,
+        Windows::FromLayerIfFlag => layer >= first,
+        Windows::AllButEach(each) => !(layer + 1).is_multiple_of(pattern.unwrap_or(each).max(1)),
+    };
+    Ok((0..layers).map(|layer| windowed(layer).then_some(window)).collect())
+}
+
+fn feed_forward(
+    arch: &Arch,
+    config: &Config,
+    hidden: usize,
+    layer: usize,
+) -> Result<FeedForward, ModelError> {
+    if let Some(row) = &arch.experts
+        && is_sparse(config, layer)?
+    {
+        return experts(row, config);
+    }
+    let width = match config.count(&["intermediate_size", "n_inner"], MAX_WIDTH)? {
+        Some(width) => width,
+        None => 4 * hidden,
+    };
+    if width == 0 {
+        return Err(ModelError::config("intermediate_size", 0, format!("a number from 1 to {MAX_WIDTH}")));
+    }
+    Ok(FeedForward::Dense { width })
+}
+
+fn is_sparse(config: &Config, layer: usize) -> Result<bool, ModelError> {
+    let step = config.count(&["decoder_sparse_step"], MAX_LAYERS)?.unwrap_or(1);
+    let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
+    Ok(step > 0 && (layer + 1).is_multiple_of(step) && !dense.contains(&(layer as f64)))
+}
+
+fn experts(row: &ExpertsRow, config: &Config) -> Result<FeedForward, ModelError> {
+    let count = config.size(&["num_experts", "num_local_experts"], 1 << 14)?;
+    let used = config.size(&["num_experts_per_tok"], count)?;
+    let shared_width = match row.shared {
+        true => Some(config.size(&["shared_expert_intermediate_size"], MAX_WIDTH)?),
+        false => None,
+    };
+    Ok(FeedForward::Experts {
+        count,
+        used,
+        width: config.size(&[row.width_field], MAX_WIDTH)?,
+        renormalise: config.flag("norm_topk_prob")?.unwrap_or(row.renormalise),
+        shared_width,
+    })
+}

@@ -1,0 +1,113 @@
+//! Working memory of the interpreter: the program's buffers for the rows of one batch.
+
+use infer_kernels::{Rows, RowsMut, Scratch};
+
+use crate::Program;
+use crate::batch::Batch;
+use crate::experts::Routes;
+use crate::rope::RopeTable;
+use crate::step::Slice;
+
+/// Working memory, kept between calls.
+#[derive(Default)]
+pub(crate) struct Memory {
+    /// Rows of the batch, and after `Select` the wanted ones.
+    rows: usize,
+    buffers: Vec<Vec<f32>>,
+    /// Slot in the cache of every row.
+    pub slots: Vec<u32>,
+    /// Cosines and sines of every kind of rotation.
+    pub rotations: Vec<(Vec<f32>, Vec<f32>)>,
+    pub routes: Routes,
+    pub scratch: Scratch,
+}
+
+impl Memory {
+    /// Sizes the buffers for a batch, and computes slots and rotations of its rows.
+    pub fn prepare(&mut self, program: &Program, ropes: &[RopeTable], batch: &Batch<'_>) {
+        self.buffers.resize_with(program.buffers.len(), Vec::new);
+        for (index, (buffer, values)) in program.buffers.iter().zip(&mut self.buffers).enumerate() {
+            let logits = index == program.logits.buffer;
+            let rows = if logits { batch.logit_rows.len() } else { batch.tokens.len() };
+            let size = rows * buffer.width;
+            // Grown to what is needed and never zeroed: every step writes all of the columns that a later one reads.
+            if values.len() < size {
+                values.resize(size, 0.0);
+            } else if logits && values.capacity() > 4 * size.max(1 << 16) {
+                values.truncate(size);
+                values.shrink_to_fit(); // a long prompt's logits are not kept for ever
+            }
+        }
+        self.rows = batch.tokens.len();
+        self.slots.clear();
+        self.slots.extend(batch.slots());
+        self.rotations.resize_with(ropes.len(), Default::default);
+        for (rope, (cos, sin)) in ropes.iter().zip(&mut self.rotations) {
+            cos.clear();
+            sin.clear();
+            for (position, long_context) in batch.positions() {
+                rope.append(position, long_context, cos, sin);
+            }
+        }
+    }
+
+    /// A slice to read.
+    pub fn rows(&self, slice: Slice, program: &Program) -> Rows<'_> {
+        let stride = program.buffers[slice.buffer].width;
+        Rows::new(&self.buffers[slice.buffer][slice.offset..], self.rows, slice.width, stride)
+    }
+
+    /// A slice to change.
+    pub fn rows_mut(&mut self, slice: Slice, program: &Program) -> RowsMut<'_> {
+        let stride = program.buffers[slice.buffer].width;
+        RowsMut::new(&mut self.buffers[slice.buffer][slice.offset..], self.rows, slice.width, stride)
+    }
+
+    /// Calls `body` with one slice to read and one of another buffer to write.
+    pub fn map(
+        &mut self,
+        program: &Program,
+        input: Slice,
+        output: Slice,
+        body: impl FnOnce(&mut Scratch, Rows<'_>, RowsMut<'_>),
+    ) {
+        let mut target = std::mem::take(&mut self.buffers[output.buffer]);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let stride = program.buffers[output.buffer].width;
+        let rows = RowsMut::new(&mut target[output.offset..], self.rows, output.width, stride);
+        body(&mut scratch, self.rows(input, program), rows);
+        self.scratch = scratch;
+        self.buffers[output.buffer] = target;
+    }
+
+    /// The same with two slices to read.
+    pub fn map_two(
+        &mut self,
+        program: &Program,
+        first: Slice,
+        second: Slice,
+        output: Slice,
+        body: impl FnOnce(Rows<'_>, Rows<'_>, RowsMut<'_>),
+    ) {
+        let mut target = std::mem::take(&mut self.buffers[output.buffer]);
+        let stride = program.buffers[output.buffer].width;
+        let rows = RowsMut::new(&mut target[output.offset..], self.rows, output.width, stride);
+        body(self.rows(first, program), self.rows(second, program), rows);
+        self.buffers[output.buffer] = target;
+    }
+
+    /// The first values of a buffer.
+    pub fn values(&self, slice: Slice, count: usize) -> &[f32] {
+        &self.buffers[slice.buffer][..count]
+    }
+
+    /// Copies the wanted rows; from here on a batch has only these.
+    pub fn select(&mut self, program: &Program, input: Slice, output: Slice, wanted: &[u32]) {
+        self.map(program, input, output, |_, input, mut output| {
+            for (row, from) in wanted.iter().enumerate() {
+                output.row_mut(row).copy_from_slice(input.row(*from as usize));
+            }
+        });
+        self.rows = wanted.len();
+    }
+}
