@@ -11,6 +11,21 @@ from typing import Any, Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Engine",
+    "InferError",
+    "ModelInfo",
+    "ReadyQueue",
+    "Request",
+    "RequestMetrics",
+    "SamplingParams",
+    "Tokenizer",
+    "Update",
+    "__version__",
+    "inspect",
+    "system_info",
+]
+
 __version__: str
 
 class InferError(Exception):
@@ -92,6 +107,7 @@ class SamplingParams:
 
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
 
 @final
 class Update:

@@ -36,18 +36,42 @@ def wait_all(submits: list[Submit]) -> Generator[News, None, None]:
     try:
         for key, submit in enumerate(submits):
             requests.append(submit(queue, key))
-        open_keys = set(range(len(requests)))
-        while open_keys:
+        inboxes = [_Inbox(request) for request in requests]
+        running = len(inboxes)
+        while running:
             for key in queue.wait():
-                request = requests[key]
-                updates = request.poll()
-                if request.finished:
-                    open_keys.discard(key)
+                updates, ended = inboxes[key].take()
+                running -= ended
                 if updates:
-                    yield key, request, updates
+                    yield key, requests[key], updates
     finally:
         for request in requests:
             request.cancel()
+
+
+class _Inbox:
+    """What one request has said and nobody has read.
+
+    The core says that a request is over a moment after the last update. An update that ends a completion is held back
+    until then, so that whoever reads the last one finds the metrics final.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._held: list[Update] = []
+        self._ended = False
+
+    def take(self) -> tuple[list[Update], bool]:
+        """Return what may be read, and whether the request has ended just now."""
+        self._held += self._request.poll()
+        if self._request.finished:
+            ready, self._held = self._held, []
+        else:
+            ready = [update for update in self._held if update.finish_reason is None]
+            self._held = [update for update in self._held if update.finish_reason is not None]
+        just_now = self._request.finished and not self._ended
+        self._ended |= just_now
+        return ready, just_now
 
 
 class _Listener:
@@ -91,18 +115,17 @@ class Dispatcher:
             for submit, key in zip(submits, keys, strict=True):
                 # Tokenizing a long prompt takes milliseconds, which belong to the other tasks of this loop.
                 requests.append(await asyncio.to_thread(submit, self._queue, key))
-            open_places = set(range(len(requests)))
-            while open_places:
+            inboxes = [_Inbox(request) for request in requests]
+            running = len(inboxes)
+            while running:
                 await event.wait()
                 event.clear()
                 while listener.ready:
                     place = listener.ready.popleft()
-                    request = requests[place]
-                    updates = request.poll()
-                    if request.finished:
-                        open_places.discard(place)
+                    updates, ended = inboxes[place].take()
+                    running -= ended
                     if updates:
-                        yield place, request, updates
+                        yield place, requests[place], updates
         finally:
             for request in requests:
                 request.cancel()

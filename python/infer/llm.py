@@ -111,6 +111,7 @@ class LLM:
     ) -> None:
         _check_device(device)
         path = hub.resolve(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        self._defaults = defaults.read(path)
         self._engine = Engine(
             path,
             dtype=dtype,
@@ -125,7 +126,6 @@ class LLM:
             mmap=mmap,
         )
         self._names = self._engine.tokenizer
-        self._defaults = defaults.read(path)
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
 

@@ -14,7 +14,7 @@ from infer import LLM, InferError, Logprob, RequestOutput, SamplingParams
 if TYPE_CHECKING:
     from pathlib import Path
 
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.9, max_tokens=24, seed=7)
 
 
@@ -53,7 +53,7 @@ def test_every_form_of_prompt_is_the_same_prompt(llm: LLM) -> None:
 
 def test_results_keep_the_order_of_prompts(llm: LLM) -> None:
     prompts = [f"Chapter {number}" for number in range(20)]
-    params = [SamplingParams(temperature=0, max_tokens=1 + (7 * number) % 11) for number in range(20)]
+    params = [SamplingParams(temperature=0, max_tokens=1 + (7 * number) % 11, ignore_eos=True) for number in range(20)]
     outputs = llm.generate(prompts, params)
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == [one.max_tokens for one in params]
@@ -203,8 +203,8 @@ def test_a_folder_without_a_tokenizer_takes_token_ids(bare_folder: Path) -> None
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
-        ("", "empty"),
-        ([[]], "empty"),
+        ("", "no tokens"),
+        ([[]], "no tokens"),
         ([1, "a"], r"prompts\[1\]: a token id is an integer"),
         ([1, True], r"prompts\[1\]"),
         ([1, 2.5], r"prompts\[1\]"),

@@ -80,7 +80,10 @@ def test_commands(infer_cli: Cli, llm: LLM, tmp_path: Path) -> None:
     assert "not read" not in done.stdout
 
 
-@pytest.mark.parametrize("command", ["/save", "/load", "/load absent.json", "/regenerate", "/params x", "/params top_p=9", "/params no=1", "/params n=2"])
+@pytest.mark.parametrize(
+    "command",
+    ["/save", "/load", "/load absent.json", "/regenerate", "/params x", "/params top_p=9", "/params no=1", "/params n=2"],
+)
 def test_commands_that_cannot_be_obeyed(infer_cli: Cli, command: str) -> None:
     done = infer_cli("chat", *GREEDY, stdin=f"{command}\nHello!\n")
     assert done.stderr.startswith("error: ")

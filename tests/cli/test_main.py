@@ -50,7 +50,7 @@ def test_the_script_and_the_module_are_one_command() -> None:
         (["generate", "x", "--param", "no_such_field=7"], "no_such_field"),
         (["chat", "--param", "n=2"], "n: 2"),
         (["generate", "x", "--dtype", "int3"], "dtype"),
-        (["generate", ""], "empty"),
+        (["generate", ""], "no tokens"),
         (["info", "."], "error: "),
         (["bench", "--model", "absent.gguf"], "does not exist here"),
     ],

@@ -13,7 +13,11 @@ pub fn from_metadata(metadata: &Metadata) -> Result<Option<GgufVocabulary>, Stri
 
 fn read(metadata: &Metadata) -> Result<Option<GgufVocabulary>, FormatError> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
-    let Some(model) = metadata.str(&key("model"))? else { return Ok(None) };
+    let huggingface_json = metadata.str("tokenizer.huggingface.json")?.map(str::to_owned);
+    let model = match metadata.str(&key("model"))? {
+        None if huggingface_json.is_none() => return Ok(None),
+        model => model.unwrap_or_default(),
+    };
     // Writers mark an absent token by an id outside 32 bits (-1 as unsigned), so such an id is no token rather than an error.
     let id = |name: &str| Ok(metadata.i64(&key(name))?.and_then(|id| u32::try_from(id).ok()));
     let strings = |name: &str| Ok(metadata.strings(&key(name))?.unwrap_or_default().to_vec());
@@ -39,6 +43,7 @@ fn read(metadata: &Metadata) -> Result<Option<GgufVocabulary>, FormatError> {
         remove_extra_whitespaces: metadata.bool(&key("remove_extra_whitespaces"))?,
         precompiled_charsmap: bytes(metadata.get(&key("precompiled_charsmap"))),
         chat_template: metadata.str("tokenizer.chat_template")?.map(str::to_owned),
+        huggingface_json,
     }))
 }
 

@@ -4,7 +4,8 @@
 //! keys and values in memory and not in a cache, as it does in a model. The best call of several rounds counts.
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows, RowsMut, Scratch, attention,
+    Attention, AttentionRows, Context, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows, RowsMut, Scratch,
+    attention,
 };
 use std::time::Instant;
 
@@ -81,7 +82,8 @@ fn best_seconds(
     for _ in 0..7 {
         for layer in 0..layers {
             let start = Instant::now();
-            let (input, result) = (Rows::new(&queries, rows, width, width), RowsMut::new(&mut output, rows, width, width));
+            let (input, result) =
+                (Rows::new(&queries, rows, width, width), RowsMut::new(&mut output, rows, width, width));
             attention(context, &kind, &cache, layer, &[sequence], input, result, &mut scratch);
             best = best.min(start.elapsed().as_secs_f64());
         }

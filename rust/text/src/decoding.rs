@@ -245,9 +245,7 @@ pub(crate) fn printable_of_byte(byte: u8) -> char {
     match byte {
         0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
         0..=0x20 => char::from_u32(0x100 + u32::from(byte)).unwrap_or(char::REPLACEMENT_CHARACTER),
-        0x7F..=0xA0 => {
-            char::from_u32(0x121 + u32::from(byte) - 0x7F).unwrap_or(char::REPLACEMENT_CHARACTER)
-        }
+        0x7F..=0xA0 => char::from_u32(0x121 + u32::from(byte) - 0x7F).unwrap_or(char::REPLACEMENT_CHARACTER),
         0xAD => '\u{143}',
     }
 }

@@ -124,8 +124,7 @@ impl Detokenizer {
         if let Some(found) = found {
             let end = before + found.end;
             text.truncate(if self.include_stop { end } else { end - found.length });
-            self.stopped =
-                Some(StopMatch { index: found.index, stop: self.stop_texts[found.index].clone() });
+            self.stopped = Some(StopMatch { index: found.index, stop: self.stop_texts[found.index].clone() });
         } else {
             self.held = text.split_off(text.len() - self.stops.undecided());
         }

@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer as Backend};
 
 use crate::error::TextError;
-use crate::{merges, sentencepiece, tiktoken};
 use crate::tokenizer::{Surround, Tokenizer, adds_special, backend_from_json};
+use crate::{merges, sentencepiece, tiktoken};
 
 /// Largest tokenizer file that is read (the largest published one has 35 MB).
 pub(crate) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -82,7 +82,8 @@ fn from_tokenizer_json(bytes: &[u8], config: Config) -> Result<Tokenizer, TextEr
     let backend = backend_from_json("tokenizer.json", bytes)?;
     // As in transformers 5: the post-processor of tokenizer.json decides. Only where it adds nothing and the
     // configuration explicitly asks for a token is that token added.
-    let surround = if adds_special(&backend) { Surround::default() } else { config.surround(&backend, false) };
+    let surround =
+        if adds_special(&backend) { Surround::default() } else { config.surround(&backend, false) };
     finish(backend, config, surround)
 }
 
@@ -118,7 +119,8 @@ pub(crate) fn add_tokens(
 impl Config {
     /// Reads `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`; all may be absent.
     pub(crate) fn read(folder: &Path) -> Result<Self, TextError> {
-        let mut config = Config { values: read_object(folder, "tokenizer_config.json")?, ..Config::default() };
+        let mut config =
+            Config { values: read_object(folder, "tokenizer_config.json")?, ..Config::default() };
         let map = read_object(folder, "special_tokens_map.json")?;
         let named = |name: &str| token_text(config.values.get(name)).or_else(|| token_text(map.get(name)));
         config.special = SpecialTokens {

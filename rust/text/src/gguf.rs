@@ -8,7 +8,7 @@ use crate::error::TextError;
 use crate::folder::{SpecialTokens, add_tokens};
 use crate::pre_tokenizers::{self, PreTokenizer};
 use crate::sentencepiece::{Algorithm, PieceType, ScoredVocabulary, mergeable};
-use crate::tokenizer::{Surround, Tokenizer};
+use crate::tokenizer::{Surround, Tokenizer, adds_special, backend_from_json};
 use crate::vocabulary::{
     Bpe, SPACE, ScoredPiece, byte_level_decoder, byte_level_splits, replace, sentencepiece_decoder, splits,
 };
@@ -51,6 +51,9 @@ pub struct GgufVocabulary {
     pub precompiled_charsmap: Vec<u8>,
     /// The chat template (`tokenizer.chat_template`).
     pub chat_template: Option<String>,
+    /// A whole `tokenizer.json` (`tokenizer.huggingface.json`), which is exact where no `pre` kind fits; it
+    /// stands for all of the above but the ids and `add_*`.
+    pub huggingface_json: Option<String>,
 }
 
 impl Tokenizer {
@@ -64,43 +67,90 @@ impl Tokenizer {
     }
 }
 
+/// The ids of special tokens.
+struct Ids {
+    bos: Option<u32>,
+    eos: Option<u32>,
+    unk: Option<u32>,
+    pad: Option<u32>,
+    end_of_turn: Vec<u32>,
+}
+
+impl Ids {
+    fn special(&self, name: impl Fn(u32) -> Option<String>) -> SpecialTokens {
+        SpecialTokens {
+            bos: self.bos.and_then(&name),
+            eos: self.eos.and_then(&name),
+            unk: self.unk.and_then(&name),
+            pad: self.pad.and_then(&name),
+        }
+    }
+}
+
 impl GgufVocabulary {
+    fn ids(&self) -> Ids {
+        let known = |id: Option<u32>| id.filter(|&id| id != u32::MAX); // some writers say "none" as -1
+        Ids {
+            bos: known(self.bos_token_id),
+            eos: known(self.eos_token_id),
+            unk: known(self.unknown_token_id),
+            pad: known(self.padding_token_id),
+            end_of_turn: self.end_of_turn_ids.iter().copied().filter(|&id| id != u32::MAX).collect(),
+        }
+    }
+
     fn build(&self) -> Result<Option<Tokenizer>, TextError> {
+        let mut ids = self.ids();
+        if let Some(json) = &self.huggingface_json {
+            return self.huggingface(json, &ids).map(Some);
+        }
         if matches!(self.model.as_str(), "none" | "no_vocab") {
             return Ok(None);
         }
-        self.check()?;
-        let (backend, bos, eos, surround_defaults) = match self.model.as_str() {
-            "llama" => (self.scored(Algorithm::Bpe)?, self.default_id(1), self.default_id(2), (true, false)),
-            "t5" => (self.scored(Algorithm::Unigram)?, None, self.default_id(1), (false, true)),
+        self.check(&ids)?;
+        let (backend, add_bos, add_eos) = match self.model.as_str() {
+            "llama" => {
+                ids.bos = ids.bos.or(self.default_id(1));
+                ids.eos = ids.eos.or(self.default_id(2));
+                (self.scored(Algorithm::Bpe, &ids)?, true, false)
+            }
+            "t5" => {
+                ids.eos = ids.eos.or(self.default_id(1));
+                (self.scored(Algorithm::Unigram, &ids)?, false, true)
+            }
             "gpt2" => {
                 let kind = self.kind(self.pre.as_deref().unwrap_or(""))?;
-                (self.byte_pairs(kind)?, None, None, (kind.add_bos, false))
+                (self.byte_pairs(kind, &ids)?, kind.add_bos, false)
             }
-            "gemma4" => {
-                let kind = self.kind("gemma4")?;
-                (self.byte_pairs(kind)?, None, None, (true, false))
-            }
+            "gemma4" => (self.byte_pairs(self.kind("gemma4")?, &ids)?, true, false),
             other => {
                 let expected = "expected llama, gpt2, gemma4, t5, none or no_vocab";
                 return Err(TextError::unsupported("tokenizer.ggml.model", other, expected));
             }
         };
-        let (bos, eos) = (self.bos_token_id.or(bos), self.eos_token_id.or(eos));
-        let add_bos = self.add_bos_token.unwrap_or(surround_defaults.0);
-        let add_eos = self.add_eos_token.unwrap_or(surround_defaults.1);
-        let surround = Surround { begin: bos.filter(|_| add_bos), end: eos.filter(|_| add_eos) };
-        let name = |id: Option<u32>| id.map(|id| self.spelling(id as usize));
-        let special = SpecialTokens {
-            bos: name(bos),
-            eos: name(eos),
-            unk: name(self.unknown_token_id),
-            pad: name(self.padding_token_id),
+        let surround = Surround {
+            begin: ids.bos.filter(|_| self.add_bos_token.unwrap_or(add_bos)),
+            end: ids.eos.filter(|_| self.add_eos_token.unwrap_or(add_eos)),
         };
-        Ok(Some(Tokenizer::new(backend, special, surround)?.with_end_of_turn(&self.end_of_turn_ids)))
+        let special = ids.special(|id| Some(self.spelling(id as usize)));
+        Ok(Some(Tokenizer::new(backend, special, surround)?.with_end_of_turn(&ids.end_of_turn)))
     }
 
-    fn check(&self) -> Result<(), TextError> {
+    fn huggingface(&self, json: &str, ids: &Ids) -> Result<Tokenizer, TextError> {
+        let backend = backend_from_json("tokenizer.huggingface.json", json.as_bytes())?;
+        let special = ids.special(|id| backend.id_to_token(id));
+        let wanted = |add: Option<bool>, id: Option<u32>| id.filter(|_| add == Some(true));
+        let surround = match adds_special(&backend) {
+            true => Surround::default(), // its own post-processor decides, as for a file
+            false => Surround {
+                begin: wanted(self.add_bos_token, ids.bos),
+                end: wanted(self.add_eos_token, ids.eos),
+            },
+        };
+        Ok(Tokenizer::new(backend, special, surround)?.with_end_of_turn(&ids.end_of_turn))
+    }
+
+    fn check(&self, ids: &Ids) -> Result<(), TextError> {
         let count = self.tokens.len();
         let wrong = |key: &str, message: String| TextError::invalid(format!("tokenizer.ggml.{key}"), message);
         if count == 0 {
@@ -114,14 +164,14 @@ impl GgufVocabulary {
         if let Some(index) = self.scores.iter().position(|score| score.is_nan()) {
             return Err(wrong("scores", format!("entry {index} is not a number")));
         }
-        let ids = [
-            ("bos_token_id", self.bos_token_id),
-            ("eos_token_id", self.eos_token_id),
-            ("unknown_token_id", self.unknown_token_id),
-            ("padding_token_id", self.padding_token_id),
+        let named = [
+            ("bos_token_id", ids.bos),
+            ("eos_token_id", ids.eos),
+            ("unknown_token_id", ids.unk),
+            ("padding_token_id", ids.pad),
         ];
-        let turns = self.end_of_turn_ids.iter().map(|&id| ("eot_token_id", Some(id)));
-        for (key, id) in ids.into_iter().chain(turns) {
+        let turns = ids.end_of_turn.iter().map(|&id| ("eot_token_id", Some(id)));
+        for (key, id) in named.into_iter().chain(turns) {
             if let Some(id) = id.filter(|&id| id as usize >= count) {
                 return Err(wrong(key, format!("{id} is outside the vocabulary of {count} tokens")));
             }
@@ -148,19 +198,19 @@ impl GgufVocabulary {
         }
     }
 
-    fn piece_type(&self, index: usize) -> PieceType {
+    fn piece_type(&self, index: usize, ids: &Ids) -> PieceType {
         let number = self.token_type.get(index).copied().unwrap_or(1);
         let kind = u64::try_from(number).ok().and_then(PieceType::from_number).unwrap_or(PieceType::Normal);
-        let named = [self.bos_token_id, self.eos_token_id].into_iter().flatten();
-        let control = named.chain(self.end_of_turn_ids.iter().copied()).any(|id| id as usize == index);
+        let named = [ids.bos, ids.eos].into_iter().flatten();
+        let control = named.chain(ids.end_of_turn.iter().copied()).any(|id| id as usize == index);
         if control && kind == PieceType::Normal { PieceType::Control } else { kind }
     }
 
-    fn scored(&self, algorithm: Algorithm) -> Result<Backend, TextError> {
+    fn scored(&self, algorithm: Algorithm, ids: &Ids) -> Result<Backend, TextError> {
         if self.scores.is_empty() {
             return Err(TextError::invalid("tokenizer.ggml.scores", "missing, but this model needs scores"));
         }
-        let types: Vec<PieceType> = (0..self.tokens.len()).map(|index| self.piece_type(index)).collect();
+        let types: Vec<PieceType> = (0..self.tokens.len()).map(|index| self.piece_type(index, ids)).collect();
         let piece = |(index, &kind): (usize, &PieceType)| {
             let piece = ScoredPiece {
                 text: self.spelling(index),
@@ -169,7 +219,7 @@ impl GgufVocabulary {
             };
             (piece, kind)
         };
-        let unk = self.unknown_token_id.map(|id| id as usize);
+        let unk = ids.unk.map(|id| id as usize);
         let unk = unk.or_else(|| types.iter().position(|kind| *kind == PieceType::Unknown)).unwrap_or(0);
         ScoredVocabulary {
             pieces: types.iter().enumerate().map(piece).collect(),
@@ -180,11 +230,13 @@ impl GgufVocabulary {
             prefix_first_only: false,
             remove_extra_whitespaces: self.remove_extra_whitespaces.unwrap_or(false),
             charsmap: self.precompiled_charsmap.clone(),
+            // GGUF does not say; this token is Phi-3's alone. llama.cpp goes by the name of the model.
+            strip_after_special: self.tokens.iter().any(|token| token == "<|placeholder1|>"),
         }
         .build("tokenizer.ggml.tokens")
     }
 
-    fn byte_pairs(&self, kind: &PreTokenizer) -> Result<Backend, TextError> {
+    fn byte_pairs(&self, kind: &PreTokenizer, ids: &Ids) -> Result<Backend, TextError> {
         let tokens: Vec<(String, u32)> =
             (0..self.tokens.len()).map(|index| self.spelling(index)).zip(0u32..).collect();
         let bpe = Bpe {
@@ -207,7 +259,7 @@ impl GgufVocabulary {
             backend.with_decoder(Some(byte_level_decoder()));
         }
         let added = (0..self.tokens.len()).filter_map(|index| {
-            let special = match self.piece_type(index) {
+            let special = match self.piece_type(index, ids) {
                 PieceType::Control | PieceType::Unknown => true,
                 PieceType::UserDefined => false,
                 _ => return None,

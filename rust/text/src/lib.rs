@@ -30,4 +30,4 @@ pub use error::TextError;
 pub use folder::SpecialTokens;
 pub use gguf::GgufVocabulary;
 pub use stop::StopMatch;
-pub use tokenizer::{MAX_TEXT_BYTES, Tokenizer};
+pub use tokenizer::{MAX_SPACE_RUN, MAX_TEXT_BYTES, Tokenizer};

@@ -27,14 +27,13 @@ pub(crate) fn load(vocab: &[u8], merges: &[u8], config: Config) -> Result<Tokeni
     let mut backend = Bpe { tokens, merges, ..Bpe::default() }.build("vocab.json")?;
     if class == "Qwen2Tokenizer" {
         backend.with_pre_tokenizer(Some(byte_level_splits(&[QWEN2])?));
-        backend
-            .with_normalizer(Some(NFC))
-            .map_err(|error| TextError::invalid("normalizer", error))?;
+        backend.with_normalizer(Some(NFC)).map_err(|error| TextError::invalid("normalizer", error))?;
     } else if GPT2_LIKE.contains(&class) {
         let prefix = config.values.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(false);
         backend.with_pre_tokenizer(Some(ByteLevel::new(prefix, true, true)));
     } else {
-        let expected = format!("with vocab.json and merges.txt, expected Qwen2Tokenizer, {}", GPT2_LIKE.join(", "));
+        let expected =
+            format!("with vocab.json and merges.txt, expected Qwen2Tokenizer, {}", GPT2_LIKE.join(", "));
         return Err(TextError::unsupported("tokenizer_class", class, expected));
     }
     backend.with_decoder(Some(byte_level_decoder()));
@@ -78,7 +77,10 @@ fn read_merges(bytes: &[u8], known: &HashSet<&str>) -> Result<Vec<(String, Strin
             let message = format!("line {}: expected two tokens with a space between", number + 1);
             return Err(TextError::invalid("merges.txt", message));
         };
-        let missing = [left, right, &format!("{left}{right}")].into_iter().find(|t| !known.contains(t)).map(str::to_owned);
+        let missing = [left, right, &format!("{left}{right}")]
+            .into_iter()
+            .find(|t| !known.contains(t))
+            .map(str::to_owned);
         if let Some(token) = missing {
             let message = format!("line {}: {token:?} is not in vocab.json", number + 1);
             return Err(TextError::invalid("merges.txt", message));

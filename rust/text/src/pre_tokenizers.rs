@@ -5,8 +5,7 @@
 //! previous one left; matches and the text between them become pieces.
 
 /// GPT-2.
-const GPT2: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 /// cl100k (GPT-4) and Llama 3.
 pub(crate) const CL100K: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2: as cl100k, with single digits.
@@ -56,7 +55,14 @@ const KINDS: &[PreTokenizer] = &[
     PreTokenizer { names: &["glm4", "glm5"], patterns: &[CL100K], ignore_merges: true, ..PLAIN },
     PreTokenizer {
         names: &[
-            "qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "solar-open", "megrez", "kormo", "grok-2",
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "megrez",
+            "kormo",
+            "grok-2",
         ],
         patterns: &[QWEN2],
         ..PLAIN
@@ -95,14 +101,30 @@ const KINDS: &[PreTokenizer] = &[
     },
     PreTokenizer {
         names: &[
-            "gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
-            "granite-docling", "exaone4",
+            "gpt-2",
+            "phi-2",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "exaone4",
         ],
         ..PLAIN
     },
     PreTokenizer {
         names: &[
-            "starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2",
+            "starcoder",
+            "refact",
+            "command-r",
+            "smollm",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
         ],
         patterns: &[r"\p{N}", GPT2],
         ..PLAIN
@@ -127,13 +149,7 @@ const KINDS: &[PreTokenizer] = &[
         patterns: &[r"\d{1,3}(?=(?:\d{3})*\b)", O200K],
         ..PLAIN
     },
-    PreTokenizer {
-        names: &["tekken"],
-        patterns: &[TEKKEN],
-        ignore_merges: true,
-        add_bos: true,
-        ..PLAIN
-    },
+    PreTokenizer { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN },
     PreTokenizer {
         names: &["deepseek-llm"],
         patterns: &[r"[\r\n]", CASED, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+"],
@@ -165,13 +181,7 @@ const KINDS: &[PreTokenizer] = &[
         ..PLAIN
     },
     PreTokenizer { names: &["superbpe"], patterns: &[r"\p{N}+", r"(?=(\d{3})+(?!\d))"], ..PLAIN },
-    PreTokenizer {
-        names: &["gemma4"],
-        patterns: &[r"[^\n]+|[\n]+"],
-        add_bos: true,
-        raw: true,
-        ..PLAIN
-    },
+    PreTokenizer { names: &["gemma4"], patterns: &[r"[^\n]+|[\n]+"], add_bos: true, raw: true, ..PLAIN },
     PreTokenizer { names: &["sarvam-moe"], patterns: &[r"[^\n]+|[\n]+"], raw: true, ..PLAIN },
 ];
 

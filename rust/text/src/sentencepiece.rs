@@ -18,6 +18,9 @@ use crate::vocabulary::{
 
 const FILE: &str = "tokenizer.model";
 
+/// The special tokens of Phi-3 that leave the white space after them alone.
+const KEEPING_SPACE: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 /// `SentencePiece.Type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PieceType {
@@ -63,6 +66,8 @@ pub(crate) struct ScoredVocabulary {
     pub(crate) prefix_first_only: bool,
     pub(crate) remove_extra_whitespaces: bool,
     pub(crate) charsmap: Vec<u8>,
+    /// Phi-3: special tokens swallow the white space after them.
+    pub(crate) strip_after_special: bool,
 }
 
 /// A model file.
@@ -109,8 +114,9 @@ impl ScoredVocabulary {
         backend.with_decoder(Some(sentencepiece_decoder(self.add_dummy_prefix)?));
         let added = self.pieces.iter().filter_map(|(piece, kind)| {
             let special = matches!(kind, PieceType::Control | PieceType::Unknown);
+            let strip = self.strip_after_special && !KEEPING_SPACE.contains(&piece.text.as_str());
             (special || *kind == PieceType::UserDefined)
-                .then(|| AddedToken::from(piece.text.clone(), special).normalized(false))
+                .then(|| AddedToken::from(piece.text.clone(), special).normalized(false).rstrip(strip))
         });
         add_tokens(&mut backend, added)?;
         Ok(backend)
@@ -184,6 +190,7 @@ impl Model {
                 prefix_first_only: false,
                 remove_extra_whitespaces: true,
                 charsmap: Vec::new(),
+                strip_after_special: false,
             },
             names: ["<s>", "</s>", "<unk>"].map(str::to_owned),
             ids: [1, 2, 0],

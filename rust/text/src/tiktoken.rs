@@ -144,7 +144,7 @@ fn printable(bytes: &[u8]) -> String {
 
 /// Standard base64 with padding.
 fn base64(text: &[u8]) -> Option<Vec<u8>> {
-    if text.len() % 4 != 0 {
+    if !text.len().is_multiple_of(4) {
         return None;
     }
     let padding = text.iter().rev().take_while(|&&byte| byte == b'=').count();
@@ -178,8 +178,14 @@ mod tests {
 
     #[test]
     fn base64_as_in_rfc_4648() {
-        let vectors =
-            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("fooba", "Zm9vYmE=")];
+        let vectors = [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("fooba", "Zm9vYmE="),
+        ];
         for (plain, coded) in vectors {
             assert_eq!(base64(coded.as_bytes()).as_deref(), Some(plain.as_bytes()), "{coded}");
         }

@@ -14,6 +14,13 @@ use crate::folder::{self, SpecialTokens};
 /// Longest text that [`Tokenizer::encode`] takes, in bytes: the tokenizer needs some fifty times as much memory.
 pub const MAX_TEXT_BYTES: usize = 1 << 28;
 
+/// Longest run of white space that [`Tokenizer::encode`] takes, in characters, where words are found by patterns.
+///
+/// The pattern engine gives up after a million steps back and then leaves the rest of the text uncut, which yields
+/// other ids without a word of warning. Runs of white space are what gets there: patterns try whole runs for a
+/// line end.
+pub const MAX_SPACE_RUN: usize = 500_000;
+
 /// Spellings of tokens that end a turn of a conversation, over all published families.
 const END_OF_TURN: [&str; 11] = [
     "<|im_end|>",
@@ -94,7 +101,7 @@ impl Tokenizer {
     /// `add_special` adds what the model expects around a text (usually the beginning-of-sequence token).
     ///
     /// # Errors
-    /// Text longer than [`MAX_TEXT_BYTES`], or a vocabulary that cannot express the text.
+    /// Text longer than [`MAX_TEXT_BYTES`], white space longer than [`MAX_SPACE_RUN`], or a vocabulary that cannot express the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
         if text.len() > MAX_TEXT_BYTES {
             return Err(TextError::Encode(format!(
@@ -103,10 +110,16 @@ impl Tokenizer {
             )));
         }
         let inner = &*self.inner;
+        if inner.backend.get_pre_tokenizer().is_some() {
+            check_space_runs(text)?;
+        }
         let encoding = shielded(
             "tokenizer",
             AssertUnwindSafe(|| {
-                inner.backend.encode_fast(text, add_special).map_err(|error| TextError::Encode(error.to_string()))
+                inner
+                    .backend
+                    .encode_fast(text, add_special)
+                    .map_err(|error| TextError::Encode(error.to_string()))
             }),
         )?;
         let ids = encoding.get_ids();
@@ -188,6 +201,22 @@ impl Tokenizer {
     fn special_id(&self, token: Option<&str>) -> Option<u32> {
         token.and_then(|token| self.id(token))
     }
+}
+
+fn check_space_runs(text: &str) -> Result<(), TextError> {
+    if text.len() <= MAX_SPACE_RUN {
+        return Ok(());
+    }
+    let mut run = 0;
+    for character in text.chars() {
+        run = if character.is_whitespace() { run + 1 } else { 0 };
+        if run > MAX_SPACE_RUN {
+            let message =
+                format!("the text has more than {MAX_SPACE_RUN} characters of white space in a row");
+            return Err(TextError::Encode(message));
+        }
+    }
+    Ok(())
 }
 
 /// Parses `tokenizer.json`.

@@ -10,10 +10,10 @@ use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip as StripDecoder;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Precompiled, Replace};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{SplitDelimiterBehavior, Tokenizer as Backend};
 
 use crate::error::{TextError, shielded};
@@ -88,8 +88,10 @@ pub(crate) fn merges_of_scores(pieces: &[ScoredPiece]) -> Vec<(String, String)> 
         characters: (usize, usize),
         parts: (&'a str, &'a str),
     }
-    let mergeable =
-        pieces.iter().enumerate().filter(|(_, piece)| piece.mergeable && piece.text.len() <= MAX_MERGED_BYTES);
+    let mergeable = pieces
+        .iter()
+        .enumerate()
+        .filter(|(_, piece)| piece.mergeable && piece.text.len() <= MAX_MERGED_BYTES);
     let ids: HashMap<&str, usize> = mergeable.clone().map(|(id, piece)| (piece.text.as_str(), id)).collect();
     let mut merges: Vec<Merge<'_>> = Vec::new();
     for (_, piece) in mergeable {
@@ -163,10 +165,13 @@ pub(crate) fn charsmap(what: &str, bytes: &[u8]) -> Result<Option<Precompiled>, 
         return Err(TextError::invalid(what, format!("{} bytes are too few for a header", bytes.len())));
     };
     let trie = u32::from_le_bytes(*header) as usize;
-    if trie > rest.len() || trie < 4 || trie % 4 != 0 {
+    if trie > rest.len() || trie < 4 || !trie.is_multiple_of(4) {
         return Err(TextError::invalid(
             what,
-            format!("announces a trie of {trie} bytes, but {} bytes follow; expected a multiple of 4", rest.len()),
+            format!(
+                "announces a trie of {trie} bytes, but {} bytes follow; expected a multiple of 4",
+                rest.len()
+            ),
         ));
     }
     shielded(what, || Precompiled::from(bytes).map(Some).map_err(|error| TextError::invalid(what, error)))

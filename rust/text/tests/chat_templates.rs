@@ -41,9 +41,8 @@ fn render(source: &str, request: &Value) -> Result<String, String> {
 }
 
 fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xCBF2_9CE4_8422_2325, |state, byte| {
-        (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
-    })
+    text.bytes()
+        .fold(0xCBF2_9CE4_8422_2325, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 
 /// Templates beside the repository, by the names that `generate_templates.py` gives them.
@@ -64,7 +63,9 @@ fn shared_sources() -> BTreeMap<String, String> {
                 if let Some(source) = values.get("chat_template").and_then(Value::as_str) {
                     sources.insert(name.clone(), source.to_owned());
                 }
-                for (index, case) in values.get("cases").and_then(Value::as_array).into_iter().flatten().enumerate() {
+                for (index, case) in
+                    values.get("cases").and_then(Value::as_array).into_iter().flatten().enumerate()
+                {
                     sources.insert(format!("{name}#{index}"), case["template"].as_str().unwrap().to_owned());
                 }
             }
@@ -105,7 +106,9 @@ fn shared_templates_equal_jinja2() {
                 Ok(text) if format!("{}:{:016x}", text.len(), fnv1a(text)) == digest => texts += 1,
                 Err(_) if digest.starts_with("error") => errors += 1,
                 Ok(_) if LENIENT.contains(&digest) => lenient += 1,
-                Ok(text) if ESCAPED_BY_SAFE.contains(&(&name, case)) => assert!(text.contains("it's") || case != "tools"),
+                Ok(text) if ESCAPED_BY_SAFE.contains(&(&name, case)) => {
+                    assert!(text.contains("it's") || case != "tools")
+                }
                 _ => differing.push(format!("{name}, {case}: expected {digest}, got {rendered:?}")),
             }
         }

@@ -26,7 +26,13 @@ fn check(name: &str, tokenizer: Option<Tokenizer>) {
         }
     }
     assert!(cases.len() >= 40, "{name} has only {} cases", cases.len());
-    assert!(wrong.is_empty(), "{name}: {} of {} cases differ\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{name}: {} of {} cases differ\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n")
+    );
 }
 
 #[test]
@@ -99,5 +105,34 @@ fn special_tokens_are_added_and_recognized() {
         assert_eq!(tokenizer.encode("<s>Hello</s>", false).unwrap(), [1, 15043, 2]);
         assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));
         assert_eq!(tokenizer.decode(&[1, 15043, 3186, 2], true), "Hello world");
+    }
+}
+
+#[test]
+fn phi3_special_tokens_swallow_white_space() {
+    let text = "<|user|>\nHi<|end|>\n<|assistant|>\n<s> a";
+    if let Some(tokenizer) = from_gguf("phi3/ggml-vocab-phi-3.gguf") {
+        assert_eq!(tokenizer.encode(text, false).unwrap(), [32010, 6324, 32007, 32001, 1, 29871, 263]);
+    }
+    // This tokenizer.json is of a later version, in which only <|assistant|> does.
+    if let Some(tokenizer) = from_files(&[("phi3/tokenizer.json", "tokenizer.json")]) {
+        let expected = [32010, 29871, 13, 18567, 32007, 29871, 13, 32001, 1, 29871, 263];
+        assert_eq!(tokenizer.encode(text, false).unwrap(), expected);
+    }
+}
+
+#[test]
+fn a_story_model_reads_its_prompts() {
+    let Some(path) = common::shared("data/weights/stories260K") else { return };
+    let vocabulary = common::gguf_vocabulary(&std::fs::read(path.join("stories260K.f32.gguf")).unwrap());
+    let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap().unwrap();
+    let expected: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(path.join("EXPECTED.json")).unwrap()).unwrap();
+    for case in expected["cases"].as_array().unwrap() {
+        let ids = |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
+        assert_eq!(tokenizer.encode(case["prompt"].as_str().unwrap(), true).unwrap(), ids("prompt_ids"));
+        let text = case["text"].as_str().unwrap();
+        let decoded = tokenizer.decode(&ids("all_ids"), true);
+        assert!(decoded.starts_with(text.trim_start()), "{decoded:?} {text:?}");
     }
 }

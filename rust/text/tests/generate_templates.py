@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template
 
 HERE = Path(__file__).resolve().parent
 #: 2025-07-04 15:06:07 UTC; `strftime_now` in the tests stands still here.
@@ -36,7 +36,7 @@ def render(source: str, request: dict[str, Any]) -> dict[str, str]:
         template = _compile_jinja_template(source)
         template.globals["strftime_now"] = moment.strftime
         context = {"documents": None, "bos_token": "<s>", "eos_token": "</s>", **request.get("extra", {})}
-        context |= {"messages": request["messages"], "tools": request.get("tools")}
+        context |= {"messages": _alias_reasoning_fields(request["messages"]), "tools": request.get("tools")}
         context["add_generation_prompt"] = request["add_generation_prompt"]
         return {"text": template.render(**context)}
     except Exception as error:  # a template may fail in any way; that it fails is the expectation

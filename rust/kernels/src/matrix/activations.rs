@@ -76,7 +76,7 @@ pub(crate) struct IntegerTiles<'a> {
     /// How rows are cut.
     pub(crate) tiles: Tiles,
     groups: usize,
-    bytes: &'a [[i8; GROUP]],
+    bytes: &'a [[u8; GROUP]],
     scales: &'a [f32],
     offsets: &'a [i32],
 }
@@ -85,7 +85,7 @@ pub(crate) struct IntegerTiles<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// The values: an activation is its byte times its scale.
-    pub(crate) bytes: &'a [[i8; GROUP]],
+    pub(crate) bytes: &'a [[u8; GROUP]],
     /// Scales of every row and group.
     pub(crate) scales: &'a [f32],
     /// Sums of the bytes of every row and group, times what the layout asked for.
@@ -109,7 +109,7 @@ impl<'a> IntegerTiles<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
     values: Vec<f32>,
-    bytes: Vec<[i8; GROUP]>,
+    bytes: Vec<[u8; GROUP]>,
     scales: Vec<f32>,
     offsets: Vec<i32>,
 }
@@ -178,7 +178,7 @@ struct QuantizeTile<'a> {
     tiles: Tiles,
     tile: usize,
     weight_offset: i32,
-    bytes: &'a mut [[i8; GROUP]],
+    bytes: &'a mut [[u8; GROUP]],
     scales: &'a mut [f32],
     offsets: &'a mut [i32],
 }
@@ -209,7 +209,7 @@ impl Kernel for QuantizeTile<'_> {
 /// the bytes. A NaN or infinity makes the scale one, so that it reaches the result; magnitudes below 127 / `f32::MAX`
 /// vanish.
 #[inline(always)]
-fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [i8; GROUP]) -> (f32, i32) {
+fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [u8; GROUP]) -> (f32, i32) {
     let (low, high) = halves(values);
     let (low, high) = (simd.load(low), simd.load(high));
     // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
@@ -222,11 +222,11 @@ fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [i8; GROU
     }
     let inverse = simd.splat(inverse);
     let (low, high) = (simd.to_i32(simd.mul(low, inverse)), simd.to_i32(simd.mul(high, inverse)));
-    let (low_bytes, high_bytes) = bytes.split_at_mut(LANES);
-    if let (Ok(low_bytes), Ok(high_bytes)) = (low_bytes.try_into(), high_bytes.try_into()) {
-        simd.store_low_bytes(low, low_bytes);
-        simd.store_low_bytes(high, high_bytes);
-    }
+    let (mut low_bytes, mut high_bytes) = ([0; LANES], [0; LANES]);
+    simd.store_low_bytes(low, &mut low_bytes);
+    simd.store_low_bytes(high, &mut high_bytes);
+    bytes[..LANES].copy_from_slice(&low_bytes);
+    bytes[LANES..].copy_from_slice(&high_bytes);
     (greatest / 127.0, simd.reduce_sum_i32(simd.add_i32(low, high)))
 }
 
@@ -269,9 +269,9 @@ mod tests {
                 let (tile, width) = (tiles.tile(index), tiles.tiles.width(index));
                 for (column, (byte, scale)) in expected.into_iter().enumerate() {
                     let at = column / GROUP * width + row % tiles.tiles.full;
-                    assert_eq!(f32::from(tile.bytes[at][column % GROUP]), byte);
+                    assert_eq!(f32::from(tile.bytes[at][column % GROUP] as i8), byte);
                     assert_eq!(tile.scales[at], scale);
-                    let total: i32 = tile.bytes[at].iter().map(|&byte| i32::from(byte)).sum();
+                    let total: i32 = tile.bytes[at].iter().map(|&byte| i32::from(byte as i8)).sum();
                     assert_eq!(tile.offsets[at], -8 * total);
                 }
             }

@@ -266,7 +266,10 @@ impl FloatLinear<'_> {
             _ => None,
         };
         for (t, &sum) in sums.iter().enumerate().take(self.input.tiles.rows(tile)) {
-            let sum = bias.map_or(sum, |bias| simd.add(sum, bias));
+            let sum = match bias {
+                Some(bias) => simd.add(sum, bias),
+                None => sum,
+            };
             let out = self.out(panel, first + t);
             match out.try_into() {
                 Ok(out) => simd.store(sum, out),

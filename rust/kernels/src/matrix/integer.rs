@@ -14,7 +14,7 @@ trait IntegerLayout<const BYTES: usize>: Copy {
     fn group<S: Simd, const T: usize>(
         simd: S,
         weights: &[u8; BYTES],
-        rows: &[[i8; GROUP]; T],
+        rows: &[[u8; GROUP]; T],
         offsets: &[i32; T],
     ) -> [S::I32; T];
 }
@@ -29,7 +29,7 @@ impl IntegerLayout<512> for Int8 {
     fn group<S: Simd, const T: usize>(
         simd: S,
         weights: &[u8; 512],
-        rows: &[[i8; GROUP]; T],
+        rows: &[[u8; GROUP]; T],
         offsets: &[i32; T],
     ) -> [S::I32; T] {
         simd.dot_bytes(weights, rows, offsets)
@@ -41,7 +41,7 @@ impl IntegerLayout<256> for Int4 {
     fn group<S: Simd, const T: usize>(
         simd: S,
         weights: &[u8; 256],
-        rows: &[[i8; GROUP]; T],
+        rows: &[[u8; GROUP]; T],
         offsets: &[i32; T],
     ) -> [S::I32; T] {
         simd.dot_nibbles(weights, rows, offsets)
@@ -96,10 +96,16 @@ impl IntegerLinear<'_> {
         let scales = self.weight.scales(panel..panel + 1);
         let sums = multiply::<S, L, BYTES, T>(simd, weights, scales, self.input.tile(tile));
         let first = self.input.tiles.first(tile);
-        let bias = self.bias.map(|bias| partial_load(simd, &bias[panel * LANES..]));
+        let bias = match self.bias {
+            Some(bias) => Some(partial_load(simd, &bias[panel * LANES..])),
+            None => None,
+        };
         let width = LANES.min(self.weight.rows() - panel * LANES);
         for (t, &sum) in sums.iter().enumerate().take(self.input.tiles.rows(tile)) {
-            let sum = bias.map_or(sum, |bias| simd.add(sum, bias));
+            let sum = match bias {
+                Some(bias) => simd.add(sum, bias),
+                None => sum,
+            };
             // SAFETY: no other task has this panel, and this one holds one such slice at a time.
             let out = unsafe { self.output.part_mut(first + t, panel * LANES, width) };
             match out.first_chunk_mut() {

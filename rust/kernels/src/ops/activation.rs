@@ -1,7 +1,7 @@
 //! Activation functions, alone and as the gate of a product.
 
-use super::math::{erf, exp};
 use super::elementwise::{LaneMap, SMALL_TASK, map_in_place, rows_per_task};
+use super::math::{erf, erf_ref, exp};
 use crate::simd::{Kernel, LANES, Simd};
 use crate::{Context, Rows, RowsMut, for_each_row};
 
@@ -29,12 +29,11 @@ impl Activation {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
                 0.5 * x * (1.0 + inner.tanh())
             }
-            Activation::GeluErf => 0.5 * x * (1.0 + erf_reference(x / std::f64::consts::SQRT_2)),
+            Activation::GeluErf => 0.5 * x * (1.0 + erf_ref(x / std::f64::consts::SQRT_2)),
             Activation::Relu => x.max(0.0),
             Activation::ReluSquared => x.max(0.0) * x.max(0.0),
         }
     }
-
 }
 
 impl<S: Simd> LaneMap<S> for Activation {
@@ -45,7 +44,7 @@ impl<S: Simd> LaneMap<S> for Activation {
             Activation::Silu => simd.div(x, simd.add(one, exp(simd, simd.sub(simd.splat(0.0), x)))),
             Activation::GeluTanh => {
                 // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)): one exponential, and no cancellation for negative x.
-                let cubic = simd.mul_add(simd.mul(x, x), simd.splat(-0.071_354_814), simd.splat(-1.595_769_1));
+                let cubic = simd.mul_add(simd.mul(x, x), simd.splat(-0.071_354_814), simd.splat(-1.595_769));
                 simd.div(x, simd.add(one, exp(simd, simd.mul(x, cubic))))
             }
             Activation::GeluErf => {
@@ -83,7 +82,9 @@ pub fn gated_activation(
 /// `rows = activation(rows)`, (rows, width).
 pub fn activation_in_place(context: &Context, activation: Activation, rows: RowsMut<'_>) {
     let per_task = rows_per_task(rows.width(), SMALL_TASK / 4);
-    for_each_row(&context.pool, rows, per_task, |_, values| context.isa.dispatch(Alone { activation, values }));
+    for_each_row(&context.pool, rows, per_task, |_, values| {
+        context.isa.dispatch(Alone { activation, values })
+    });
 }
 
 struct Gated<'a> {
@@ -123,21 +124,4 @@ impl Kernel for Alone<'_> {
     fn run<S: Simd>(self, simd: S) {
         map_in_place(simd, self.values, self.activation);
     }
-}
-
-/// Error function in f64: its Taylor series, and from 3 on the continued fraction of its complement.
-fn erf_reference(x: f64) -> f64 {
-    let a = x.abs();
-    let value = if a < 3.0 {
-        let (mut term, mut sum) = (a, a);
-        for n in 1..120 {
-            term *= -a * a / f64::from(n);
-            sum += term / f64::from(2 * n + 1);
-        }
-        sum * std::f64::consts::FRAC_2_SQRT_PI
-    } else {
-        let fraction = (1..120).rev().fold(a, |tail, n| a + f64::from(n) / 2.0 / tail);
-        1.0 - (-a * a).exp() / fraction / std::f64::consts::PI.sqrt()
-    };
-    value.copysign(x)
 }

@@ -36,7 +36,11 @@ pub struct Norm<'a> {
 /// # Panics
 /// If the shapes differ, `groups` does not divide the width, or a weight or bias has another length than stated.
 pub fn norm(context: &Context, norm: &Norm<'_>, input: Rows<'_>, output: RowsMut<'_>) {
-    assert_eq!((input.rows(), input.width()), (output.rows(), output.width()), "input and output differ in shape");
+    assert_eq!(
+        (input.rows(), input.width()),
+        (output.rows(), output.width()),
+        "input and output differ in shape"
+    );
     norm.check(input.width());
     for_each_row(&context.pool, output, rows_per_task(input.width(), SMALL_TASK), |row, values| {
         values.copy_from_slice(input.row(row));
@@ -77,10 +81,17 @@ pub fn norm_ref(norm: &Norm<'_>, row: &[f32]) -> Vec<f64> {
 
 impl<'a> Norm<'a> {
     fn check(&self, width: usize) {
-        assert!(self.groups > 0 && width.is_multiple_of(self.groups), "{} groups do not divide {width}", self.groups);
+        assert!(
+            self.groups > 0 && width.is_multiple_of(self.groups),
+            "{} groups do not divide {width}",
+            self.groups
+        );
         for parameters in [self.weight, self.bias].into_iter().flatten() {
             let length = parameters.len();
-            assert!(length == width || length == width / self.groups, "{length} parameters for a row of {width} values");
+            assert!(
+                length == width || length == width / self.groups,
+                "{length} parameters for a row of {width} values"
+            );
         }
     }
 

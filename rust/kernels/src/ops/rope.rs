@@ -32,9 +32,16 @@ pub fn rope_in_place(
     style: RopeStyle,
 ) {
     let pairs = rotary_dim / 2;
-    assert!(rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim, "rotary_dim {rotary_dim} of head_dim {head_dim}");
+    assert!(
+        rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim,
+        "rotary_dim {rotary_dim} of head_dim {head_dim}"
+    );
     assert_eq!(rows.width(), heads * head_dim, "row width differs from heads * head_dim");
-    assert_eq!((cos.len(), sin.len()), (rows.rows() * pairs, rows.rows() * pairs), "cos and sin are not (rows, pairs)");
+    assert_eq!(
+        (cos.len(), sin.len()),
+        (rows.rows() * pairs, rows.rows() * pairs),
+        "cos and sin are not (rows, pairs)"
+    );
     if rotary_dim == 0 {
         return;
     }

@@ -40,24 +40,14 @@ impl Avx2 {
         hardware!(inside(self, kernel))
     }
 
-    /// [`Simd::dot_bytes`] of the 8 lanes that begin at byte `at` of each 64.
+    /// Per 32-bit lane the sum of four products of signed weights, of which the magnitudes are also given, with
+    /// activations.
     #[inline(always)]
-    fn half_bytes<const T: usize>(self, weights: &[u8; 512], at: usize, rows: &[[i8; 32]; T]) -> [__m256i; T] {
+    fn byte_products(self, weights: __m256i, magnitudes: __m256i, activations: __m256i) -> __m256i {
         hardware!({
-            let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
-            let mut sums = [_mm256_setzero_si256(); T];
-            for step in 0..8 {
-                let weights = _mm256_loadu_si256(weights.as_ptr().add(step * 64 + at).cast());
-                let weights = _mm256_xor_si256(weights, flip);
-                let magnitudes = _mm256_abs_epi8(weights);
-                for t in 0..T {
-                    // |w| <= 128 and |a| <= 127, so a sum of two products, at most 32512, fits 16 bits.
-                    let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(&rows[t], step)), weights);
-                    let pairs = _mm256_maddubs_epi16(magnitudes, signed);
-                    sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, ones));
-                }
-            }
-            sums
+            // |w| <= 128 and |a| <= 127, so a sum of two products, at most 32512, fits 16 bits.
+            let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(activations, weights));
+            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
         })
     }
 
@@ -68,7 +58,7 @@ impl Avx2 {
         self,
         weights: &[u8; 256],
         at: usize,
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [__m256i; T] {
         hardware!({
@@ -240,11 +230,11 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn store_low_bytes(self, vector: I32, values: &mut [i8; LANES]) {
+    fn store_low_bytes(self, vector: I32, values: &mut [u8; LANES]) {
         let mut lanes = [0_i32; LANES];
         self.store_i32(vector, &mut lanes);
         for (value, lane) in values.iter_mut().zip(lanes) {
-            *value = lane as i8;
+            *value = lane as u8;
         }
     }
     #[inline(always)]
@@ -331,22 +321,41 @@ impl Simd for Avx2 {
     fn dot_bytes<const T: usize>(
         self,
         weights: &[u8; 512],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         _offsets: &[i32; T],
     ) -> [I32; T] {
-        let (low, high) = (self.half_bytes(weights, 0, rows), self.half_bytes(weights, 32, rows));
-        std::array::from_fn(|t| (low[t], high[t]))
+        let mut sums = [self.splat_i32(0); T];
+        for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
+            hardware!({
+                let flip = _mm256_set1_epi8(-128);
+                let low = _mm256_xor_si256(_mm256_loadu_si256(weights.as_ptr().cast()), flip);
+                let high = _mm256_xor_si256(_mm256_loadu_si256(weights.as_ptr().add(32).cast()), flip);
+                let (low_size, high_size) = (_mm256_abs_epi8(low), _mm256_abs_epi8(high));
+                for t in 0..T {
+                    let four = _mm256_set1_epi32(four(&rows[t], step));
+                    sums[t].0 = _mm256_add_epi32(sums[t].0, self.byte_products(low, low_size, four));
+                    sums[t].1 = _mm256_add_epi32(sums[t].1, self.byte_products(high, high_size, four));
+                }
+            });
+        }
+        sums
     }
     #[inline(always)]
     fn dot_nibbles<const T: usize>(
         self,
         weights: &[u8; 256],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [I32; T] {
         let low = self.half_nibbles(weights, 0, rows, offsets);
+        // Else all activations are kept for the other half, in registers that do not exist.
+        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
         let high = self.half_nibbles(weights, 32, rows, offsets);
-        std::array::from_fn(|t| (low[t], high[t]))
+        let mut sums = [self.splat_i32(0); T];
+        for t in 0..T {
+            sums[t] = (low[t], high[t]);
+        }
+        sums
     }
 
     #[inline(always)]

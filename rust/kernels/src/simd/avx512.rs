@@ -164,7 +164,7 @@ impl Simd for Avx512 {
         hardware!(_mm512_storeu_si512(values.as_mut_ptr().cast(), vector))
     }
     #[inline(always)]
-    fn store_low_bytes(self, vector: __m512i, values: &mut [i8; LANES]) {
+    fn store_low_bytes(self, vector: __m512i, values: &mut [u8; LANES]) {
         hardware!(_mm_storeu_si128(values.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(vector)))
     }
     #[inline(always)]
@@ -232,10 +232,13 @@ impl Simd for Avx512 {
     fn dot_bytes<const T: usize>(
         self,
         weights: &[u8; 512],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [__m512i; T] {
-        let mut sums = offsets.map(|offset| self.splat_i32(offset));
+        let mut sums = [self.splat_i32(0); T];
+        for t in 0..T {
+            sums[t] = self.splat_i32(offsets[t]);
+        }
         for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
             hardware!({
                 let weights = _mm512_loadu_si512(weights.as_ptr().cast());
@@ -250,10 +253,13 @@ impl Simd for Avx512 {
     fn dot_nibbles<const T: usize>(
         self,
         weights: &[u8; 256],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [__m512i; T] {
-        let mut sums = offsets.map(|offset| self.splat_i32(offset));
+        let mut sums = [self.splat_i32(0); T];
+        for t in 0..T {
+            sums[t] = self.splat_i32(offsets[t]);
+        }
         for (step, weights) in weights.as_chunks::<64>().0.iter().enumerate() {
             hardware!({
                 let (weights, mask) = (_mm512_loadu_si512(weights.as_ptr().cast()), _mm512_set1_epi8(15));

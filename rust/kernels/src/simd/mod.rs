@@ -3,7 +3,8 @@
 //! A value of a type that implements [`Simd`] is a token: it exists only where its instructions do, because only the
 //! type's `detect` makes one. [`Isa::dispatch`] turns an [`Isa`] into its token inside a function compiled for that
 //! instruction set; everything a kernel calls from there must be `#[inline(always)]`, or it falls back to baseline
-//! code (and every vector operation becomes a call).
+//! code (and every vector operation becomes a call). That includes closures, which cannot be marked so: none may
+//! compute with vectors.
 //!
 //! The same lane operations in the same order give the same bits on every instruction set: multiply-adds are fused
 //! everywhere (the scalar set uses `f32::mul_add`), horizontal sums use one tree, conversions round to nearest even.
@@ -233,7 +234,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Writes sixteen values.
     fn store_i32(self, vector: Self::I32, values: &mut [i32; LANES]);
     /// Writes the low byte of each lane.
-    fn store_low_bytes(self, vector: Self::I32, values: &mut [i8; LANES]);
+    fn store_low_bytes(self, vector: Self::I32, values: &mut [u8; LANES]);
     /// `a + b`, wrapping.
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `a - b`, wrapping.
@@ -269,11 +270,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Exact sums of products of 32 weights per lane with the 32 activations of each of `T` rows.
     ///
     /// Weights are bytes offset by 128 (0 stands for -128), a lane's four to 4 bytes, 16 lanes after each other, 8 times.
-    /// Activations are in -127..=127, `offsets` -128 times the sum of a row's.
+    /// Activations are signed bytes in -127..=127, `offsets` -128 times the sum of a row's.
     fn dot_bytes<const T: usize>(
         self,
         weights: &[u8; 512],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [Self::I32; T];
     /// The same with weights of 4 bits offset by 8: 64 bytes hold four per lane in the low halves of bytes, and the
@@ -281,7 +282,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn dot_nibbles<const T: usize>(
         self,
         weights: &[u8; 256],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [Self::I32; T];
 
@@ -291,6 +292,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
 /// Four activations as one number, to be broadcast.
 #[inline(always)]
-fn four(row: &[i8; 32], index: usize) -> i32 {
-    i32::from_le_bytes(row.as_chunks::<4>().0[index].map(|byte| byte as u8))
+fn four(row: &[u8; 32], index: usize) -> i32 {
+    i32::from_le_bytes(row.as_chunks::<4>().0[index])
 }

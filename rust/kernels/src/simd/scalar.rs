@@ -39,8 +39,8 @@ fn greater(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
-fn dot4(weights: [i8; 4], activations: &[i8]) -> i32 {
-    weights.iter().zip(activations).map(|(&weight, &value)| i32::from(weight) * i32::from(value)).sum()
+fn dot4(weights: [i8; 4], activations: &[u8]) -> i32 {
+    weights.iter().zip(activations).map(|(&weight, &value)| i32::from(weight) * i32::from(value as i8)).sum()
 }
 
 impl Simd for Scalar {
@@ -164,8 +164,8 @@ impl Simd for Scalar {
         *values = vector;
     }
     #[inline(always)]
-    fn store_low_bytes(self, vector: Self::I32, values: &mut [i8; LANES]) {
-        *values = map(vector, |value| value as i8);
+    fn store_low_bytes(self, vector: Self::I32, values: &mut [u8; LANES]) {
+        *values = map(vector, |value| value as u8);
     }
     #[inline(always)]
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
@@ -238,7 +238,7 @@ impl Simd for Scalar {
     fn dot_bytes<const T: usize>(
         self,
         weights: &[u8; 512],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         _offsets: &[i32; T],
     ) -> [Self::I32; T] {
         rows.each_ref().map(|row| {
@@ -255,7 +255,7 @@ impl Simd for Scalar {
     fn dot_nibbles<const T: usize>(
         self,
         weights: &[u8; 256],
-        rows: &[[i8; 32]; T],
+        rows: &[[u8; 32]; T],
         _offsets: &[i32; T],
     ) -> [Self::I32; T] {
         rows.each_ref().map(|row| {

@@ -40,6 +40,9 @@ pub fn assert_near(values: &[f32], reference: &[f64], tolerance: f64, what: &str
     assert_eq!(values.len(), reference.len(), "{what}");
     for (i, (&value, &exact)) in values.iter().zip(reference).enumerate() {
         let difference = (f64::from(value) - exact).abs();
-        assert!(difference <= tolerance * (1.0 + exact.abs()), "{what}: value {i} is {value}, expected {exact}");
+        assert!(
+            difference <= tolerance * (1.0 + exact.abs()),
+            "{what}: value {i} is {value}, expected {exact}"
+        );
     }
 }

@@ -106,3 +106,21 @@ pub(super) fn value_of(json: &serde_json::Value) -> Value {
         }
     }
 }
+
+/// Turns messages into template values. As in transformers, reasoning that is passed under an older name can be
+/// read as `reasoning_content`, and any as `thinking`.
+pub(super) fn messages_of(json: &serde_json::Value) -> Value {
+    let Some(messages) = json.as_array() else { return value_of(json) };
+    messages.iter().map(message_of).collect()
+}
+
+fn message_of(message: &serde_json::Value) -> Value {
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    let found = names.iter().filter_map(|name| message.get(name)).find(|value| !value.is_null());
+    let (Some(reasoning), Some(fields)) = (found, message.as_object()) else { return value_of(message) };
+    let mut all = serde_json::Map::new();
+    all.insert("thinking".to_owned(), reasoning.clone());
+    all.extend(fields.iter().map(|(name, value)| (name.clone(), value.clone())));
+    all.insert("reasoning_content".to_owned(), reasoning.clone());
+    value_of(&serde_json::Value::Object(all))
+}

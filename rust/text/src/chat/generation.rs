@@ -37,7 +37,8 @@ mod tests {
 
     #[test]
     fn only_the_tags_change() {
-        let source = "{%- generation -%}a{% generation\n%}b{%endgeneration%}{{ 'generation' }}{%- endgeneration %}";
+        let source =
+            "{%- generation -%}a{% generation\n%}b{%endgeneration%}{{ 'generation' }}{%- endgeneration %}";
         let expected = "{%- with -%}a{% with\n%}b{%endwith%}{{ 'generation' }}{%- endwith %}";
         assert_eq!(without_generation_tags(source), expected);
         assert_eq!(without_generation_tags("{% if x %}{%"), "{% if x %}{%");

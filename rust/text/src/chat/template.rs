@@ -151,7 +151,7 @@ impl ChatTemplate {
         let mut context: BTreeMap<&str, Value> = BTreeMap::from([("documents", Value::from(()))]);
         context.extend(self.special.iter().map(|(name, token)| (*name, Value::from(token.as_str()))));
         context.extend(extra.iter().map(|(name, value)| (name.as_str(), environment::value_of(value))));
-        context.insert("messages", environment::value_of(messages));
+        context.insert("messages", environment::messages_of(messages));
         context.insert("tools", tools.map_or(Value::from(()), environment::value_of));
         context.insert("add_generation_prompt", Value::from(add_generation_prompt));
         shielded("chat template", AssertUnwindSafe(|| self.run(context)))

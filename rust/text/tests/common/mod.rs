@@ -45,8 +45,13 @@ pub fn from_gguf(path: &str) -> Option<Tokenizer> {
     Some(Tokenizer::from_gguf(&vocabulary).unwrap().unwrap())
 }
 
-/// Every tokenizer at hand, by name.
-pub fn all_tokenizers() -> Vec<(&'static str, Tokenizer)> {
+/// Every tokenizer at hand, by name; loaded once.
+pub fn all_tokenizers() -> &'static [(&'static str, Tokenizer)] {
+    static ALL: std::sync::OnceLock<Vec<(&str, Tokenizer)>> = std::sync::OnceLock::new();
+    ALL.get_or_init(load_all)
+}
+
+fn load_all() -> Vec<(&'static str, Tokenizer)> {
     let folders: &[(&str, &[(&str, &str)])] = &[
         ("gpt2/tokenizer.json", &[("gpt2/tokenizer.json", "tokenizer.json")]),
         ("gpt2/vocab.json", &[("gpt2/vocab.json", "vocab.json"), ("gpt2/merges.txt", "merges.txt")]),
@@ -127,6 +132,7 @@ pub fn gguf_vocabulary(bytes: &[u8]) -> GgufVocabulary {
         remove_extra_whitespaces: flag("remove_extra_whitespaces"),
         precompiled_charsmap: Vec::new(),
         chat_template: values.get("tokenizer.chat_template").and_then(Value::text),
+        huggingface_json: values.get("tokenizer.huggingface.json").and_then(Value::text),
     }
 }
 

@@ -13,6 +13,7 @@
 mod plan;
 mod product;
 mod reference;
+mod softmax;
 mod tile;
 
 use crate::kv::PAGE_TOKENS;
@@ -167,8 +168,15 @@ fn check(
 ) {
     let Attention { heads, kv_heads, head_dim, .. } = *attention;
     let shape = cache.layer(layer);
-    assert_eq!((kv_heads, head_dim), (shape.kv_heads, shape.head_dim), "attention does not match layer {layer}'s cache");
-    assert!(heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
+    assert_eq!(
+        (kv_heads, head_dim),
+        (shape.kv_heads, shape.head_dim),
+        "attention does not match layer {layer}'s cache"
+    );
+    assert!(
+        heads > 0 && heads.is_multiple_of(kv_heads),
+        "{kv_heads} key/value heads do not divide {heads} heads"
+    );
     assert!(attention.window != Some(0), "a window of 0 sees nothing");
     assert_eq!((queries.rows(), queries.width()), (output.rows(), heads * head_dim), "queries do not match");
     assert_eq!(output.width(), heads * head_dim, "output does not match");
@@ -178,7 +186,10 @@ fn check(
         let rows_end = first_row.checked_add(rows).filter(|&end| end <= queries.rows());
         let end = first_position.checked_add(rows).filter(|&end| end.div_ceil(PAGE_TOKENS) <= pages.len());
         let (Some(rows_end), Some(end)) = (rows_end, end) else {
-            panic!("rows {first_row}..+{rows} at position {first_position} with {} pages do not fit the call", pages.len());
+            panic!(
+                "rows {first_row}..+{rows} at position {first_position} with {} pages do not fit the call",
+                pages.len()
+            );
         };
         let covered = &mut covered[first_row..rows_end];
         assert!(!covered.contains(&true), "two sequences share a row");

@@ -71,7 +71,11 @@ impl<E: Element> Scores<'_, E> {
     #[inline(always)]
     pub unsafe fn compute<S: Simd>(&self, simd: S, pages: Range<usize>, scores: &mut [f32]) {
         assert!(scores.len() >= self.rows * SCORE_STRIDE && self.queries.len() >= self.rows * self.head_dim);
-        assert!(pages.end <= self.keys.len() && self.ahead.len() == self.keys.len() && pages.end * PAGE_TOKENS <= SCORE_STRIDE);
+        assert!(
+            pages.end <= self.keys.len()
+                && self.ahead.len() == self.keys.len()
+                && pages.end * PAGE_TOKENS <= SCORE_STRIDE
+        );
         let mut page = pages.start;
         // SAFETY: the assertions, and the caller's promise about the keys.
         unsafe {
@@ -100,7 +104,7 @@ impl<E: Element> Scores<'_, E> {
             }
             while row + 4 <= self.rows {
                 if wide::<S>() {
-                    self.split_pages::<S, 4, 4, PAGES>(simd, row, page, scores);
+                    self.split_pages::<S, 4, 2, PAGES>(simd, row, page, scores);
                 } else {
                     self.split_pages::<S, 4, 1, PAGES>(simd, row, page, scores);
                 }
@@ -295,7 +299,8 @@ impl<E: Element> Weighted<'_, E> {
                         }
                         let value = E::load(simd, value.add(c * LANES));
                         for (r, lanes) in lanes.iter_mut().enumerate() {
-                            lanes[c] = simd.mul_add(simd.splat(*weight.add(r * SCORE_STRIDE)), value, lanes[c]);
+                            lanes[c] =
+                                simd.mul_add(simd.splat(*weight.add(r * SCORE_STRIDE)), value, lanes[c]);
                         }
                     }
                     token += 1;

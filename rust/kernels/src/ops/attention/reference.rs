@@ -18,7 +18,8 @@ pub fn attention_ref<'a>(
         let scores: Vec<f64> = visible
             .clone()
             .map(|j| {
-                let dot: f64 = query.iter().zip(key(j, kv_head)).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                let dot: f64 =
+                    query.iter().zip(key(j, kv_head)).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
                 let score = dot * f64::from(attention.scale);
                 attention.softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
             })

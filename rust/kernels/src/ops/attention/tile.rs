@@ -2,10 +2,9 @@
 
 use super::plan::Item;
 use super::product::{Element, SCORE_STRIDE, Scores, Weighted};
+use super::softmax::{Partial, Weigh, merge};
 use super::{CHUNK_PAGES, CHUNK_TOKENS, Call};
 use crate::kv::PAGE_TOKENS;
-use crate::ops::elementwise::{Cap, LaneMap};
-use crate::ops::math::exp;
 use crate::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -13,9 +12,9 @@ use std::ops::Range;
 /// Rows whose values are summed together; they share the positions that all of them see.
 const BLOCK_ROWS: usize = 8;
 
-/// How many pages ahead keys and values are fetched. A page's part for one head is a short run of memory, too short for the hardware to
-/// foresee the next.
-const FETCH_PAGES: usize = 4;
+/// How many pages ahead keys and values are fetched. 1 to 4 do about equally well; 8 pages of one head no longer fit the L1 cache
+/// beside those in use.
+const FETCH_PAGES: usize = 2;
 
 /// Working memory of one thread. Row `r` is query row `r / group` with head `r % group` of the task.
 #[derive(Debug, Default)]
@@ -26,25 +25,6 @@ pub(super) struct Workspace {
     chunk: Vec<Partial>,
     sums: Vec<f32>, // (rows, stride): the weighted values so far
     total: Vec<Partial>,
-}
-
-/// The scalars of a softmax over some positions.
-#[derive(Clone, Copy, Debug)]
-struct Partial {
-    /// Greatest score.
-    greatest: f32,
-    /// Sum of the weights `exp(score - greatest)`.
-    sum: f32,
-}
-
-impl Partial {
-    /// Over no positions at all.
-    const EMPTY: Partial = Partial { greatest: f32::NEG_INFINITY, sum: 0.0 };
-
-    /// A chunk of which a row saw nothing; one whose scores were all -infinity has a sum of NaN.
-    fn is_empty(self) -> bool {
-        self.greatest == f32::NEG_INFINITY && self.sum == 0.0
-    }
 }
 
 impl Workspace {
@@ -152,7 +132,10 @@ impl<'a, E: Element> Tile<'a, E> {
     fn page(&self, chunk: usize, page: usize) -> (*const E, *const E) {
         let Call { cache, layer, .. } = *self.call;
         let number = self.call.sequences[self.item.sequence].pages[chunk * CHUNK_PAGES + page];
-        (cache.keys(layer, number, self.item.kv_head).cast(), cache.values(layer, number, self.item.kv_head).cast())
+        (
+            cache.keys(layer, number, self.item.kv_head).cast(),
+            cache.values(layer, number, self.item.kv_head).cast(),
+        )
     }
 
     /// Scores, weights and weighted values of one chunk, into the workspace's `chunk` and `partials`.
@@ -236,7 +219,8 @@ impl<'a, E: Element> Tile<'a, E> {
         for (row, chunk) in self.workspace.chunk.iter().enumerate() {
             // SAFETY: every (item, chunk, row) has its own row of partials, and items compute each chunk once.
             let stored = unsafe { self.call.partials.row_mut(first + row) };
-            stored[..self.stride].copy_from_slice(&self.workspace.partials[row * self.stride..][..self.stride]);
+            stored[..self.stride]
+                .copy_from_slice(&self.workspace.partials[row * self.stride..][..self.stride]);
             stored[self.stride] = chunk.greatest;
             stored[self.stride + 1] = chunk.sum;
         }
@@ -311,81 +295,6 @@ impl<E> ChunkPages<E> {
         let nothing = [std::ptr::null(); CHUNK_PAGES];
         ChunkPages { keys: nothing, values: nothing, after_keys: nothing, after_values: nothing }
     };
-}
-
-/// Turns scores into weights.
-struct Weigh<S: Simd> {
-    scale: S::F32,
-    cap: Option<Cap<S>>,
-}
-
-impl<S: Simd> Weigh<S> {
-    #[inline(always)]
-    fn new(simd: S, scale: f32, softcap: Option<f32>) -> Weigh<S> {
-        let cap = match softcap {
-            Some(cap) => Some(Cap::new(simd, cap)),
-            None => None,
-        };
-        Weigh { scale: simd.splat(scale), cap }
-    }
-
-    /// Replaces one row's scores of the `visible` positions by their weights. Lanes outside get weight 0 inside the first and the
-    /// last visible page, and are left alone elsewhere.
-    #[inline(always)]
-    fn row(&self, simd: S, scores: &mut [f32], visible: Range<usize>) -> Partial {
-        let pages = visible.start / LANES..visible.end.div_ceil(LANES);
-        let blocks = &mut scores.as_chunks_mut::<LANES>().0[pages.clone()];
-        let mut greatest = simd.splat(f32::NEG_INFINITY);
-        for (page, lanes) in pages.zip(blocks.iter_mut()) {
-            let mut score = simd.mul(simd.load(lanes), self.scale);
-            if let Some(cap) = &self.cap {
-                score = cap.apply(simd, score);
-            }
-            if visible.start > page * LANES || visible.end < (page + 1) * LANES {
-                score = mask(simd, score, page * LANES, &visible);
-            }
-            greatest = simd.max(score, greatest);
-            simd.store(score, lanes);
-        }
-        let greatest = simd.reduce_max(greatest);
-        let shift = simd.splat(greatest);
-        let mut sum = simd.splat(0.0);
-        for lanes in blocks {
-            let weight = exp(simd, simd.sub(simd.load(lanes), shift));
-            sum = simd.add(sum, weight);
-            simd.store(weight, lanes);
-        }
-        Partial { greatest, sum: simd.reduce_sum(sum) }
-    }
-}
-
-/// -infinity in the lanes whose position, `first` plus the lane's number, is not visible.
-#[inline(always)]
-fn mask<S: Simd>(simd: S, score: S::F32, first: usize, visible: &Range<usize>) -> S::F32 {
-    const NUMBERS: [i32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-    let position = simd.add_i32(simd.load_i32(&NUMBERS), simd.splat_i32(first as i32));
-    let hidden = simd.to_bits(simd.splat(f32::NEG_INFINITY));
-    let bits = simd.to_bits(score);
-    let bits = simd.select_greater_i32(simd.splat_i32(visible.start as i32), position, hidden, bits);
-    let bits = simd.select_greater_i32(simd.splat_i32(visible.end as i32), position, bits, hidden);
-    simd.from_bits(bits)
-}
-
-/// Adds a chunk's partial result to a row's total.
-#[inline(always)]
-fn merge<S: Simd>(simd: S, total: &mut Partial, sums: &mut [f32], chunk: Partial, partials: &[f32]) {
-    if chunk.is_empty() {
-        return;
-    }
-    let greatest = if chunk.greatest > total.greatest { chunk.greatest } else { total.greatest };
-    let old = exp(simd, simd.splat(total.greatest - greatest));
-    let new = exp(simd, simd.splat(chunk.greatest - greatest));
-    for (sums, partials) in sums.as_chunks_mut::<LANES>().0.iter_mut().zip(partials.as_chunks::<LANES>().0) {
-        let scaled = simd.mul(simd.load(partials), new);
-        simd.store(simd.mul_add(simd.load(sums), old, scaled), sums);
-    }
-    let sum = simd.mul_add(simd.splat(total.sum), old, simd.mul(simd.splat(chunk.sum), new));
-    *total = Partial { greatest, sum: simd.reduce_max(sum) };
 }
 
 /// Writes a row's result: its weighted values divided by the sum of its weights.
