@@ -46,9 +46,16 @@ UNSAFE_BLOCKS = {"formats": 0, "engine": 0, "text": 0, "bindings": 0, "model": 1
 MAX_FILE_LINES = 400
 LONG_FILES: dict[str, str] = {}
 MAX_FUNCTION_LINES = 60
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS = {
+    "rust/model/src/cpu.rs:step": "one arm per kind of step; the compiler sees that none is missing",
+    "rust/model/src/program.rs:fmt": "one line of text per kind of step",
+    "rust/model/src/rope.rs:read": "one arm per kind of rope scaling",
+}
 # Instruction-set files and tables are lists of small things: their length is no sign of tangle.
 UNLIMITED = ("rust/kernels/src/simd/", "rust/model/src/arch.rs")
+
+# files whose text says that something is unfinished, with the reason why nothing is
+WORDS_AS_DATA = {"tests/text/compare_tokenizers.py": "a line of source code to tokenize"}
 
 # ops and quant files of the CPU that have no CUDA twin, with the reason
 NO_CUDA_TWIN: dict[str, str] = {}
@@ -232,17 +239,17 @@ def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _rust_functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield (name, lines) of each function; rustfmt puts the closing brace under the first letter of its line."""
+    """Yield (name, lines of body) of each function; rustfmt puts the closing brace under the first letter of its line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head = re.compile(r"^(\s*)(?:pub(?:\([\w: ]+\))? )?(?:const |async |unsafe |extern \"C\" )*fn (\w+)")
     for start, line in enumerate(lines):
         if match := head.match(line):
-            for end in range(start, len(lines)):
-                if lines[end] == match[1] + "}" or (end == start and lines[end].endswith(("}", ";"))):
-                    yield match[2], end - start + 1
-                    break
-                if lines[end].endswith(";") and "{" not in "".join(lines[start : end + 1]):
-                    break  # a declaration inside a trait
+            body = start
+            while not lines[body].endswith(("{", "}", ";")):
+                body += 1  # the signature goes on
+            if lines[body].endswith("{"):
+                end = next(number for number in range(body, len(lines)) if lines[number] == match[1] + "}")
+                yield match[2], end - body - 1
 
 
 # ---- words
@@ -253,7 +260,7 @@ def test_nothing_is_left_unfinished() -> None:
     hits = [
         f"{name_of(path)}:{number}"
         for path in sources(".rs", ".py", ".pyi", ".cu", ".cuh")
-        if path != Path(__file__)
+        if path != Path(__file__) and name_of(path) not in WORDS_AS_DATA
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if unfinished.search(line)
     ]

@@ -141,11 +141,7 @@ impl Driver {
     ) -> Result<RequestHandle, EngineError> {
         let mut submission = Submission { id: 0, prompt: Arc::clone(&prompt), kind, text };
         submission.validate(&self.config)?;
-        let completions = match &submission.kind {
-            RequestKind::Generate(params) => params.n as usize,
-            RequestKind::Logits => 0,
-        };
-        let outbox = Arc::new(Outbox::new(completions, options.final_only, options.waker));
+        let outbox = Arc::new(Outbox::new(&submission.kind, options.final_only, options.waker));
         let now = self.clock.now();
         let mut letters = self.mailbox.lock();
         match &letters.status {
@@ -283,13 +279,17 @@ impl<D: Device> Worker<D> {
     /// Files what happened; the counters first, so that whoever hears of an end finds it counted.
     fn deliver(&mut self) {
         self.mailbox.lock().metrics = self.core.metrics();
-        for event in self.core.take_events() {
-            let done = matches!(event.kind, EventKind::Done { .. });
-            if let Some(outbox) = self.outboxes.get(&event.request) {
-                outbox.put(event.metrics, event.kind);
+        let mut events = self.core.take_events().into_iter().peekable();
+        while let Some(id) = events.peek().map(|event| event.request) {
+            let mut done = false;
+            let own = std::iter::from_fn(|| events.next_if(|event| event.request == id));
+            let own = own.inspect(|event| done |= matches!(event.kind, EventKind::Done { .. }));
+            match self.outboxes.get(&id) {
+                Some(outbox) => outbox.put(own),
+                None => own.for_each(drop),
             }
             if done {
-                self.outboxes.remove(&event.request);
+                self.outboxes.remove(&id);
             }
         }
     }

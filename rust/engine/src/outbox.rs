@@ -4,10 +4,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::driver::Mailbox;
-use crate::event::{EventKind, Finish, FinishReason};
+use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::logprobs::TokenLogprob;
 use crate::metrics::RequestMetrics;
-use crate::request::{Prompt, RequestId};
+use crate::request::{Prompt, RequestId, RequestKind};
 
 /// Called, on the driver's thread and holding no lock, when a request has news that nobody was told of.
 pub type Waker = Arc<dyn Fn() + Send + Sync>;
@@ -21,7 +21,7 @@ pub struct Update {
     pub text: String,
     /// New tokens.
     pub token_ids: Vec<u32>,
-    /// For each new token, if asked for.
+    /// For each new token; none when not asked for.
     pub logprobs: Option<Vec<Vec<TokenLogprob>>>,
     /// Set when the completion has ended.
     pub finish: Option<Finish>,
@@ -39,6 +39,8 @@ pub(crate) struct Outbox {
 struct State {
     updates: Vec<Option<Update>>,
     ended: Vec<bool>,
+    /// Updates carry log-probabilities.
+    logprobs: bool,
     prompt_logprobs: Vec<Vec<TokenLogprob>>,
     logits: Option<Vec<f32>>,
     metrics: RequestMetrics,
@@ -50,7 +52,30 @@ struct State {
 
 impl State {
     fn update(&mut self, index: u32) -> &mut Update {
-        self.updates[index as usize].get_or_insert_with(|| Update { index, ..Update::default() })
+        let logprobs = self.logprobs.then(Vec::new);
+        self.updates[index as usize].get_or_insert_with(|| Update { index, logprobs, ..Update::default() })
+    }
+
+    fn file(&mut self, kind: EventKind) {
+        match kind {
+            EventKind::Token { index, token, text, logprobs } => {
+                let update = self.update(index);
+                update.token_ids.push(token);
+                update.text.push_str(&text);
+                if let (Some(rows), Some(row)) = (&mut update.logprobs, logprobs) {
+                    rows.push(row);
+                }
+            }
+            EventKind::Finished { index, text, finish } => {
+                self.ended[index as usize] = true;
+                let update = self.update(index);
+                update.text.push_str(&text);
+                update.finish = Some(finish);
+            }
+            EventKind::PromptLogprobs(rows) => self.prompt_logprobs.extend(rows),
+            EventKind::Logits(rows) => self.logits = Some(rows),
+            EventKind::Done { error } => (self.done, self.error) = (true, error),
+        }
     }
 
     fn has_news(&self, final_only: bool) -> bool {
@@ -65,34 +90,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Outbox {
-    pub fn new(completions: usize, final_only: bool, waker: Option<Waker>) -> Self {
-        let state =
-            State { updates: vec![None; completions], ended: vec![false; completions], ..State::default() };
+    pub fn new(kind: &RequestKind, final_only: bool, waker: Option<Waker>) -> Self {
+        let (completions, logprobs) = match kind {
+            RequestKind::Generate(params) => (params.n as usize, params.logprobs.is_some()),
+            RequestKind::Logits => (0, false),
+        };
+        let (updates, ended) = (vec![None; completions], vec![false; completions]);
+        let state = State { updates, ended, logprobs, ..State::default() };
         Self { state: Mutex::new(state), changed: Condvar::new(), waker, final_only }
     }
 
-    /// Files an event.
-    pub fn put(&self, metrics: RequestMetrics, kind: EventKind) {
+    /// Files what a step did to the request, all of it before anyone looks.
+    pub fn put(&self, events: impl Iterator<Item = Event>) {
         let mut state = lock(&self.state);
-        state.metrics = metrics;
-        match kind {
-            EventKind::Token { index, token, text, logprobs } => {
-                let update = state.update(index);
-                update.token_ids.push(token);
-                update.text.push_str(&text);
-                if let Some(logprobs) = logprobs {
-                    update.logprobs.get_or_insert_default().push(logprobs);
-                }
-            }
-            EventKind::Finished { index, text, finish } => {
-                state.ended[index as usize] = true;
-                let update = state.update(index);
-                update.text.push_str(&text);
-                update.finish = Some(finish);
-            }
-            EventKind::PromptLogprobs(rows) => state.prompt_logprobs.extend(rows),
-            EventKind::Logits(rows) => state.logits = Some(rows),
-            EventKind::Done { error } => (state.done, state.error) = (true, error),
+        for event in events {
+            state.metrics = event.metrics;
+            state.file(event.kind);
         }
         self.signal(state);
     }

@@ -3,7 +3,9 @@
 
 #![allow(clippy::print_stdout)] // it is a command
 
-use infer_kernels::{Context, Format, Isa, PackedMatrix, Pool, Precision, Rows, RowsMut, Scratch, linear, quantize};
+use infer_kernels::{
+    Context, Format, Isa, PackedMatrix, Pool, Precision, Rows, RowsMut, Scratch, linear, quantize,
+};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -40,18 +42,24 @@ fn read_speed(context: &Context) -> f64 {
     (words.len() * 8) as f64 / seconds / 1e9
 }
 
-/// Several matrices, together far larger than the caches, each row the same.
-fn matrices(context: &Context, format: Format, rows: usize, columns: usize) -> Vec<PackedMatrix> {
+/// A matrix whose rows are all the same.
+fn matrix(context: &Context, format: Format, rows: usize, columns: usize) -> PackedMatrix {
     let values: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
     let mut row = Vec::new();
     quantize(format, &values, &mut row);
-    let count = (400 << 20) / (rows * row.len()) + 1;
-    let pack = || PackedMatrix::pack(&context.pool, format, columns, &vec![&row[..]; rows]).expect("memory");
-    (0..count.min(40)).map(|_| pack()).collect()
+    PackedMatrix::pack(&context.pool, format, columns, &vec![&row[..]; rows]).expect("memory")
+}
+
+/// Several, together far larger than the caches.
+fn matrices(context: &Context, format: Format, rows: usize, columns: usize) -> Vec<PackedMatrix> {
+    let first = matrix(context, format, rows, columns);
+    let count = (400 << 20) / first.bytes().max(1);
+    std::iter::once(first).chain((0..count.min(40)).map(|_| matrix(context, format, rows, columns))).collect()
 }
 
 fn main() {
-    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
+    let arguments: Vec<usize> =
+        std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
     let get = |index: usize, default: usize| arguments.get(index).copied().unwrap_or(default);
     let (threads, rows, columns) = (get(0, 2), get(1, 2048), get(2, 2048));
     let isas = match std::env::var_os("INFER_ISA") {
@@ -60,13 +68,20 @@ fn main() {
     };
     for isa in isas {
         let context = Context { isa, pool: Pool::new(threads).expect("threads") };
-        println!("{}: plain reading {:.1} GB/s", isa.name(), read_speed(&context));
+        let empty = least(|| context.pool.run(threads, |_| ())) * 1e6;
+        println!(
+            "{}: plain reading {:.1} GB/s; an empty run {empty:.2} us",
+            isa.name(),
+            read_speed(&context)
+        );
         for (format, precision) in LAYOUTS {
-            let start = Instant::now();
             let weights = matrices(&context, format, rows, columns);
-            let bytes: usize = weights.iter().map(PackedMatrix::bytes).sum();
-            let pack = bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
-            print!("{:5} {precision:?} pack {pack:.1} GB/s", format.name());
+            let pack = least(|| drop(black_box(matrix(&context, format, rows, columns))));
+            print!(
+                "{:5} {precision:?} pack {:.1} GB/s",
+                format.name(),
+                weights[0].bytes() as f64 / pack / 1e9
+            );
             for count in [1, 4, 8, 16, 32, 128, 512] {
                 speed(&context, &weights, count, precision);
             }
@@ -85,7 +100,15 @@ fn speed(context: &Context, weights: &[PackedMatrix], count: usize, precision: P
         let weight = &weights[next % weights.len()]; // the caches have forgotten it since its last turn
         next += 1;
         let output = RowsMut::new(&mut output, count, rows, rows);
-        linear(context, weight, Rows::new(&input, count, columns, columns), output, None, precision, &mut scratch);
+        linear(
+            context,
+            weight,
+            Rows::new(&input, count, columns, columns),
+            output,
+            None,
+            precision,
+            &mut scratch,
+        );
     });
     let bytes = weights[0].bytes();
     let operations = 2.0 * (count * rows * columns) as f64;

@@ -189,7 +189,11 @@ impl Shared {
         while state & JOINED != 0 {
             turns += 1;
             // With more threads than free cores the worker waited for may need this core.
-            if turns.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if turns.is_multiple_of(1024) {
+                std::thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
             state = self.state.load(Ordering::Acquire);
         }
     }

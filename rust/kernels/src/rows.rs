@@ -84,7 +84,11 @@ impl<'a> Rows<'a> {
     /// # Panics
     /// When the columns end after the rows' width.
     pub fn columns(&self, start: usize, width: usize) -> Rows<'a> {
-        assert!(start <= self.width && width <= self.width - start, "columns {start}..+{width} of {}", self.width);
+        assert!(
+            start <= self.width && width <= self.width - start,
+            "columns {start}..+{width} of {}",
+            self.width
+        );
         Rows { data: self.data.get(start..).unwrap_or(&[]), rows: self.rows, width, stride: self.stride }
     }
 }
@@ -136,7 +140,11 @@ impl<'a> RowsMut<'a> {
     /// # Panics
     /// When the columns end after the rows' width.
     pub fn columns(self, start: usize, width: usize) -> RowsMut<'a> {
-        assert!(start <= self.width && width <= self.width - start, "columns {start}..+{width} of {}", self.width);
+        assert!(
+            start <= self.width && width <= self.width - start,
+            "columns {start}..+{width} of {}",
+            self.width
+        );
         let data = self.data.get_mut(start..).unwrap_or(&mut []);
         RowsMut { data, rows: self.rows, width, stride: self.stride }
     }

@@ -11,6 +11,4 @@ pub struct Scratch {
     pub(crate) activations: Activations,
     /// Tasks, scores and partial results of `attention`.
     pub(crate) attention: AttentionScratch,
-    /// Plain values, for whoever needs some.
-    pub(crate) values: Vec<f32>,
 }

@@ -13,6 +13,7 @@ use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::memory::Memory;
+use crate::program::MatrixKey;
 use crate::rope::RopeTable;
 use crate::step::{Role, Slice, Step};
 use crate::weights::{Loader, Matrix, Vector};
@@ -31,16 +32,33 @@ pub struct LoadOptions {
     pub kv_element: KvElement,
 }
 
-/// Rows that are looked up: embeddings and learned positions, as the checkpoint stores them.
-struct LookupTable {
-    format: Format,
-    row_bytes: usize,
-    bytes: Vec<u8>,
+/// Rows that are looked up: embeddings and learned positions.
+enum LookupTable {
+    /// As the checkpoint stores them.
+    Stored { format: Format, row_bytes: usize, bytes: Vec<u8> },
+    /// The rows of a matrix that is multiplied as well: a tied head.
+    Packed { matrix: usize },
 }
 
 impl LookupTable {
-    fn row(&self, row: usize, out: &mut [f32]) {
-        dequantize(self.format, &self.bytes[row * self.row_bytes..(row + 1) * self.row_bytes], out);
+    fn row(&self, matrices: &[Option<Matrix>], row: usize, out: &mut [f32]) {
+        match self {
+            Self::Stored { format, row_bytes, bytes } => {
+                dequantize(*format, &bytes[row * row_bytes..(row + 1) * row_bytes], out);
+            }
+            Self::Packed { matrix } => {
+                if let Some(matrix) = &matrices[*matrix] {
+                    matrix.packed.unpack_row(row, out);
+                }
+            }
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Stored { bytes, .. } => bytes.len(),
+            Self::Packed { .. } => 0,
+        }
     }
 }
 
@@ -77,13 +95,16 @@ impl CpuModel {
         let loader = Loader::new(checkpoint);
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
-        let matrix = |key: &crate::program::MatrixKey| match key.parts.is_empty() {
+        let matrix = |key: &MatrixKey| match key.parts.is_empty() {
             true => Ok(None),
             false => loader.matrix(key, &context.pool).map(Some),
         };
         let matrices = program.matrices.iter().map(matrix).collect::<Result<_, _>>()?;
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
-        let embedding = lookup(&loader, Role::Embedding, spec.vocabulary)?;
+        let embedding = match tied_head(&spec, &program) {
+            Some(matrix) => LookupTable::Packed { matrix },
+            None => lookup(&loader, Role::Embedding, spec.vocabulary)?,
+        };
         let positions = match spec.arch.positions {
             Positions::Learned => Some(lookup(&loader, Role::Position, spec.max_positions)?),
             Positions::Rope(_) => None,
@@ -123,7 +144,7 @@ impl CpuModel {
     /// Bytes of all weights in memory.
     pub fn weight_bytes(&self) -> usize {
         let matrices: usize = self.matrices.iter().flatten().map(|matrix| matrix.packed.bytes()).sum();
-        matrices + self.embedding.bytes.len() + self.positions.as_ref().map_or(0, |table| table.bytes.len())
+        matrices + self.embedding.bytes() + self.positions.as_ref().map_or(0, LookupTable::bytes)
     }
 
     /// Bytes of one page of the KV cache, all layers together.
@@ -292,7 +313,7 @@ impl CpuModel {
     fn embed(&self, output: Slice, scale: f32, batch: &Batch<'_>, memory: &mut Memory) {
         let mut rows = memory.rows_mut(output, &self.program);
         for (row, token) in batch.tokens.iter().enumerate() {
-            self.embedding.row(*token as usize, rows.row_mut(row));
+            self.embedding.row(&self.matrices, *token as usize, rows.row_mut(row));
         }
         if scale != 1.0 {
             scale_in_place(&self.context, rows, scale);
@@ -304,7 +325,7 @@ impl CpuModel {
         let mut rows = memory.rows_mut(rows, &self.program);
         let mut learned = vec![0.0; rows.width()];
         for (row, (position, _)) in batch.positions().enumerate() {
-            table.row(position, &mut learned);
+            table.row(&self.matrices, position, &mut learned);
             rows.row_mut(row).iter_mut().zip(&learned).for_each(|(value, more)| *value += more);
         }
     }
@@ -347,7 +368,13 @@ impl CpuModel {
 fn lookup(loader: &Loader<'_>, role: Role, rows: usize) -> Result<LookupTable, ModelError> {
     let table = loader.table(role, rows)?;
     let row_bytes = table.row_bytes();
-    Ok(LookupTable { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
+    Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
+}
+
+/// The matrix of the head, if it is the embedding too.
+fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
+    let is_head = |key: &MatrixKey| key.parts.len() == 1 && key.parts[0].role == Role::Head;
+    if spec.tied { program.matrices.iter().position(is_head) } else { None }
 }
 
 fn default_threads() -> usize {

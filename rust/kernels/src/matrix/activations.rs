@@ -144,7 +144,12 @@ impl Activations {
     }
 
     /// The rows as tiles of 8-bit integers, with `weight_offset` times the sums of their groups.
-    pub(crate) fn quantize(&mut self, context: &Context, input: Rows<'_>, weight_offset: i32) -> IntegerTiles<'_> {
+    pub(crate) fn quantize(
+        &mut self,
+        context: &Context,
+        input: Rows<'_>,
+        weight_offset: i32,
+    ) -> IntegerTiles<'_> {
         let tiles = Tiles::new(context.isa, input.rows());
         let groups = input.width() / GROUP;
         let len = tiles.padded_rows() * groups;
@@ -154,8 +159,9 @@ impl Activations {
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let (bytes, scales, offsets) =
-                unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len), offsets.part_mut(start, len)) };
+            let (bytes, scales, offsets) = unsafe {
+                (bytes.part_mut(start, len), scales.part_mut(start, len), offsets.part_mut(start, len))
+            };
             context.isa.dispatch(QuantizeTile { input, tiles, tile, weight_offset, bytes, scales, offsets });
         });
         IntegerTiles { tiles, groups, bytes: &self.bytes, scales: &self.scales, offsets: &self.offsets }
@@ -262,7 +268,8 @@ mod tests {
         for isa in Isa::available() {
             let context = Context { isa, pool: Pool::new(2).unwrap() };
             let mut memory = Activations::default();
-            let tiles = memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), -8);
+            let tiles =
+                memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), -8);
             for row in 0..rows {
                 let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
                 let index = row / tiles.tiles.full;
@@ -282,7 +289,9 @@ mod tests {
     fn specials_reach_the_scale() {
         for isa in Isa::available() {
             let context = Context { isa, pool: Pool::new(1).unwrap() };
-            for (special, finite) in [(f32::NAN, false), (f32::NEG_INFINITY, false), (1e-40, true), (f32::MAX, true)] {
+            for (special, finite) in
+                [(f32::NAN, false), (f32::NEG_INFINITY, false), (1e-40, true), (f32::MAX, true)]
+            {
                 let mut values = [0.5; GROUP];
                 if finite {
                     values = [0.0; GROUP];

@@ -54,7 +54,8 @@ impl Buffer {
     #[cfg(unix)]
     fn map(len: usize) -> Option<Buffer> {
         let mapped = len.checked_add(HUGE_PAGE).filter(|&mapped| isize::try_from(mapped).is_ok())?;
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a fresh mapping, wherever the system likes.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), mapped, protection, flags, -1, 0) };
         if start == libc::MAP_FAILED {

@@ -1,7 +1,6 @@
 //! Panels times `f32` activations: weights are unpacked exactly.
 
-use super::{FloatTiles, GROUP, Layout, PackedMatrix};
-use crate::SharedRows;
+use super::{FloatTiles, GROUP, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
 
@@ -115,10 +114,8 @@ pub(crate) struct FloatLinear<'a> {
     pub(crate) weight: &'a PackedMatrix,
     /// The input rows.
     pub(crate) input: FloatTiles<'a>,
-    /// Where results go: (input rows, weight rows). These panels' columns of it are this task's own.
-    pub(crate) output: SharedRows<'a>,
-    /// Added to every result.
-    pub(crate) bias: Option<&'a [f32]>,
+    /// Where results go.
+    pub(crate) output: Output<'a>,
     /// Which panels.
     pub(crate) panels: Range<usize>,
 }
@@ -142,7 +139,11 @@ impl FloatLinear<'_> {
     /// Of the two ways that compute the same, the faster one.
     #[inline(always)]
     fn choose<S: Simd, L: FloatLayout>(&self, simd: S) {
-        if self.input.tiles.count() >= UNPACK_TILES { self.unpacked::<S, L>(simd) } else { self.tiles::<S, L>(simd) }
+        if self.input.tiles.count() >= UNPACK_TILES {
+            self.unpacked::<S, L>(simd)
+        } else {
+            self.tiles::<S, L>(simd)
+        }
     }
 
     /// Every panel by every tile, unpacking as it goes. Few rows take several panels at once, because a sum is a chain
@@ -175,21 +176,30 @@ impl FloatLinear<'_> {
     }
 
     #[inline(always)]
-    fn panel_tiles<S: Simd, L: FloatLayout, const T: usize, const P: usize>(&self, simd: S, panel: usize) -> usize {
+    fn panel_tiles<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
+        &self,
+        simd: S,
+        panel: usize,
+    ) -> usize {
         self.whole::<S, L, T, P>(simd, panel, 0);
         P
     }
 
     /// `P` panels by one tile of `T` rows, over all columns.
     #[inline(always)]
-    fn whole<S: Simd, L: FloatLayout, const T: usize, const P: usize>(&self, simd: S, panel: usize, tile: usize) {
+    fn whole<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
+        &self,
+        simd: S,
+        panel: usize,
+        tile: usize,
+    ) {
         let groups = self.weight.groups();
         let weights = self.weight.weights(panel..panel + P);
         let scales = if L::SCALED { self.weight.scales(panel..panel + P) } else { &[] };
         let mut sums = [[simd.splat(0.0); T]; P];
         multiply::<S, L, T, P>(simd, weights, scales, groups, self.input.tile(tile), &mut sums);
         for (p, sums) in sums.iter().enumerate() {
-            self.store(simd, panel + p, tile, sums, true);
+            self.output.store(simd, panel + p, self.input.tiles, tile, sums, true);
         }
     }
 
@@ -227,70 +237,22 @@ impl FloatLinear<'_> {
     ) {
         let mut sums = [[simd.splat(0.0); T]];
         if block.start > 0 {
-            self.load(simd, panel, tile, &mut sums[0]);
+            sums[0] = self.output.load(simd, panel, self.input.tiles, tile);
         }
         let input = &self.input.tile(tile)[block.start * GROUP * T..block.end * GROUP * T];
         let weights = values[..block.len() * GROUP].as_flattened();
         // SAFETY: any `f32` is four bytes.
         let weights = unsafe { weights.align_to::<u8>() }.1;
         multiply::<S, F32, T, 1>(simd, weights, &[], block.len(), input, &mut sums);
-        self.store(simd, panel, tile, &sums[0], block.end == self.weight.groups());
-    }
-
-    /// This panel's columns of an output row.
-    #[inline(always)]
-    #[allow(clippy::mut_from_ref)] // shared output, see below
-    fn out(&self, panel: usize, row: usize) -> &mut [f32] {
-        let width = LANES.min(self.weight.rows() - panel * LANES);
-        // SAFETY: no other task has this panel, and this one holds one such slice at a time.
-        unsafe { self.output.part_mut(row, panel * LANES, width) }
-    }
-
-    #[inline(always)]
-    fn load<S: Simd, const T: usize>(&self, simd: S, panel: usize, tile: usize, sums: &mut [S::F32; T]) {
-        let first = self.input.tiles.first(tile);
-        for (t, sum) in sums.iter_mut().enumerate().take(self.input.tiles.rows(tile)) {
-            let out = &*self.out(panel, first + t);
-            *sum = match out.try_into() {
-                Ok(out) => simd.load(out),
-                Err(_) => simd.load_partial(out),
-            };
-        }
-    }
-
-    #[inline(always)]
-    fn store<S: Simd, const T: usize>(&self, simd: S, panel: usize, tile: usize, sums: &[S::F32; T], last: bool) {
-        let first = self.input.tiles.first(tile);
-        let bias = match self.bias {
-            Some(bias) if last => Some(partial_load(simd, &bias[panel * LANES..])),
-            _ => None,
-        };
-        for (t, &sum) in sums.iter().enumerate().take(self.input.tiles.rows(tile)) {
-            let sum = match bias {
-                Some(bias) => simd.add(sum, bias),
-                None => sum,
-            };
-            let out = self.out(panel, first + t);
-            match out.try_into() {
-                Ok(out) => simd.store(sum, out),
-                Err(_) => simd.store_partial(sum, self.out(panel, first + t)),
-            }
-        }
-    }
-}
-
-/// The first 16 values, or what there is of them and zeros.
-#[inline(always)]
-pub(super) fn partial_load<S: Simd>(simd: S, values: &[f32]) -> S::F32 {
-    match values.first_chunk() {
-        Some(values) => simd.load(values),
-        None => simd.load_partial(values),
+        let last = block.end == self.weight.groups();
+        self.output.store(simd, panel, self.input.tiles, tile, &sums[0], last);
     }
 }
 
 /// Adds the products of `groups` groups of columns to `sums`. `weights` is (P, groups, group bytes), `scales`
 /// (P, groups) where the layout has them, `input` (columns, T).
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
 fn multiply<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
     simd: S,
     weights: &[u8],

@@ -1,10 +1,9 @@
 //! Integer panels times 8-bit activations: exact sums in `i32` inside a group of 32 columns, groups added in `f32`, in
 //! the order of the columns.
 
-use super::float::{AHEAD, partial_load};
 use super::activations::IntegerTile;
-use super::{GROUP, IntegerTiles, Layout, PackedMatrix};
-use crate::SharedRows;
+use super::float::AHEAD;
+use super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
 
@@ -54,10 +53,8 @@ pub(crate) struct IntegerLinear<'a> {
     pub(crate) weight: &'a PackedMatrix,
     /// The input rows.
     pub(crate) input: IntegerTiles<'a>,
-    /// Where results go: (input rows, weight rows). These panels' columns of it are this task's own.
-    pub(crate) output: SharedRows<'a>,
-    /// Added to every result.
-    pub(crate) bias: Option<&'a [f32]>,
+    /// Where results go.
+    pub(crate) output: Output<'a>,
     /// Which panels.
     pub(crate) panels: Range<usize>,
 }
@@ -91,28 +88,16 @@ impl IntegerLinear<'_> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(&self, simd: S, panel: usize, tile: usize) {
+    fn tile<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(
+        &self,
+        simd: S,
+        panel: usize,
+        tile: usize,
+    ) {
         let weights = self.weight.weights(panel..panel + 1);
         let scales = self.weight.scales(panel..panel + 1);
         let sums = multiply::<S, L, BYTES, T>(simd, weights, scales, self.input.tile(tile));
-        let first = self.input.tiles.first(tile);
-        let bias = match self.bias {
-            Some(bias) => Some(partial_load(simd, &bias[panel * LANES..])),
-            None => None,
-        };
-        let width = LANES.min(self.weight.rows() - panel * LANES);
-        for (t, &sum) in sums.iter().enumerate().take(self.input.tiles.rows(tile)) {
-            let sum = match bias {
-                Some(bias) => simd.add(sum, bias),
-                None => sum,
-            };
-            // SAFETY: no other task has this panel, and this one holds one such slice at a time.
-            let out = unsafe { self.output.part_mut(first + t, panel * LANES, width) };
-            match out.first_chunk_mut() {
-                Some(out) => simd.store(sum, out),
-                None => simd.store_partial(sum, out),
-            }
-        }
+        self.output.store(simd, panel, self.input.tiles, tile, &sums, true);
     }
 }
 

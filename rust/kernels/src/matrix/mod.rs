@@ -16,13 +16,16 @@ mod activations;
 mod buffer;
 mod float;
 mod integer;
+mod output;
 mod pack;
+mod unpack;
 
-pub(crate) use activations::{Activations, FloatTiles, IntegerTiles};
 #[cfg(test)]
 pub(crate) use activations::round_ref;
+pub(crate) use activations::{Activations, FloatTiles, IntegerTiles};
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
+pub(crate) use output::Output;
 
 use crate::simd::LANES;
 use crate::{Format, KernelError, Pool};
@@ -100,13 +103,19 @@ impl PackedMatrix {
     /// # Errors
     /// When `columns` is no whole number of blocks, a row has another number of bytes than that takes, or memory is
     /// refused.
-    pub fn pack(pool: &Pool, format: Format, columns: usize, rows: &[&[u8]]) -> Result<PackedMatrix, KernelError> {
+    pub fn pack(
+        pool: &Pool,
+        format: Format,
+        columns: usize,
+        rows: &[&[u8]],
+    ) -> Result<PackedMatrix, KernelError> {
         let row_bytes = pack::check(format, columns, rows)?;
         let layout = Layout::of(format);
         let panels = rows.len().div_ceil(LANES);
         let groups = columns.div_ceil(GROUP);
         // The largest size is refused by the allocation, with its message.
-        let size = |bytes| panels.checked_mul(groups).and_then(|n| n.checked_mul(bytes)).unwrap_or(usize::MAX);
+        let size =
+            |bytes| panels.checked_mul(groups).and_then(|n| n.checked_mul(bytes)).unwrap_or(usize::MAX);
         let mut matrix = PackedMatrix {
             format,
             layout,

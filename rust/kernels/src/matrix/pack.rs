@@ -101,7 +101,8 @@ fn pack_int4(rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
             let block = BlockQ4_0::from_bytes(&row.as_chunks().0[group]);
             scales.as_chunks_mut::<2>().0[lane] = block.scale;
             // Weights 0..16 are the low nibbles of the file's bytes, weights 16..32 the high ones.
-            let [a, b, c, d] = std::array::from_fn(|i| u32::from_le_bytes(block.quants.as_chunks::<4>().0[i]));
+            let [a, b, c, d] =
+                std::array::from_fn(|i| u32::from_le_bytes(block.quants.as_chunks::<4>().0[i]));
             let low = |first: u32, second: u32| first & 0x0f0f_0f0f | (second & 0x0f0f_0f0f) << 4;
             let high = |first: u32, second: u32| first >> 4 & 0x0f0f_0f0f | second & 0xf0f0_f0f0;
             write_words([low(a, b), low(c, d), high(a, b), high(c, d)], lane, weights);

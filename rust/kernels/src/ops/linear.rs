@@ -4,7 +4,7 @@
 //! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
 //! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set.
 
-use crate::matrix::{FloatLinear, IntegerLinear, PackedMatrix};
+use crate::matrix::{FloatLinear, IntegerLinear, Output, PackedMatrix};
 use crate::{Context, Rows, RowsMut, Scratch};
 use std::ops::Range;
 
@@ -45,17 +45,17 @@ pub fn linear(
     if input.rows() == 0 {
         return;
     }
-    let output = output.share();
+    let output = Output { rows: output.share(), bias };
     let weight_offset = weight.layout().weight_offset().filter(|_| precision == Precision::Auto);
     if let Some(weight_offset) = weight_offset {
         let input = scratch.activations.quantize(context, input, weight_offset);
-        over_panels(context, weight, output.rows(), |panels| {
-            context.isa.dispatch(IntegerLinear { weight, input, output, bias, panels });
+        over_panels(context, weight, output.rows.rows(), |panels| {
+            context.isa.dispatch(IntegerLinear { weight, input, output, panels });
         });
     } else {
         let input = scratch.activations.interleave(context, input);
-        over_panels(context, weight, output.rows(), |panels| {
-            context.isa.dispatch(FloatLinear { weight, input, output, bias, panels });
+        over_panels(context, weight, output.rows.rows(), |panels| {
+            context.isa.dispatch(FloatLinear { weight, input, output, panels });
         });
     }
 }
@@ -64,8 +64,14 @@ pub fn linear(
 fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl Fn(Range<usize>) + Sync) {
     let (panels, threads) = (weight.panels(), context.pool.threads());
     let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
-    let chunk = if alone { panels } else { (panels / (threads * 8)).next_multiple_of(4).clamp(4, 8) };
-    context.pool.run(panels.div_ceil(chunk.max(1)), |task| {
+    let chunk = match panels / threads {
+        _ if alone => panels.max(1),
+        0 | 1 => 1,
+        2..8 => 2,
+        8..64 => 4,
+        _ => 8,
+    };
+    context.pool.run(panels.div_ceil(chunk), |task| {
         body(task * chunk..panels.min((task + 1) * chunk));
     });
 }

@@ -20,7 +20,12 @@ fn quantize(values: &[f32], out: &mut Vec<u8>) {
 mod tests {
     #[test]
     fn rounding_and_limits() {
-        let cases = [(1.0 + 1.0 / 256.0, 0x3f80_u16), (1.0 + 3.0 / 256.0, 0x3f82), (f32::MAX, 0x7f80), (-0.0, 0x8000)];
+        let cases = [
+            (1.0 + 1.0 / 256.0, 0x3f80_u16),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (f32::MAX, 0x7f80),
+            (-0.0, 0x8000),
+        ];
         for (value, bits) in cases {
             let mut bytes = Vec::new();
             super::quantize(&[value], &mut bytes);

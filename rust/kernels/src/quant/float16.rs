@@ -25,7 +25,7 @@ mod tests {
             (1.0 + 1.0 / 2048.0, 0x3c00), // a tie, to even
             (1.0 + 3.0 / 2048.0, 0x3c02),
             (65504.0, 0x7bff),
-            (65520.0, 0x7c00), // rounds past the greatest finite value
+            (65520.0, 0x7c00),         // rounds past the greatest finite value
             (-5.960_464_5e-8, 0x8001), // the smallest subnormal
             (2.0e-8, 0x0000),
             (f32::NEG_INFINITY, 0xfc00),

@@ -77,7 +77,13 @@ impl Format {
 /// # Panics
 /// When `bytes` and `out` are not the same whole number of blocks.
 pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
-    assert_eq!(format.row_bytes(out.len()), Some(bytes.len()), "bytes of {} {} values", out.len(), format.name());
+    assert_eq!(
+        format.row_bytes(out.len()),
+        Some(bytes.len()),
+        "bytes of {} {} values",
+        out.len(),
+        format.name()
+    );
     (format.description().dequantize)(bytes, out);
 }
 
@@ -107,7 +113,9 @@ pub(crate) fn sample_values(count: usize) -> Vec<f32> {
 /// FNV-1a, 64 bits.
 #[cfg(test)]
 fn hash(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 #[cfg(test)]

@@ -49,8 +49,9 @@ fn dequantize(bytes: &[u8], out: &mut [f32]) {
 /// The scale, which may be negative, makes the value of greatest magnitude exactly -8.
 fn quantize(values: &[f32], out: &mut Vec<u8>) {
     for values in values.as_chunks::<32>().0 {
-        let first_greatest =
-            values.iter().fold(0.0_f32, |greatest, &value| if greatest.abs() < value.abs() { value } else { greatest });
+        let first_greatest = values
+            .iter()
+            .fold(0.0_f32, |greatest, &value| if greatest.abs() < value.abs() { value } else { greatest });
         let scale = first_greatest / -8.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         let nibble = |value: f32| ((value * inverse + 8.5) as i8).min(15) as u8;

@@ -267,7 +267,8 @@ impl Simd for Avx512 {
                 let high = _mm512_and_si512(_mm512_srli_epi32::<4>(weights), mask);
                 for t in 0..T {
                     sums[t] = _mm512_dpbusd_epi32(sums[t], low, _mm512_set1_epi32(four(&rows[t], 2 * step)));
-                    sums[t] = _mm512_dpbusd_epi32(sums[t], high, _mm512_set1_epi32(four(&rows[t], 2 * step + 1)));
+                    sums[t] =
+                        _mm512_dpbusd_epi32(sums[t], high, _mm512_set1_epi32(four(&rows[t], 2 * step + 1)));
                 }
             });
         }

@@ -41,7 +41,8 @@ impl Kernel for Everything {
             keep(s.to_bits(value));
         }
         let nibbles = s.and_i32(w, s.splat_i32(0x0f0f_0f0f));
-        let row: [u8; 32] = std::array::from_fn(|i| (self.words[i / 4] >> (i % 4 * 8)) as u8).map(|i| i | u8::from(i == 128));
+        let row: [u8; 32] =
+            std::array::from_fn(|i| (self.words[i / 4] >> (i % 4 * 8)) as u8).map(|i| i | u8::from(i == 128));
         let total: i32 = row.iter().map(|&i| i32::from(i as i8)).sum();
         let weights: [u8; 512] = std::array::from_fn(|i| (self.words[i % 16] >> (i / 32)) as u8);
         let [bytes] = s.dot_bytes(&weights, &[row], &[-128 * total]);
@@ -78,7 +79,12 @@ fn narrow<S: Simd>(s: S, a: S::F32, w: S::I32) -> Vec<[i32; LANES]> {
     s.store_low_bytes(w, &mut bytes);
     s.store_partial(a, &mut part);
     let mut out = vec![half.map(i32::from), brain.map(i32::from), bytes.map(i32::from)];
-    for value in [s.load_f16(&half), s.load_bf16(&brain), s.load_partial(&part), s.to_f32(s.load_i8(&bytes.map(|byte| byte as i8)))] {
+    for value in [
+        s.load_f16(&half),
+        s.load_bf16(&brain),
+        s.load_partial(&part),
+        s.to_f32(s.load_i8(&bytes.map(|byte| byte as i8))),
+    ] {
         let mut lanes = [0.0; LANES];
         s.store(value, &mut lanes);
         out.push(lanes.map(|lane| lane.to_bits() as i32));

@@ -84,9 +84,8 @@ impl<'a, E: Element> Tile<'a, E> {
             let heads = &row[self.item.kv_head * width..][..width];
             for (head, query) in heads.chunks_exact(self.head_dim).enumerate() {
                 let column = token * self.group + head;
-                for (dimension, &value) in query.iter().enumerate() {
-                    self.workspace.queries[dimension * rows + column] = value;
-                }
+                let transposed = self.workspace.queries[column..].iter_mut().step_by(rows);
+                transposed.zip(query).for_each(|(to, &value)| *to = value);
             }
         }
     }

@@ -30,7 +30,13 @@ impl Weight {
     }
 
     /// `linear` of rows that lie 3 values further apart than they need, into such rows.
-    fn compute(&self, context: &Context, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
+    fn compute(
+        &self,
+        context: &Context,
+        inputs: &[f32],
+        precision: Precision,
+        with_bias: bool,
+    ) -> Vec<Vec<f32>> {
         let matrix = PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices()).unwrap();
         let (count, width, stride) = (inputs.len() / self.columns, self.rows.len(), self.rows.len() + 3);
         let spread: Vec<f32> =
@@ -39,7 +45,15 @@ impl Weight {
         let input = Rows::new(&spread, count, self.columns, self.columns + 3);
         let bias = with_bias.then_some(&self.bias[..]);
         let mut scratch = Scratch::default();
-        linear(context, &matrix, input, RowsMut::new(&mut out, count, width, stride), bias, precision, &mut scratch);
+        linear(
+            context,
+            &matrix,
+            input,
+            RowsMut::new(&mut out, count, width, stride),
+            bias,
+            precision,
+            &mut scratch,
+        );
         assert!(out.chunks(stride).all(|row| row[width..] == [7.0; 3]), "written past the row");
         out.chunks(stride).map(|row| row[..width].to_vec()).collect()
     }
@@ -67,7 +81,9 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
         let context = context(isa, 2);
         for format in FORMATS {
             let columns: &[usize] = if format.block_len() == 1 { &[1, 7, 33, 320] } else { &[32, 288] };
-            for (&columns, rows) in columns.iter().flat_map(|columns| [1, 16, 37, 80].map(|rows| (columns, rows))) {
+            for (&columns, rows) in
+                columns.iter().flat_map(|columns| [1, 16, 37, 80].map(|rows| (columns, rows)))
+            {
                 let weight = Weight::new(format, rows, columns);
                 let inputs = sample_values(70 * columns);
                 for precision in PRECISIONS {
@@ -95,7 +111,8 @@ fn close_to_double_precision() {
                     let mut values = vec![0.0; 2048];
                     crate::dequantize(format, row, &mut values);
                     let terms = values.iter().zip(input).map(|(a, b)| f64::from(*a) * f64::from(*b));
-                    let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    let (sum, size) =
+                        terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
                     let error = (f64::from(got) - sum).abs() / size;
                     assert!(error < tolerance, "{format:?} {precision:?} {error}");
                 }
@@ -126,7 +143,9 @@ fn a_row_does_not_depend_on_its_company_or_the_threads() {
 #[test]
 fn extremes_of_the_integer_layouts() {
     // The greatest sums: all weights -128 or -8 (nibble 0), or nibble 15, all activations +-127.
-    for (format, fill) in [(Format::Q8_0, 0x80), (Format::Q8_0, 0x7f), (Format::Q4_0, 0x00), (Format::Q4_0, 0xff)] {
+    for (format, fill) in
+        [(Format::Q8_0, 0x80), (Format::Q8_0, 0x7f), (Format::Q4_0, 0x00), (Format::Q4_0, 0xff)]
+    {
         let mut row = vec![fill; format.row_bytes(64).unwrap()];
         for block in row.chunks_mut(format.block_bytes()) {
             block[..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
@@ -166,7 +185,8 @@ fn a_scratch_serves_any_sequence_of_shapes() {
         let matrix = PackedMatrix::pack(&context.pool, format, columns, &weight.slices()).unwrap();
         let inputs = sample_values(count * columns);
         let mut out = vec![0.0; count * 24];
-        let (input, output) = (Rows::new(&inputs, count, columns, columns), RowsMut::new(&mut out, count, 24, 24));
+        let (input, output) =
+            (Rows::new(&inputs, count, columns, columns), RowsMut::new(&mut out, count, 24, 24));
         linear(&context, &matrix, input, output, None, Precision::Auto, &mut scratch);
         assert_eq!(out, weight.reference(&inputs, Precision::Auto, false).concat());
     }

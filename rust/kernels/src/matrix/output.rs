@@ -1,0 +1,75 @@
+//! Where results go: a panel's 16 columns of some output rows.
+
+use super::activations::Tiles;
+use crate::SharedRows;
+use crate::simd::{LANES, Simd};
+
+/// The output of a multiplication, (input rows, weight rows). Tasks have different panels, so different columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Output<'a> {
+    /// All of it.
+    pub(crate) rows: SharedRows<'a>,
+    /// Added to every row.
+    pub(crate) bias: Option<&'a [f32]>,
+}
+
+impl Output<'_> {
+    /// A panel's part of a row.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)] // shared between tasks, see below
+    fn part(&self, panel: usize, row: usize) -> &mut [f32] {
+        let width = LANES.min(self.rows.width() - panel * LANES);
+        // SAFETY: no other task has this panel, and this one holds one such slice at a time.
+        unsafe { self.rows.part_mut(row, panel * LANES, width) }
+    }
+
+    /// Sums that `store` left with `last` false.
+    #[inline(always)]
+    pub(super) fn load<S: Simd, const T: usize>(
+        &self,
+        simd: S,
+        panel: usize,
+        tiles: Tiles,
+        tile: usize,
+    ) -> [S::F32; T] {
+        let mut sums = [simd.splat(0.0); T];
+        for (t, sum) in sums.iter_mut().enumerate().take(tiles.rows(tile)) {
+            *sum = load_some(simd, self.part(panel, tiles.first(tile) + t));
+        }
+        sums
+    }
+
+    /// The sums of a panel with the rows of a tile; `last` adds the bias.
+    #[inline(always)]
+    pub(super) fn store<S: Simd, const T: usize>(
+        &self,
+        simd: S,
+        panel: usize,
+        tiles: Tiles,
+        tile: usize,
+        sums: &[S::F32; T],
+        last: bool,
+    ) {
+        let bias = self.bias.filter(|_| last);
+        for (t, &sum) in sums.iter().enumerate().take(tiles.rows(tile)) {
+            let sum = match bias {
+                Some(bias) => simd.add(sum, load_some(simd, &bias[panel * LANES..])),
+                None => sum,
+            };
+            let out = self.part(panel, tiles.first(tile) + t);
+            match out.first_chunk_mut() {
+                Some(out) => simd.store(sum, out),
+                None => simd.store_partial(sum, out),
+            }
+        }
+    }
+}
+
+/// The first 16 values, or what there is of them and zeros.
+#[inline(always)]
+fn load_some<S: Simd>(simd: S, values: &[f32]) -> S::F32 {
+    match values.first_chunk() {
+        Some(values) => simd.load(values),
+        None => simd.load_partial(values),
+    }
+}
