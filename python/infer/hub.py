@@ -136,8 +136,8 @@ class Hub:
         has_folder = "config.json" in files and (WEIGHTS in files or INDEX in files)
         if quant is None and has_folder:
             return self._snapshot(self._folder_files(files))
-        gguf = choose_gguf(self.repo, files, quant)
-        return self._snapshot([gguf]) / gguf
+        parts = choose_gguf(self.repo, files, quant)
+        return self._snapshot(parts) / parts[0]
 
     def files(self) -> set[str]:
         """Return the names of all files of the repository; without a network, those in the cache."""
@@ -248,8 +248,8 @@ class Hub:
         raise InferError(text) from error
 
 
-def choose_gguf(repo: str, files: Iterable[str], quant: str | None) -> str:
-    """Pick one GGUF file of a repository.
+def choose_gguf(repo: str, files: Iterable[str], quant: str | None) -> list[str]:
+    """Pick one model of a repository's GGUF files.
 
     Parameters
     ----------
@@ -260,25 +260,38 @@ def choose_gguf(repo: str, files: Iterable[str], quant: str | None) -> str:
     quant
         Whole part of the name, without regard to case: `Q4_0` takes `x-q4_0.gguf`, not `x-IQ4_0.gguf` or `x-Q4_0_8.gguf`.
 
+    Returns
+    -------
+    list of str
+        One file, or all parts of a split model in order; the first stands for them all.
+
     Raises
     ------
     InferError
-        If none or several files fit; the sentence lists what there is.
+        If none or several models fit; the sentence lists what there is.
     """
-    candidates = sorted(name for name in files if name.lower().endswith(".gguf") and not _is_companion(name))
-    if not candidates:
+    models = _gguf_models(files)
+    if not models:
         if quant is None:
             raise InferError(f"model: {repo!r} holds neither {WEIGHTS} (with config.json) nor a .gguf file")
         raise InferError(f"model: {repo!r} holds no .gguf file, so ':{quant}' picks nothing; leave it away")
     for wanted in [quant] if quant is not None else [None, *PREFERRED_QUANTS]:
-        fitting = [name for name in candidates if wanted is None or _names_quant(name, wanted)]
+        fitting = [name for name in models if wanted is None or _names_quant(name, wanted)]
         if len(fitting) == 1:
-            return _refuse_split(repo, fitting[0])
+            return _complete(repo, models[fitting[0]])
         if fitting and wanted is not None:
-            _refuse_split(repo, fitting[0])
             raise InferError(f"model: {repo!r} holds several files for ':{wanted}': {_listing(fitting)}")
     advice = "add ':' and a quantization" if quant is None else f"none is named ':{quant}'"
-    raise InferError(f"model: {repo!r} holds {len(candidates)} .gguf files, {advice}: {_listing(candidates)}")
+    raise InferError(f"model: {repo!r} holds {len(models)} .gguf files, {advice}: {_listing(list(models))}")
+
+
+def _gguf_models(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return name -> files of each model, a split one under its name without part numbers."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(files):
+        if name.lower().endswith(".gguf") and not _is_companion(name):
+            models.setdefault(_PART.sub(".gguf", name), []).append(name)
+    return models
 
 
 def _is_companion(name: str) -> bool:
@@ -291,17 +304,16 @@ def _names_quant(name: str, quant: str) -> bool:
     base = PurePosixPath(name).name.lower()
     if base == quant.lower():
         return True
-    stem = _PART.sub("", base).removesuffix(".gguf")
+    stem = base.removesuffix(".gguf")
     return re.search(rf"(^|[-._]){re.escape(quant.lower())}($|[-.])", stem) is not None
 
 
-def _refuse_split(repo: str, name: str) -> str:
-    if part := _PART.search(name):
-        raise InferError(
-            f"model: {repo!r} keeps {PurePosixPath(name).name!r} in {int(part[2])} parts; split GGUF files are not read yet: "
-            "join them with llama.cpp's gguf-split --merge and name the file"
-        )
-    return name
+def _complete(repo: str, parts: list[str]) -> list[str]:
+    """Return the parts of a model if none is missing."""
+    part = _PART.search(parts[0])
+    if part is not None and len(parts) != int(part[2]):
+        raise InferError(f"model: {repo!r} holds {len(parts)} of the {int(part[2])} parts of {PurePosixPath(parts[0]).name!r}")
+    return parts
 
 
 def _listing(names: list[str]) -> str:

@@ -39,6 +39,7 @@ REPOS = {
         "model-00003-of-00003.safetensors": b"of something else",
     },
     "org/gguf": {"x-Q8_0.gguf": b"q8", "x-Q4_0.gguf": BIG, "x-IQ4_NL.gguf": b"iq4", "mmproj-x-f16.gguf": b"eyes"},
+    "org/split": {"big/x-BF16-00001-of-00002.gguf": b"one", "big/x-BF16-00002-of-00002.gguf": b"two"},
     "org/gated": {"config.json": b"{}", "model.safetensors": b"weights"},
     "org/lying": {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "../../etc/passwd"}}'},
     "org/empty": {"README.md": b"nothing"},
@@ -109,6 +110,14 @@ def test_a_quantization_is_one_file(server: HubServer, tmp_path: Path) -> None:
     assert "x-Q4_0.gguf" in done.stderr or "%" in done.stderr, "a progress bar is shown"
 
 
+def test_a_split_model_is_all_its_parts(server: HubServer, tmp_path: Path) -> None:
+    from pathlib import Path
+
+    first = Path(ask(server.url, "org/split", tmp_path).stdout.strip())
+    assert (first.name, first.read_bytes()) == ("x-BF16-00001-of-00002.gguf", b"one")
+    assert (first.parent / "x-BF16-00002-of-00002.gguf").read_bytes() == b"two"
+
+
 def test_a_broken_download_is_resumed(server: HubServer, tmp_path: Path) -> None:
     from pathlib import Path
 
@@ -161,12 +170,13 @@ def test_no_network_is_one_clear_sentence(tmp_path: Path) -> None:
         (["m-Q4_0.gguf", "m-IQ4_0.gguf", "m-Q4_0_4_8.gguf"], "q4_0", "m-Q4_0.gguf"),
         (["m.BF16.gguf", "m.F16.gguf"], "F16", "m.F16.gguf"),
         (["Q8_0/m-Q8_0.gguf", "Q4_0/m-Q4_0.gguf"], None, "Q8_0/m-Q8_0.gguf"),
+        (["m-Q8_0-00002-of-00002.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q4_0.gguf"], "Q8_0", "m-Q8_0-00001-of-00002.gguf"),
         (["only.gguf", "imatrix.gguf", "mmproj-F16.gguf"], None, "only.gguf"),
         (["a-Q4_0.gguf", "b-Q4_0.gguf"], "a-q4_0.gguf", "a-Q4_0.gguf"),
     ],
 )
 def test_choosing_a_gguf(files: list[str], quant: str | None, expected: str) -> None:
-    assert choose_gguf("org/name", files, quant) == expected
+    assert choose_gguf("org/name", files, quant)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -174,7 +184,7 @@ def test_choosing_a_gguf(files: list[str], quant: str | None, expected: str) -> 
     [
         (["a-Q4_0.gguf", "b-Q4_0.gguf"], "Q4_0", "several files for ':Q4_0': a-Q4_0.gguf, b-Q4_0.gguf"),
         (["m-Q2_K.gguf", "m-Q3_K_M.gguf"], None, "add ':' and a quantization"),
-        (["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"], "Q8_0", "in 2 parts"),
+        (["m-Q8_0-00001-of-00003.gguf", "m-Q8_0-00003-of-00003.gguf"], "Q8_0", "2 of the 3 parts"),
     ],
 )
 def test_not_choosing_a_gguf(files: list[str], quant: str | None, words: str) -> None:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def test_a_table_for_people(infer_cli: Cli) -> None:
-    shown = infer_cli("info").stdout
-    for words in ("LlamaForCausalLM", "27,795,968 (27.8 million)", "8192", "tinylm.gguf", "--template prints it"):
-        assert words in shown.replace("\n", ""), shown
+    shown = "".join(infer_cli("info").stdout.split())  # lines are broken where a long path would not fit
+    for words in ("LlamaForCausalLM", "27,795,968(27.8million)", "8192", "tinylm.gguf", "--templateprintsit"):
+        assert words in shown
 
 
 def test_json_for_programs(infer_cli: Cli, bare_folder: Path) -> None:

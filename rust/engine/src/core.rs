@@ -242,6 +242,7 @@ impl Core {
 
     /// Gives back everything a completion holds.
     fn drop_sequence(&mut self, id: SequenceId, now: Duration) {
+        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
         let request = self.requests.get_mut(&id.request).expect("a completion ends before its request");
         request.ended[id.index as usize] = true;
         request.metrics.finished = Some(now);

@@ -20,6 +20,7 @@ mod clock;
 mod commit;
 mod config;
 mod core;
+mod cut;
 mod driver;
 mod error;
 mod event;
@@ -36,6 +37,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod text;
+mod vector;
 
 pub use crate::clock::{Clock, MonotonicClock};
 pub use crate::config::EngineConfig;

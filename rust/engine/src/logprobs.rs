@@ -1,6 +1,7 @@
 //! Log-probabilities of the model's own distribution: log-softmax of the raw logits, before any sampling parameter, as in vLLM.
 
-use std::cmp::Ordering;
+use crate::cut::{Candidate, by_likelihood};
+use crate::vector::{exponentials, maximum, sum};
 
 /// One token's place in a distribution.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,20 +14,11 @@ pub struct TokenLogprob {
     pub rank: u32,
 }
 
-/// More likely first, lower id first among equals. Logits must not be NaN.
-pub(crate) fn by_likelihood(a: (u32, f32), b: (u32, f32)) -> Ordering {
-    b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal).then(a.0.cmp(&b.0))
-}
-
-/// The `count` first of `candidates` in order of likelihood, without sorting the rest.
-pub(crate) fn keep_most_likely(candidates: &mut Vec<(u32, f32)>, count: usize) {
-    if count == 0 {
-        candidates.clear();
-    } else if count < candidates.len() {
-        candidates.select_nth_unstable_by(count - 1, |&a, &b| by_likelihood(a, b));
-        candidates.truncate(count);
-    }
-    candidates.sort_unstable_by(|&a, &b| by_likelihood(a, b));
+/// Working memory, reused from row to row.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    weights: Vec<f32>,
+    top: Vec<Candidate>,
 }
 
 /// `chosen` first, then the `count` most likely tokens in order, each token once. `logits` are finite or -inf, not all -inf.
@@ -34,31 +26,47 @@ pub(crate) fn token_logprobs(
     logits: &[f32],
     chosen: u32,
     count: u32,
-    scratch: &mut Vec<(u32, f32)>,
+    scratch: &mut Scratch,
 ) -> Vec<TokenLogprob> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
-    let log_sum = f64::from(largest) + sum.ln();
+    let largest = maximum(logits);
+    exponentials(logits, largest, 1.0, &mut scratch.weights);
+    let log_sum = f64::from(largest) + sum(&scratch.weights).ln();
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
 
     let logit = logits[chosen as usize];
-    let ahead = logits
-        .iter()
-        .enumerate()
-        .filter(|&(id, &other)| other > logit || (other == logit && id < chosen as usize));
+    let above = logits.iter().map(|&other| u32::from(other > logit)).sum::<u32>();
+    let equal = logits[..chosen as usize].iter().map(|&other| u32::from(other == logit)).sum::<u32>();
     let mut result = Vec::with_capacity(1 + count as usize);
-    result.push(TokenLogprob { token: chosen, logprob: logprob(logit), rank: ahead.count() as u32 + 1 });
+    result.push(TokenLogprob { token: chosen, logprob: logprob(logit), rank: above + equal + 1 });
 
-    scratch.clear();
-    scratch.extend(logits.iter().enumerate().map(|(id, &logit)| (id as u32, logit)));
-    keep_most_likely(scratch, count as usize);
-    let top = scratch.iter().enumerate().filter(|(_, (token, _))| *token != chosen);
-    result.extend(top.map(|(place, &(token, logit))| TokenLogprob {
+    most_likely(logits, count as usize, &mut scratch.top);
+    let others = scratch.top.iter().enumerate().filter(|(_, (token, _))| *token != chosen);
+    result.extend(others.map(|(place, &(token, logit))| TokenLogprob {
         token,
         logprob: logprob(logit),
         rank: place as u32 + 1,
     }));
     result
+}
+
+/// The `count` largest logits with their tokens, in order of likelihood. Most entries fail against the least of those found so far.
+fn most_likely(logits: &[f32], count: usize, top: &mut Vec<Candidate>) {
+    top.clear();
+    // Twice the room, so that a full list is cut only once for every `count` entries that passed.
+    let room = count.saturating_mul(2).min(logits.len());
+    let mut least = f32::NEG_INFINITY;
+    for (token, &logit) in logits.iter().enumerate().filter(|_| count > 0) {
+        if logit > least || top.len() < count {
+            top.push((token as u32, logit));
+            if top.len() == room && room > count {
+                top.select_nth_unstable_by(count - 1, by_likelihood);
+                top.truncate(count);
+                least = top[count - 1].1;
+            }
+        }
+    }
+    top.sort_unstable_by(by_likelihood);
+    top.truncate(count);
 }
 
 #[cfg(test)]
@@ -68,7 +76,7 @@ mod tests {
     #[test]
     fn logprobs_are_a_distribution_in_order() {
         let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, -2.0];
-        let mut scratch = Vec::new();
+        let mut scratch = Scratch::default();
         let all = token_logprobs(&logits, 0, 5, &mut scratch);
         let order: Vec<(u32, u32)> = all.iter().map(|entry| (entry.token, entry.rank)).collect();
         assert_eq!(order, [(0, 3), (1, 1), (3, 2), (4, 4), (2, 5)]);
@@ -78,8 +86,21 @@ mod tests {
     }
 
     #[test]
+    fn the_most_likely_equal_those_of_a_full_sort() {
+        let logits: Vec<f32> =
+            (0..3000).map(|i| (crate::random::uniform(1, i, 0) * 500.0).floor() as f32).collect();
+        let mut all: Vec<Candidate> = (0..).zip(logits.iter().copied()).collect();
+        all.sort_by(by_likelihood);
+        let mut top = Vec::new();
+        for count in [0, 1, 2, 20, 1499, 1500, 1501, 2999, 3000] {
+            most_likely(&logits, count, &mut top);
+            assert_eq!(top, all[..count], "{count}");
+        }
+    }
+
+    #[test]
     fn the_chosen_token_comes_first_and_once() {
-        let mut scratch = Vec::new();
+        let mut scratch = Scratch::default();
         let logits = [0.0, 2.0, 1.0];
         assert_eq!(token_logprobs(&logits, 0, 0, &mut scratch).len(), 1);
         let tokens: Vec<u32> =

@@ -8,15 +8,17 @@
 //! 6. `min_p`, then `top_k` (exactly k: lower ids win ties), then `top_p` over what is left, renormalized
 //! 7. one draw keyed by (seed, position), turned into a token by inverting the cumulative distribution
 //!
-//! A row is never sorted whole: candidates are selected in growing portions until the cut is known.
+//! A row is never sorted whole (`cut.rs`), and its passes are vectorized (`vector.rs`).
 
 use std::collections::{HashMap, HashSet};
 
 use thiserror::Error;
 
-use crate::logprobs::keep_most_likely;
+use crate::cut::{Candidate, Cutter};
+use crate::logprobs::Scratch;
 use crate::params::SamplingParams;
 use crate::random::uniform;
+use crate::vector::{all_below_infinity, exponentials, maximum, sum};
 
 /// Why a row of logits gives no token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -47,12 +49,11 @@ pub struct TokenHistory {
 #[derive(Debug, Default)]
 pub struct Sampler {
     logits: Vec<f32>,
-    candidates: Vec<(u32, f32)>,
-    pub(crate) scratch: Vec<(u32, f32)>,
+    weights: Vec<f32>,
+    candidates: Vec<Candidate>,
+    cutter: Cutter,
+    pub(crate) scratch: Scratch,
 }
-
-/// How many candidates are looked at first when only `top_p` cuts.
-const FIRST_PORTION: usize = 256;
 
 impl Sampler {
     /// Chooses the token at `position` of a sequence.
@@ -75,66 +76,47 @@ impl Sampler {
         self.logits.extend_from_slice(logits);
         restrict(&mut self.logits, params, banned);
         penalize(&mut self.logits, params, history);
-        let best = argmax(&self.logits).ok_or(SampleError::NothingLeft)?;
+        let largest = maximum(&self.logits);
+        if !largest.is_finite() {
+            return Err(SampleError::NothingLeft);
+        }
         if params.temperature == 0.0 {
-            return Ok(best);
+            return first(&self.logits, largest).ok_or(SampleError::NothingLeft);
         }
-        let largest = f64::from(self.logits[best as usize]);
+        // Tiny temperatures would divide to infinity; any number this large already leaves only the largest logit.
+        let scale = (1.0 / params.temperature).min(f64::from(f32::MAX)) as f32;
+        exponentials(&self.logits, largest, scale, &mut self.weights);
         let draw = uniform(seed, position, 0);
-        let weight = |logit: f32| ((f64::from(logit) - largest) / params.temperature).exp();
-        if params.min_p == 0.0 && params.top_k == 0 && params.top_p == 1.0 {
-            let total: f64 = self.logits.iter().map(|&logit| weight(logit)).sum();
-            let all = self.logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit)));
-            return Ok(invert(all, draw * total).unwrap_or(best));
-        }
-        self.select(params, &weight);
-        let total: f64 = self.candidates.iter().map(|&(_, logit)| weight(logit)).sum();
-        let chosen = self.candidates.iter().map(|&(id, logit)| (id, weight(logit)));
-        Ok(invert(chosen, draw * total).unwrap_or(best))
+        let chosen = if params.min_p == 0.0 && params.top_k == 0 && params.top_p == 1.0 {
+            pick(&self.weights, draw)
+        } else {
+            self.pick_among_the_likely(params, draw)
+        };
+        chosen.or_else(|| first(&self.logits, largest)).ok_or(SampleError::NothingLeft)
     }
 
-    /// Leaves in `candidates` what min_p, top_k and top_p leave.
-    fn select(&mut self, params: &SamplingParams, weight: &impl Fn(f32) -> f64) {
+    fn pick_among_the_likely(&mut self, params: &SamplingParams, draw: f64) -> Option<u32> {
+        // The most likely token weighs 1, so min_p bounds the weights themselves.
+        let least = (params.min_p as f32).max(f32::MIN_POSITIVE);
         self.candidates.clear();
-        let possible = self.logits.iter().enumerate().map(|(id, &logit)| (id as u32, logit));
-        // The most likely token weighs 1, so min_p bounds the weights themselves; -inf never passes.
-        self.candidates.extend(possible.filter(|&(_, l)| l > f32::NEG_INFINITY && weight(l) >= params.min_p));
+        let all = self.weights.iter().enumerate();
+        self.candidates.extend(all.filter(|(_, w)| **w >= least).map(|(id, &weight)| (id as u32, weight)));
         if params.top_k > 0 {
-            keep_most_likely(&mut self.candidates, params.top_k as usize);
+            self.cutter.keep_top_k(&mut self.candidates, params.top_k as usize);
         }
         if params.top_p < 1.0 {
-            self.keep_top_p(params.top_p, weight);
+            self.cutter.keep_top_p(&mut self.candidates, params.top_p);
         }
-    }
-
-    fn keep_top_p(&mut self, top_p: f64, weight: &impl Fn(f32) -> f64) {
-        let total: f64 = self.candidates.iter().map(|&(_, logit)| weight(logit)).sum();
-        let mut portion = FIRST_PORTION;
-        loop {
-            self.scratch.clone_from(&self.candidates);
-            keep_most_likely(&mut self.scratch, portion);
-            let mut sum = 0.0;
-            let reached = self.scratch.iter().position(|&(_, logit)| {
-                sum += weight(logit);
-                sum >= top_p * total
-            });
-            if let Some(last) = reached {
-                self.scratch.truncate(last + 1);
-            } else if self.scratch.len() < self.candidates.len() {
-                portion *= 8;
-                continue;
-            }
-            std::mem::swap(&mut self.candidates, &mut self.scratch);
-            return;
-        }
+        self.weights.clear();
+        self.weights.extend(self.candidates.iter().map(|&(_, weight)| weight));
+        let place = pick(&self.weights, draw)?;
+        Some(self.candidates[place as usize].0)
     }
 }
 
 /// Refuses NaN and +inf; -inf is a model's way to forbid a token.
 pub(crate) fn check(logits: &[f32]) -> Result<(), SampleError> {
-    // The fold has no branch, so it vectorizes; the position is looked for only in the bad case.
-    let fine = logits.iter().fold(true, |fine, &logit| fine & (logit < f32::INFINITY));
-    if fine {
+    if all_below_infinity(logits) {
         return Ok(());
     }
     let token = logits.iter().position(|&logit| logit.is_nan() || logit == f32::INFINITY).unwrap_or(0);
@@ -174,27 +156,32 @@ fn penalize(logits: &mut [f32], params: &SamplingParams, history: &TokenHistory)
     }
 }
 
-/// The largest logit's token, lowest id among equals; none if all are -inf or a penalty overflowed.
-fn argmax(logits: &[f32]) -> Option<u32> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !largest.is_finite() {
-        return None;
-    }
-    logits.iter().position(|&logit| logit == largest).map(|token| token as u32)
+/// The first token with this logit.
+fn first(logits: &[f32], logit: f32) -> Option<u32> {
+    logits.iter().position(|&other| other == logit).map(|token| token as u32)
 }
 
-/// The first token at which the running sum of weights exceeds `target`.
-fn invert(weights: impl Iterator<Item = (u32, f64)>, target: f64) -> Option<u32> {
-    let mut sum = 0.0;
+/// Entries that are summed at once before the drawn one is looked for among them.
+const BLOCK: usize = 1024;
+
+/// Inverts the cumulative distribution: the first place at which the running sum of weights exceeds `draw` of the total.
+fn pick(weights: &[f32], draw: f64) -> Option<u32> {
+    let mut left = draw * weights.chunks(BLOCK).map(sum).sum::<f64>();
     let mut last = None;
-    for (token, weight) in weights {
-        sum += weight;
-        if weight > 0.0 {
-            last = Some(token);
-        }
-        if sum > target {
-            return Some(token);
+    for (block, chunk) in weights.chunks(BLOCK).enumerate() {
+        let mass = sum(chunk);
+        if mass <= left {
+            left -= mass;
+        } else {
+            for (place, &weight) in chunk.iter().enumerate().filter(|(_, weight)| **weight > 0.0) {
+                last = Some((block * BLOCK + place) as u32);
+                left -= f64::from(weight);
+                if left < 0.0 {
+                    return last;
+                }
+            }
         }
     }
-    last // rounding left the sum just below the target
+    // Rounding can leave a crumb after the drawn block's last weight.
+    last.or_else(|| weights.iter().rposition(|&weight| weight > 0.0).map(|place| place as u32))
 }

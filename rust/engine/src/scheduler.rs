@@ -140,6 +140,7 @@ impl Core {
     }
 
     fn take_pages_back(&mut self, id: SequenceId) {
+        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
         self.cache.release_all(&mut sequence.pages);
         (sequence.computed, sequence.sealed) = (0, 0);
@@ -170,7 +171,7 @@ impl Core {
         let sequence = self.sequences.get_mut(&id).expect("a waiting sequence exists");
         sequence.pages = self.cache.take_prefix(sequence.domain, &sequence.tokens, limit);
         let needed = self.config.pages_for(sequence.tokens.len()) - sequence.pages.len();
-        if needed + owed > self.cache.pool.available() && !self.running.is_empty() {
+        if needed + owed > self.cache.pool.available() {
             self.cache.release_all(&mut sequence.pages);
             return false;
         }
