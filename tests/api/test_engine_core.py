@@ -1,8 +1,9 @@
-"""The compiled core itself (`infer._core`): conversion, waiting, queues, ends. What users see of it is tested beside this file."""
+"""The compiled core itself (`infer._core`): conversion, waiting, queues, ends. What users see of it is tested beside this."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import threading
 import time
@@ -48,7 +49,7 @@ def test_updates_join_to_the_whole(engine: Engine) -> None:
     assert (len(tokens), len(rows)) == (8, 8)
     assert [row[0][0] for row in rows] == tokens
     assert all(row[0][2] == 1 and len(row) == 3 for row in rows), "greedy takes the first of three"
-    assert all(a[1] >= b[1] for row in rows for a, b in zip(row, row[1:], strict=False))
+    assert all(a[1] >= b[1] for row in rows for a, b in itertools.pairwise(row))
     assert [update.finish_reason for update in updates][-1] == "length"
     assert all(update.finish_reason is None and update.token_ids for update in updates[:-1])
     assert request.prompt_token_ids == [5, 6, 7]
@@ -179,14 +180,15 @@ def test_final_only_reports_ends_alone(engine: Engine) -> None:
 
 
 def test_cancelling_and_dropping(engine: Engine) -> None:
-    request = engine.submit([1], ENDLESS)
-    request.wait(60)
+    request = engine.submit([1], ENDLESS.replace(n=200))
+    updates = request.wait(60)
     request.cancel()
-    updates = drain(request)
+    updates += drain(request)
     request.cancel()
-    assert updates[-1].finish_reason in ("abort", "length")
+    assert sum(update.finish_reason == "abort" for update in updates) > 0
+    assert len([update for update in updates if update.finish_reason]) == 200
     before = engine.metrics()["requests_aborted"]
-    dropped = engine.submit([1], ENDLESS.replace(n=30))
+    dropped = engine.submit([1], ENDLESS.replace(n=200))
     del dropped
     gc.collect()
     deadline = time.monotonic() + 10
@@ -232,7 +234,7 @@ CLOSED_CALLS: list[Callable[[Engine], Any]] = [
 
 def test_close_ends_requests_and_refuses_more(bare_folder: Path) -> None:
     engine = Engine(bare_folder, threads=1, max_num_batched_tokens=64)
-    request = engine.submit([1], ENDLESS.replace(n=50))
+    request = engine.submit([1], ENDLESS.replace(n=200))
     engine.close()
     reasons = {update.finish_reason for update in drain(request)}
     assert reasons <= {None, "length", "abort"}
@@ -284,6 +286,69 @@ def test_json_like_values_reach_the_template() -> None:
         tokenizer.encode("\ud800")
     with pytest.raises(InferError):
         tokenizer.apply_chat_template("text", chat_template="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 1.5),
+        ("n", "2"),
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("ignore_eos", "yes"),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_tokens", 10**40),
+        ("top_k", -(10**40)),
+        ("stop", [1]),
+        ("stop_token_ids", 3),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", [1]),
+        ("allowed_token_ids", "abc"),
+        ("logprobs", True + 0.5),
+    ],
+)
+def test_wrong_types_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InferError, match=f"^{name}"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["threads", "max_model_len", "max_num_seqs", "seed", "mmap", "dtype", "kv_cache_dtype"])
+def test_engine_arguments_of_a_wrong_type(name: str, bare_folder: Path) -> None:
+    settings: dict[str, Any] = {name: object()}
+    with pytest.raises(InferError, match=f"^{name}.*object at"):
+        Engine(bare_folder, **settings)
+    with pytest.raises(InferError, match="path must be"):
+        Engine(3)  # type: ignore[arg-type]
+
+
+def test_the_longest_sequence_is_what_memory_holds(bare_folder: Path) -> None:
+    page = 16
+    engine = Engine(bare_folder, threads=1, kv_cache_dtype="float32", max_num_seqs=2)
+    assert (engine.max_model_len, engine.kv_cache_tokens) == (128, 2 * 128)
+    engine.close()
+    info = inspect(bare_folder)
+    token_bytes = 2 * 4 * info.layers * info.kv_heads * info.head_dim
+    settings: dict[str, Any] = {"threads": 1, "kv_cache_dtype": "float32", "kv_cache_memory_bytes": 5 * page * token_bytes}
+    engine = Engine(bare_folder, **settings)
+    assert (engine.max_model_len, engine.kv_cache_tokens) == (5 * page, 5 * page)
+    assert len(token_ids(engine.submit([1], ENDLESS))) == 5 * page - 1
+    engine.close()
+    with pytest.raises(InferError, match=r"max_model_len = 100 does not fit.*80 tokens"):
+        Engine(bare_folder, max_model_len=100, **settings)
+
+
+def test_a_crowd_in_a_tiny_cache_gets_what_it_gets_alone(bare_folder: Path, engine: Engine) -> None:
+    info = inspect(bare_folder)
+    token_bytes = 2 * 2 * info.layers * info.kv_heads * info.head_dim
+    tiny = Engine(bare_folder, threads=1, max_num_batched_tokens=64, max_num_seqs=12, kv_cache_memory_bytes=9 * 16 * token_bytes)
+    params = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True)
+    prompts = [[2 + n, *range(3, 10 + n)] for n in range(12)]
+    requests = [tiny.submit(prompt, params.replace(seed=n)) for n, prompt in enumerate(prompts)]
+    crowd = [token_ids(request) for request in requests]
+    assert tiny.metrics()["preemptions"] > 0
+    tiny.close()
+    assert crowd == [token_ids(engine.submit(prompt, params.replace(seed=n))) for n, prompt in enumerate(prompts)]
 
 
 def test_system_info() -> None:

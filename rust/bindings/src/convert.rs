@@ -6,6 +6,46 @@ use pyo3::types::{PyMapping, PyString};
 
 use crate::error::refusal;
 
+/// An argument as it came. Extraction never fails, so that a refusal can name the argument and be the one exception.
+pub struct Arg<T>(Result<T, String>);
+
+impl<T> Arg<T> {
+    /// A default.
+    pub fn of(value: T) -> Self {
+        Self(Ok(value))
+    }
+
+    /// The value.
+    ///
+    /// # Errors
+    /// "`name` must be `right`, got ..." when it has another type.
+    pub fn get(self, name: &str, right: &str) -> PyResult<T> {
+        self.0.map_err(|shown| refusal(format!("{name} must be {right}, got {shown}")))
+    }
+}
+
+impl<'py, T: for<'a> FromPyObject<'a, 'py>> FromPyObject<'_, 'py> for Arg<T> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        Ok(Self(object.extract::<T>().map_err(|_| shown(&object))))
+    }
+}
+
+impl Arg<f64> {
+    /// A number.
+    pub fn number(self, name: &str) -> PyResult<f64> {
+        self.get(name, "a number")
+    }
+}
+
+impl Arg<bool> {
+    /// A truth value.
+    pub fn flag(self, name: &str) -> PyResult<bool> {
+        self.get(name, "True or False")
+    }
+}
+
 /// Any Python integer; those beyond 128 bits are clamped, since no argument allows them.
 #[derive(Clone, Copy)]
 pub struct Int(pub i128);
@@ -24,13 +64,19 @@ impl FromPyObject<'_, '_> for Int {
     }
 }
 
-impl Int {
+impl Arg<Int> {
+    /// A default.
+    pub fn int(value: i128) -> Self {
+        Self::of(Int(value))
+    }
+
     /// The value as `T`.
     ///
     /// # Errors
     /// "`name` must be `right`, got ..." when it does not fit.
     pub fn fit<T: TryFrom<i128>>(self, name: &str, right: &str) -> PyResult<T> {
-        T::try_from(self.0).map_err(|_| refusal(format!("{name} must be {right}, got {}", self.0)))
+        let Int(value) = self.get(name, right)?;
+        T::try_from(value).map_err(|_| refusal(format!("{name} must be {right}, got {value}")))
     }
 
     /// A count from 1 on.
@@ -39,6 +85,15 @@ impl Int {
             0 => Err(refusal(format!("{name} must be at least 1, got 0"))),
             count => Ok(count),
         }
+    }
+}
+
+/// A value in a message; long ones are cut.
+fn shown(object: &Bound<'_, PyAny>) -> String {
+    let text = object.repr().map_or_else(|_| type_name(object), |repr| repr.to_string());
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 
@@ -72,8 +127,7 @@ pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     for (position, item) in items.enumerate() {
         let item = item?;
         let Ok(id) = item.extract::<u32>() else {
-            let shown = item.repr().map_or_else(|_| type_name(&item), |repr| repr.to_string());
-            return Err(refusal(format!("{name}[{position}] is {shown}, which is not a token id")));
+            return Err(refusal(format!("{name}[{position}] is {}, which is not a token id", shown(&item))));
         };
         ids.push(id);
     }

@@ -9,7 +9,7 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-use crate::convert::{Int, text, token_ids};
+use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
 use crate::error::{guarded, refusal};
 use crate::info::ModelInfo;
@@ -40,40 +40,42 @@ pub struct Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (
-        path, *, dtype="auto", threads=None, max_model_len=None, max_num_seqs=Int(64), max_num_batched_tokens=Int(512),
-        enable_prefix_caching=true, kv_cache_dtype="auto", kv_cache_memory_bytes=None, seed=Int(0), mmap=true
+        path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(64),
+        max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
+        kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         seed=0, mmap=True)")]
     fn new(
         py: Python<'_>,
-        path: PathBuf,
-        dtype: &str,
-        threads: Option<Int>,
-        max_model_len: Option<Int>,
-        max_num_seqs: Int,
-        max_num_batched_tokens: Int,
-        enable_prefix_caching: bool,
-        kv_cache_dtype: &str,
-        kv_cache_memory_bytes: Option<Int>,
-        seed: Int,
-        mmap: bool,
+        path: Arg<PathBuf>,
+        dtype: Arg<String>,
+        threads: Option<Arg<Int>>,
+        max_model_len: Option<Arg<Int>>,
+        max_num_seqs: Arg<Int>,
+        max_num_batched_tokens: Arg<Int>,
+        enable_prefix_caching: Arg<bool>,
+        kv_cache_dtype: Arg<String>,
+        kv_cache_memory_bytes: Option<Arg<Int>>,
+        seed: Arg<Int>,
+        mmap: Arg<bool>,
     ) -> PyResult<Self> {
         guarded(|| {
-            let precision = precision(dtype)?;
-            let memory = |bytes: Int| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
+            let precision = precision(&dtype.get("dtype", "a string")?)?;
+            let kv_cache_dtype = kv_cache_dtype.get("kv_cache_dtype", "a string")?;
+            let memory = |bytes: Arg<Int>| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
             let settings = Settings {
-                path,
+                path: path.get("path", "a path")?,
                 precision,
-                kv_element: kv_element(kv_cache_dtype, precision)?,
+                kv_element: kv_element(&kv_cache_dtype, precision)?,
                 threads: threads.map_or(Ok(default_threads()), |threads| threads.positive("threads"))?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
                 max_num_seqs: max_num_seqs.positive("max_num_seqs")?,
                 max_num_batched_tokens: max_num_batched_tokens.positive("max_num_batched_tokens")?,
-                enable_prefix_caching,
+                enable_prefix_caching: enable_prefix_caching.flag("enable_prefix_caching")?,
                 kv_cache_memory_bytes: kv_cache_memory_bytes.map(memory).transpose()?,
                 seed: seed.fit("seed", "from 0 to 2**64 - 1")?,
-                mmap,
+                mmap: mmap.flag("mmap")?,
             };
             let loaded = interruptible(py, "infer-load", move || load(&settings))?;
             Ok(Self::from_loaded(loaded))
@@ -144,7 +146,8 @@ impl Engine {
             let driver = self.driver()?;
             let prompt = self.prompt(py, prompt, add_special_tokens)?;
             let waker = ready.map(|queue| queue.waker(ready_key)).transpose()?;
-            let text = self.text_factory(params, &prompt)?;
+            // Reads the whole prompt, as the text goes on where the prompt ends.
+            let text = py.detach(|| self.text_factory(params, &prompt))?;
             let kind = RequestKind::Generate(Box::new(params.inner.clone()));
             let options = SubmitOptions { final_only, waker };
             let handle = py.detach(|| driver.submit(prompt.into(), kind, text, options));

@@ -1,13 +1,13 @@
 //! How much memory keys and values may take.
 //!
-//! Without a wish, the cache gets what `max_num_seqs` sequences of full length need, but at most 2 GiB, or more if a single sequence
+//! Without a wish, the cache gets what `max_num_seqs` sequences of full length need, but at most 1 GiB, or more if a single sequence
 //! needs it, and never more than half of what the machine has free once the weights are there. Pages are touched as they are first
 //! used, so a small workload stays small.
 
 use std::fs;
 
 /// The default cache's size unless one sequence needs more.
-const USUAL_BYTES: u64 = 2 << 30;
+const USUAL_BYTES: u64 = 1 << 30;
 
 /// Sizes that were asked for, and what the model needs.
 pub struct CacheRequest {

@@ -7,7 +7,7 @@ use infer_engine as core;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyString, PyTuple};
 
-use crate::convert::{Int, text, token_ids, type_name};
+use crate::convert::{Arg, Int, text, token_ids, type_name};
 use crate::error::{guarded, refusal};
 
 /// How to choose tokens and when to stop; names, defaults and meanings are vLLM's. Immutable.
@@ -20,54 +20,51 @@ pub struct SamplingParams {
 impl SamplingParams {
     #[new]
     #[pyo3(signature = (
-        *, n=Int(1), temperature=1.0, top_k=Int(0), top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-        frequency_penalty=0.0, seed=None, max_tokens=Some(Int(16)), min_tokens=Int(0), stop=None, stop_token_ids=None,
-        include_stop_str_in_output=false, ignore_eos=false, logprobs=None, prompt_logprobs=None, skip_special_tokens=true,
-        detokenize=true, logit_bias=None, allowed_token_ids=None
+        *, n=Arg::int(1), temperature=Arg::of(1.0), top_k=Arg::int(0), top_p=Arg::of(1.0), min_p=Arg::of(0.0),
+        repetition_penalty=Arg::of(1.0), presence_penalty=Arg::of(0.0), frequency_penalty=Arg::of(0.0), seed=None,
+        max_tokens=Some(Arg::int(16)), min_tokens=Arg::int(0), stop=None, stop_token_ids=None,
+        include_stop_str_in_output=Arg::of(false), ignore_eos=Arg::of(false), logprobs=None, prompt_logprobs=None,
+        skip_special_tokens=Arg::of(true), detokenize=Arg::of(true), logit_bias=None, allowed_token_ids=None
     ), text_signature = "(*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, \
         presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=16, min_tokens=0, stop=None, \
         stop_token_ids=None, include_stop_str_in_output=False, ignore_eos=False, logprobs=None, prompt_logprobs=None, \
         skip_special_tokens=True, detokenize=True, logit_bias=None, allowed_token_ids=None)")]
     fn new(
-        n: Int,
-        temperature: f64,
-        top_k: Int,
-        top_p: f64,
-        min_p: f64,
-        repetition_penalty: f64,
-        presence_penalty: f64,
-        frequency_penalty: f64,
-        seed: Option<Int>,
-        max_tokens: Option<Int>,
-        min_tokens: Int,
+        n: Arg<Int>,
+        temperature: Arg<f64>,
+        top_k: Arg<Int>,
+        top_p: Arg<f64>,
+        min_p: Arg<f64>,
+        repetition_penalty: Arg<f64>,
+        presence_penalty: Arg<f64>,
+        frequency_penalty: Arg<f64>,
+        seed: Option<Arg<Int>>,
+        max_tokens: Option<Arg<Int>>,
+        min_tokens: Arg<Int>,
         stop: Option<Bound<'_, PyAny>>,
         stop_token_ids: Option<Bound<'_, PyAny>>,
-        include_stop_str_in_output: bool,
-        ignore_eos: bool,
-        logprobs: Option<Int>,
-        prompt_logprobs: Option<Int>,
-        skip_special_tokens: bool,
-        detokenize: bool,
+        include_stop_str_in_output: Arg<bool>,
+        ignore_eos: Arg<bool>,
+        logprobs: Option<Arg<Int>>,
+        prompt_logprobs: Option<Arg<Int>>,
+        skip_special_tokens: Arg<bool>,
+        detokenize: Arg<bool>,
         logit_bias: Option<Bound<'_, PyAny>>,
         allowed_token_ids: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         guarded(|| {
             let count = "None or at least 0";
             // -0.0 equals 0.0 but would hash apart.
-            let number = |value: f64| value + 0.0;
+            let number = |name: &str, value: Arg<f64>| Ok::<_, PyErr>(value.number(name)? + 0.0);
             let inner = core::SamplingParams {
                 n: n.fit("n", "from 1 to 1024")?,
-                temperature: number(temperature),
-                top_k: if top_k.0 == -1 {
-                    0
-                } else {
-                    top_k.fit("top_k", "0 or -1 for all tokens, or at least 1")?
-                },
-                top_p: number(top_p),
-                min_p: number(min_p),
-                repetition_penalty: number(repetition_penalty),
-                presence_penalty: number(presence_penalty),
-                frequency_penalty: number(frequency_penalty),
+                temperature: number("temperature", temperature)?,
+                top_k: keep_all_or(top_k)?,
+                top_p: number("top_p", top_p)?,
+                min_p: number("min_p", min_p)?,
+                repetition_penalty: number("repetition_penalty", repetition_penalty)?,
+                presence_penalty: number("presence_penalty", presence_penalty)?,
+                frequency_penalty: number("frequency_penalty", frequency_penalty)?,
                 seed: seed.map(|seed| seed.fit("seed", "from 0 to 2**64 - 1")).transpose()?,
                 max_tokens: max_tokens
                     .map(|tokens| tokens.fit("max_tokens", "None or at least 1"))
@@ -76,12 +73,12 @@ impl SamplingParams {
                 stop: stop.map_or(Ok(Vec::new()), |stop| stop_strings(&stop))?,
                 stop_token_ids: stop_token_ids
                     .map_or(Ok(Vec::new()), |ids| token_ids("stop_token_ids", &ids))?,
-                include_stop_str_in_output,
-                ignore_eos,
+                include_stop_str_in_output: include_stop_str_in_output.flag("include_stop_str_in_output")?,
+                ignore_eos: ignore_eos.flag("ignore_eos")?,
                 logprobs: logprobs.map(|top| top.fit("logprobs", count)).transpose()?,
                 prompt_logprobs: prompt_logprobs.map(|top| top.fit("prompt_logprobs", count)).transpose()?,
-                skip_special_tokens,
-                detokenize,
+                skip_special_tokens: skip_special_tokens.flag("skip_special_tokens")?,
+                detokenize: detokenize.flag("detokenize")?,
                 logit_bias: logit_bias.map_or(Ok(BTreeMap::new()), |bias| biases(&bias))?,
                 allowed_token_ids: allowed_token_ids
                     .map(|ids| token_ids("allowed_token_ids", &ids))
@@ -243,6 +240,15 @@ impl SamplingParams {
         fields.set_item("logit_bias", &inner.logit_bias)?;
         fields.set_item("allowed_token_ids", &inner.allowed_token_ids)?;
         Ok(fields)
+    }
+}
+
+/// `top_k`, where vLLM's -1 and 0 both keep all tokens.
+fn keep_all_or(top_k: Arg<Int>) -> PyResult<u32> {
+    let right = "0 or -1 for all tokens, or at least 1";
+    match top_k.fit::<i64>("top_k", right)? {
+        -1 => Ok(0),
+        count => Arg::int(count.into()).fit("top_k", right),
     }
 }
 

@@ -10,6 +10,8 @@ use crate::error::{describe_panic, refusal};
 
 /// How long nobody looks for signals.
 const GLANCE: Duration = Duration::from_millis(50);
+/// How long a thread sleeps that no signal reaches, so that an idle program stays idle.
+const SLEEP: Duration = Duration::from_secs(60);
 
 /// A deadline from Python's `timeout` in seconds.
 ///
@@ -30,16 +32,26 @@ pub fn wait_until(
     deadline: Option<Instant>,
     wait: impl Fn(Duration) -> bool + Send + Sync,
 ) -> PyResult<bool> {
+    let mut glance = GLANCE;
     loop {
-        let left = deadline.map_or(GLANCE, |at| at.saturating_duration_since(Instant::now()));
-        if py.detach(|| wait(left.min(GLANCE))) {
+        let left = deadline.map_or(glance, |at| at.saturating_duration_since(Instant::now()));
+        if py.detach(|| wait(left.min(glance))) {
             return Ok(true);
         }
         py.check_signals()?;
         if deadline.is_some_and(|at| Instant::now() >= at) {
             return Ok(false);
         }
+        if glance == GLANCE && !is_main_thread(py)? {
+            glance = SLEEP;
+        }
     }
+}
+
+/// Python runs signal handlers on its main thread alone: other threads have nothing to look for.
+fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
+    let threading = py.import("threading")?;
+    Ok(threading.call_method0("current_thread")?.is(threading.call_method0("main_thread")?))
 }
 
 /// Runs `work` on a thread of its own while this one looks for signals. When a signal handler raises, the work's result is dropped as

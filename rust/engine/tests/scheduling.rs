@@ -121,28 +121,52 @@ fn a_long_prompt_never_stalls_a_running_completion() {
 
 #[test]
 fn first_come_first_served_and_the_earliest_keeps_its_pages() {
-    // Eight pages of four tokens: two sequences of 13 + 12 tokens cannot both end with theirs.
+    // Eight pages of four tokens: two sequences of 28 tokens cannot both end with theirs. The later one meets the shortage first.
     let mut engine = Engine::new(EngineConfig { max_model_len: 32, ..config(8, 4) });
-    let ids: Vec<RequestId> = (0..2)
-        .map(|first| {
-            let mut prompt = prompt(13);
-            prompt[0] = 40 + first;
-            engine.submit(&prompt, tokens(12))
+    let ids: Vec<RequestId> = [13, 16]
+        .map(|length| {
+            let mut prompt = prompt(length);
+            prompt[0] = 30 + length;
+            engine.submit(&prompt, tokens(28 - length as usize))
         })
+        .into();
+    while engine.step().is_some() {}
+    let ends: Vec<(RequestId, u64)> = engine
+        .core
+        .take_events()
+        .into_iter()
+        .filter(|event| matches!(event.kind, EventKind::Done { .. }))
+        .map(|event| (event.request, event.metrics.preemptions))
         .collect();
-    let mut order = Vec::new();
-    let mut events = Vec::new();
-    while engine.step().is_some() {
-        events.extend(engine.core.take_events());
-    }
-    for event in &events {
-        if matches!(event.kind, EventKind::Done { .. }) {
-            order.push((event.request, event.metrics.preemptions));
-        }
-    }
-    assert_eq!(order[0], (ids[0], 0));
-    assert_eq!(order[1].0, ids[1]);
-    assert!(order[1].1 >= 1, "the later one gave way");
+    assert_eq!(ends[0], (ids[0], 0));
+    assert_eq!(ends[1].0, ids[1]);
+    assert!(ends[1].1 >= 1, "the later one gave way");
+}
+
+#[test]
+fn keys_and_values_of_a_broken_step_are_not_shared() {
+    let mut engine = Engine::new(config(64, 4));
+    engine.device.nan_every = Some(1);
+    engine.submit(&prompt(9), tokens(1));
+    assert_eq!(engine.finish(), 9);
+    assert_eq!(engine.core.metrics().requests_failed, 1);
+    engine.device.nan_every = None;
+    engine.submit(&prompt(9), tokens(1));
+    assert_eq!(engine.finish(), 9);
+}
+
+#[test]
+fn penalties_count_what_was_generated() {
+    let mut engine = Engine::new(config(64, 4));
+    let bias = SamplingParams { temperature: 0.0, logit_bias: [(3, 40.0)].into(), ..tokens(60) };
+    let free = engine.submit(&[1], bias.clone());
+    engine.finish();
+    assert!(engine.tokens(free).iter().all(|&token| token == 3), "the bias outweighs all logits");
+    let penalized = engine.submit(&[1], SamplingParams { frequency_penalty: 2.0, ..bias });
+    engine.finish();
+    let generated = engine.tokens(penalized);
+    let first_other = generated.iter().position(|&token| token != 3).expect("the penalty outgrows the bias");
+    assert!((16..=24).contains(&first_other), "{generated:?}");
 }
 
 #[test]

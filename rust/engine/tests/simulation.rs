@@ -226,8 +226,8 @@ fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
             next += 1;
         }
         let victim = |dice: &mut Dice| dice.roll(next as usize + 1) as u64;
-        if dice.chance(12) {
-            let id = victim(&mut dice);
+        let at_once = dice.chance(12).then(|| victim(&mut dice));
+        if let Some(id) = at_once {
             cancelled.insert(id);
             world.core.cancel(id, world.now);
         }
@@ -235,6 +235,13 @@ fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
         cancelled.extend(in_flight);
         let stepped = world.step(in_flight);
         blocked.extend(world.collect());
+        for id in at_once.into_iter().chain(in_flight.filter(|_| stepped)) {
+            let ended = world.seen.get(&id).is_some_and(|seen| seen.done.is_some());
+            assert!(
+                ended || !planned.contains_key(&id),
+                "seed {seed}: request {id} outlived its cancellation"
+            );
+        }
         // Consumers of logits take their time, unless everybody waits for them.
         if !stepped || dice.chance(3) {
             blocked.drain(..).for_each(|id| world.core.resume(id));

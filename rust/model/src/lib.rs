@@ -4,10 +4,10 @@
 //!
 //! * `arch.rs`: one row per family. `names.rs`: what its tensors are called.
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
-//! * `step.rs`, `program.rs`: the steps and the one function that writes them.
+//! * `step.rs`, `program.rs`, `listing.rs`: the steps, the one function that writes them, and how they read.
 //! * `checkpoint.rs`, `weights.rs`: files to tensors to packed weights.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
-//! * `cpu.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
+//! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
 #![deny(unsafe_code)] // but for the one mapping in checkpoint.rs
 
@@ -20,7 +20,9 @@ mod error;
 mod experts;
 mod export;
 mod gguf;
+mod interpreter;
 mod layers;
+mod listing;
 mod memory;
 mod names;
 mod program;

@@ -1,0 +1,273 @@
+//! A packed program and its steps: one `match` arm per kind of step.
+
+use infer_kernels::{
+    Attention, AttentionRows, Context, Format, KvCache, Norm, PAGE_TOKENS, Precision, RopeStyle,
+    activation_in_place, add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place,
+    rope_in_place, scale_in_place, softcap_in_place,
+};
+
+use crate::arch::Positions;
+use crate::batch::Batch;
+use crate::checkpoint::Checkpoint;
+use crate::experts::{ExpertNetworks, add_gated};
+use crate::memory::Memory;
+use crate::program::MatrixKey;
+use crate::rope::RopeTable;
+use crate::step::{Role, Slice, Step};
+use crate::weights::{Loader, Matrix, Vector};
+use crate::{ModelError, ModelSpec, Program};
+
+/// Rows that are looked up: embeddings and learned positions.
+enum LookupTable {
+    /// As the checkpoint stores them.
+    Stored { format: Format, row_bytes: usize, bytes: Vec<u8> },
+    /// The rows of a matrix that is multiplied as well: a tied head.
+    Packed { matrix: usize },
+}
+
+impl LookupTable {
+    fn row(&self, matrices: &[Option<Matrix>], row: usize, out: &mut [f32]) {
+        match self {
+            Self::Stored { format, row_bytes, bytes } => {
+                dequantize(*format, &bytes[row * row_bytes..(row + 1) * row_bytes], out);
+            }
+            Self::Packed { matrix } => {
+                if let Some(matrix) = &matrices[*matrix] {
+                    matrix.packed.unpack_row(row, out);
+                }
+            }
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Stored { bytes, .. } => bytes.len(),
+            Self::Packed { .. } => 0,
+        }
+    }
+}
+
+/// Everything about a model that a forward pass only reads.
+pub(crate) struct Interpreter {
+    pub spec: ModelSpec,
+    pub program: Program,
+    pub context: Context,
+    pub ropes: Vec<RopeTable>,
+    precision: Precision,
+    matrices: Vec<Option<Matrix>>,
+    vectors: Vec<Vector>,
+    embedding: LookupTable,
+    positions: Option<LookupTable>,
+}
+
+impl Interpreter {
+    /// Writes the program, fuses what is stored alike, and packs all weights.
+    pub fn load(checkpoint: &Checkpoint, context: Context, precision: Precision) -> Result<Self, ModelError> {
+        let spec = checkpoint.spec.clone();
+        let loader = Loader::new(checkpoint);
+        let mut program = Program::new(&spec);
+        program.fuse(|left, right| loader.may_merge(left, right));
+        let matrix = |key: &MatrixKey| match key.parts.is_empty() {
+            true => Ok(None),
+            false => loader.matrix(key, &context.pool).map(Some),
+        };
+        let matrices = program.matrices.iter().map(matrix).collect::<Result<_, _>>()?;
+        let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
+        let embedding = match tied_head(&spec, &program) {
+            Some(matrix) => LookupTable::Packed { matrix },
+            None => lookup(&loader, Role::Embedding, spec.vocabulary)?,
+        };
+        let positions = match spec.arch.positions {
+            Positions::Learned => Some(lookup(&loader, Role::Position, spec.max_positions)?),
+            Positions::Rope(_) => None,
+        };
+        let ropes = spec.ropes.iter().map(RopeTable::new).collect();
+        Ok(Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions })
+    }
+
+    /// Bytes of all weights in memory.
+    pub fn weight_bytes(&self) -> usize {
+        let matrices: usize = self.matrices.iter().flatten().map(|matrix| matrix.packed.bytes()).sum();
+        matrices + self.embedding.bytes() + self.positions.as_ref().map_or(0, LookupTable::bytes)
+    }
+
+    /// Learned positions end somewhere.
+    pub fn check_positions(&self, batch: &Batch<'_>) -> Result<(), ModelError> {
+        let limit = self.spec.max_positions;
+        let longest = batch.sequences.iter().map(|sequence| sequence.first_position + sequence.rows).max();
+        match longest {
+            Some(longest) if self.positions.is_some() && longest > limit => {
+                Err(ModelError::Request(format!(
+                    "a sequence of {longest} tokens is longer than the {limit} positions that the model learned"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One step. The match is exhaustive on purpose: a new kind of step must be given its meaning here.
+    pub fn step(&self, step: &Step, batch: &Batch<'_>, cache: &mut KvCache, memory: &mut Memory) {
+        let context = &self.context;
+        match step {
+            Step::Embed { output, scale } => self.embed(*output, *scale, batch, memory),
+            Step::AddPosition { rows } => self.add_position(*rows, batch, memory),
+            Step::Norm { input, output, kind, groups, epsilon, weight } => {
+                let vector = &self.vectors[*weight];
+                let (weight, bias) = (Some(&vector.weight[..]), vector.bias.as_deref());
+                let parameters = Norm { kind: *kind, groups: *groups, weight, bias, epsilon: *epsilon };
+                self.norm(&parameters, *input, *output, memory);
+            }
+            Step::Linear { input, output, weight } => {
+                let Some(matrix) = &self.matrices[*weight] else { return };
+                memory.map(&self.program, *input, *output, |scratch, input, output| {
+                    linear(
+                        context,
+                        &matrix.packed,
+                        input,
+                        output,
+                        matrix.bias.as_deref(),
+                        self.precision,
+                        scratch,
+                    );
+                });
+            }
+            Step::Rope { rows, heads, rope, style } => self.rope(*rows, *heads, *rope, *style, memory),
+            Step::WriteKv { keys, values, layer } => {
+                let (keys, values) = (memory.rows(*keys, &self.program), memory.rows(*values, &self.program));
+                cache.write(context, *layer, keys, values, &memory.slots);
+            }
+            Step::Attend { queries, output, layer, window } => {
+                self.attend(*queries, *output, *layer, *window, batch, cache, memory);
+            }
+            Step::GatedActivation { gate, up, output, activation } => {
+                let up = *up;
+                memory.map_two(&self.program, *gate, up, *output, |gate, up, output| {
+                    gated_activation(context, *activation, gate, up, output);
+                });
+            }
+            Step::Activation { rows, activation } => {
+                activation_in_place(context, *activation, memory.rows_mut(*rows, &self.program));
+            }
+            Step::Add { destination, source, scale } => {
+                memory.map(&self.program, *source, *destination, |_, source, destination| {
+                    add_in_place(context, destination, source, *scale);
+                });
+            }
+            Step::AddGated { destination, source, gate } => {
+                memory.map_two(&self.program, *source, *gate, *destination, add_gated);
+            }
+            Step::Route { logits, used, renormalise } => {
+                let mut routes = std::mem::take(&mut memory.routes);
+                routes.choose(memory.rows(*logits, &self.program), *used, *renormalise);
+                memory.routes = routes;
+            }
+            Step::Experts { input, output, gate_up, down, width, activation } => {
+                let matrices = |indices: &[usize]| {
+                    indices.iter().filter_map(|index| self.matrices[*index].as_ref()).collect::<Vec<_>>()
+                };
+                let (gate_up, down) = (matrices(gate_up), matrices(down));
+                let (width, activation, precision) = (*width, *activation, self.precision);
+                let networks = ExpertNetworks { gate_up, down, width, activation, precision };
+                self.experts(&networks, *input, *output, memory);
+            }
+            Step::Select { input, output } => memory.select(&self.program, *input, *output, batch.logit_rows),
+            Step::Scale { rows, scale } => {
+                scale_in_place(context, memory.rows_mut(*rows, &self.program), *scale);
+            }
+            Step::Softcap { rows, cap } => {
+                softcap_in_place(context, memory.rows_mut(*rows, &self.program), *cap);
+            }
+        }
+    }
+
+    fn norm(&self, parameters: &Norm<'_>, input: Slice, output: Slice, memory: &mut Memory) {
+        match input == output {
+            true => norm_in_place(&self.context, parameters, memory.rows_mut(output, &self.program)),
+            false => memory.map(&self.program, input, output, |_, input, output| {
+                norm(&self.context, parameters, input, output);
+            }),
+        }
+    }
+
+    fn rope(&self, rows: Slice, heads: usize, rope: usize, style: RopeStyle, memory: &mut Memory) {
+        let rotary_dim = self.spec.ropes[rope].rotary_dim;
+        let (cos, sin) = std::mem::take(&mut memory.rotations[rope]);
+        let target = memory.rows_mut(rows, &self.program);
+        rope_in_place(&self.context, target, heads, self.spec.head_dim, &cos, &sin, rotary_dim, style);
+        memory.rotations[rope] = (cos, sin);
+    }
+
+    fn experts(&self, networks: &ExpertNetworks<'_>, input: Slice, output: Slice, memory: &mut Memory) {
+        let mut routes = std::mem::take(&mut memory.routes);
+        memory.map(&self.program, input, output, |scratch, input, output| {
+            networks.run(&self.context, &mut routes, input, output, scratch);
+        });
+        memory.routes = routes;
+    }
+
+    fn embed(&self, output: Slice, scale: f32, batch: &Batch<'_>, memory: &mut Memory) {
+        let mut rows = memory.rows_mut(output, &self.program);
+        for (row, token) in batch.tokens.iter().enumerate() {
+            self.embedding.row(&self.matrices, *token as usize, rows.row_mut(row));
+        }
+        if scale != 1.0 {
+            scale_in_place(&self.context, rows, scale);
+        }
+    }
+
+    fn add_position(&self, rows: Slice, batch: &Batch<'_>, memory: &mut Memory) {
+        let Some(table) = &self.positions else { return };
+        let mut rows = memory.rows_mut(rows, &self.program);
+        let mut learned = vec![0.0; rows.width()];
+        for (row, (position, _)) in batch.positions().enumerate() {
+            table.row(&self.matrices, position, &mut learned);
+            rows.row_mut(row).iter_mut().zip(&learned).for_each(|(value, more)| *value += more);
+        }
+    }
+
+    fn attend(
+        &self,
+        queries: Slice,
+        output: Slice,
+        layer: usize,
+        window: Option<usize>,
+        batch: &Batch<'_>,
+        cache: &KvCache,
+        memory: &mut Memory,
+    ) {
+        let spec = &self.spec;
+        let parameters = Attention {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            scale: spec.attention_scale,
+            window,
+            softcap: spec.attention_softcap,
+        };
+        let sequences: Vec<AttentionRows<'_>> = batch
+            .sequences
+            .iter()
+            .map(|sequence| AttentionRows {
+                first_row: sequence.first_row,
+                rows: sequence.rows,
+                first_position: sequence.first_position,
+                pages: &sequence.pages[..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
+            })
+            .collect();
+        memory.map(&self.program, queries, output, |scratch, queries, output| {
+            attention(&self.context, &parameters, cache, layer, &sequences, queries, output, scratch);
+        });
+    }
+}
+
+fn lookup(loader: &Loader<'_>, role: Role, rows: usize) -> Result<LookupTable, ModelError> {
+    let table = loader.table(role, rows)?;
+    let row_bytes = table.row_bytes();
+    Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
+}
+
+/// The matrix of the head, if it is the embedding too.
+fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
+    let is_head = |key: &MatrixKey| key.parts.len() == 1 && key.parts[0].role == Role::Head;
+    if spec.tied { program.matrices.iter().position(is_head) } else { None }
+}
