@@ -1,7 +1,7 @@
 """Types of the compiled core (``rust/bindings``).
 
 Every class here may be used from any thread. Whatever a caller can get wrong raises `InferError`; use after ``close()`` and use in
-a forked child do too. Methods that wait release the GIL and look for signals at least every 50 ms.
+a forked child do too. Methods that wait release the GIL; on Python's main thread they look for signals every 50 ms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 __version__: str
+
+_TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 class InferError(Exception):
     """A request, a model file or an engine state that cannot be served; the message says what would be right."""
@@ -228,7 +230,7 @@ class Tokenizer:
         """Of a model folder or GGUF file, without loading weights; None when it has none."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, token_ids: _TokenIds, *, skip_special_tokens: bool = True) -> str: ...
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -336,7 +338,7 @@ class Engine:
     def closed(self) -> bool: ...
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | _TokenIds,
         params: SamplingParams,
         *,
         add_special_tokens: bool = True,
@@ -350,7 +352,7 @@ class Engine:
         is reported there under ``ready_key``. Everything wrong with prompt or parameters raises here.
         """
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, token_ids: _TokenIds) -> NDArray[np.float32]:
         """Next-token logits after every prefix of ``token_ids``: (tokens, vocabulary)."""
 
     def metrics(self) -> dict[str, float]:

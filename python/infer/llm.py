@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from infer.events import Submit
     from infer.outputs import RequestOutput, StreamOutput
     from infer.progress import Progress
-    from infer.prompts import Messages, PromptInput
+    from infer.prompts import Messages, PromptInput, TokenIds
 
     Work: TypeAlias = list[tuple[Prompt, SamplingParams]]
 
@@ -255,7 +255,7 @@ class LLM:
 
     # ---- everything else
 
-    def logits(self, token_ids: str | Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, token_ids: str | TokenIds) -> NDArray[np.float32]:
         """Return the model's logits after every prefix of `token_ids` (a text is encoded first): (tokens, vocabulary)."""
         if isinstance(token_ids, str):
             token_ids = self.tokenizer.encode(token_ids)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from infer._core import InferError, SamplingParams
 
-__all__ = ["Messages", "Prompt", "PromptInput", "conversations", "pair", "prompts", "template_options"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+__all__ = ["Messages", "Prompt", "PromptInput", "TokenIds", "conversations", "pair", "prompts", "template_options"]
+
+TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
+PromptInput: TypeAlias = "str | TokenIds | Mapping[str, Any]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 _KEYS = {"prompt", "prompt_token_ids"}

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from infer import _core
+    from infer.prompts import TokenIds
 
 __all__ = ["Tokenizer"]
 
@@ -22,7 +23,7 @@ class Tokenizer:
         """Return the token ids of `text`, with those that the model wants around a prompt unless told otherwise."""
         return self._core.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: TokenIds, *, skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; incomplete characters become U+FFFD."""
         return self._core.decode(token_ids, skip_special_tokens=skip_special_tokens)
 

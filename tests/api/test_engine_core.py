@@ -73,7 +73,8 @@ def test_logprobs_are_those_of_the_logits(engine: Engine) -> None:
 
 def test_every_kind_of_integers_is_a_prompt(engine: Engine) -> None:
     expected = token_ids(engine.submit([5, 6, 7], GREEDY))
-    for prompt in ((5, 6, 7), range(5, 8), np.array([5, 6, 7]), np.array([5, 6, 7], dtype=np.uint8), [np.int64(5), 6, 7]):
+    prompts: list[Any] = [(5, 6, 7), range(5, 8), np.array([5, 6, 7]), np.array([5, 6, 7], dtype=np.uint8), [np.int64(5), 6, 7]]
+    for prompt in prompts:
         assert token_ids(engine.submit(prompt, GREEDY)) == expected
 
 

@@ -17,6 +17,8 @@ WAITS = {
     "stream": "list(llm.stream('Once', ENDLESS))",
     "a long prompt": "llm.generate([LONG], ENDLESS)",
     "logits": "[llm.logits(LONG) for _ in range(1000)]",
+    "encoding": "llm.tokenizer.encode('A long, long text. ' * 500_000)",
+    "loading": "[LLM(threads=1) for _ in range(1000)]",
     "async": "asyncio.run(astart())",
 }
 

@@ -77,11 +77,11 @@ def once():
 start = resident()
 held = once()
 after = []
-for _ in range(5):
+for _ in range(8):
     once()
     gc.collect()
     after.append(resident())
-print(start, held, after[0], after[-1])
+print(start, held, min(after[:4]), min(after[4:]))
 """
 
 
@@ -91,6 +91,7 @@ def test_close_gives_the_memory_back(run_python: Callable[..., subprocess.Comple
     done = run_python(MEMORY)
     assert done.returncode == 0, done.stderr
     start, held, first, last = map(float, done.stdout.split())
+    # The allocator keeps 10 to 40 MB of freed memory, now more, now less: the least of several rounds says what is held.
     assert held - start > 20, "the model is in memory while it is open"
     assert first - start < 0.5 * (held - start), "and most of it is gone after close"
     assert last - first < 10, "and does not pile up"
