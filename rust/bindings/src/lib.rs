@@ -1,7 +1,7 @@
 //! The Python face of the Rust core: conversion, GIL release, error mapping. No logic.
 //!
 //! Rules of this crate:
-//! * every refusal is [`error::InferError`]; a panic becomes one too, and never crosses into Python or aborts the process
+//! * every refusal is `InferError`; a panic becomes one too, and never crosses into Python or aborts the process
 //! * whatever may take long runs without the GIL and looks for signals every 50 ms, so that Ctrl-C returns at once
 //! * the engine's thread never touches Python; it hands news to Rust queues that Python threads wait on
 //! * objects remember the process that made them: in a forked child, where their threads do not exist, use raises and drop leaks
