@@ -4,7 +4,7 @@ use infer_kernels::{Activation, NormKind};
 
 use crate::arch::{self, Arch, Parallel, Positions, QkNorm, Scale};
 use crate::layers;
-use crate::rope::RopeSpec;
+use crate::rope::{RopeScaling, RopeSpec};
 use crate::{Config, ModelError};
 
 /// Everything `program.rs` needs to know about one model. Sizes are checked: no product of two of them overflows.
@@ -16,7 +16,8 @@ pub struct ModelSpec {
     pub hidden: usize,
     /// Tokens in the vocabulary, rows of the head.
     pub vocabulary: usize,
-    /// Longest sequence the checkpoint was made for, tokens.
+    /// Longest sequence the checkpoint was made for, tokens: what the configuration says, times the factor of a rope that
+    /// is stretched at run time (linear, dynamic).
     pub max_positions: usize,
     /// Query heads.
     pub heads: usize,
@@ -157,7 +158,7 @@ impl ModelSpec {
             arch,
             hidden,
             vocabulary: config.size(&["vocab_size"], MAX_VOCABULARY)?,
-            max_positions,
+            max_positions: stretched(max_positions, &ropes),
             heads,
             kv_heads,
             head_dim,
@@ -189,6 +190,15 @@ impl ModelSpec {
     pub fn context_switch(&self) -> Option<usize> {
         self.ropes.iter().filter_map(RopeSpec::context_switch).min()
     }
+}
+
+fn stretched(positions: usize, ropes: &[RopeSpec]) -> usize {
+    let factor = |rope: &RopeSpec| match rope.scaling {
+        RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor, .. } => factor.max(1.0),
+        _ => 1.0,
+    };
+    let least = ropes.iter().map(factor).reduce(f64::min).unwrap_or(1.0);
+    ((positions as f64 * least) as usize).min(MAX_POSITIONS)
 }
 
 fn parallel(arch: &Arch, config: &Config) -> Result<(bool, bool), ModelError> {
