@@ -4,7 +4,7 @@
 //!
 //! * `arch.rs`: one row per family. `names.rs`: what its tensors are called.
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
-//! * `step.rs`, `program.rs`, `listing.rs`: the steps, the one function that writes them, and how they read.
+//! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`: files to tensors to packed weights.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
@@ -22,7 +22,6 @@ mod export;
 mod gguf;
 mod interpreter;
 mod layers;
-mod listing;
 mod memory;
 mod names;
 mod program;

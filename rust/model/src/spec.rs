@@ -124,6 +124,11 @@ impl ModelSpec {
                 known: arch::known(),
             }
         })?;
+        if let Some(quantization) = config.object("quantization_config")? {
+            let method = quantization.text(&["quant_method"])?.unwrap_or("unnamed");
+            let expected = "a checkpoint that is not quantized, or a GGUF file in Q8_0 or Q4_0";
+            return Err(ModelError::config("quantization_config.quant_method", method, expected));
+        }
         Self::read(arch, config)
     }
 

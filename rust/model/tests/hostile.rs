@@ -62,6 +62,11 @@ fn configurations_that_cannot_be_right_name_the_field() {
     ] {
         refused(with_config(|config| config[field] = wrong), &[field]);
     }
+    let gptq = json!({"quant_method": "gptq", "bits": 4});
+    refused(
+        with_config(|config| config["quantization_config"] = gptq),
+        &["quantization_config", "gptq", "GGUF"],
+    );
     for (rope, part) in [
         (json!({"rope_type": "spiral"}), "spiral"),
         (json!({"rope_type": "linear"}), "factor"),
