@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WAITS = {
     "generate": "llm.generate(['Once'] * 8, ENDLESS)",
     "stream": "list(llm.stream('Once', ENDLESS))",
-    "a long prompt": "llm.generate([LONG], ENDLESS)",
+    "a long prompt": "[llm.generate([LONG[n:]], SHORT) for n in range(1000)]",  # none a prefix of another
     "logits": "[llm.logits(LONG) for _ in range(1000)]",
     "encoding": "llm.tokenizer.encode('A long, long text. ' * 500_000)",
     "loading": "[LLM(threads=1) for _ in range(1000)]",
