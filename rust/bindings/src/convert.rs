@@ -111,10 +111,13 @@ pub fn text(name: &str, object: &Bound<'_, PyAny>) -> PyResult<String> {
     Ok(text.into_owned())
 }
 
+/// More than any context holds; an endless iterator must end somewhere.
+pub const MAX_TOKEN_IDS: usize = 1 << 26;
+
 /// Token ids of any sequence or array of integers.
 ///
 /// # Errors
-/// Names the first element that is no token id.
+/// Names the first element that is no token id; a list of more than [`MAX_TOKEN_IDS`].
 pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     let wrong = |object: &Bound<'_, PyAny>| {
         refusal(format!("{name} must be a sequence of token ids, got {}", type_name(object)))
@@ -123,8 +126,12 @@ pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         return Err(wrong(object));
     }
     let items = object.try_iter().map_err(|_| wrong(object))?;
-    let mut ids = Vec::with_capacity(object.len().unwrap_or(0));
+    // The length is what the object claims; memory is taken for what it yields.
+    let mut ids = Vec::with_capacity(object.len().unwrap_or(0).min(1 << 16));
     for (position, item) in items.enumerate() {
+        if position == MAX_TOKEN_IDS {
+            return Err(refusal(format!("{name} must hold at most {MAX_TOKEN_IDS} token ids, got more")));
+        }
         let item = item?;
         let Ok(id) = item.extract::<u32>() else {
             return Err(refusal(format!("{name}[{position}] is {}, which is not a token id", shown(&item))));

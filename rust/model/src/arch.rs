@@ -1,158 +1,18 @@
 //! Every architecture we run: one row each, said as a difference from [`LLAMA`].
 //!
-//! A row holds what is fixed for a family; what varies between its checkpoints is read from the configuration by
+//! A row (its fields: `family.rs`) holds what is fixed for a family; what varies between its checkpoints is read from the configuration by
 //! `spec.rs`. Adding a family made of known steps is one row here and one golden case.
 
 use infer_kernels::{Activation, NormKind, RopeStyle};
 
-use crate::names::{self, Names};
-
-/// What is fixed for a family of models.
-#[derive(Debug, Clone, Copy)]
-pub struct Arch {
-    /// Class names in `architectures` of `config.json`; the first names the family.
-    pub hf: &'static [&'static str],
-    /// `general.architecture` in GGUF files that llama.cpp writes for this family.
-    pub gguf: &'static str,
-    /// llama.cpp's converter reorders the rows of Q and K for interleaved rotation; undone at load.
-    pub gguf_permuted: bool,
-    /// Kind of every norm but those of queries and keys.
-    pub norm: NormKind,
-    /// The checkpoint stores `w - 1` (Gemma). GGUF files have it folded already.
-    pub norm_unit_offset: bool,
-    /// A norm before attention and before the feed-forward network.
-    pub pre_norm: bool,
-    /// A norm on the output of attention and of the feed-forward network, before the residual addition.
-    pub post_norm: bool,
-    /// When attention and feed-forward read the same residual.
-    pub parallel: Parallel,
-    /// Norms of queries and keys.
-    pub qk_norm: QkNorm,
-    /// How positions enter.
-    pub positions: Positions,
-    /// Fraction of each head that is rotated, where the configuration is silent.
-    pub rotary_fraction: f32,
-    /// Rope base where the configuration is silent.
-    pub rope_theta: f32,
-    /// Which layers see a window only, where `layer_types` is absent.
-    pub windows: Windows,
-    /// Which layers rotate.
-    pub rotated: Rotated,
-    /// `act(gate) * up` instead of `act(up)`.
-    pub gated: bool,
-    /// The activation where the configuration is silent.
-    pub activation: Activation,
-    /// `hidden_act` is wrong in old checkpoints of this family and is ignored.
-    pub activation_fixed: bool,
-    /// Scale of embeddings.
-    pub embedding_scale: Scale,
-    /// Scale of each branch before it is added to the residual.
-    pub residual_scale: Scale,
-    /// Scale of attention scores.
-    pub attention_scale: Scale,
-    /// Scale of logits.
-    pub logit_scale: Scale,
-    /// The head shares the embedding where the configuration is silent.
-    pub tied: bool,
-    /// Linear weights are stored (inputs, outputs), as GPT-2's `Conv1D` does.
-    pub transposed: bool,
-    /// Rows of a fused QKV tensor are grouped per head (GPT-NeoX) instead of Q, K, V. GGUF files have it undone.
-    pub qkv_per_head: bool,
-    /// Experts instead of one feed-forward network.
-    pub experts: Option<ExpertsRow>,
-    /// Tensor names in safetensors files.
-    pub names: &'static Names,
-}
-
-/// What is fixed about a family's experts.
-#[derive(Debug, Clone, Copy)]
-pub struct ExpertsRow {
-    /// Field with the width of one expert.
-    pub width_field: &'static str,
-    /// Weights of the chosen experts are divided by their sum, where the configuration is silent.
-    pub renormalise: bool,
-    /// There is a shared expert behind a sigmoid gate.
-    pub shared: bool,
-}
-
-/// Blocks where attention and feed-forward both read the block's input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parallel {
-    /// Never.
-    No,
-    /// Always, with one norm for both.
-    Always,
-    /// If `use_parallel_residual` says so (the value here where it is silent); one norm for both.
-    FlagOneNorm(bool),
-    /// If `use_parallel_residual` says so; a norm each.
-    FlagTwoNorms(bool),
-}
-
-/// Norms of queries and keys before rotation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QkNorm {
-    /// None.
-    None,
-    /// Root mean square over each head, one weight for all heads.
-    PerHead,
-    /// Root mean square over the whole row.
-    Full,
-    /// LayerNorm over each head with its own weight, if the configuration's `qk_layernorm` is set.
-    LayerPerHeadIfFlag,
-}
-
-/// How positions enter the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Positions {
-    /// Rotation of queries and keys.
-    Rope(RopeStyle),
-    /// A learned vector per position, added to the embedding.
-    Learned,
-}
-
-/// Which layers attend within a window, where `layer_types` is absent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Windows {
-    /// None of them.
-    Never,
-    /// All of them, if `sliding_window` is a number.
-    All,
-    /// If `use_sliding_window` is set: layers from `max_window_layers` on.
-    FromLayerIfFlag,
-    /// If `use_sliding_window` is set: all.
-    AllIfFlag,
-    /// All but each n-th (`sliding_window_pattern` overrides n).
-    AllButEach(usize),
-}
-
-/// Which layers rotate queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rotated {
-    /// All.
-    All,
-    /// Those with a window (Cohere2).
-    Windowed,
-    /// Those marked in `no_rope_layers`, else all but each `no_rope_layer_interval`-th (SmolLM3).
-    Marked,
-}
-
-/// Where a scale comes from.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Scale {
-    /// The usual: 1, or `head_dim ** -0.5` for attention.
-    Default,
-    /// Square root of the hidden size.
-    SqrtHidden,
-    /// The field's value (1 where silent).
-    Field(&'static str),
-    /// One over the field's value.
-    Inverse(&'static str),
-    /// One over the square root of the field's value.
-    InverseSqrt(&'static str),
-}
+use crate::family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
+use crate::names;
 
 const HALF: Positions = Positions::Rope(RopeStyle::Half);
 const INTERLEAVED: Positions = Positions::Rope(RopeStyle::Interleaved);
+
+const ATTENTION_BIAS: Bias = Bias::Flag("attention_bias", false);
+const USE_BIAS: Bias = Bias::Flag("use_bias", true);
 
 /// Llama 1, 2 and 3, and all that copied it: the row from which the others differ.
 pub const LLAMA: Arch = Arch {
@@ -177,6 +37,15 @@ pub const LLAMA: Arch = Arch {
     residual_scale: Scale::Default,
     attention_scale: Scale::Default,
     logit_scale: Scale::Default,
+    epsilon: 1e-6,
+    window: None,
+    local_theta: None,
+    attention_softcap: None,
+    logit_softcap: None,
+    qkv_bias: ATTENTION_BIAS,
+    output_bias: ATTENTION_BIAS,
+    mlp_bias: Bias::Flag("mlp_bias", false),
+    norm_bias: false,
     tied: false,
     transposed: false,
     qkv_per_head: false,
@@ -186,16 +55,27 @@ pub const LLAMA: Arch = Arch {
 
 const QWEN2: Arch = Arch {
     hf: &["Qwen2ForCausalLM"],
+    qkv_bias: Bias::Always,
+    output_bias: Bias::Never,
+    mlp_bias: Bias::Never,
     gguf: "qwen2",
     gguf_permuted: false,
     windows: Windows::FromLayerIfFlag,
     ..LLAMA
 };
 
-const QWEN3: Arch = Arch { hf: &["Qwen3ForCausalLM"], gguf: "qwen3", qk_norm: QkNorm::PerHead, ..QWEN2 };
+const QWEN3: Arch = Arch {
+    hf: &["Qwen3ForCausalLM"],
+    gguf: "qwen3",
+    qk_norm: QkNorm::PerHead,
+    qkv_bias: ATTENTION_BIAS,
+    output_bias: ATTENTION_BIAS,
+    ..QWEN2
+};
 
 const GEMMA: Arch = Arch {
     hf: &["GemmaForCausalLM"],
+    mlp_bias: Bias::Never,
     gguf: "gemma",
     gguf_permuted: false,
     norm_unit_offset: true,
@@ -208,9 +88,12 @@ const GEMMA: Arch = Arch {
 
 const GEMMA2: Arch = Arch {
     hf: &["Gemma2ForCausalLM"],
+    window: Some(4096),
+    attention_softcap: Some(50.0),
+    logit_softcap: Some(30.0),
     gguf: "gemma2",
     post_norm: true,
-    attention_scale: Scale::InverseSqrt("query_pre_attn_scalar"),
+    attention_scale: Scale::InverseSqrt("query_pre_attn_scalar", 256.0),
     windows: Windows::AllButEach(2),
     names: &names::GEMMA2,
     ..GEMMA
@@ -218,6 +101,10 @@ const GEMMA2: Arch = Arch {
 
 const GLM: Arch = Arch {
     hf: &["GlmForCausalLM"],
+    epsilon: 1.5625e-7,
+    qkv_bias: Bias::Flag("attention_bias", true),
+    output_bias: Bias::Never,
+    mlp_bias: Bias::Never,
     gguf: "chatglm",
     gguf_permuted: false,
     positions: INTERLEAVED,
@@ -228,6 +115,11 @@ const GLM: Arch = Arch {
 
 const GPT_NEOX: Arch = Arch {
     hf: &["GPTNeoXForCausalLM"],
+    epsilon: 1e-5,
+    qkv_bias: Bias::Flag("attention_bias", true),
+    output_bias: Bias::Flag("attention_bias", true),
+    mlp_bias: Bias::Always,
+    norm_bias: true,
     gguf: "gptneox",
     gguf_permuted: false,
     norm: NormKind::Layer,
@@ -242,6 +134,8 @@ const GPT_NEOX: Arch = Arch {
 
 const QWEN2_MOE: Arch = Arch {
     hf: &["Qwen2MoeForCausalLM"],
+    qkv_bias: Bias::Flag("qkv_bias", true),
+    windows: Windows::StatedIfFlag,
     gguf: "qwen2moe",
     experts: Some(ExpertsRow { width_field: "moe_intermediate_size", renormalise: false, shared: true }),
     ..QWEN2
@@ -250,9 +144,21 @@ const QWEN2_MOE: Arch = Arch {
 /// All rows.
 pub const ARCHITECTURES: &[Arch] = &[
     LLAMA,
-    Arch { hf: &["MistralForCausalLM"], windows: Windows::All, ..LLAMA },
+    Arch {
+        hf: &["MistralForCausalLM"],
+        windows: Windows::All,
+        window: Some(4096),
+        qkv_bias: Bias::Never,
+        output_bias: Bias::Never,
+        mlp_bias: Bias::Never,
+        ..LLAMA
+    },
     Arch {
         hf: &["MixtralForCausalLM"],
+        epsilon: 1e-5,
+        qkv_bias: Bias::Never,
+        output_bias: Bias::Never,
+        mlp_bias: Bias::Never,
         windows: Windows::All,
         rope_theta: 1_000_000.0,
         experts: Some(ExpertsRow { width_field: "intermediate_size", renormalise: true, shared: false }),
@@ -264,6 +170,8 @@ pub const ARCHITECTURES: &[Arch] = &[
     QWEN2_MOE,
     Arch {
         hf: &["Qwen3MoeForCausalLM"],
+        qkv_bias: ATTENTION_BIAS,
+        output_bias: ATTENTION_BIAS,
         gguf: "qwen3moe",
         qk_norm: QkNorm::PerHead,
         windows: Windows::AllIfFlag,
@@ -272,6 +180,10 @@ pub const ARCHITECTURES: &[Arch] = &[
     },
     Arch {
         hf: &["Phi3ForCausalLM"],
+        epsilon: 1e-5,
+        qkv_bias: Bias::Never,
+        output_bias: Bias::Never,
+        mlp_bias: Bias::Never,
         gguf: "phi3",
         gguf_permuted: false,
         windows: Windows::All,
@@ -282,6 +194,9 @@ pub const ARCHITECTURES: &[Arch] = &[
     GEMMA2,
     Arch {
         hf: &["Gemma3ForCausalLM"],
+        attention_softcap: None,
+        logit_softcap: None,
+        local_theta: Some(10_000.0),
         gguf: "gemma3",
         qk_norm: QkNorm::PerHead,
         windows: Windows::AllButEach(6),
@@ -290,6 +205,8 @@ pub const ARCHITECTURES: &[Arch] = &[
     },
     Arch {
         hf: &["Olmo2ForCausalLM"],
+        epsilon: 1e-5,
+        mlp_bias: Bias::Never,
         gguf: "olmo2",
         gguf_permuted: false,
         pre_norm: false,
@@ -311,13 +228,18 @@ pub const ARCHITECTURES: &[Arch] = &[
         hf: &["SmolLM3ForCausalLM"],
         gguf: "smollm3",
         rope_theta: 2_000_000.0,
-        windows: Windows::AllIfFlag,
+        windows: Windows::StatedIfFlag,
         rotated: Rotated::Marked,
         tied: true,
         ..LLAMA
     },
     Arch {
         hf: &["StableLmForCausalLM"],
+        epsilon: 1e-5,
+        qkv_bias: Bias::Flag("use_qkv_bias", false),
+        output_bias: Bias::Never,
+        mlp_bias: Bias::Never,
+        norm_bias: true,
         gguf: "stablelm",
         gguf_permuted: false,
         norm: NormKind::Layer,
@@ -329,6 +251,11 @@ pub const ARCHITECTURES: &[Arch] = &[
     },
     Arch {
         hf: &["Starcoder2ForCausalLM"],
+        epsilon: 1e-5,
+        qkv_bias: USE_BIAS,
+        output_bias: USE_BIAS,
+        mlp_bias: USE_BIAS,
+        norm_bias: true,
         gguf: "starcoder2",
         gguf_permuted: false,
         norm: NormKind::Layer,
@@ -341,6 +268,9 @@ pub const ARCHITECTURES: &[Arch] = &[
     },
     Arch {
         hf: &["Cohere2ForCausalLM"],
+        epsilon: 1e-5,
+        window: Some(4096),
+        mlp_bias: Bias::Never,
         gguf: "cohere2",
         gguf_permuted: false,
         norm: NormKind::Layer,
@@ -348,7 +278,7 @@ pub const ARCHITECTURES: &[Arch] = &[
         positions: INTERLEAVED,
         windows: Windows::AllButEach(4),
         rotated: Rotated::Windowed,
-        logit_scale: Scale::Field("logit_scale"),
+        logit_scale: Scale::FieldOr("logit_scale", 0.0625),
         tied: true,
         ..LLAMA
     },
@@ -356,6 +286,11 @@ pub const ARCHITECTURES: &[Arch] = &[
     Arch { hf: &["Glm4ForCausalLM"], gguf: "glm4", post_norm: true, names: &names::GLM4, ..GLM },
     Arch {
         hf: &["GPT2LMHeadModel"],
+        epsilon: 1e-5,
+        qkv_bias: Bias::Always,
+        output_bias: Bias::Always,
+        mlp_bias: Bias::Always,
+        norm_bias: true,
         gguf: "gpt2",
         gguf_permuted: false,
         norm: NormKind::Layer,

@@ -154,9 +154,8 @@ impl Checkpoint {
         if self.tensors.contains_key(&embedding) {
             return;
         }
-        let outer = ["language_model.", "model.language_model."]
-            .into_iter()
-            .find(|outer| self.tensors.contains_key(&format!("{outer}{embedding}")));
+        let outer = "language_model.";
+        let outer = self.tensors.contains_key(&format!("{outer}{embedding}")).then_some(outer);
         let bare = self.tensors.contains_key(short);
         let head = format!("{}.", self.names.head);
         let renamed = |name: String| match outer.and_then(|outer| name.strip_prefix(outer)) {

@@ -53,6 +53,16 @@ pub enum ModelError {
         /// The names that were tried.
         name: String,
     },
+    /// The checkpoint has a tensor that no role asks for.
+    #[error(
+        "tensor `{name}` is no part of {architecture} as this release computes it, or its configuration says that there is none"
+    )]
+    UnknownTensor {
+        /// Tensor name.
+        name: String,
+        /// Architecture of the configuration.
+        architecture: String,
+    },
     /// A tensor has another shape than the configuration implies.
     #[error("tensor `{name}` has shape {found:?}; the configuration implies {expected}")]
     Shape {

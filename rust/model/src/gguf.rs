@@ -4,12 +4,13 @@
 
 use std::path::Path;
 
-use infer_formats::{FormatError, Metadata};
+use infer_formats::{FormatError, Metadata, Value};
 use infer_kernels::{Format, dequantize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value as Json, json};
 
-use crate::arch::{self, Arch};
+use crate::arch;
 use crate::checkpoint::Tensor;
+use crate::family::{Arch, Windows};
 use crate::{Config, ModelError};
 
 /// (field of `config.json`, key below the architecture's prefix) of numbers that carry over as they are.
@@ -51,10 +52,10 @@ pub fn config(
     let bad = |source: FormatError| ModelError::Format { path: path.to_owned(), source: Box::new(source) };
     let name = metadata.str("general.architecture").map_err(bad)?.unwrap_or("(none)");
     let reader = Reader { metadata, tensor, prefix: name };
-    let experts = reader.number("expert_count").is_some_and(|count| count > 0.0);
+    let experts = reader.number("expert_count")?.is_some_and(|count| count > 0.0);
     let arch = arch::by_gguf(name, experts)
         .ok_or_else(|| ModelError::UnknownArchitecture { name: name.to_owned(), known: gguf_names() })?;
-    Ok((arch, Config::from_value(Value::Object(reader.fields(arch)?))?))
+    Ok((arch, Config::from_value(Json::Object(reader.fields(arch)?))?))
 }
 
 fn gguf_names() -> String {
@@ -71,44 +72,59 @@ struct Reader<'a, 't> {
 }
 
 impl Reader<'_, '_> {
-    /// A number of any type; lists (one value per layer) count if all values are equal.
-    fn number(&self, key: &str) -> Option<f64> {
+    /// A finite number of any type; lists (one value per layer) count if all values are equal.
+    fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
         let key = format!("{}.{key}", self.prefix);
+        let Some(value) = self.metadata.get(&key) else { return Ok(None) };
+        let wrong = |found: &str| ModelError::config(&key, found, "one finite number");
+        if let Value::Array(_) = value {
+            let list = self.metadata.i32s(&key).ok().flatten().unwrap_or_default();
+            return match list.split_first() {
+                Some((first, rest)) if rest.iter().all(|item| item == first) => Ok(Some(f64::from(*first))),
+                _ => Err(wrong("a list of different values")),
+            };
+        }
         if let Ok(Some(number)) = self.metadata.i64(&key) {
-            return Some(number as f64);
+            return Ok(Some(number as f64));
         }
-        if let Ok(Some(number)) = self.metadata.f32(&key) {
-            // The shortest decimal that is this f32: 1e-5 stays 1e-5 when it is widened.
-            return number.to_string().parse().ok();
-        }
-        let list = self.metadata.i32s(&key).ok()??;
-        let first = *list.first()?;
-        list.iter().all(|item| *item == first).then_some(f64::from(first))
+        // The shortest decimal that is this f32: 1e-5 stays 1e-5 when it is widened.
+        let number =
+            self.metadata.f32(&key).ok().flatten().and_then(|number| number.to_string().parse().ok());
+        number.filter(|number: &f64| number.is_finite()).map(Some).ok_or_else(|| wrong(value.type_name()))
     }
 
     fn text(&self, key: &str) -> Option<&str> {
         self.metadata.str(&format!("{}.{key}", self.prefix)).ok()?
     }
 
-    fn fields(&self, arch: &Arch) -> Result<Map<String, Value>, ModelError> {
+    fn fields(&self, arch: &Arch) -> Result<Map<String, Json>, ModelError> {
         let mut fields = Map::new();
         for (field, key) in NUMBERS {
-            if let Some(number) = self.number(key) {
+            if let Some(number) = self.number(key)? {
                 fields.insert((*field).to_owned(), number_value(number));
             }
         }
         self.sizes(&mut fields);
         self.rotation(arch, &mut fields)?;
-        self.family(arch, &mut fields);
-        let id = |key: &str| self.metadata.u64(&format!("tokenizer.ggml.{key}_token_id")).ok().flatten();
-        let ends: Vec<u64> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
+        self.windows(arch, &mut fields)?;
+        self.family(arch, &mut fields)?;
+        if self.metadata.bool(&format!("{}.attention.causal", self.prefix)).ok().flatten() == Some(false) {
+            let expected = "true: only causal language models are computed";
+            return Err(ModelError::config("attention.causal", false, expected));
+        }
+        // Writers mark an absent token by -1, signed or not.
+        let id = |key: &str| {
+            let id = self.metadata.i64(&format!("tokenizer.ggml.{key}_token_id")).ok().flatten();
+            id.and_then(|id| u32::try_from(id).ok())
+        };
+        let ends: Vec<u32> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
         fields.insert("eos_token_id".to_owned(), json!(ends));
         fields.insert("bos_token_id".to_owned(), json!(id("bos")));
         Ok(fields)
     }
 
     /// What the tensors say where metadata are silent.
-    fn sizes(&self, fields: &mut Map<String, Value>) {
+    fn sizes(&self, fields: &mut Map<String, Json>) {
         if let Some(embedding) = (self.tensor)("token_embd.weight")
             && let Some(rows) = embedding.info.shape.first()
         {
@@ -133,36 +149,11 @@ impl Reader<'_, '_> {
         fields.insert("qk_layernorm".to_owned(), json!((self.tensor)("blk.0.attn_q_norm.weight").is_some()));
     }
 
-    fn rotation(&self, arch: &Arch, fields: &mut Map<String, Value>) -> Result<(), ModelError> {
-        let size = |name: &str| fields.get(name).and_then(Value::as_f64);
-        let head_dim =
-            size("head_dim").or(size("hidden_size").zip(size("num_attention_heads")).map(|(h, n)| h / n));
-        let rotated = self.number("rope.dimension_count");
-        if let Some((head_dim, rotated)) = head_dim.zip(rotated) {
-            fields.insert("partial_rotary_factor".to_owned(), json!(rotated / head_dim.max(1.0)));
+    fn rotation(&self, arch: &Arch, fields: &mut Map<String, Json>) -> Result<(), ModelError> {
+        if let Some(rotated) = self.number("rope.dimension_count")? {
+            fields.insert("rotary_dim".to_owned(), number_value(rotated));
         }
-        let mut rope = Map::new();
-        let original = self.number("rope.scaling.original_context_length");
-        match self.text("rope.scaling.type").unwrap_or("none") {
-            "linear" => {
-                rope.insert("rope_type".to_owned(), json!("linear"));
-                rope.insert("factor".to_owned(), json!(self.number("rope.scaling.factor").unwrap_or(1.0)));
-            }
-            "yarn" => {
-                rope.insert("rope_type".to_owned(), json!("yarn"));
-                for (field, key) in [
-                    ("factor", "factor"),
-                    ("beta_fast", "yarn_beta_fast"),
-                    ("beta_slow", "yarn_beta_slow"),
-                    ("attention_factor", "yarn_attn_factor"),
-                ] {
-                    if let Some(number) = self.number(&format!("rope.scaling.{key}")) {
-                        rope.insert(field.to_owned(), json!(number));
-                    }
-                }
-            }
-            _ => {}
-        }
+        let mut rope = self.scaling()?;
         if let Some(factors) = self.factors("rope_freqs.weight")? {
             rope.insert("rope_type".to_owned(), json!("frequency_factors"));
             rope.insert("factors".to_owned(), json!(factors));
@@ -173,37 +164,98 @@ impl Reader<'_, '_> {
             rope.insert("rope_type".to_owned(), json!("longrope"));
             rope.insert("long_factor".to_owned(), json!(long));
             rope.insert("short_factor".to_owned(), json!(short));
-            if let Some(factor) = self.number("rope.scaling.attn_factor") {
+            if let Some(factor) = self.number("rope.scaling.attn_factor")? {
                 rope.insert("attention_factor".to_owned(), json!(factor));
             }
         }
-        if let Some(original) = original {
+        if let Some(original) = self.number("rope.scaling.original_context_length")? {
             rope.insert("original_max_position_embeddings".to_owned(), number_value(original));
         }
-        if arch.gguf == "gemma3" && self.number("attention.sliding_window").is_some() {
-            let local = self.number("rope.freq_base_swa").unwrap_or(10_000.0);
+        if let Some(local) = self.number("rope.freq_base_swa")?.filter(|_| arch.local_theta.is_some()) {
             fields.insert("rope_local_base_freq".to_owned(), json!(local));
         }
         if rope.contains_key("rope_type") {
-            fields.insert("rope_parameters".to_owned(), Value::Object(rope));
+            fields.insert("rope_parameters".to_owned(), Json::Object(rope));
+        }
+        Ok(())
+    }
+
+    /// The scaling that metadata describe. llama.cpp takes a factor without a type for linear scaling.
+    fn scaling(&self) -> Result<Map<String, Json>, ModelError> {
+        let mut rope = Map::new();
+        let factor = self.number("rope.scaling.factor")?.or(self.number("rope.scale_linear")?);
+        let silent =
+            if factor.is_some_and(|factor| factor != 0.0 && factor != 1.0) { "linear" } else { "none" };
+        let kind = self.text("rope.scaling.type").unwrap_or(silent);
+        match kind {
+            "none" | "longrope" => {}
+            "linear" => {
+                rope.insert(
+                    "factor".to_owned(),
+                    json!(factor.filter(|factor| *factor != 0.0).unwrap_or(1.0)),
+                );
+            }
+            "yarn" => {
+                for (field, key) in [
+                    ("factor", "factor"),
+                    ("beta_fast", "yarn_beta_fast"),
+                    ("beta_slow", "yarn_beta_slow"),
+                    ("attention_factor", "yarn_attn_factor"),
+                ] {
+                    if let Some(number) = self.number(&format!("rope.scaling.{key}"))? {
+                        rope.insert(field.to_owned(), json!(number));
+                    }
+                }
+            }
+            other => {
+                return Err(ModelError::config("rope.scaling.type", other, "none, linear, yarn or longrope"));
+            }
+        }
+        for (key, neutral) in [("rope.scaling.yarn_log_multiplier", 0.0), ("rope.scaling.alpha", 0.0)] {
+            if let Some(number) = self.number(key)?.filter(|number| *number != neutral) {
+                return Err(ModelError::config(key, number, "nothing: this release does not compute it"));
+            }
+        }
+        if matches!(kind, "linear" | "yarn") {
+            rope.insert("rope_type".to_owned(), json!(kind));
+        } else if kind == "longrope" && (self.tensor)("rope_factors_long.weight").is_none() {
+            return Err(ModelError::MissingTensor { name: "rope_factors_long.weight".to_owned() });
+        }
+        Ok(rope)
+    }
+
+    /// Which layers have a window. A silent file means none, whatever the family's configuration would mean by silence.
+    fn windows(&self, arch: &Arch, fields: &mut Map<String, Json>) -> Result<(), ModelError> {
+        let key = format!("{}.attention.sliding_window", self.prefix);
+        let window = self.number("attention.sliding_window")?.filter(|window| *window > 0.0);
+        if let Some(window) = window.filter(|_| arch.windows == Windows::Never) {
+            return Err(ModelError::config(&key, window, "none: this family has no windows"));
+        }
+        let silent = if arch.gguf == "gemma2" { json!(4096) } else { Json::Null };
+        fields.entry("sliding_window").or_insert(silent);
+        let pattern = format!("{key}_pattern");
+        if let Ok(Some(windowed)) = self.metadata.bools(&pattern) {
+            let kind = |windowed: &bool| if *windowed { "sliding_attention" } else { "full_attention" };
+            fields.insert("layer_types".to_owned(), windowed.iter().map(kind).collect());
+        } else if let Some(each) = self.number("attention.sliding_window_pattern")? {
+            fields.insert("sliding_window_pattern".to_owned(), number_value(each));
         }
         Ok(())
     }
 
     /// Facts which llama.cpp keeps in its code instead of the file.
-    fn family(&self, arch: &Arch, fields: &mut Map<String, Value>) {
-        let mut set = |field: &str, value: Value| fields.insert(field.to_owned(), value);
+    fn family(&self, arch: &Arch, fields: &mut Map<String, Json>) -> Result<(), ModelError> {
+        let mut set = |field: &str, value: Json| fields.insert(field.to_owned(), value);
         match arch.gguf {
             // The 27B models scale scores by the width per head, all others by the head's own width.
             "gemma2" | "gemma3" => {
-                let layers = self.number("block_count");
-                let per_head = self.number("embedding_length").zip(self.number("attention.head_count"));
                 let largest = if arch.gguf == "gemma2" { 46.0 } else { 62.0 };
-                if let Some((hidden, heads)) = per_head.filter(|_| layers == Some(largest)) {
-                    set("query_pre_attn_scalar", json!(hidden / heads));
-                }
-                if arch.gguf == "gemma2" && self.number("attention.sliding_window").is_none() {
-                    set("sliding_window", json!(4096));
+                let per_head = self.number("embedding_length")?.zip(self.number("attention.head_count")?);
+                let per_head = per_head.map(|(hidden, heads)| hidden / heads.max(1.0));
+                let own = self.number("attention.key_length")?.or(per_head);
+                let whole = self.number("block_count")? == Some(largest);
+                if let Some(width) = if whole { per_head } else { own } {
+                    set("query_pre_attn_scalar", json!(width));
                 }
             }
             "qwen3moe" => {
@@ -211,6 +263,7 @@ impl Reader<'_, '_> {
             }
             _ => {}
         }
+        Ok(())
     }
 
     fn factors(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
@@ -228,6 +281,6 @@ impl Reader<'_, '_> {
     }
 }
 
-fn number_value(number: f64) -> Value {
+fn number_value(number: f64) -> Json {
     if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
 }

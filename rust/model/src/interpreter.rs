@@ -6,10 +6,10 @@ use infer_kernels::{
     rope_in_place, scale_in_place, softcap_in_place,
 };
 
-use crate::arch::Positions;
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
+use crate::family::Positions;
 use crate::memory::Memory;
 use crate::program::MatrixKey;
 use crate::rope::RopeTable;
@@ -81,6 +81,7 @@ impl Interpreter {
             Positions::Learned => Some(lookup(&loader, Role::Position, spec.max_positions)?),
             Positions::Rope(_) => None,
         };
+        loader.check_all_read()?;
         let ropes = spec.ropes.iter().map(RopeTable::new).collect();
         Ok(Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions })
     }

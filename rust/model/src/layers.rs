@@ -1,6 +1,8 @@
 //! What differs between the layers of a model: windows, rotation, dense or expert feed-forward networks.
 
-use crate::arch::{Arch, ExpertsRow, Rotated, Windows};
+use std::collections::HashSet;
+
+use crate::family::{Arch, ExpertsRow, Rotated, Windows};
 use crate::spec::{FeedForward, LayerSpec, MAX_POSITIONS, MAX_WIDTH};
 use crate::{Config, ModelError};
 
@@ -26,6 +28,7 @@ pub(crate) fn read(
     }
     let windows = windows(arch, config, count)?;
     let marked = config.numbers("no_rope_layers")?;
+    let sparse = SparseLayers::read(config)?;
     let interval = config.count(&["no_rope_layer_interval"], MAX_LAYERS)?.unwrap_or(4).max(1);
     (0..count)
         .map(|layer| {
@@ -42,34 +45,32 @@ pub(crate) fn read(
             Ok(LayerSpec {
                 window,
                 rope: (rotated && ropes > 0).then(|| rope - 1),
-                feed_forward: feed_forward(arch, config, hidden, layer)?,
+                feed_forward: feed_forward(arch, config, hidden, sparse.contains(layer))?,
             })
         })
         .collect()
 }
 
 fn windows(arch: &Arch, config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
-    let window = config.count(&["sliding_window"], MAX_POSITIONS)?.filter(|window| *window > 0);
+    let stated = stated_windows(config, layers)?;
+    let window = match config.contains("sliding_window") {
+        true => config.count(&["sliding_window"], MAX_POSITIONS)?.filter(|window| *window > 0),
+        false => arch.window,
+    };
     let by_flag = config.flag("use_sliding_window")?.unwrap_or(false);
-    let flagged = matches!(arch.windows, Windows::FromLayerIfFlag | Windows::AllIfFlag);
+    let flagged =
+        matches!(arch.windows, Windows::FromLayerIfFlag | Windows::AllIfFlag | Windows::StatedIfFlag);
     let Some(window) = window.filter(|_| !flagged || by_flag) else { return Ok(vec![None; layers]) };
-    if let Some(types) = config.texts("layer_types")? {
-        if types.len() != layers {
-            return Err(ModelError::config("layer_types", types.len(), format!("{layers} items")));
-        }
-        return types
-            .into_iter()
-            .map(|kind| match kind {
-                "sliding_attention" => Ok(Some(window)),
-                "full_attention" => Ok(None),
-                other => Err(ModelError::config("layer_types", other, "sliding_attention or full_attention")),
-            })
-            .collect();
+    if let Some(stated) = stated {
+        return Ok(stated.into_iter().map(|windowed| windowed.then_some(window)).collect());
+    }
+    if arch.windows == Windows::StatedIfFlag {
+        return Err(ModelError::config("layer_types", "missing", "a list, since use_sliding_window is true"));
     }
     let pattern = config.count(&["sliding_window_pattern", "_sliding_window_pattern"], MAX_LAYERS)?;
     let first = config.count(&["max_window_layers"], MAX_LAYERS)?.unwrap_or(28);
     let windowed = |layer: usize| match arch.windows {
-        Windows::Never => false,
+        Windows::Never | Windows::StatedIfFlag => false,
         Windows::All | Windows::AllIfFlag => true,
         Windows::FromLayerIfFlag => layer >= first,
         Windows::AllButEach(each) => !(layer + 1).is_multiple_of(pattern.unwrap_or(each).max(1)),
@@ -77,14 +78,28 @@ fn windows(arch: &Arch, config: &Config, layers: usize) -> Result<Vec<Option<usi
     Ok((0..layers).map(|layer| windowed(layer).then_some(window)).collect())
 }
 
+/// Which layers `layer_types` says have a window.
+fn stated_windows(config: &Config, layers: usize) -> Result<Option<Vec<bool>>, ModelError> {
+    let Some(types) = config.texts("layer_types")? else { return Ok(None) };
+    if types.len() != layers {
+        return Err(ModelError::config("layer_types", types.len(), format!("{layers} items")));
+    }
+    let windowed = |kind| match kind {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => Err(ModelError::config("layer_types", other, "sliding_attention or full_attention")),
+    };
+    types.into_iter().map(windowed).collect::<Result<_, _>>().map(Some)
+}
+
 fn feed_forward(
     arch: &Arch,
     config: &Config,
     hidden: usize,
-    layer: usize,
+    sparse: bool,
 ) -> Result<FeedForward, ModelError> {
     if let Some(row) = &arch.experts
-        && is_sparse(config, layer)?
+        && sparse
     {
         return experts(row, config);
     }
@@ -98,10 +113,22 @@ fn feed_forward(
     Ok(FeedForward::Dense { width })
 }
 
-fn is_sparse(config: &Config, layer: usize) -> Result<bool, ModelError> {
-    let step = config.count(&["decoder_sparse_step"], MAX_LAYERS)?.unwrap_or(1);
-    let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
-    Ok(step > 0 && (layer + 1).is_multiple_of(step) && !dense.contains(&(layer as f64)))
+/// Which layers have experts, in families that have them.
+struct SparseLayers {
+    step: usize,
+    dense: HashSet<usize>,
+}
+
+impl SparseLayers {
+    fn read(config: &Config) -> Result<Self, ModelError> {
+        let step = config.count(&["decoder_sparse_step"], MAX_LAYERS)?.unwrap_or(1);
+        let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
+        Ok(Self { step, dense: dense.into_iter().map(|layer| layer as usize).collect() })
+    }
+
+    fn contains(&self, layer: usize) -> bool {
+        self.step > 0 && (layer + 1).is_multiple_of(self.step) && !self.dense.contains(&layer)
+    }
 }
 
 fn experts(row: &ExpertsRow, config: &Config) -> Result<FeedForward, ModelError> {

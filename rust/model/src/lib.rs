@@ -2,10 +2,10 @@
 //!
 //! row ([`Arch`]) + configuration -> [`ModelSpec`] -> [`Program`] -> interpreter ([`CpuModel`]).
 //!
-//! * `arch.rs`: one row per family. `names.rs`: what its tensors are called.
+//! * `arch.rs`: one row per family; `family.rs`: what rows can say. `names.rs`: what its tensors are called.
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
-//! * `checkpoint.rs`, `weights.rs`: files to tensors to packed weights.
+//! * `checkpoint.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
@@ -19,24 +19,27 @@ mod cpu;
 mod error;
 mod experts;
 mod export;
+mod family;
 mod gguf;
 mod interpreter;
 mod layers;
 mod memory;
 mod names;
+mod places;
 mod program;
 mod rope;
 mod spec;
 mod step;
 mod weights;
 
-pub use arch::{ARCHITECTURES, Arch};
+pub use arch::ARCHITECTURES;
 pub use batch::{Batch, BatchSequence};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};
 pub use error::ModelError;
 pub use export::{ExportFormats, export_gguf};
+pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
 pub use program::{Buffer, MatrixKey, Program, VectorKey};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::{FeedForward, LayerSpec, ModelSpec, QkNormSpec};

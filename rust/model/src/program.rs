@@ -2,7 +2,7 @@
 
 use infer_kernels::NormKind;
 
-use crate::arch::Positions;
+use crate::family::Positions;
 use crate::spec::{FeedForward, LayerSpec, ModelSpec};
 use crate::step::{Role, Slice, Step, WeightKey};
 

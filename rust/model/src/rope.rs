@@ -93,10 +93,17 @@ impl RopeSpec {
         let mut spec = Self { theta, rotary_dim, scaling: RopeScaling::None, attention_factor: 1.0 };
         let Some(parameters) = parameters else { return Ok(spec) };
         let kind = parameters.text(&["rope_type", "type"])?.unwrap_or("default").to_owned();
+        // Phi-3's configuration calls LongRoPE "yarn" as well; the factors tell.
+        let long = parameters.contains("short_factor") || parameters.contains("long_factor");
+        let kind = if kind == "yarn" && long { "longrope".to_owned() } else { kind };
         let original = parameters
             .count(&["original_max_position_embeddings"], 1 << 31)?
             .or(outer_original)
             .unwrap_or(max_positions);
+        if original == 0 {
+            let field = "original_max_position_embeddings";
+            return Err(ModelError::config(field, 0, "a number above 0"));
+        }
         let ratio = max_positions as f64 / original.max(1) as f64;
         let factor = |default: Option<f64>| {
             parameters
@@ -114,12 +121,17 @@ impl RopeSpec {
             "default" | "none" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: factor(None)? },
             "dynamic" => RopeScaling::Dynamic { factor: factor(None)?, original: max_positions },
-            "llama3" => RopeScaling::Llama3 {
-                factor: factor(None)?,
-                low: required("low_freq_factor")?,
-                high: required("high_freq_factor")?,
-                original: original as f64,
-            },
+            "llama3" => {
+                let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
+                if high <= low {
+                    return Err(ModelError::config(
+                        "high_freq_factor",
+                        high,
+                        format!("a number above {low}"),
+                    ));
+                }
+                RopeScaling::Llama3 { factor: factor(None)?, low, high, original: original as f64 }
+            }
             "yarn" => {
                 let factor = factor(Some(ratio))?;
                 spec.attention_factor = match attention_factor {

@@ -2,7 +2,8 @@
 
 use infer_kernels::{Activation, NormKind};
 
-use crate::arch::{self, Arch, Parallel, Positions, QkNorm, Scale};
+use crate::arch;
+use crate::family::{Arch, Bias, Parallel, Positions, QkNorm, Scale};
 use crate::layers;
 use crate::rope::{RopeScaling, RopeSpec};
 use crate::{Config, ModelError};
@@ -57,6 +58,19 @@ pub struct ModelSpec {
     pub eos_token_ids: Vec<u32>,
     /// Id that begins a text.
     pub bos_token_id: Option<u32>,
+    /// Which products have a bias, as a safetensors checkpoint's configuration says.
+    pub biases: Biases,
+}
+
+/// Which products have a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Biases {
+    /// Queries, keys and values.
+    pub qkv: bool,
+    /// Attention's output.
+    pub output: bool,
+    /// Feed-forward networks.
+    pub mlp: bool,
 }
 
 /// Norms of queries and keys.
@@ -154,8 +168,11 @@ impl ModelSpec {
         }
         let max_positions =
             config.size(&["max_position_embeddings", "n_positions", "n_ctx"], MAX_POSITIONS)?;
-        let epsilon_fields =
-            ["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"];
+        let epsilon_fields: &[&str] = match arch.norm {
+            NormKind::Rms => &["rms_norm_eps", "norm_eps"],
+            NormKind::Layer => &["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"],
+        };
+        refuse_other_computations(arch, config, kv_heads == heads)?;
         let (parallel, shared_norm) = parallel(arch, config)?;
         let ropes = ropes(arch, config, head_dim, max_positions)?;
         let scales = Scales::read(arch, config, hidden, head_dim)?;
@@ -167,15 +184,15 @@ impl ModelSpec {
             heads,
             kv_heads,
             head_dim,
-            epsilon: config.positive(&epsilon_fields)?.unwrap_or(1e-5) as f32,
+            epsilon: config.positive(epsilon_fields)?.map_or(arch.epsilon, |epsilon| epsilon as f32),
             qk_norm: qk_norm(arch, config)?,
             parallel,
             shared_norm,
             layers: layers::read(arch, config, hidden, ropes.len())?,
             ropes,
             attention_scale: scales.attention,
-            attention_softcap: config.positive(&["attn_logit_softcapping"])?.map(|cap| cap as f32),
-            logit_softcap: config.positive(&["final_logit_softcapping"])?.map(|cap| cap as f32),
+            attention_softcap: softcap(config, "attn_logit_softcapping", arch.attention_softcap)?,
+            logit_softcap: softcap(config, "final_logit_softcapping", arch.logit_softcap)?,
             embedding_scale: scales.embedding,
             residual_scale: scales.residual,
             logit_scale: scales.logit,
@@ -183,6 +200,11 @@ impl ModelSpec {
             tied: config.flag("tie_word_embeddings")?.unwrap_or(arch.tied),
             eos_token_ids: config.token_ids("eos_token_id")?,
             bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
+            biases: Biases {
+                qkv: bias(config, arch.qkv_bias)?,
+                output: bias(config, arch.output_bias)?,
+                mlp: bias(config, arch.mlp_bias)?,
+            },
         })
     }
 
@@ -194,6 +216,39 @@ impl ModelSpec {
     /// The length beyond which a sequence must be computed anew with long-context frequencies, if the model has such.
     pub fn context_switch(&self) -> Option<usize> {
         self.ropes.iter().filter_map(RopeSpec::context_switch).min()
+    }
+}
+
+/// Fields that change the computation in ways no row has: better refused than ignored.
+fn refuse_other_computations(
+    arch: &Arch,
+    config: &Config,
+    every_head_has_keys: bool,
+) -> Result<(), ModelError> {
+    for field in ["use_bidirectional_attention", "add_cross_attention"] {
+        if config.flag(field)? == Some(true) {
+            return Err(ModelError::config(field, true, "false: only causal language models are computed"));
+        }
+    }
+    if arch.qkv_per_head && !every_head_has_keys {
+        let expected = "as many as num_attention_heads in this family";
+        return Err(ModelError::config("num_key_value_heads", "another number", expected));
+    }
+    Ok(())
+}
+
+fn softcap(config: &Config, field: &str, silent: Option<f32>) -> Result<Option<f32>, ModelError> {
+    match config.contains(field) {
+        true => Ok(config.positive(&[field])?.map(|cap| cap as f32)),
+        false => Ok(silent),
+    }
+}
+
+fn bias(config: &Config, rule: Bias) -> Result<bool, ModelError> {
+    match rule {
+        Bias::Never => Ok(false),
+        Bias::Always => Ok(true),
+        Bias::Flag(field, silent) => Ok(config.flag(field)?.unwrap_or(silent)),
     }
 }
 
@@ -244,10 +299,10 @@ impl Scales {
                 Scale::SqrtHidden => (hidden as f64).sqrt(),
                 Scale::Field(name) => field(name)?,
                 Scale::Inverse(name) => 1.0 / field(name)?,
-                Scale::InverseSqrt(name) => match config.positive(&[name])? {
-                    Some(value) => value.sqrt().recip(),
-                    None => default,
-                },
+                Scale::InverseSqrt(name, silent) => {
+                    config.positive(&[name])?.unwrap_or(f64::from(silent)).sqrt().recip()
+                }
+                Scale::FieldOr(name, silent) => config.positive(&[name])?.unwrap_or(f64::from(silent)),
             } as f32)
         };
         let usual = (head_dim as f64).sqrt().recip();
@@ -307,7 +362,10 @@ fn ropes(
         let fraction = inner(&["partial_rotary_factor"])?
             .or(config.positive(&["partial_rotary_factor", "rotary_pct", "rope_pct"])?)
             .unwrap_or(f64::from(arch.rotary_fraction));
-        let rotary_dim = (head_dim as f64 * fraction) as usize;
+        let rotary_dim = match config.count(&["rotary_dim"], head_dim)? {
+            Some(rotary_dim) => rotary_dim,
+            None => (head_dim as f64 * fraction) as usize,
+        };
         if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
             let expected = format!("a fraction which makes an even number of {head_dim} dimensions");
             return Err(ModelError::config("partial_rotary_factor", fraction, expected));
@@ -329,11 +387,12 @@ fn ropes(
         && (parameters.contains("full_attention") || parameters.contains("sliding_attention"))
     {
         let full = read(parameters.object("full_attention")?.as_ref(), None)?;
-        let sliding = read(parameters.object("sliding_attention")?.as_ref(), None)?;
+        let local = arch.local_theta.map(f64::from);
+        let sliding = read(parameters.object("sliding_attention")?.as_ref(), local)?;
         return Ok(vec![full, sliding]);
     }
     let global = read(parameters.as_ref(), None)?;
-    match config.positive(&["rope_local_base_freq"])? {
+    match config.positive(&["rope_local_base_freq"])?.or(arch.local_theta.map(f64::from)) {
         Some(theta) => Ok(vec![global, read(None, Some(theta))?]),
         None => Ok(vec![global]),
     }

@@ -4,6 +4,8 @@
 //! per head (GPT-NeoX), rows reordered by llama.cpp's converter and stacked experts are all the same: a choice of rows.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashSet;
 
 use infer_formats::TensorType;
 use infer_kernels::{Format, PackedMatrix, Pool, dequantize};
@@ -11,7 +13,6 @@ use infer_kernels::{Format, PackedMatrix, Pool, dequantize};
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
-use crate::spec::FeedForward;
 use crate::step::{Role, WeightKey};
 use crate::{ModelError, ModelSpec};
 
@@ -65,16 +66,60 @@ pub(crate) fn format_of(tensor: Tensor<'_>) -> Result<Format, ModelError> {
     })
 }
 
+/// Ends of names of tensors that old checkpoints store although they follow from the configuration.
+const DERIVED: &[&str] = &[
+    "rotary_emb.inv_freq",
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.bias",
+    "attention.masked_bias",
+    "attn_rot_embd.weight",
+];
+
 /// Reads a checkpoint's weights by role.
 pub(crate) struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
-    spec: &'a ModelSpec,
-    names: &'static Names,
+    pub checkpoint: &'a Checkpoint,
+    /// Names of the tensors that some role asked for and found.
+    read: RefCell<HashSet<String>>,
+    pub spec: &'a ModelSpec,
+    pub names: &'static Names,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint) -> Self {
-        Self { checkpoint, spec: &checkpoint.spec, names: checkpoint.names }
+        let read = RefCell::default();
+        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names }
+    }
+
+    /// Looks a tensor up, and remembers that it was.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'a>> {
+        let found = self.checkpoint.tensor(name)?;
+        self.read.borrow_mut().insert(name.to_owned());
+        Some(found)
+    }
+
+    /// After everything was loaded: a tensor of a layer that nobody read is a part of the model that would be left out.
+    ///
+    /// # Errors
+    /// Names the first such tensor.
+    pub fn check_all_read(&self) -> Result<(), ModelError> {
+        let read = self.read.borrow();
+        let (before, _) = self.names.layer.split_once("{}").unwrap_or((self.names.layer, ""));
+        let of_a_layer = |name: &str| {
+            let layer =
+                name.strip_prefix(before).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            layer.is_some_and(|layer| layer < self.spec.layers.len())
+        };
+        let unread = |name: &&str| {
+            of_a_layer(name) && !read.contains(*name) && !DERIVED.iter().any(|suffix| name.ends_with(suffix))
+        };
+        match self.checkpoint.tensors().map(|info| info.name.as_str()).filter(unread).min() {
+            None => Ok(()),
+            Some(name) => Err(ModelError::UnknownTensor {
+                name: name.to_owned(),
+                architecture: self.spec.architecture().to_owned(),
+            }),
+        }
     }
 
     /// May two matrices be multiplied as one? They must be stored in one format.
@@ -117,7 +162,7 @@ impl<'a> Loader<'a> {
     /// A norm.
     pub fn vector(&self, key: &VectorKey) -> Result<Vector, ModelError> {
         let name = self.name(&key.key)?;
-        let mut weight = match self.checkpoint.tensor(&format!("{name}.weight")) {
+        let mut weight = match self.tensor(&format!("{name}.weight")) {
             Some(tensor) => values(tensor)?,
             None => self.weights_per_head(&name, key.heads)?,
         };
@@ -132,8 +177,12 @@ impl<'a> Loader<'a> {
         if self.spec.arch.norm_unit_offset && !self.checkpoint.is_gguf() {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
-        let bias = match self.checkpoint.tensor(&format!("{name}.bias")) {
+        let of_heads = matches!(key.key.role, Role::QueryNorm | Role::KeyNorm);
+        let bias = match self.tensor(&format!("{name}.bias")) {
             Some(tensor) => Some(values(tensor)?),
+            None if self.spec.arch.norm_bias && !of_heads => {
+                return Err(ModelError::MissingTensor { name: format!("{name}.bias") });
+            }
             None => None,
         };
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != weight.len()) {
@@ -151,7 +200,7 @@ impl<'a> Loader<'a> {
     pub fn table(&self, role: Role, rows: usize) -> Result<Table<'a>, ModelError> {
         let key = WeightKey { role, layer: None, expert: None };
         let name = format!("{}.weight", self.name(&key)?);
-        let tensor = self.checkpoint.tensor(&name).ok_or(ModelError::MissingTensor { name })?;
+        let tensor = self.tensor(&name).ok_or(ModelError::MissingTensor { name })?;
         self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))
     }
 
@@ -169,97 +218,37 @@ impl<'a> Loader<'a> {
             }
         };
         let chosen = self.permuted(key.role, part.rows(rows));
-        let bias = match self.checkpoint.tensor(&format!("{}.bias", part.name)) {
-            Some(bias) if key.role != Role::Router => {
-                let all = values(bias)?;
-                let pick = |row: &usize| all.get(*row).copied();
-                let picked: Option<Vec<f32>> = chosen.iter().map(pick).collect();
-                Some(picked.ok_or_else(|| ModelError::Shape {
-                    name: bias.info.name.clone(),
-                    found: bias.info.shape.clone(),
-                    expected: format!("{total} values"),
-                })?)
-            }
-            _ => None,
-        };
+        if let Some(row) = chosen.iter().find(|row| **row >= total) {
+            let (name, found) = (tensor.info.name.clone(), tensor.info.shape.clone());
+            return Err(ModelError::Shape { name, found, expected: format!("more than {row} rows") });
+        }
+        let bias = self.bias(key, &part.name, total)?.map(|all| chosen.iter().map(|row| all[*row]).collect());
         Ok(Source { table, rows: chosen, bias })
     }
 
-    /// The tensor that holds a weight, and which part of it the weight is: a tensor of its own, or part of a fused one.
-    fn find(&self, key: &WeightKey, rows: usize) -> Result<(Tensor<'a>, Part), ModelError> {
-        let key = match key.role {
-            Role::Head if self.spec.tied => WeightKey { role: Role::Embedding, ..*key },
-            _ => *key,
+    /// The bias beside a weight; there must be one exactly if the configuration says so. (GGUF metadata do not say.)
+    fn bias(&self, key: &WeightKey, name: &str, total: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        let biases = self.spec.biases;
+        let wanted = match key.role {
+            Role::Query | Role::Key | Role::Value => biases.qkv,
+            Role::Output => biases.output,
+            Role::Gate | Role::Up | Role::Down => biases.mlp,
+            _ => false,
         };
-        let fused = self.fused(&key, rows);
-        let own = self.name(&key).ok().map(|name| Part { name, total: rows, ..Part::default() });
-        // "up" of a gated network may be the name of gate and up together, so the fused meaning is tried first.
-        let candidates = match key.role {
-            Role::Up => [fused, own],
-            _ => [own, fused],
+        let name = format!("{name}.bias");
+        let found = match wanted || self.checkpoint.is_gguf() {
+            true => self.tensor(&name),
+            false => None, // if there is one, check_all_read refuses it
         };
-        let mut tried = Vec::new();
-        for part in candidates.into_iter().flatten() {
-            let name = format!("{}.weight", part.name);
-            match self.checkpoint.tensor(&name) {
-                Some(tensor) => return Ok((tensor, part)),
-                None => tried.push(name),
-            }
+        let Some(tensor) = found else {
+            let missing = wanted && !self.checkpoint.is_gguf();
+            return if missing { Err(ModelError::MissingTensor { name }) } else { Ok(None) };
+        };
+        if tensor.info.shape[..] != [total] {
+            let (found, expected) = (tensor.info.shape.clone(), format!("{total} values"));
+            return Err(ModelError::Shape { name, found, expected });
         }
-        Err(ModelError::MissingTensor { name: tried.join("` or `") })
-    }
-
-    /// The part of a fused or stacked tensor that a weight is, if this naming has one.
-    fn fused(&self, key: &WeightKey, rows: usize) -> Option<Part> {
-        let (names, spec) = (self.names, self.spec);
-        let layer = self.layer_prefix(key);
-        let part = |name: &str, total: usize, first: usize| {
-            (!name.is_empty()).then(|| Part { name: format!("{layer}{name}"), total, first, block: None })
-        };
-        let (queries, keys, dim) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.head_dim);
-        let qkv = |index: usize, first: usize| {
-            let whole = part(names.fused_qkv, queries + 2 * keys, first)?;
-            match spec.arch.qkv_per_head && !self.checkpoint.is_gguf() {
-                true => Some(Part { first: index * dim, block: Some((dim, 3 * dim)), ..whole }),
-                false => Some(whole),
-            }
-        };
-        let gate_up = |first: usize| {
-            let gate = format!("{layer}{}.weight", names.gate);
-            let fused = spec.arch.gated && self.checkpoint.tensor(&gate).is_none();
-            if fused { part(names.fused_gate_up, 2 * rows, first) } else { None }
-        };
-        let experts = match key.layer.and_then(|layer| spec.layers.get(layer)).map(|layer| layer.feed_forward)
-        {
-            Some(FeedForward::Experts { count, .. }) => count,
-            _ => 1,
-        };
-        let stacked = |name: &str| part(name, experts * rows, key.expert.unwrap_or(0) * rows);
-        match key.role {
-            Role::Query => qkv(0, 0),
-            Role::Key => qkv(1, queries),
-            Role::Value => qkv(2, queries + keys),
-            Role::Gate => gate_up(0),
-            Role::Up => gate_up(rows),
-            Role::ExpertGate => stacked(names.stacked_gate),
-            Role::ExpertUp => stacked(names.stacked_up),
-            Role::ExpertDown => stacked(names.stacked_down),
-            _ => None,
-        }
-    }
-
-    /// Undoes the row order that llama.cpp's converter gives Q and K: pairs side by side instead of halves.
-    fn permuted(&self, role: Role, rows: Vec<usize>) -> Vec<usize> {
-        let affected = self.checkpoint.is_gguf() && self.spec.arch.gguf_permuted;
-        if !affected || !matches!(role, Role::Query | Role::Key) {
-            return rows;
-        }
-        let (dim, half) = (self.spec.head_dim, self.spec.head_dim / 2);
-        let moved = |row: usize| {
-            let (head, at) = (row / dim, row % dim);
-            head * dim + 2 * (at % half) + at / half
-        };
-        (0..rows.len()).map(|row| rows[moved(row)]).collect()
+        values(tensor).map(Some)
     }
 
     fn table_of(
@@ -294,72 +283,9 @@ impl<'a> Loader<'a> {
         for head in 0..heads {
             let own = format!("{name}.norms.{head}.weight");
             let missing = || ModelError::MissingTensor { name: format!("{name}.weight") };
-            all.extend(values(self.checkpoint.tensor(&own).ok_or_else(missing)?)?);
+            all.extend(values(self.tensor(&own).ok_or_else(missing)?)?);
         }
         Ok(all)
-    }
-
-    fn layer_prefix(&self, key: &WeightKey) -> String {
-        key.layer.map(|layer| self.names.layer.replace("{}", &layer.to_string())).unwrap_or_default()
-    }
-
-    fn name(&self, key: &WeightKey) -> Result<String, ModelError> {
-        let names = self.names;
-        let own = match key.role {
-            Role::Embedding => names.embedding,
-            Role::Position => names.position,
-            Role::FinalNorm => names.final_norm,
-            Role::Head => names.head,
-            Role::AttentionNorm => names.attention_norm,
-            Role::AttentionPostNorm => names.attention_post_norm,
-            Role::FeedForwardNorm => names.feed_forward_norm,
-            Role::FeedForwardPostNorm => names.feed_forward_post_norm,
-            Role::Query => names.query,
-            Role::Key => names.key,
-            Role::Value => names.value,
-            Role::Output => names.output,
-            Role::QueryNorm => names.query_norm,
-            Role::KeyNorm => names.key_norm,
-            Role::Gate => names.gate,
-            Role::Up => names.up,
-            Role::Down => names.down,
-            Role::Router => names.router,
-            Role::ExpertGate => names.expert_gate,
-            Role::ExpertUp => names.expert_up,
-            Role::ExpertDown => names.expert_down,
-            Role::SharedGate => names.shared_gate,
-            Role::SharedUp => names.shared_up,
-            Role::SharedDown => names.shared_down,
-            Role::SharedRouter => names.shared_router,
-        };
-        if own.is_empty() {
-            return Err(ModelError::MissingTensor { name: format!("{key} (this family has none)") });
-        }
-        let own = key.expert.map_or(own.to_owned(), |expert| own.replace("{}", &expert.to_string()));
-        Ok(format!("{}{own}", self.layer_prefix(key)))
-    }
-}
-
-/// Which rows of a tensor a weight is.
-#[derive(Default)]
-struct Part {
-    name: String,
-    /// Rows of the whole tensor.
-    total: usize,
-    /// First row.
-    first: usize,
-    /// (rows taken, rows from one block to the next), for tensors grouped per head.
-    block: Option<(usize, usize)>,
-}
-
-impl Part {
-    fn rows(&self, count: usize) -> Vec<usize> {
-        match self.block {
-            None => (self.first..self.first + count).collect(),
-            Some((taken, step)) => {
-                (0..count).map(|row| self.first + row / taken * step + row % taken).collect()
-            }
-        }
     }
 }
 

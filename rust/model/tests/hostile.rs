@@ -62,6 +62,10 @@ fn configurations_that_cannot_be_right_name_the_field() {
     ] {
         refused(with_config(|config| config[field] = wrong), &[field]);
     }
+    for field in ["use_bidirectional_attention", "add_cross_attention"] {
+        refused(with_config(|config| config[field] = json!(true)), &[field]);
+    }
+    refused(with_config(|config| config["layer_types"] = json!(["chunked_attention"])), &["layer_types"]);
     let gptq = json!({"quant_method": "gptq", "bits": 4});
     refused(
         with_config(|config| config["quantization_config"] = gptq),
@@ -88,6 +92,40 @@ fn tensors_that_do_not_fit_the_configuration_name_the_tensor() {
     refused(with_config(|config| config["num_hidden_layers"] = json!(40)), &["model.layers.", "no tensor"]);
     refused(with_config(|config| config["vocab_size"] = json!(1 << 20)), &["shape", "rows"]);
     refused(with_config(|config| config["hidden_size"] = json!(1 << 19)), &["shape"]);
+}
+
+/// The configuration and the tensors must tell the same story: nothing is left out, nothing is taken for zero.
+#[test]
+fn biases_and_norms_that_one_side_does_not_know_are_refused() {
+    refused(with_config(|config| config["attention_bias"] = json!(true)), &["q_proj.bias", "no tensor"]);
+    refused(with_config(|config| config["mlp_bias"] = json!(true)), &["_proj.bias", "no tensor"]);
+    refused(with_config(|config| config["architectures"] = json!(["Qwen2ForCausalLM"])), &["q_proj.bias"]);
+    let biased = golden_folder().join("llama_bias");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::copy(biased.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
+    let text = std::fs::read_to_string(biased.join("config.json")).expect("readable");
+    let text = text.replace("\"attention_bias\": true", "\"attention_bias\": false");
+    std::fs::write(folder.path().join("config.json"), text).expect("written");
+    refused(CpuModel::load(folder.path(), &exact(1)), &["self_attn.", "bias", "LlamaForCausalLM"]);
+    let extra = golden_folder().join("qwen3");
+    std::fs::copy(extra.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
+    let text = std::fs::read_to_string(extra.join("config.json")).expect("readable");
+    std::fs::write(folder.path().join("config.json"), text.replace("Qwen3ForCausalLM", "LlamaForCausalLM"))
+        .expect("written");
+    refused(CpuModel::load(folder.path(), &exact(1)), &["k_norm", "LlamaForCausalLM"]);
+}
+
+/// GPT-NeoX's fused tensor has rows for every head's keys, whatever `num_key_value_heads` says.
+#[test]
+fn a_fused_tensor_of_another_layout_is_refused() {
+    let source = golden_folder().join("gpt_neox");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::copy(source.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(source.join("config.json")).expect("readable")).expect("JSON");
+    config["num_key_value_heads"] = json!(1);
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    refused(CpuModel::load(folder.path(), &exact(1)), &["num_key_value_heads"]);
 }
 
 #[test]

@@ -35,6 +35,27 @@ fn chunks_and_threads_change_no_bit() {
     }
 }
 
+/// Integer weights times rounded activations, in the formats that have integer kernels.
+#[test]
+fn chunks_and_threads_change_no_bit_of_quantized_models() {
+    for file in
+        ["llama/model.q8_0.gguf", "llama/model.q4_0.gguf", "qwen2/model.q8_0.gguf", "qwen2/model.q4_0.gguf"]
+    {
+        let path = golden_folder().join(file);
+        let text = Expected::read(file.split('/').next().expect("a case")).token_ids;
+        let auto = |threads| options(threads, Precision::Auto, KvElement::F16);
+        let mut one = CpuModel::load(&path, &auto(1)).expect("loads");
+        let reference = bits(&logits(&mut one, &text, text.len(), false));
+        for threads in [1, 2, 3] {
+            let mut model = CpuModel::load(&path, &auto(threads)).expect("loads");
+            for chunk in [1, 2, 7, 16, 33, text.len()] {
+                let found = bits(&logits(&mut model, &text, chunk, false));
+                assert_eq!(found, reference, "{file}: {threads} threads, chunks of {chunk}");
+            }
+        }
+    }
+}
+
 #[test]
 fn neighbours_change_no_bit() {
     for (precision, kv) in [(Precision::Exact, KvElement::F32), (Precision::Auto, KvElement::F16)] {
