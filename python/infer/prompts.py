@@ -20,6 +20,7 @@ PromptInput: TypeAlias = "str | TokenIds | Mapping[str, Any]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 _KEYS = {"prompt", "prompt_token_ids"}
+_PROMPT = "a prompt is a string, a list of token ids, or a dictionary with prompt_token_ids (or prompt)"
 _Item = TypeVar("_Item")
 
 
@@ -43,21 +44,20 @@ def prompts(value: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
     """
     if isinstance(value, (str, Mapping)) or _is_token_ids(value):
         return [_prompt(value, "prompts")]
-    return [_prompt(item, f"prompts[{number}]") for number, item in enumerate(_sequence(value, "prompts"))]
+    return [_prompt(item, f"prompts[{number}]") for number, item in enumerate(_sequence(value, "prompts", _PROMPT))]
 
 
 def conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
     """Read one conversation (a list of messages) or a list of conversations."""
     items = _sequence(messages, "messages")
     many = bool(items) and not isinstance(items[0], Mapping)
-    found: list[Messages] = [_sequence(item, "messages") for item in items] if many else [items]
-    for number, conversation in enumerate(found):
+    given: list[Messages] = [_sequence(item, "messages") for item in items] if many else [items]
+    found: list[Messages] = []
+    for number, conversation in enumerate(given):
         where = f"messages[{number}]" if many else "messages"
         if not conversation:
             raise InferError(f"{where}: a conversation needs at least one message")
-        for place, message in enumerate(conversation):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise InferError(f"{where}[{place}]: a message is a dictionary with 'role' and 'content', got {message!r:.80}")
+        found.append([_message(message, f"{where}[{place}]") for place, message in enumerate(conversation)])
     return found
 
 
@@ -89,6 +89,28 @@ def template_options(
     }
 
 
+def _message(message: Any, where: str) -> Mapping[str, Any]:
+    """Check one message; content in parts becomes one string, as templates take it."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InferError(f"{where}: a message is a dictionary with 'role' and 'content', got {message!r:.80}")
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return message
+    if not isinstance(content, (list, tuple)):
+        found = type(content).__name__ if "content" in message else "none"
+        raise InferError(f"{where}['content']: a string or a list of text parts is needed, got {found}")
+    return {**message, "content": "\n".join(_part(part, f"{where}['content'][{place}]") for place, part in enumerate(content))}
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise InferError(f"{where}: only parts of type 'text' are read, got {kind!r}")
+    if not isinstance(part.get("text"), str):
+        raise InferError(f"{where}['text']: a string is needed, got {type(part.get('text')).__name__}")
+    return str(part["text"])
+
+
 def _prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, str):
         return Prompt(value, None)
@@ -101,11 +123,11 @@ def _prompt(value: Any, where: str) -> Prompt:
         if text is not None and not isinstance(text, str):
             raise InferError(f"{where}['prompt']: a string is needed, got {type(text).__name__}")
         return Prompt(text, None if token_ids is None else _token_ids(token_ids, f"{where}['prompt_token_ids']"))
-    return Prompt(None, _token_ids(value, where))
+    return Prompt(None, _token_ids(value, where, _PROMPT))
 
 
-def _token_ids(value: Any, where: str) -> list[int]:
-    items = _sequence(value, where)
+def _token_ids(value: Any, where: str, wanted: str = "a list is needed") -> list[int]:
+    items = _sequence(value, where, wanted)
     for place, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, Integral):
             raise InferError(f"{where}[{place}]: a token id is an integer, got {item!r:.40}")
@@ -116,12 +138,12 @@ def _is_token_ids(value: Any) -> bool:
     """Tell token ids from a list of prompts by the first element; an empty list is an empty list of prompts."""
     if getattr(value, "ndim", None) == 1:  # numpy, torch
         return True
-    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Integral)
+    return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0 and isinstance(value[0], Integral)
 
 
-def _sequence(value: Any, where: str) -> Sequence[Any]:
+def _sequence(value: Any, where: str, wanted: str = "a list is needed") -> Sequence[Any]:
     if hasattr(value, "tolist"):  # numpy, torch: Python integers from here on
         value = value.tolist()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        raise InferError(f"{where}: a list is needed, got {type(value).__name__}")
+        raise InferError(f"{where}: {wanted}, got {type(value).__name__}")
     return value

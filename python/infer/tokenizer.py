@@ -115,5 +115,9 @@ class Tokenizer:
         """The model's own Jinja template."""
         return self._core.chat_template
 
+    def __repr__(self) -> str:
+        template = "a" if self.chat_template else "no"
+        return f"Tokenizer({self.vocabulary_size} tokens, {template} chat template)"
+
     def __len__(self) -> int:
         return self._core.vocabulary_size

@@ -152,3 +152,21 @@ def test_the_models_own_advice_is_the_default(tmp_path: Path, bare_folder: Path)
 def test_advice_that_is_no_advice(tmp_path: Path, bare_folder: Path, text: str) -> None:
     with pytest.raises(InferError, match="generation_config"):
         advised(tmp_path, bare_folder, text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"), [(3, "int"), (b"abc", "bytes"), (["a", 3], "int"), ([1.5], "float"), ([["a"]], "'a'")]
+)
+def test_prompts_of_a_wrong_type(llm: LLM, prompt: Any, found: str) -> None:
+    with pytest.raises(InferError, match=f"prompts.* got {found}"):
+        llm.generate(prompt)
+
+
+def test_threads_have_a_limit() -> None:
+    with pytest.raises(InferError, match="threads must be at most 1024, got 1025"):
+        LLM(threads=1025)
+
+
+def test_prompt_logprobs_of_one_token_only_when_asked(llm: LLM) -> None:
+    assert llm.generate([[5]], SamplingParams(max_tokens=1))[0].prompt_logprobs is None
+    assert llm.generate([[5]], SamplingParams(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs == [None]

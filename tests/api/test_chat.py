@@ -81,3 +81,31 @@ def test_tokenizer_facade(llm: LLM) -> None:
     assert len(llm.tokenizer) == llm.tokenizer.vocabulary_size == llm.info.vocabulary_size == 8192
     assert llm.tokenizer.id_to_token(0) == "<|endoftext|>"
     assert llm.tokenizer.token_to_id("no such token") is None
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user"}, r"messages\[0\]\['content'\].*got none"),
+        ({"role": "user", "content": None}, "got NoneType"),
+        ({"role": "user", "content": 3}, "got int"),
+        ({"role": "user", "content": ["a"]}, r"\['content'\]\[0\]: only parts of type 'text' are read, got 'str'"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "got 'image_url'"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\['text'\]: a string is needed, got int"),
+    ],
+)
+def test_content_that_is_no_text(llm: LLM, message: Any, words: str) -> None:
+    with pytest.raises(InferError, match=words):
+        llm.chat([message], PARAMS)
+
+
+def test_content_in_text_parts_is_joined(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "Hello!"}, {"type": "text", "text": "And then?"}]
+    (output,) = llm.chat([{"role": "user", "content": parts}], PARAMS)
+    assert output.prompt == llm.chat([{"role": "user", "content": "Hello!\nAnd then?"}], PARAMS)[0].prompt
+
+
+def test_a_message_of_tool_calls_needs_no_content(llm: LLM) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    output = llm.chat([MESSAGES[0], call], PARAMS, chat_template="{{ messages[1].tool_calls[0].function.name }}")[0]
+    assert output.prompt == "f"

@@ -31,3 +31,11 @@ def test_table_without_a_tokenizer_and_with_a_batch(infer_cli: Cli, bare_folder:
     assert "prefill" in done.stdout
     assert "decode" in done.stdout
     assert "tokens/s" in done.stdout
+
+
+def test_lengths_fit_the_model(infer_cli: Cli, bare_folder: Path) -> None:
+    report = json.loads(infer_cli("bench", "--repeat", "1", "--batch", "600", "--json", "--model", str(bare_folder)).stdout)
+    assert (report["prompt_tokens"], report["generate_tokens"]) == (127, 127)
+    done = infer_cli("bench", "--prompt-tokens", "128", "--model", str(bare_folder))
+    assert done.returncode == 1
+    assert "--prompt-tokens must be at most 127" in done.stderr

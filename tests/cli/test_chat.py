@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from infer import LLM, SamplingParams
+from infer.cli.chat import Conversation
 
 if TYPE_CHECKING:
     import subprocess
@@ -67,7 +68,7 @@ def test_commands(infer_cli: Cli, llm: LLM, tmp_path: Path) -> None:
         "not read",
     ]
     done = infer_cli("chat", *GREEDY, stdin="\n".join(lines) + "\n")
-    assert done.returncode == 0
+    assert done.returncode == 1, "one line was no command"
     first = answer(llm, ("system", "Speak plainly."), ("user", "Hello!"))
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
@@ -164,3 +165,30 @@ def test_an_answer_can_be_sampled(infer_cli: Cli) -> None:
     assert one == two
     assert one.strip()
     assert SamplingParams().max_tokens == 16, "the default that -n replaces"
+
+
+def test_a_model_without_a_tokenizer_is_refused_at_once(infer_cli: Cli, bare_folder: Path) -> None:
+    done = infer_cli("chat", "--model", str(bare_folder), stdin="Hello!\nAnd then?\n")
+    assert done.returncode == 1
+    assert done.stderr.count("no tokenizer") == 1
+
+
+def test_a_script_learns_of_a_failed_line(infer_cli: Cli) -> None:
+    done = infer_cli("chat", *GREEDY, "--json", stdin="/no-such-command\n/params topp=1\n/help\nHello!\n")
+    assert done.returncode == 1
+    assert "did you mean 'top_p'?" in done.stderr
+    assert "/regenerate" in done.stderr
+    assert json.loads(done.stdout)["role"] == "assistant"
+
+
+def test_a_failed_answer_leaves_the_conversation_as_it_was(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = Conversation(llm, SamplingParams(temperature=0, max_tokens=4), None, as_json=False)
+    talk.take("Hello!")
+    before = list(talk.messages)
+    assert len(before) == 2
+    talk.take("a b " * 3000)
+    assert "/clear or /undo" in capsys.readouterr().err
+    talk.messages[0]["content"] = "a b " * 3000
+    talk.take("/regenerate")
+    assert talk.messages == before
+    assert talk.failed

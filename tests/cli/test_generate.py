@@ -10,6 +10,7 @@ from infer import SamplingParams
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
+    from pathlib import Path
 
     from infer import LLM
 
@@ -51,3 +52,16 @@ def test_stop_ends_the_text(infer_cli: Cli) -> None:
     done = infer_cli("generate", "The king", "-n", "200", "--temperature", "0", "--stop", " the", "--stop", ",", "--no-echo")
     assert " the" not in done.stdout
     assert "," not in done.stdout
+
+
+def test_standard_input_ends_without_its_newline(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "-", "-n", "4", "--temperature", "0", "--json", stdin="The king\n")
+    assert json.loads(done.stdout)["prompt"] == "The king"
+
+
+def test_a_prompt_that_is_refused_is_not_printed(infer_cli: Cli, bare_folder: Path) -> None:
+    done = infer_cli("generate", "a b " * 3000)
+    assert (done.returncode, done.stdout) == (1, "")
+    done = infer_cli("generate", "Once", "--model", str(bare_folder))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no tokenizer" in done.stderr

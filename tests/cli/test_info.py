@@ -28,3 +28,12 @@ def test_json_for_programs(infer_cli: Cli, bare_folder: Path) -> None:
 
 def test_the_template_alone(infer_cli: Cli) -> None:
     assert infer_cli("info", "--template").stdout.rstrip("\n") == (model_info().chat_template or "").rstrip("\n")
+
+
+def test_a_long_path_stays_in_one_piece_and_units_fit(infer_cli: Cli, bare_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.symlink_to(bare_folder)
+    shown = infer_cli("info", str(folder)).stdout
+    assert str(folder) in shown
+    assert "23,712 (23.7 thousand)" in shown
+    assert "47,424 (46.3 KiB)" in shown

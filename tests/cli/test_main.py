@@ -47,7 +47,8 @@ def test_the_script_and_the_module_are_one_command() -> None:
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--param", "top_p"], "is no NAME=VALUE"),
         (["generate", "x", "--param", "top_p=7"], "top_p"),
-        (["generate", "x", "--param", "no_such_field=7"], "no_such_field"),
+        (["generate", "x", "--param", "topp=1"], "did you mean 'top_p'?"),
+        (["generate", "x", "--param", "no_such_field=7"], "'no_such_field' is no sampling parameter; known: "),
         (["chat", "--param", "n=2"], "n: 2"),
         (["generate", "x", "--dtype", "int3"], "dtype"),
         (["generate", ""], "no tokens"),
@@ -91,3 +92,4 @@ def test_interrupted_and_cut_off(tmp_path: Path) -> None:
         running.wait(timeout=20)
         assert "Traceback" not in said
         assert "Exception ignored" not in said
+        assert running.returncode == 141, "as SIGPIPE would end it"

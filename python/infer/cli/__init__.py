@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from infer import InferError, __version__
 from infer.cli.common import complain
@@ -15,8 +17,20 @@ __all__ = ["app", "main"]
 
 COMMANDS = ("generate", "chat", "info", "bench")
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. A reader that has gone (`infer generate ... | head`) ends it as SIGPIPE would, not as a mistake."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+            sys.exit(141)
+
+
 app = typer.Typer(
     name="infer",
+    cls=_Commands,
     help="Run large language models on this machine. Without --model, a small one that comes with the package is used.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,6 +65,3 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `infer generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
-        sys.exit(141)

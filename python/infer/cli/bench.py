@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infer import LLM, SamplingParams, __version__, system_info
+from infer import LLM, InferError, SamplingParams, __version__, system_info
 from infer.cli.common import DtypeOption, JsonOption, ModelOption, ThreadsOption, print_json
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def bench(
     model: ModelOption = None,
     threads: ThreadsOption = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 512,
-    generate_tokens: Annotated[int, typer.Option(min=2, help="Length of each completion.")] = 128,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Length of each prompt; 512 or what fits.")] = None,
+    generate_tokens: Annotated[int | None, typer.Option(min=2, help="Length of each completion; 128 or what fits.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
     dtype: DtypeOption = "auto",
@@ -40,10 +40,13 @@ def bench(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=batch,
+        max_num_batched_tokens=max(512, batch),
         enable_prefix_caching=False,
     ) as llm:
-        prefill = _repeat(repeat, lambda: _prefill(llm, prompt_tokens, batch))
-        decode = _repeat(repeat, lambda: _decode(llm, generate_tokens, batch))
+        prompt_length = _length(llm, "--prompt-tokens", prompt_tokens, 512)
+        completion_length = _length(llm, "--generate-tokens", generate_tokens, 128)
+        prefill = _repeat(repeat, lambda: _prefill(llm, prompt_length, batch))
+        decode = _repeat(repeat, lambda: _decode(llm, completion_length, batch))
         report = {
             "infer": __version__,
             "model": llm.info.path,
@@ -55,8 +58,8 @@ def bench(
             "threads": llm.threads,
             "dtype": dtype,
             "kv_cache_dtype": kv_cache_dtype,
-            "prompt_tokens": prompt_tokens,
-            "generate_tokens": generate_tokens,
+            "prompt_tokens": prompt_length,
+            "generate_tokens": completion_length,
             "batch": batch,
             "repeat": repeat,
             "prefill_tokens_per_second": statistics.median(prefill),
@@ -68,6 +71,16 @@ def bench(
         print_json(report)
     else:
         _table(report)
+
+
+def _length(llm: LLM, option: str, asked: int | None, usual: int) -> int:
+    """Return how long prompts or completions are; one more token is the first answer, or the prompt of a completion."""
+    room = llm.max_model_len - 1
+    if asked is None:
+        return min(usual, room)
+    if asked > room:
+        raise InferError(f"{option} must be at most {room} for a model of {llm.max_model_len} tokens, got {asked}")
+    return asked
 
 
 def _repeat(times: int, run: Callable[[], float]) -> list[float]:

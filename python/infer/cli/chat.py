@@ -31,6 +31,7 @@ from infer.cli.common import (
     changed,
     complain,
     metrics_json,
+    need_tokenizer,
     parameter,
     sampling,
     say,
@@ -58,6 +59,7 @@ def chat(
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     with LLM(model, threads=threads, dtype=dtype, max_model_len=max_model_len) as llm:
+        need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         conversation = Conversation(llm, params, system, as_json=as_json)
         say(f"{llm.info.path} ({llm.info.architecture}, {llm.info.quantization}). /help lists the commands.")
@@ -65,6 +67,8 @@ def chat(
             while (line := _read("> ")) is not None:
                 if not conversation.take(line):
                     break
+        if conversation.failed and not sys.stdin.isatty():
+            raise typer.Exit(1)
 
 
 class Conversation:
@@ -74,6 +78,7 @@ class Conversation:
         self.llm = llm
         self.params = _single(params)
         self.as_json = as_json
+        self.failed = False
         self.messages: list[dict[str, str]] = []
         if system:
             self.system(system)
@@ -94,25 +99,22 @@ class Conversation:
                 raise InferError(f"/{name} is no command; /help lists them")
             command(self, rest.strip())
         except InferError as error:
+            self.failed = True
             complain(str(error))
         return True
 
     def ask(self, question: str) -> None:
         """Add a question and answer it; a question that cannot be answered is taken back."""
-        self.messages.append({"role": "user", "content": question})
-        try:
-            self._answer()
-        except InferError:
-            self.messages.pop()
-            raise
+        self._answer([*self.messages, {"role": "user", "content": question}])
 
     def regenerate(self, _: str) -> None:
         """answer the last question once more"""
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
+        messages = self.messages
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1]["role"] != "user":
             raise InferError("/regenerate: there is no question yet")
-        self._answer()
+        self._answer(messages)
 
     def undo(self, _: str) -> None:
         """forget the last question and its answer"""
@@ -133,7 +135,7 @@ class Conversation:
     def history(self, _: str) -> None:
         """show the conversation"""
         for message in self.messages:
-            print(f"{message['role']}: {message['content']}")
+            self._tell(f"{message['role']}: {message['content']}")
 
     def save(self, name: str) -> None:
         """FILE: write the conversation as JSON"""
@@ -162,19 +164,23 @@ class Conversation:
         """[NAME=VALUE ...]: show or change how answers are sampled, such as /params temperature=0.2 top_p=0.9"""
         if text:
             self.params = _single(changed(self.params, dict(parameter(word) for word in text.split())))
-        print(self.params)
+        self._tell(str(self.params))
 
     def help(self, _: str) -> None:
         """show this list"""
         for name, command in COMMANDS.items():
-            print(f"  /{name:<11} {command.__doc__}")
-        print("  /exit        leave (so does Ctrl-D)")
-        print('  """          begin and end a question of several lines')
+            self._tell(f"  /{name:<11} {command.__doc__}")
+        self._tell("  /exit        leave (so does Ctrl-D)")
+        self._tell('  """          begin and end a question of several lines')
 
-    def _answer(self) -> None:
-        """Print the answer as it comes and keep it, also what Ctrl-C left of it."""
+    def _tell(self, text: str) -> None:
+        """Print what a command shows; a program that reads JSON finds nothing but answers on stdout."""
+        print(text, file=sys.stderr if self.as_json else sys.stdout)
+
+    def _answer(self, messages: list[dict[str, str]]) -> None:
+        """Print the answer to `messages` as it comes and keep both, also what Ctrl-C left of the answer."""
         pieces: list[StreamOutput] = []
-        stream = self.llm.stream_chat(self.messages, self.params)
+        stream = self.llm.stream_chat(messages, self.params)
         try:
             for piece in stream:
                 pieces.append(piece)
@@ -183,12 +189,15 @@ class Conversation:
                     sys.stdout.flush()
         except KeyboardInterrupt:
             say("\n(stopped)")
+        except InferError as error:
+            if len(messages) > 1 and "max_model_len" in str(error):
+                raise InferError(f"{error}; /clear or /undo makes the conversation shorter") from error
+            raise
         finally:
             stream.close()
         if not pieces:  # stopped before the first word: as if it had not been asked
-            self.messages.pop()
             return
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
         self._conclude(pieces[-1])
 
     def _conclude(self, last: StreamOutput) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from dataclasses import asdict
@@ -63,10 +64,27 @@ def sampling(
 
 def changed(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
     """Change some fields by their names, as users write them."""
+    known = _fields(params)
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ";"
+            raise InferError(f"--param: {name!r} is no sampling parameter{meant} known: {', '.join(known)}")
     try:
         return params.replace(**changes)
-    except TypeError as error:  # no such field, or a value of another type
+    except TypeError as error:  # a value of another type
         raise InferError(f"sampling parameters: {error}") from error
+
+
+def _fields(params: SamplingParams) -> list[str]:
+    kind = type(params)
+    return sorted(name for name in dir(kind) if not name.startswith("_") and not callable(getattr(kind, name)))
+
+
+def need_tokenizer(llm: LLM) -> None:
+    """Refuse a model whose input and output are token ids only."""
+    if not llm.info.has_tokenizer:
+        raise InferError("this model has no tokenizer: the command line needs one; in Python, LLM.generate takes token ids")
 
 
 def parameter(text: str) -> tuple[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infer import LLM
+from infer import LLM, InferError
 from infer.cli.common import (
     ContextOption,
     DtypeOption,
@@ -20,6 +20,7 @@ from infer.cli.common import (
     TemperatureOption,
     ThreadsOption,
     metrics_json,
+    need_tokenizer,
     print_json,
     sampling,
     say,
@@ -27,7 +28,7 @@ from infer.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from infer import RequestOutput, SamplingParams
+    from infer import RequestOutput, SamplingParams, StreamOutput
 
 
 def generate(
@@ -45,8 +46,9 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Complete a prompt and print the text as it comes."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     with LLM(model, threads=threads, dtype=dtype, max_model_len=max_model_len) as llm:
+        need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         if as_json:
             print_json(_document(llm, text, llm.generate(text, params)[0]))
@@ -58,15 +60,36 @@ def generate(
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> None:
+    pieces = llm.stream(prompt, params)
+    last: StreamOutput | None = next(pieces, None)  # what is wrong shows here, on a line of its own
     sys.stdout.write(prompt if echo else "")
-    metrics = None
-    for piece in llm.stream(prompt, params):
-        sys.stdout.write(piece)
+    try:
+        if last is not None:
+            _show(last)
+        for last in pieces:
+            _show(last)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
         sys.stdout.flush()
-        metrics = piece.metrics
+        raise
     sys.stdout.write("\n")
-    if metrics is not None:
-        say(speed(metrics))
+    sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's end
+    if last is not None and last.metrics is not None:
+        say(speed(last.metrics))
+
+
+def _show(piece: StreamOutput) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _standard_input() -> str:
+    """Read all of it; the newline that ends a file is no part of the prompt."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InferError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _document(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -36,18 +37,27 @@ def _table(fields: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name.replace("_", " "), _shown(name, value))
-    Console(highlight=False, markup=False).print(table)
+    # A program that reads this wants a long path in one piece.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _shown(name: str, value: Any) -> str:
     if name == "chat_template":
         return f"{len(value)} characters (--template prints it)" if value else "none"
     if name == "parameters":
-        return f"{value:,} ({value / 1e6:,.1f} million)"
+        return f"{value:,} ({_scaled(value, 1000, ('', ' thousand', ' million', ' billion'))})"
     if name.endswith("_bytes"):
-        return f"{value:,} ({value / 2**20:,.1f} MiB)"
+        return f"{value:,} ({_scaled(value, 1024, (' B', ' KiB', ' MiB', ' GiB'))})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:,.1f}{unit}"
+        value /= base
+    return f"{value:,.1f}{units[-1]}"

@@ -21,7 +21,10 @@ use crate::request::Request;
 use crate::tokenizer::{TextModel, Tokenizer, encode};
 use crate::wait::{interruptible, wait_until};
 
-const CLOSED: &str = "this engine is closed";
+const CLOSED: &str = "this LLM is closed";
+
+/// More than any machine has cores; each thread costs a stack.
+const MAX_THREADS: usize = 1024;
 
 /// The driver until it is closed.
 type DriverSlot = Mutex<Option<Arc<Driver>>>;
@@ -68,7 +71,7 @@ impl Engine {
                 path: path.get("path", "a path")?,
                 precision,
                 kv_element: kv_element(&kv_cache_dtype, precision)?,
-                threads: threads.map_or(Ok(default_threads()), |threads| threads.positive("threads"))?,
+                threads: threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
                 max_num_seqs: max_num_seqs.positive("max_num_seqs")?,
                 max_num_batched_tokens: max_num_batched_tokens.positive("max_num_batched_tokens")?,
@@ -291,6 +294,14 @@ impl Drop for Engine {
             driver.close();
         }
     }
+}
+
+fn thread_count(threads: Arg<Int>) -> PyResult<usize> {
+    let count = threads.positive("threads")?;
+    if count > MAX_THREADS {
+        return Err(refusal(format!("threads must be at most {MAX_THREADS}, got {count}")));
+    }
+    Ok(count)
 }
 
 fn lock(slot: &DriverSlot) -> std::sync::MutexGuard<'_, Option<Arc<Driver>>> {

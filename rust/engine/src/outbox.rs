@@ -41,7 +41,8 @@ struct State {
     ended: Vec<bool>,
     /// Updates carry log-probabilities.
     logprobs: bool,
-    prompt_logprobs: Vec<Vec<TokenLogprob>>,
+    /// Log-probabilities of the prompt; none when not asked for.
+    prompt_logprobs: Option<Vec<Vec<TokenLogprob>>>,
     logits: Option<Vec<f32>>,
     metrics: RequestMetrics,
     error: Option<String>,
@@ -72,7 +73,7 @@ impl State {
                 update.text.push_str(&text);
                 update.finish = Some(finish);
             }
-            EventKind::PromptLogprobs(rows) => self.prompt_logprobs.extend(rows),
+            EventKind::PromptLogprobs(rows) => self.prompt_logprobs.get_or_insert_default().extend(rows),
             EventKind::Logits(rows) => self.logits = Some(rows),
             EventKind::Done { error } => (self.done, self.error) = (true, error),
         }
@@ -91,12 +92,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Outbox {
     pub fn new(kind: &RequestKind, final_only: bool, waker: Option<Waker>) -> Self {
-        let (completions, logprobs) = match kind {
-            RequestKind::Generate(params) => (params.n as usize, params.logprobs.is_some()),
-            RequestKind::Logits => (0, false),
-        };
-        let (updates, ended) = (vec![None; completions], vec![false; completions]);
-        let state = State { updates, ended, logprobs, ..State::default() };
+        let mut state = State::default();
+        if let RequestKind::Generate(params) = kind {
+            let completions = params.n as usize;
+            (state.updates, state.ended) = (vec![None; completions], vec![false; completions]);
+            state.logprobs = params.logprobs.is_some();
+            state.prompt_logprobs = params.prompt_logprobs.map(|_| Vec::new());
+        }
         Self { state: Mutex::new(state), changed: Condvar::new(), waker, final_only }
     }
 
@@ -223,11 +225,11 @@ impl RequestHandle {
         lock(&self.outbox.state).metrics
     }
 
-    /// Log-probabilities of the prompt's tokens from the second on, once all are there.
+    /// Log-probabilities of the prompt's tokens from the second on, if asked for and once all are there.
     #[must_use]
     pub fn prompt_logprobs(&self) -> Option<Vec<Vec<TokenLogprob>>> {
         let state = lock(&self.outbox.state);
-        (state.prompt_logprobs.len() + 1 == self.prompt.len()).then(|| state.prompt_logprobs.clone())
+        state.prompt_logprobs.as_ref().filter(|rows| rows.len() + 1 == self.prompt.len()).cloned()
     }
 
     /// Ends the request with [`FinishReason::Abort`]; harmless when it has ended.
@@ -244,5 +246,25 @@ impl RequestHandle {
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         self.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::SamplingParams;
+
+    fn rows(prompt: &[u32], asked: Option<u32>) -> Option<usize> {
+        let params = SamplingParams { prompt_logprobs: asked, ..SamplingParams::default() };
+        let outbox = Outbox::new(&RequestKind::Generate(Box::new(params)), false, None);
+        let handle = RequestHandle::new(1, prompt.into(), Arc::new(outbox), Weak::new());
+        handle.prompt_logprobs().map(|rows| rows.len())
+    }
+
+    #[test]
+    fn a_prompt_of_one_token_has_prompt_logprobs_only_when_asked() {
+        assert_eq!(rows(&[7], None), None);
+        assert_eq!(rows(&[7], Some(0)), Some(0));
+        assert_eq!(rows(&[7, 8], Some(0)), None, "not all are there yet");
     }
 }
