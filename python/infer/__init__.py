@@ -9,15 +9,17 @@
 neither numpy nor any library that the work at hand does not need.
 """
 
-from infer._core import InferError, ModelInfo, SamplingParams, __version__, system_info
+from infer._core import InferError, ModelInfo, QueueFullError, SamplingParams, __version__, system_info
 from infer.info import model_info
 from infer.llm import LLM
 from infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
+from infer.serving import RequestOptions
 from infer.tokenizer import Tokenizer
 
 __all__ = [
     "LLM",
     "SamplingParams",
+    "RequestOptions",
     "RequestOutput",
     "CompletionOutput",
     "StreamOutput",
@@ -28,5 +30,6 @@ __all__ = [
     "model_info",
     "system_info",
     "InferError",
+    "QueueFullError",
     "__version__",
 ]

@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "InferError",
     "ModelInfo",
+    "QueueFullError",
     "ReadyQueue",
     "Request",
     "RequestMetrics",
@@ -32,6 +33,9 @@ _TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 class InferError(Exception):
     """A request, a model file or an engine state that cannot be served; the message says what would be right."""
+
+class QueueFullError(InferError):
+    """As many requests wait as `max_waiting` allows; one may be submitted again when another has started."""
 
 @final
 class SamplingParams:
@@ -167,6 +171,14 @@ class RequestMetrics:
     def generated_tokens(self) -> int:
         """Over all ``n`` completions."""
 
+    @property
+    def restored_tokens(self) -> int: ...
+    @property
+    def drafted_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
+    def decode_steps(self) -> int: ...
     @property
     def preemptions(self) -> int:
         """How often a completion gave up its pages and was computed again."""
@@ -317,6 +329,11 @@ class Engine:
         kv_cache_memory_bytes: int | None = None,
         seed: int = 0,
         mmap: bool = True,
+        max_waiting: int | None = None,
+        priority_patience: float = 10.0,
+        speculation: tuple[str, int, int, int, str | PathLike[str] | None] | None = None,
+        kv_offload: tuple[str | PathLike[str], int] | None = None,
+        kv_events: bool = False,
     ) -> Engine: ...
     @property
     def info(self) -> ModelInfo: ...
@@ -345,6 +362,10 @@ class Engine:
         final_only: bool = False,
         ready: ReadyQueue | None = None,
         ready_key: int = 0,
+        priority: int = 0,
+        user: str | None = None,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
         """Queue a prompt (text, or token ids of any integer sequence); returns at once.
 
@@ -355,8 +376,23 @@ class Engine:
     def logits(self, token_ids: _TokenIds) -> NDArray[np.float32]:
         """Next-token logits after every prefix of ``token_ids``: (tokens, vocabulary)."""
 
-    def metrics(self) -> dict[str, float]:
-        """Counters since the start and gauges now: requests, tokens, steps, pages, prefix-cache hits."""
+    def wait_for_room(self, timeout: float | None = None) -> bool:
+        """Wait until a request may be submitted, or the engine is closed; False after ``timeout`` seconds."""
+
+    def save_session(self, path: str | PathLike[str], token_ids: _TokenIds, cache_salt: str | None = None) -> int:
+        """Write the cached keys and values of a prompt's beginning to one file; how many tokens it holds."""
+
+    def load_session(self, path: str | PathLike[str], cache_salt: str | None = None) -> tuple[list[int], int]:
+        """Put a session's keys and values into the cache; its token ids, and how many of them are cached now."""
+
+    def take_kv_events(self) -> tuple[list[tuple[str, list[int], list[int] | None, list[int] | None]], int]:
+        """Changes of the prefix cache since the last call, and how many were dropped because nobody took them."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start, gauges now and distributions."""
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait for those that live; False after ``timeout`` seconds."""
 
     def close(self) -> None:
         """Abort what runs, join the thread, free weights and cache; harmless when repeated."""

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeAlias
 
-from infer._core import InferError, ReadyQueue
+from infer._core import InferError, QueueFullError, ReadyQueue
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from infer._core import Request, Update
 
     Submit: TypeAlias = "Callable[[ReadyQueue, int], Request]"  # queue and key under which it is reported
+    Room: TypeAlias = "Callable[[], bool] | None"  # waits until a request may be submitted
     News: TypeAlias = "tuple[int, Request, list[Update]]"  # which of the submitted ones, itself, what is new
 
 __all__ = ["Dispatcher", "wait_all"]
 
 
-def wait_all(submits: list[Submit]) -> Generator[News, None, None]:
+def wait_all(submits: list[Submit], room: Room = None) -> Generator[News, None, None]:
     """Submit everything, then yield news as they come until all have finished.
+
+    With `room`, a full queue is waited for instead of raising.
 
     Leaving early, by an exception (Ctrl-C too) or by closing the iterator, cancels what still runs.
     """
@@ -35,7 +38,7 @@ def wait_all(submits: list[Submit]) -> Generator[News, None, None]:
     requests: list[Request] = []
     try:
         for key, submit in enumerate(submits):
-            requests.append(submit(queue, key))
+            requests.append(_submit(submit, room, queue, key))
         inboxes = [_Inbox(request) for request in requests]
         running = len(inboxes)
         while running:
@@ -47,6 +50,16 @@ def wait_all(submits: list[Submit]) -> Generator[News, None, None]:
     finally:
         for request in requests:
             request.cancel()
+
+
+def _submit(submit: Submit, room: Room, queue: ReadyQueue, key: int) -> Request:
+    while True:
+        try:
+            return submit(queue, key)
+        except QueueFullError:
+            if room is None:
+                raise
+        room()
 
 
 class _Inbox:
@@ -103,7 +116,7 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="infer-events", daemon=True)
         self._thread.start()
 
-    async def wait_all(self, submits: list[Submit]) -> AsyncGenerator[News, None]:
+    async def wait_all(self, submits: list[Submit], room: Room = None) -> AsyncGenerator[News, None]:
         """Do as the function of this name does, without blocking the loop."""
         import asyncio
 
@@ -114,7 +127,7 @@ class Dispatcher:
         try:
             for submit, key in zip(submits, keys, strict=True):
                 # Tokenizing a long prompt takes milliseconds, which belong to the other tasks of this loop.
-                requests.append(await asyncio.to_thread(submit, self._queue, key))
+                requests.append(await asyncio.to_thread(_submit, submit, room, self._queue, key))
             inboxes = [_Inbox(request) for request in requests]
             running = len(inboxes)
             while running:

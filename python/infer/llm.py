@@ -1,47 +1,42 @@
 """`LLM`: a loaded model and everything one does with it.
 
-Every call is a thin shell around the same three steps: read the prompts, submit them to the core, put the updates together.
-The blocking calls and their async twins differ only in how they wait (`events.py`), so they cannot drift apart in meaning.
+What calls have in common is in `calls.py`, what concerns cached keys and values in `sessions.py`.
 Generated tokens come out of the core's own thread; nothing here runs per token unless the caller streams.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from contextlib import aclosing
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from infer import defaults, hub
-from infer._core import Engine, InferError, SamplingParams
-from infer.events import Dispatcher, wait_all
-from infer.outputs import Gather
-from infer.progress import progress
-from infer.prompts import Prompt, conversations, pair, prompts, template_options
+from infer._core import Engine, InferError
+from infer.calls import Calls
+from infer.prompts import template_options
+from infer.serving import speculation
+from infer.sessions import Sessions
 from infer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
     from types import TracebackType
+    from typing import Unpack
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from infer import _core
-    from infer._core import ModelInfo, ReadyQueue, Request
-    from infer.events import Submit
+    from infer._core import ModelInfo, SamplingParams
+    from infer.events import Dispatcher
     from infer.outputs import RequestOutput, StreamOutput
     from infer.progress import Progress
     from infer.prompts import Messages, PromptInput, TokenIds
-
-    Work: TypeAlias = list[tuple[Prompt, SamplingParams]]
+    from infer.serving import RequestOptions
 
 __all__ = ["LLM"]
 
 
-class LLM:
+class LLM(Sessions, Calls):
     """A large language model, ready to generate. Any number of threads and tasks may use one at once.
 
     Parameters
@@ -72,6 +67,22 @@ class LLM:
         For requests that bring no seed of their own.
     mmap
         Map weight files instead of reading them.
+    max_waiting
+        How many requests may wait for their first step; None is any number.
+    when_full
+        What a call does when as many wait: "error" raises `QueueFullError` at once, "wait" waits (or awaits) its turn.
+    priority_patience
+        Seconds after which a priority class that nobody was served from gets a turn before all others.
+    speculative_config
+        Guess tokens ahead and verify them together; what is generated stays the same, token for token.
+        `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}` guesses what followed
+        the last tokens before; `{"method": "draft_model", "model": ..., "num_speculative_tokens": 4}` asks a smaller model
+        of the same vocabulary.
+    kv_offload_dir, kv_offload_max_bytes
+        A folder, and how much it may hold: cached keys and values that memory has no room for go there and come back, also
+        in a later process.
+    kv_events
+        Keep a journal of what the prefix cache holds; see `kv_events`.
     revision, token, cache_dir, local_files_only
         For hub ids only: branch, tag or commit; access token; where downloads are kept; never use the network.
 
@@ -104,13 +115,24 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         seed: int = 0,
         mmap: bool = True,
+        max_waiting: int | None = None,
+        when_full: str = "error",
+        priority_patience: float = 10.0,
+        speculative_config: Mapping[str, Any] | None = None,
+        kv_offload_dir: str | os.PathLike[str] | None = None,
+        kv_offload_max_bytes: int = 8 << 30,
+        kv_events: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
         _check_device(device)
-        path = hub.resolve(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        if when_full not in ("error", "wait"):
+            raise InferError(f'when_full must be "error" or "wait", got {when_full!r}')
+        self._waits = when_full == "wait"
+        hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        path = hub.resolve(model, revision=revision, **hub_options)
         self._defaults = defaults.read(path)
         self._engine = Engine(
             path,
@@ -124,6 +146,11 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             seed=seed,
             mmap=mmap,
+            max_waiting=max_waiting,
+            priority_patience=priority_patience,
+            speculation=speculation(speculative_config, **hub_options),
+            kv_offload=None if kv_offload_dir is None else (kv_offload_dir, kv_offload_max_bytes),
+            kv_events=kv_events,
         )
         self._names = self._engine.tokenizer
         self._lock = threading.Lock()
@@ -137,6 +164,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: Progress = None,
+        **options: Unpack[RequestOptions],
     ) -> list[RequestOutput]:
         """Complete prompts, all of them at once.
 
@@ -149,13 +177,15 @@ class LLM:
         use_tqdm
             Whether to show a progress bar; None shows one on a terminal when the work takes longer than a second. A callable
             is used in the place of `tqdm.tqdm`.
+        **options
+            `priority`, `user`, `timeout`, `cache_salt`: see `RequestOptions`; every call that generates takes them.
 
         Returns
         -------
         list of RequestOutput
             One for each prompt, in their order.
         """
-        return self._run(self._prompts(prompts, sampling_params), use_tqdm)
+        return self._run(self._prompts(prompts, sampling_params, options), use_tqdm)
 
     def chat(
         self,
@@ -167,6 +197,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        **options: Unpack[RequestOptions],
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, through the model's chat template.
 
@@ -180,18 +211,19 @@ class LLM:
             As for `Tokenizer.apply_chat_template`.
         """
         template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._run(self._conversations(messages, sampling_params, template), use_tqdm)
+        return self._run(self._conversations(messages, sampling_params, template, options), use_tqdm)
 
     def stream(
         self,
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generator[StreamOutput, None, None]:
         """Yield pieces of text as they are generated; arguments as for `generate`.
 
         Leaving the loop, or closing the iterator, cancels the request.
         """
-        return self._stream(self._prompts(prompts, sampling_params))
+        return self._stream(self._prompts(prompts, sampling_params, options))
 
     def stream_chat(
         self,
@@ -202,10 +234,11 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        **options: Unpack[RequestOptions],
     ) -> Generator[StreamOutput, None, None]:
         """Yield pieces of an answer as they are generated; arguments as for `chat`."""
         template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._stream(self._conversations(messages, sampling_params, template))
+        return self._stream(self._conversations(messages, sampling_params, template, options))
 
     # ---- the same, awaited
 
@@ -213,9 +246,10 @@ class LLM:
         self,
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[RequestOutput]:
         """Do as `generate` does, without blocking the event loop. Cancelling the task cancels the requests."""
-        return await self._arun(self._prompts(prompts, sampling_params))
+        return await self._arun(self._prompts(prompts, sampling_params, options))
 
     async def achat(
         self,
@@ -226,18 +260,20 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        **options: Unpack[RequestOptions],
     ) -> list[RequestOutput]:
         """Do as `chat` does, without blocking the event loop."""
         template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return await self._arun(self._conversations(messages, sampling_params, template))
+        return await self._arun(self._conversations(messages, sampling_params, template, options))
 
     def astream(
         self,
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[StreamOutput, None]:
         """Do as `stream` does, for `async for`."""
-        return self._astream(self._prompts(prompts, sampling_params))
+        return self._astream(self._prompts(prompts, sampling_params, options))
 
     def astream_chat(
         self,
@@ -248,10 +284,11 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[StreamOutput, None]:
         """Do as `stream_chat` does, for `async for`."""
         template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._astream(self._conversations(messages, sampling_params, template))
+        return self._astream(self._conversations(messages, sampling_params, template, options))
 
     # ---- everything else
 
@@ -260,10 +297,6 @@ class LLM:
         if isinstance(token_ids, str):
             token_ids = self.tokenizer.encode(token_ids)
         return self._engine.logits(token_ids)
-
-    def default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """Return what the model's authors advise (its `generation_config.json`), with some fields changed."""
-        return SamplingParams(**{**self._defaults, **changes})
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -285,12 +318,27 @@ class LLM:
         """Longest prompt and completion together, in tokens."""
         return self._engine.max_model_len
 
-    def metrics(self) -> dict[str, float]:
-        """Return counters since the start and gauges now: requests, tokens, steps, pages, prefix-cache hits."""
+    def metrics(self) -> dict[str, Any]:
+        """Return counters since the start and gauges now: requests, tokens, steps, pages, prefix-cache hits, drafts.
+
+        `histograms` maps names to `{"bounds", "counts", "sum", "count"}`: counts per bucket (upper ends in `bounds`, one more
+        bucket is open), of `queue_time`, `time_to_first_token`, `inter_token_latency`, `total_time`, `step_time` in seconds
+        and of `prompt_tokens`, `generated_tokens`, `step_tokens`. With `kv_offload_dir`, `offload` says what the folder holds and did.
+        """
         return self._engine.metrics()
 
-    def close(self) -> None:
-        """Abort what runs and give the memory back. Harmless when repeated; every other call then raises `InferError`."""
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
+        """Abort what runs and give the memory back. Harmless when repeated; every other call then raises `InferError`.
+
+        Parameters
+        ----------
+        drain
+            Refuse new requests, but let those that were accepted end first.
+        timeout
+            Seconds to wait for that; what then still runs is aborted. None waits for all.
+        """
+        if drain:
+            self._engine.drain(timeout)
         self._engine.close()
         with self._lock:
             dispatcher = self._dispatcher
@@ -307,77 +355,6 @@ class LLM:
         info = self.info
         state = ", closed" if self._engine.closed else ""
         return f"LLM({info.path!r}, {info.architecture}, {info.quantization}, {self.threads} threads{state})"
-
-    # ---- the shell
-
-    def _tokenizer(self) -> _core.Tokenizer:
-        if self._names is None:
-            raise InferError(f"tokenizer: {self.info.path} has none; give token ids instead of text")
-        return self._names
-
-    def _prompts(self, value: Any, params: Any) -> Work:
-        return pair(prompts(value), params, self.default_sampling_params)
-
-    def _conversations(self, messages: Any, params: Any, template: dict[str, Any]) -> Work:
-        found = pair(conversations(messages), params, self.default_sampling_params)
-        names = self._tokenizer()
-        # The template writes the special tokens itself.
-        return [
-            (Prompt(names.apply_chat_template(conversation, **template), None, add_special_tokens=False), one)
-            for conversation, one in found
-        ]
-
-    def _submits(self, work: Work, *, final_only: bool) -> list[Submit]:
-        def submit(prompt: Prompt, params: SamplingParams, queue: ReadyQueue, key: int) -> Request:
-            return self._engine.submit(
-                prompt.text or "" if prompt.token_ids is None else prompt.token_ids,
-                params,
-                add_special_tokens=prompt.add_special_tokens,
-                final_only=final_only,
-                ready=queue,
-                ready_key=key,
-            )
-
-        return [partial(submit, prompt, params) for prompt, params in work]
-
-    def _gather(self, work: Work) -> Gather:
-        return Gather([(prompt.text, params.n) for prompt, params in work], self._names)
-
-    def _run(self, work: Work, use_tqdm: Progress) -> list[RequestOutput]:
-        gather = self._gather(work)
-        with progress(use_tqdm, len(work)) as advance:
-            for news in wait_all(self._submits(work, final_only=True)):
-                if (done := gather.add(news)) is not None:
-                    advance(done)
-        return gather.results()
-
-    async def _arun(self, work: Work) -> list[RequestOutput]:
-        gather = self._gather(work)
-        async with aclosing(self._events().wait_all(self._submits(work, final_only=True))) as arriving:
-            async for news in arriving:
-                gather.add(news)
-        return gather.results()
-
-    def _stream(self, work: Work) -> Generator[StreamOutput, None, None]:
-        gather = self._gather(work)
-        for news in wait_all(self._submits(work, final_only=False)):
-            yield from gather.pieces(news)
-
-    async def _astream(self, work: Work) -> AsyncGenerator[StreamOutput, None]:
-        gather = self._gather(work)
-        async with aclosing(self._events().wait_all(self._submits(work, final_only=False))) as arriving:
-            async for news in arriving:
-                for piece in gather.pieces(news):
-                    yield piece
-
-    def _events(self) -> Dispatcher:
-        with self._lock:
-            if self._dispatcher is None:
-                if self._engine.closed:
-                    raise InferError("this LLM is closed")
-                self._dispatcher = Dispatcher()
-                weakref.finalize(self, self._dispatcher.stop)  # also before the interpreter ends
-            return self._dispatcher
 
 
 def _check_device(device: str) -> None:

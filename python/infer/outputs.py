@@ -56,6 +56,12 @@ class RequestMetrics:
         Over all `n` completions.
     preemptions
         How often a completion gave up its memory and was computed again.
+    restored_tokens
+        Prompt tokens among `cached_tokens` that came back from `kv_offload_dir`.
+    drafted_tokens, accepted_tokens
+        Tokens that were guessed ahead and verified, and those of them that were right.
+    decode_steps
+        Steps in which a completion chose tokens: `generated_tokens / decode_steps` is what speculation gains.
     """
 
     queue_time: float | None
@@ -66,6 +72,10 @@ class RequestMetrics:
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    restored_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_steps: int = 0
 
     @classmethod
     def of(cls, request: _core.Request) -> RequestMetrics:
@@ -91,7 +101,7 @@ class CompletionOutput:
     logprobs
         Per generated token: token id -> `Logprob`, the chosen token first. None unless asked for.
     finish_reason
-        "stop", "length" or "abort".
+        "stop", "length", "timeout" or "abort".
     stop_reason
         The stop string or stop token id that ended it; None for the end-of-sequence token.
     """

@@ -4,17 +4,73 @@ use infer_engine as core;
 use infer_model::{Batch, BatchSequence, CpuModel};
 use infer_text::Detokenizer;
 
-/// A model on the CPU.
+/// A model on the CPU, and perhaps a smaller one that guesses for it. Pages of the same number hold the same tokens in both.
 pub struct CpuDevice {
     pub model: CpuModel,
+    pub draft: Option<CpuModel>,
 }
 
 impl core::Device for CpuDevice {
     fn forward(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        let sequences: Vec<_> = batch.sequences.iter().map(borrow).collect();
-        let batch = Batch { tokens: &batch.tokens, sequences: &sequences, logit_rows: &batch.logit_rows };
-        self.model.forward(&batch, logits).map_err(|error| error.to_string())
+        for model in [Some(&mut self.model), self.draft.as_mut()].into_iter().flatten() {
+            for &(from, to) in &batch.copies {
+                model.copy_page(from, to).map_err(|error| error.to_string())?;
+            }
+        }
+        if let Some(draft) = &mut self.draft {
+            compute(draft, &not_drafted(batch), logits)?;
+        }
+        compute(&mut self.model, batch, logits)
     }
+
+    fn draft(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        let draft = self.draft.as_mut().ok_or("this engine has no draft model")?;
+        compute(draft, batch, logits)
+    }
+
+    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+        self.model.export_page(page, bytes).map_err(|error| error.to_string())?;
+        if let Some(draft) = &self.draft {
+            let mut more = Vec::new();
+            draft.export_page(page, &mut more).map_err(|error| error.to_string())?;
+            bytes.append(&mut more);
+        }
+        Ok(())
+    }
+
+    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+        let (own, more) = bytes.split_at(self.model.page_bytes().min(bytes.len()));
+        self.model.import_page(page, own).map_err(|error| error.to_string())?;
+        match &mut self.draft {
+            Some(draft) => draft.import_page(page, more).map_err(|error| error.to_string()),
+            None if more.is_empty() => Ok(()),
+            None => Err(format!("a page takes {} bytes, got {}", own.len(), bytes.len())),
+        }
+    }
+}
+
+fn compute(model: &mut CpuModel, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+    let sequences: Vec<_> = batch.sequences.iter().map(borrow).collect();
+    let batch = Batch { tokens: &batch.tokens, sequences: &sequences, logit_rows: &batch.logit_rows };
+    model.forward(&batch, logits).map_err(|error| error.to_string())
+}
+
+/// The rows that the draft model has not computed yet; none of their logits are wanted.
+fn not_drafted(batch: &core::Batch) -> core::Batch {
+    let mut rest = core::Batch::default();
+    for sequence in batch.sequences.iter().filter(|sequence| sequence.drafted < sequence.rows) {
+        let rows = sequence.rows - sequence.drafted;
+        let first = sequence.first_row + sequence.drafted;
+        rest.sequences.push(core::BatchSequence {
+            first_row: rest.tokens.len(),
+            rows,
+            first_position: sequence.first_position + sequence.drafted,
+            drafted: 0,
+            ..sequence.clone()
+        });
+        rest.tokens.extend_from_slice(&batch.tokens[first..first + rows]);
+    }
+    rest
 }
 
 fn borrow(sequence: &core::BatchSequence) -> BatchSequence<'_> {

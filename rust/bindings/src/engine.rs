@@ -2,29 +2,36 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use infer_engine::{Driver, EngineMetrics, RequestHandle, RequestKind, SubmitOptions, TextFactory};
+use infer_engine::{Driver, RequestKind, SubmitOptions, TextFactory};
+use infer_store::Store;
 use infer_text::Detokenizer;
-use numpy::{PyArray2, PyArrayMethods};
+use numpy::PyArray2;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
-use crate::error::{guarded, refusal};
+use crate::error::{engine_error, guarded, refusal};
 use crate::info::ModelInfo;
 use crate::load::{Loaded, Settings, default_threads, kv_element, load, precision};
+use crate::metrics::{KvEvent, engine_metrics, kv_event};
 use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
-use crate::request::Request;
+use crate::request::{Request, fill};
+use crate::settings::{
+    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_speculation, salt, seconds, thread_count,
+};
+use crate::tier::{read_session, write_session};
 use crate::tokenizer::{TextModel, Tokenizer, encode};
-use crate::wait::{interruptible, wait_until};
+use crate::wait::{deadline, interruptible, wait_until};
 
 const CLOSED: &str = "this LLM is closed";
 
-/// More than any machine has cores; each thread costs a stack.
-const MAX_THREADS: usize = 1024;
+/// How long closing waits for pages to be written.
+const LAST_WRITES: Duration = Duration::from_secs(10);
 
 /// The driver until it is closed.
 type DriverSlot = Mutex<Option<Arc<Driver>>>;
@@ -37,6 +44,9 @@ pub struct Engine {
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
     threads: usize,
+    store: Mutex<Option<Arc<Store>>>,
+    namespace: [u8; 32],
+    page_bytes: usize,
 }
 
 #[pymethods]
@@ -45,10 +55,12 @@ impl Engine {
     #[pyo3(signature = (
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(64),
         max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
-        kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true)
+        kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
+        max_waiting=None, priority_patience=Arg::of(10.0), speculation=None, kv_offload=None, kv_events=Arg::of(false)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
-        seed=0, mmap=True)")]
+        seed=0, mmap=True, max_waiting=None, priority_patience=10.0, speculation=None, \
+        kv_offload=None, kv_events=False)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -62,11 +74,17 @@ impl Engine {
         kv_cache_memory_bytes: Option<Arg<Int>>,
         seed: Arg<Int>,
         mmap: Arg<bool>,
+        max_waiting: Option<Arg<Int>>,
+        priority_patience: Arg<f64>,
+        speculation: Option<SpeculationArgs>,
+        kv_offload: Option<OffloadArgs>,
+        kv_events: Arg<bool>,
     ) -> PyResult<Self> {
         guarded(|| {
             let precision = precision(&dtype.get("dtype", "a string")?)?;
             let kv_cache_dtype = kv_cache_dtype.get("kv_cache_dtype", "a string")?;
             let memory = |bytes: Arg<Int>| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
+            let (speculation, draft) = speculation.map(read_speculation).transpose()?.unzip();
             let settings = Settings {
                 path: path.get("path", "a path")?,
                 precision,
@@ -79,6 +97,12 @@ impl Engine {
                 kv_cache_memory_bytes: kv_cache_memory_bytes.map(memory).transpose()?,
                 seed: seed.fit("seed", "from 0 to 2**64 - 1")?,
                 mmap: mmap.flag("mmap")?,
+                max_waiting: max_waiting.map(|count| count.positive("max_waiting")).transpose()?,
+                patience: seconds("priority_patience", priority_patience)?,
+                speculation,
+                draft: draft.flatten(),
+                offload: kv_offload.map(read_offload).transpose()?,
+                cache_events: kv_events.flag("kv_events")?,
             };
             let loaded = interruptible(py, "infer-load", move || load(&settings))?;
             Ok(Self::from_loaded(loaded))
@@ -134,7 +158,11 @@ impl Engine {
     }
 
     /// Queue a prompt; returns at once.
-    #[pyo3(signature = (prompt, params, *, add_special_tokens=true, final_only=false, ready=None, ready_key=0))]
+    #[pyo3(signature = (
+        prompt, params, *, add_special_tokens=true, final_only=false, ready=None, ready_key=0,
+        priority=Arg::int(0), user=None, timeout=None, cache_salt=None
+    ), text_signature = "($self, prompt, params, *, add_special_tokens=True, final_only=False, ready=None, ready_key=0, \
+        priority=0, user=None, timeout=None, cache_salt=None)")]
     fn submit(
         &self,
         py: Python<'_>,
@@ -144,17 +172,25 @@ impl Engine {
         final_only: bool,
         ready: Option<&ReadyQueue>,
         ready_key: u64,
+        priority: Arg<Int>,
+        user: Option<Arg<String>>,
+        timeout: Option<Arg<f64>>,
+        cache_salt: Option<Arg<String>>,
     ) -> PyResult<Request> {
         guarded(|| {
             let driver = self.driver()?;
+            let priority = priority.fit("priority", "an integer of 32 bits")?;
+            let user = user.map(|user| user.get("user", "None or a string")).transpose()?.map(Into::into);
+            let timeout = timeout.map(|timeout| seconds("timeout", timeout)).transpose()?;
+            let cache_salt = salt(cache_salt)?;
             let prompt = self.prompt(py, prompt, add_special_tokens)?;
             let waker = ready.map(|queue| queue.waker(ready_key)).transpose()?;
             // Reads the whole prompt, as the text goes on where the prompt ends.
             let text = py.detach(|| self.text_factory(params, &prompt))?;
             let kind = RequestKind::Generate(Box::new(params.inner.clone()));
-            let options = SubmitOptions { final_only, waker };
+            let options = SubmitOptions { final_only, waker, priority, user, timeout, cache_salt };
             let handle = py.detach(|| driver.submit(prompt.into(), kind, text, options));
-            handle.map(Request::new).map_err(refusal)
+            handle.map(Request::new).map_err(engine_error)
         })
     }
 
@@ -169,7 +205,7 @@ impl Engine {
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
             let rows = ids.len();
             let submit = || driver.submit(ids.into(), RequestKind::Logits, None, SubmitOptions::default());
-            let handle = py.detach(submit).map_err(refusal)?;
+            let handle = py.detach(submit).map_err(engine_error)?;
             // Through Python, which reports a lack of memory as an exception.
             let kwargs = PyDict::new(py);
             kwargs.set_item("dtype", "float32")?;
@@ -183,47 +219,83 @@ impl Engine {
         })
     }
 
-    /// Counters since the start and gauges now.
+    /// Wait until a request may be submitted, or the engine is closed; False after `timeout` seconds.
+    #[pyo3(signature = (timeout=None))]
+    fn wait_for_room(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        guarded(|| {
+            let driver = self.driver()?;
+            wait_until(py, deadline(timeout)?, |span| driver.wait_for_room(Some(span)))
+        })
+    }
+
+    /// Write the cached keys and values of a prompt's beginning to one file; how many tokens it holds.
+    #[pyo3(signature = (path, token_ids, cache_salt=None))]
+    fn save_session(
+        &self,
+        py: Python<'_>,
+        path: Arg<PathBuf>,
+        token_ids: &Bound<'_, PyAny>,
+        cache_salt: Option<Arg<String>>,
+    ) -> PyResult<usize> {
+        guarded(|| {
+            let driver = self.driver()?;
+            let path = path.get("path", "a path")?;
+            let ids = crate::convert::token_ids("token_ids", token_ids)?;
+            let (salt, namespace) = (salt(cache_salt)?, self.namespace);
+            interruptible(py, "infer-session", move || {
+                let pages = driver.export_session(&ids, salt).map_err(|error| error.to_string())?;
+                if pages.is_empty() {
+                    return Err("token_ids: nothing of this prompt is in the cache".to_owned());
+                }
+                write_session(&path, namespace, pages)
+            })
+        })
+    }
+
+    /// Put a session's keys and values into the cache; its token ids, and how many of them are cached now.
+    #[pyo3(signature = (path, cache_salt=None))]
+    fn load_session(
+        &self,
+        py: Python<'_>,
+        path: Arg<PathBuf>,
+        cache_salt: Option<Arg<String>>,
+    ) -> PyResult<(Vec<u32>, usize)> {
+        guarded(|| {
+            let driver = self.driver()?;
+            let path = path.get("path", "a path")?;
+            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
+            interruptible(py, "infer-session", move || {
+                let pages = read_session(&path, namespace, page_bytes)?;
+                let tokens = pages.iter().flat_map(|page| page.name.tokens.iter().copied()).collect();
+                let cached = driver.import_session(pages, salt).map_err(|error| error.to_string())?;
+                Ok((tokens, cached))
+            })
+        })
+    }
+
+    /// What became findable in the prefix cache and what is not any more since the last call, in order: ("stored", digest, parent,
+    /// token ids) and ("removed", digest, None, None); and how many events were dropped because nobody took them.
+    fn take_kv_events(&self) -> PyResult<(Vec<KvEvent>, u64)> {
+        guarded(|| {
+            let journal = self.driver()?.take_journal();
+            Ok((journal.cache_events.into_iter().map(kv_event).collect(), journal.dropped))
+        })
+    }
+
+    /// Counters since the start, gauges now and distributions.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(|| {
-            let EngineMetrics {
-                requests_submitted,
-                requests_finished,
-                requests_aborted,
-                requests_failed,
-                steps,
-                computed_tokens,
-                prompt_tokens,
-                cached_tokens,
-                generated_tokens,
-                preemptions,
-                running,
-                waiting,
-                pages_total,
-                pages_free,
-                pages_evictable,
-            } = self.driver()?.metrics();
-            let dict = PyDict::new(py);
-            for (name, value) in [
-                ("requests_submitted", requests_submitted),
-                ("requests_finished", requests_finished),
-                ("requests_aborted", requests_aborted),
-                ("requests_failed", requests_failed),
-                ("steps", steps),
-                ("computed_tokens", computed_tokens),
-                ("prompt_tokens", prompt_tokens),
-                ("cached_tokens", cached_tokens),
-                ("generated_tokens", generated_tokens),
-                ("preemptions", preemptions),
-                ("running", running),
-                ("waiting", waiting),
-                ("pages_total", pages_total),
-                ("pages_free", pages_free),
-                ("pages_evictable", pages_evictable),
-            ] {
-                dict.set_item(name, value)?;
-            }
-            Ok(dict)
+            let stats = lock_store(&self.store).as_ref().map(|store| store.stats());
+            engine_metrics(py, &self.driver()?.metrics(), stats)
+        })
+    }
+
+    /// Refuse new requests and wait for those that live; False after `timeout` seconds. `close` comes after.
+    #[pyo3(signature = (timeout=None))]
+    fn drain(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+        guarded(|| {
+            let Some(driver) = lock(self.driver.get()?).clone() else { return Ok(true) };
+            wait_until(py, deadline(timeout)?, |span| driver.drain(Some(span)))
         })
     }
 
@@ -231,10 +303,15 @@ impl Engine {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(|| match lock(self.driver.get()?).take() {
             // A step may be in flight, and Ctrl-C need not wait for it.
-            Some(driver) => interruptible(py, "infer-close", move || {
-                driver.close();
-                Ok(())
-            }),
+            Some(driver) => {
+                let store = lock_store(&self.store).take();
+                interruptible(py, "infer-close", move || {
+                    driver.close();
+                    // What the engine handed over last is still on its way to the disk.
+                    let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
+                    Ok(())
+                })
+            }
             None => Ok(()),
         })
     }
@@ -242,9 +319,10 @@ impl Engine {
 
 impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
-        let Loaded { driver, text, info, threads } = loaded;
+        let Loaded { driver, store, namespace, page_bytes, text, info, threads } = loaded;
         let config = driver.config().clone();
-        Self { driver: Owned::new(Mutex::new(Some(Arc::new(driver)))), config, text, info, threads }
+        let (driver, store) = (Owned::new(Mutex::new(Some(Arc::new(driver)))), Mutex::new(store));
+        Self { driver, config, text, info, threads, store, namespace, page_bytes }
     }
 
     fn driver(&self) -> PyResult<Arc<Driver>> {
@@ -296,32 +374,10 @@ impl Drop for Engine {
     }
 }
 
-fn thread_count(threads: Arg<Int>) -> PyResult<usize> {
-    let count = threads.positive("threads")?;
-    if count > MAX_THREADS {
-        return Err(refusal(format!("threads must be at most {MAX_THREADS}, got {count}")));
-    }
-    Ok(count)
+fn lock_store(store: &Mutex<Option<Arc<Store>>>) -> std::sync::MutexGuard<'_, Option<Arc<Store>>> {
+    store.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn lock(slot: &DriverSlot) -> std::sync::MutexGuard<'_, Option<Arc<Driver>>> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Copies chunks into `array` as they come.
-fn fill(py: Python<'_>, handle: &RequestHandle, array: &Bound<'_, PyArray2<f32>>) -> PyResult<()> {
-    let mut view = array.readwrite();
-    let values = view.as_slice_mut().map_err(refusal)?;
-    let mut filled = 0;
-    while !handle.is_finished() {
-        wait_until(py, None, |span| handle.wait(Some(span)))?;
-        if let Some(rows) = handle.take_logits() {
-            values[filled..filled + rows.len()].copy_from_slice(&rows);
-            filled += rows.len();
-        }
-    }
-    if filled == values.len() {
-        return Ok(());
-    }
-    Err(refusal(handle.error().unwrap_or_else(|| CLOSED.to_owned())))
 }

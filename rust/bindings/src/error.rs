@@ -4,6 +4,7 @@ use std::any::Any;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use infer_engine::EngineError;
 use pyo3::PyErr;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
@@ -14,6 +15,23 @@ pyo3::create_exception!(
     PyException,
     "A request, a model file or an engine state that cannot be served; the message says what would be right."
 );
+
+pyo3::create_exception!(
+    infer,
+    QueueFullError,
+    InferError,
+    "As many requests wait as `max_waiting` allows; the same call may succeed when one of them has started."
+);
+
+/// The engine's errors as exceptions.
+pub fn engine_error(error: EngineError) -> PyErr {
+    match error {
+        EngineError::Full(message) => QueueFullError::new_err(message),
+        EngineError::Config(message) | EngineError::Request(message) | EngineError::Closed(message) => {
+            refusal(message)
+        }
+    }
+}
 
 /// A refusal.
 pub fn refusal(message: impl Display) -> PyErr {

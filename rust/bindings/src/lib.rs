@@ -15,10 +15,13 @@ mod info;
 mod json;
 mod load;
 mod memory;
+mod metrics;
 mod owned;
 mod params;
 mod ready;
 mod request;
+mod settings;
+mod tier;
 mod tokenizer;
 mod vocabulary;
 mod wait;
@@ -33,7 +36,7 @@ mod _core {
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
-    use crate::error::InferError;
+    use crate::error::{InferError, QueueFullError};
     #[pymodule_export]
     use crate::info::{ModelInfo, inspect, system_info};
     #[pymodule_export]

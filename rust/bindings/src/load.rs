@@ -1,17 +1,22 @@
 //! From a path and settings to a running engine.
 
-use std::path::PathBuf;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use infer_engine::{Driver, EngineConfig, MonotonicClock};
+use infer_engine::{Driver, EngineConfig, MonotonicClock, Speculation, Tier};
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
 use infer_model::{Checkpoint, CpuModel, LoadOptions};
+use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
 use crate::device::CpuDevice;
 use crate::error::refusal;
 use crate::info::ModelInfo;
 use crate::memory::{CachePlan, CacheRequest, free_memory, plan_cache};
+use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
 /// Checked arguments of `Engine`.
@@ -27,11 +32,28 @@ pub struct Settings {
     pub kv_cache_memory_bytes: Option<u64>,
     pub seed: u64,
     pub mmap: bool,
+    pub max_waiting: Option<usize>,
+    pub patience: Duration,
+    pub speculation: Option<Speculation>,
+    /// The model that guesses.
+    pub draft: Option<PathBuf>,
+    pub offload: Option<Offload>,
+    pub cache_events: bool,
+}
+
+/// Where pages go that memory has no room for, and how many bytes of them.
+pub struct Offload {
+    pub dir: PathBuf,
+    pub max_bytes: u64,
 }
 
 /// A loaded model and its engine.
 pub struct Loaded {
     pub driver: Driver,
+    pub store: Option<Arc<Store>>,
+    /// The identity of this model's pages outside this process.
+    pub namespace: [u8; 32],
+    pub page_bytes: usize,
     pub text: Option<Arc<TextModel>>,
     pub info: ModelInfo,
     pub threads: usize,
@@ -80,8 +102,10 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     };
     let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     drop(checkpoint);
+    let mut draft = settings.draft.as_deref().map(|path| load_draft(path, &options, &model)).transpose()?;
+    let page_bytes = model.page_bytes() + draft.as_ref().map_or(0, CpuModel::page_bytes);
     let request = CacheRequest {
-        page_bytes: model.page_bytes(),
+        page_bytes,
         page_tokens: PAGE_TOKENS,
         max_positions: model.spec().max_positions,
         max_num_seqs: settings.max_num_seqs,
@@ -89,12 +113,69 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
         memory_bytes: settings.kv_cache_memory_bytes,
     };
     let plan = plan_cache(&request, free_memory())?;
-    let config = engine_config(settings, &plan, &model, text.as_ref());
+    let mut config = engine_config(settings, &plan, &model, text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
-    model.allocate_cache(plan.pages).map_err(|error| error.to_string())?;
+    for model in [Some(&mut model), draft.as_mut()].into_iter().flatten() {
+        model.allocate_cache(plan.pages).map_err(|error| error.to_string())?;
+    }
+    let namespace = namespace(&model, draft.as_ref());
+    let store =
+        settings.offload.as_ref().map(|offload| open_store(offload, namespace, page_bytes)).transpose()?;
+    config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
+    let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);
     let clock = Arc::new(MonotonicClock::new());
-    let driver = Driver::start(config, CpuDevice { model }, clock).map_err(|error| error.to_string())?;
-    Ok(Loaded { driver, text: text.map(Arc::new), info, threads: settings.threads })
+    let device = CpuDevice { model, draft };
+    let driver = Driver::start(config, device, tier, clock).map_err(|error| error.to_string())?;
+    let text = text.map(Arc::new);
+    Ok(Loaded { driver, store, namespace, page_bytes, text, info, threads: settings.threads })
+}
+
+/// Loads the model that guesses for `target`.
+fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
+    let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
+    let draft = CpuModel::from_checkpoint(&checkpoint, options).map_err(|error| error.to_string())?;
+    let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
+    if own != wanted {
+        return Err(format!(
+            "speculative_config[\"model\"]: {} has a vocabulary of {own} tokens and the model one of {wanted}; a draft model needs the \
+             same vocabulary",
+            path.display()
+        ));
+    }
+    let (own, wanted) = (draft.spec().max_positions, target.spec().max_positions);
+    if own < wanted {
+        return Err(format!(
+            "speculative_config[\"model\"]: {} was trained for {own} positions and the model for {wanted}; a draft model needs at \
+             least as many",
+            path.display()
+        ));
+    }
+    Ok(draft)
+}
+
+/// What pages belong to: the models that computed them.
+fn namespace(model: &CpuModel, draft: Option<&CpuModel>) -> [u8; 32] {
+    let mut namespace = model.fingerprint();
+    if let Some(draft) = draft {
+        let guess = draft.fingerprint();
+        namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
+    }
+    namespace
+}
+
+fn open_store(offload: &Offload, namespace: [u8; 32], page_bytes: usize) -> Result<Arc<Store>, String> {
+    let Offload { dir, max_bytes } = offload;
+    let options = StoreOptions { dir: dir.clone(), max_bytes: *max_bytes, namespace, page_bytes };
+    Store::open(options).map(Arc::new).map_err(|error| format!("kv_offload_dir: {error}"))
+}
+
+/// A key that no other process has: the standard library seeds its hashers from the system's random numbers.
+fn random_key() -> [u8; 32] {
+    let mut key = [0; 32];
+    for word in key.as_chunks_mut::<8>().0 {
+        *word = RandomState::new().build_hasher().finish().to_le_bytes();
+    }
+    key
 }
 
 fn engine_config(
@@ -116,5 +197,12 @@ fn engine_config(
         eos_token_ids: text.map_or(&spec.eos_token_ids, |text| &text.eos_token_ids).clone(),
         seed: settings.seed,
         max_logit_values: EngineConfig::MAX_LOGIT_VALUES,
+        max_waiting: settings.max_waiting,
+        patience: settings.patience,
+        window: spec.page_window(),
+        speculation: settings.speculation.clone(),
+        digest_key: [0; 32],
+        cache_events: settings.cache_events,
+        trace: false,
     }
 }

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use infer_engine as core;
 use infer_engine::{RequestHandle, StopReason, TokenLogprob};
+use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
-use crate::error::guarded;
+use crate::error::{guarded, refusal};
 use crate::owned::Owned;
 use crate::wait::{deadline, wait_until};
 
@@ -79,6 +80,14 @@ pub struct RequestMetrics {
     generated_tokens: u64,
     /// How often a completion gave up its pages and was computed again.
     preemptions: u64,
+    /// Prompt tokens among `cached_tokens` that came back from disk.
+    restored_tokens: u64,
+    /// Guessed tokens that were verified.
+    drafted_tokens: u64,
+    /// Guessed tokens that were right.
+    accepted_tokens: u64,
+    /// Steps in which a completion chose tokens.
+    decode_steps: u64,
 }
 
 impl From<core::RequestMetrics> for RequestMetrics {
@@ -93,6 +102,10 @@ impl From<core::RequestMetrics> for RequestMetrics {
             cached_tokens: metrics.cached_tokens,
             generated_tokens: metrics.generated_tokens,
             preemptions: metrics.preemptions,
+            restored_tokens: metrics.restored_tokens,
+            drafted_tokens: metrics.drafted_tokens,
+            accepted_tokens: metrics.accepted_tokens,
+            decode_steps: metrics.decode_steps,
         }
     }
 }
@@ -175,4 +188,22 @@ impl Request {
             Ok(())
         })
     }
+}
+
+/// Copies chunks into `array` as they come.
+pub fn fill(py: Python<'_>, handle: &RequestHandle, array: &Bound<'_, PyArray2<f32>>) -> PyResult<()> {
+    let mut view = array.readwrite();
+    let values = view.as_slice_mut().map_err(refusal)?;
+    let mut filled = 0;
+    while !handle.is_finished() {
+        wait_until(py, None, |span| handle.wait(Some(span)))?;
+        if let Some(rows) = handle.take_logits() {
+            values[filled..filled + rows.len()].copy_from_slice(&rows);
+            filled += rows.len();
+        }
+    }
+    if filled == values.len() {
+        return Ok(());
+    }
+    Err(refusal(handle.error().unwrap_or_else(|| "this LLM is closed".to_owned())))
 }

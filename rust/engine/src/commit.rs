@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use crate::core::{Core, Scheduled};
+use crate::batch::Scheduled;
+use crate::core::Core;
 use crate::event::{EventKind, Finish, FinishReason, StopReason};
+use crate::journal::TraceKind;
 use crate::logprobs::token_logprobs;
+use crate::metrics::RequestMetrics;
 use crate::request::{RequestId, RequestKind};
 use crate::sampler::{SampleError, check};
 use crate::sequence::SequenceId;
@@ -19,7 +22,7 @@ impl Core {
     /// When no batch is in flight.
     pub fn commit(&mut self, logits: &[f32], now: Duration) {
         let scheduled = self.in_flight.take().expect("commit was called without a step in flight");
-        let rows: usize = scheduled.iter().map(|work| work.prompt_rows + usize::from(work.samples)).sum();
+        let rows: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
         if logits.len() != rows * self.config.vocabulary {
             let message = format!(
                 "the device returned {} logits instead of {rows} x {}",
@@ -29,15 +32,17 @@ impl Core {
             self.in_flight = Some(scheduled);
             return self.fail(&message, now);
         }
+        let took = now.saturating_sub(self.step_started);
+        self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), took);
+        self.counters.histograms.step_time.add(took.as_secs_f64());
         self.settle_cancelled(now);
         let mut rest = logits;
         for work in scheduled {
-            let (own, others) =
-                rest.split_at((work.prompt_rows + usize::from(work.samples)) * self.config.vocabulary);
+            let (own, others) = rest.split_at(work.logit_rows() * self.config.vocabulary);
             rest = others;
             // Gone when its request was cancelled, or failed in a completion before it.
             if self.sequences.contains_key(&work.id) {
-                self.commit_rows(work, own, now);
+                self.commit_rows(&work, own, now);
             }
         }
         self.check_invariants();
@@ -49,6 +54,12 @@ impl Core {
     /// When no batch is in flight.
     pub fn fail(&mut self, message: &str, now: Duration) {
         let scheduled = self.in_flight.take().expect("fail was called without a step in flight");
+        for work in scheduled.iter().filter(|work| work.copied) {
+            // Nobody knows whether the copy was made: what it should hold is not to be found.
+            if let Some(sequence) = self.sequences.get_mut(&work.id) {
+                sequence.computed = sequence.sealed * self.config.page_tokens;
+            }
+        }
         self.settle_cancelled(now);
         for work in scheduled {
             self.end_request(work.id.request, FinishReason::Error, Some(message.to_owned()), now);
@@ -57,27 +68,76 @@ impl Core {
     }
 
     fn settle_cancelled(&mut self, now: Duration) {
-        for id in std::mem::take(&mut self.cancelled) {
-            self.end_request(id, FinishReason::Abort, None, now);
+        for (id, reason) in std::mem::take(&mut self.cancelled) {
+            self.end_request(id, reason, None, now);
         }
     }
 
-    fn commit_rows(&mut self, work: Scheduled, logits: &[f32], now: Duration) {
+    fn commit_rows(&mut self, work: &Scheduled, logits: &[f32], now: Duration) {
         let id = work.id;
         let (prompt, sampled) = logits.split_at(work.prompt_rows * self.config.vocabulary);
-        let outcome = self
-            .deliver_prompt_rows(id, prompt)
-            .and_then(|()| if work.samples { self.choose(id, sampled, now).map(Some) } else { Ok(None) });
-        // Rows that gave NaN are not named: nobody should find their keys and values.
-        if outcome.is_ok() {
-            self.sequence(id).computed += work.rows;
-            self.seal_pages(id);
+        let delivered = self.deliver_prompt_rows(id, prompt);
+        let outcome = match delivered {
+            Ok(()) if work.sampled_rows == 0 => {
+                self.advance(id, work.rows);
+                self.finish_logits(id, now);
+                Ok(())
+            }
+            Ok(()) => self.commit_samples(work, sampled, now),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            self.end_request(id.request, FinishReason::Error, Some(error.to_string()), now);
         }
-        match outcome {
-            Err(error) => self.end_request(id.request, FinishReason::Error, Some(error.to_string()), now),
-            Ok(Some(token)) => self.append(id, token, sampled, now),
-            Ok(None) => self.finish_logits(id, now),
+    }
+
+    /// Chooses a token from row after row, as long as each is the draft that the next row was computed with.
+    fn commit_samples(&mut self, work: &Scheduled, logits: &[f32], now: Duration) -> Result<(), SampleError> {
+        let id = work.id;
+        let sequence = self.sequence(id);
+        let drafts = std::mem::take(&mut sequence.drafts);
+        let before = sequence.first_token.map(|_| sequence.last_token);
+        self.count_drafts(id.request, drafts.len());
+        let mut chosen = 0;
+        for (place, row) in logits.chunks_exact(self.config.vocabulary).enumerate() {
+            // Rows that gave NaN are not named: nobody should find their keys and values.
+            let token = self.choose(id, row, now)?;
+            self.advance(id, if place == 0 { work.rows - drafts.len() } else { 1 });
+            if place > 0 {
+                self.request_metrics(id).accepted_tokens += 1;
+                self.counters.accepted_tokens += 1;
+            }
+            chosen += 1;
+            self.append(id, token, row, now);
+            if !self.sequences.contains_key(&id) || drafts.get(place) != Some(&token) {
+                break;
+            }
         }
+        self.trim_pages(id);
+        if let Some(before) = before {
+            let each = now.saturating_sub(before).as_secs_f64() / f64::from(chosen);
+            (0..chosen).for_each(|_| self.counters.histograms.inter_token_latency.add(each));
+        }
+        Ok(())
+    }
+
+    fn count_drafts(&mut self, id: RequestId, drafts: usize) {
+        let metrics = &mut self.requests.get_mut(&id).expect("a sequence has a request").metrics;
+        metrics.drafted_tokens += drafts as u64;
+        metrics.decode_steps += 1;
+        self.counters.drafted_tokens += drafts as u64;
+        self.counters.decode_steps += 1;
+    }
+
+    fn request_metrics(&mut self, id: SequenceId) -> &mut RequestMetrics {
+        &mut self.requests.get_mut(&id.request).expect("a sequence has a request").metrics
+    }
+
+    /// Counts rows as computed.
+    fn advance(&mut self, id: SequenceId, rows: usize) {
+        self.sequence(id).computed += rows;
+        self.fairness.charge(&self.requests[&id.request].options.user, rows);
+        self.seal_pages(id);
     }
 
     fn sequence(&mut self, id: SequenceId) -> &mut crate::sequence::Sequence {
@@ -113,30 +173,13 @@ impl Core {
         Ok(())
     }
 
-    /// Names the pages that became full, so that others can share them.
-    fn seal_pages(&mut self, id: SequenceId) {
-        // Without a prefix cache only the completions of one request share, so a single one has nobody to share with.
-        if !self.config.enable_prefix_caching && self.requests[&id.request].ended.len() == 1 {
-            return;
-        }
-        let page_tokens = self.config.page_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
-        while (sequence.sealed + 1) * page_tokens <= sequence.computed {
-            let (parent, place) = (sequence.parent(), sequence.sealed);
-            let tokens = sequence.tokens.range(place * page_tokens, (place + 1) * page_tokens);
-            sequence.pages[place] = self.cache.seal(parent, tokens, sequence.pages[place]);
-            sequence.sealed += 1;
-        }
-    }
-
     fn choose(&mut self, id: SequenceId, logits: &[f32], now: Duration) -> Result<u32, SampleError> {
         let request = self.requests.get_mut(&id.request).expect("a sequence has a request");
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
         let RequestKind::Generate(params) = &request.kind else {
             unreachable!("only Generate rows are sampled")
         };
-        let too_early = sequence.tokens.output.len() < params.min_tokens;
-        let banned: &[u32] = if too_early { &request.stop_tokens } else { &[] };
+        let banned = request.banned(sequence.tokens.output.len());
         let position = sequence.tokens.len() as u64;
         let token =
             self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
@@ -146,15 +189,20 @@ impl Core {
         sequence.tokens.output.push(token);
         sequence.first_token.get_or_insert(now);
         sequence.last_token = now;
-        request.metrics.first_token.get_or_insert(now);
         request.metrics.generated_tokens += 1;
         self.counters.generated_tokens += 1;
+        if request.metrics.first_token.is_none() {
+            request.metrics.first_token = Some(now);
+            let waited = now.saturating_sub(request.metrics.arrival);
+            self.counters.histograms.time_to_first_token.add(waited.as_secs_f64());
+            self.trace(id.request, TraceKind::FirstToken, now);
+        }
         Ok(token)
     }
 
     /// Reports the new token, starts the request's other completions after their first, and ends the completion if it is time.
     fn append(&mut self, id: SequenceId, token: u32, logits: &[f32], now: Duration) {
-        self.spawn_others(id.request);
+        self.spawn_others(id.request, now);
         let request = &self.requests[&id.request];
         let params = request.params().expect("only Generate rows are sampled");
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
@@ -184,11 +232,11 @@ impl Core {
         }
     }
 
-    fn spawn_others(&mut self, id: RequestId) {
+    fn spawn_others(&mut self, id: RequestId, now: Duration) {
         let request = self.requests.get_mut(&id).expect("a sequence has a request");
         if !std::mem::replace(&mut request.spawned, true) {
             for index in 1..request.ended.len() as u32 {
-                self.spawn(SequenceId { request: id, index });
+                self.spawn(SequenceId { request: id, index }, now);
             }
         }
     }
@@ -205,6 +253,13 @@ impl Core {
             finish = Finish { reason: FinishReason::Stop, stop: Some(StopReason::Text(stop)) };
         }
         self.end_sequence(id, step.text, finish, now);
+    }
+
+    /// Text that is held back while a character or a stop string may be incomplete.
+    pub(crate) fn held_text(&mut self, id: SequenceId) -> String {
+        let detokenize = self.requests[&id.request].params().is_some_and(|params| params.detokenize);
+        let text = self.sequences.get_mut(&id).and_then(|sequence| sequence.text.as_mut());
+        text.filter(|_| detokenize).map(|text| text.finish().text).unwrap_or_default()
     }
 
     /// Ends a logits request whose last row was delivered.

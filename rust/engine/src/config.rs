@@ -1,6 +1,10 @@
 //! The engine's fixed sizes.
 
+use std::time::Duration;
+
+use crate::digest::Digest;
 use crate::error::EngineError;
+use crate::speculative::Speculation;
 
 /// Fixed sizes of an engine; checked once by [`EngineConfig::validate`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,13 +30,30 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<u32>,
     /// Seed that requests without one derive theirs from, together with their number.
     pub seed: u64,
-    /// Logits (floats) of whole-prompt requests that one step may produce; bounds memory when vocabularies are large.
+    /// Logits (floats) of whole-prompt requests and of drafts that one step may produce; bounds memory when vocabularies are large.
     pub max_logit_values: usize,
+    /// Requests that may wait for their first step; more are refused with [`EngineError::Full`]. None: any number.
+    pub max_waiting: Option<usize>,
+    /// A priority class that has waited this long since it was last served is served next, whatever its priority.
+    pub patience: Duration,
+    /// If every layer sees only so many last positions: pages wholly before that are given up.
+    pub window: Option<usize>,
+    /// How tokens are guessed ahead.
+    pub speculation: Option<Speculation>,
+    /// Keys the digests of pages. Secret: who knows it can tell from a digest what was asked.
+    pub digest_key: Digest,
+    /// Keep a journal of what becomes findable; see [`crate::Core::take_cache_events`].
+    pub cache_events: bool,
+    /// Keep a journal of requests' lives; see [`crate::Core::take_trace`].
+    pub trace: bool,
 }
 
 impl EngineConfig {
     /// Logits one step may produce unless told otherwise: 64 MiB of floats.
     pub const MAX_LOGIT_VALUES: usize = 1 << 24;
+
+    /// How long a priority class waits at most unless told otherwise.
+    pub const PATIENCE: Duration = Duration::from_secs(10);
 
     /// Checks that the sizes fit together.
     ///
@@ -57,15 +78,38 @@ impl EngineConfig {
                 self.max_num_batched_tokens, self.max_num_seqs
             )));
         }
-        let capacity = self.pages.checked_mul(self.page_tokens);
-        if capacity.is_none_or(|tokens| tokens < self.max_model_len) || u32::try_from(self.pages).is_err() {
+        let too_many = self.pages.checked_mul(self.page_tokens).is_none() || self.pages >= u32::MAX as usize;
+        if too_many || self.most_pages(self.max_model_len) > self.pages {
             return Err(EngineError::Config(format!(
                 "a key-value cache of {} pages of {} tokens cannot hold one sequence of max_model_len = {}; lower max_model_len \
                  or give the cache more memory",
                 self.pages, self.page_tokens, self.max_model_len
             )));
         }
-        Ok(())
+        if self.window == Some(0) {
+            return Err(EngineError::Config("window must be at least 1 position, or none; got 0".to_owned()));
+        }
+        self.speculation.as_ref().map_or(Ok(()), Speculation::validate)
+    }
+
+    /// Refuses a request when as many wait as may.
+    pub(crate) fn check_room(&self, waiting: usize) -> Result<(), EngineError> {
+        match self.max_waiting {
+            Some(most) if waiting >= most => Err(EngineError::Full(format!(
+                "{waiting} requests wait already and max_waiting is {most}; submit again when one has started, or raise max_waiting"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The most pages that a sequence of `tokens` tokens holds at once: all of them, or what its window and one step span.
+    pub(crate) fn most_pages(&self, tokens: usize) -> usize {
+        let all = self.pages_for(tokens);
+        // The window begins anywhere in its first page, and so does the step's last page end.
+        let spanned = |window: usize| {
+            self.pages_for(window.saturating_add(self.max_num_batched_tokens)).saturating_add(1)
+        };
+        self.window.map_or(all, |window| all.min(spanned(window)))
     }
 
     /// Pages that hold `tokens` tokens.
@@ -73,8 +117,8 @@ impl EngineConfig {
         tokens.div_ceil(self.page_tokens)
     }
 
-    /// Whole-prompt rows whose logits one step may produce.
-    pub(crate) fn prompt_logit_rows(&self) -> usize {
+    /// Rows of whole prompts and of drafts whose logits one step may produce.
+    pub(crate) fn logit_rows(&self) -> usize {
         (self.max_logit_values / self.vocabulary).max(1)
     }
 }

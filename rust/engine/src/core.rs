@@ -1,56 +1,25 @@
 //! The state machine: requests in, batches out, logits in, events out. Deterministic: the same calls give the same answers.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::batch::Scheduled;
 use crate::cache::PageCache;
 use crate::config::EngineConfig;
+use crate::costs::Costs;
 use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
+use crate::journal::{CacheEvent, TraceEvent, TraceKind};
 use crate::metrics::{EngineMetrics, RequestMetrics};
 use crate::prefix::Domain;
+use crate::queue::{Fairness, User, WaitingQueue};
 use crate::random::stream_seed;
 use crate::request::{Request, RequestId, RequestKind, Submission};
 use crate::sampler::{Sampler, TokenHistory};
-use crate::sequence::{Sequence, SequenceId, Tokens};
-
-/// One step's work.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// The rows' tokens: (rows).
-    pub tokens: Vec<u32>,
-    /// The rows' sequences, one after the other.
-    pub sequences: Vec<BatchSequence>,
-    /// Rows whose logits are wanted, ascending.
-    pub logit_rows: Vec<u32>,
-}
-
-/// The rows of one sequence in a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BatchSequence {
-    /// Its first row in the batch.
-    pub first_row: usize,
-    /// How many rows.
-    pub rows: usize,
-    /// Position of its first row in the sequence.
-    pub first_position: usize,
-    /// Its page table, enough for all its positions.
-    pub pages: Vec<u32>,
-    /// Use the long-context variant of the position encoding.
-    pub long_context: bool,
-}
-
-/// What a sequence contributes to the step in flight.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Scheduled {
-    pub id: SequenceId,
-    pub rows: usize,
-    /// Prompt rows whose logits come back, ahead of the sampled one.
-    pub prompt_rows: usize,
-    /// Whether the last row's logits choose a token.
-    pub samples: bool,
-}
+use crate::sequence::{Rank, Sequence, SequenceId, Tokens};
+use crate::speculative::DraftRound;
+use crate::tier::{Fetch, Tier};
 
 /// The engine without a thread, a device or a clock.
 pub struct Core {
@@ -58,16 +27,29 @@ pub struct Core {
     pub(crate) cache: PageCache,
     pub(crate) requests: BTreeMap<RequestId, Request>,
     pub(crate) sequences: BTreeMap<SequenceId, Sequence>,
-    /// Sequences that may hold pages, in order of arrival.
-    pub(crate) running: BTreeSet<SequenceId>,
-    /// Sequences without pages, in order of arrival.
-    pub(crate) waiting: BTreeSet<SequenceId>,
+    /// Sequences that may hold pages.
+    pub(crate) running: BTreeSet<Rank>,
+    /// Sequences without pages.
+    pub(crate) waiting: WaitingQueue,
+    pub(crate) fairness: Fairness,
     pub(crate) in_flight: Option<Vec<Scheduled>>,
+    /// When the step in flight was put together.
+    pub(crate) step_started: Duration,
+    pub(crate) draft_round: Option<DraftRound>,
     /// Cancelled while a step that touches their pages was in flight.
-    pub(crate) cancelled: Vec<RequestId>,
+    pub(crate) cancelled: Vec<(RequestId, FinishReason)>,
+    pub(crate) deadlines: BTreeSet<(Duration, RequestId)>,
+    /// Fetches to hand to the tier, and who waits for those that were.
+    pub(crate) fetches: Vec<Fetch>,
+    pub(crate) tickets: HashMap<u64, SequenceId>,
+    pub(crate) next_ticket: u64,
+    pub(crate) costs: Costs,
     pub(crate) sampler: Sampler,
     pub(crate) events: Vec<Event>,
+    pub(crate) trace: Vec<TraceEvent>,
     pub(crate) counters: EngineMetrics,
+    /// Requests that were never part of a step.
+    pub(crate) unscheduled: usize,
     last_id: Option<RequestId>,
 }
 
@@ -79,17 +61,27 @@ impl Core {
     pub fn new(config: EngineConfig) -> Result<Self, EngineError> {
         config.validate()?;
         Ok(Self {
-            cache: PageCache::new(config.pages, config.page_tokens),
+            cache: PageCache::new(&config),
             config,
             requests: BTreeMap::new(),
             sequences: BTreeMap::new(),
             running: BTreeSet::new(),
-            waiting: BTreeSet::new(),
+            waiting: WaitingQueue::default(),
+            fairness: Fairness::default(),
             in_flight: None,
+            step_started: Duration::ZERO,
+            draft_round: None,
             cancelled: Vec::new(),
+            deadlines: BTreeSet::new(),
+            fetches: Vec::new(),
+            tickets: HashMap::new(),
+            next_ticket: 0,
+            costs: Costs::default(),
             sampler: Sampler::default(),
             events: Vec::new(),
+            trace: Vec::new(),
             counters: EngineMetrics::default(),
+            unscheduled: 0,
             last_id: None,
         })
     }
@@ -100,34 +92,62 @@ impl Core {
         &self.config
     }
 
+    /// Where pages go that fall out of memory. Call before the first request.
+    pub fn set_tier(&mut self, tier: Arc<dyn Tier>) {
+        self.cache.set_tier(tier);
+    }
+
     /// Queues a request.
     ///
     /// # Errors
-    /// When it could never be served; see [`Submission::validate`].
+    /// When it could never be served (see [`Submission::validate`]), or as many requests wait as may.
     pub fn submit(&mut self, submission: Submission, now: Duration) -> Result<(), EngineError> {
         submission.validate(&self.config)?;
         let id = submission.id;
         if self.last_id.is_some_and(|last| id <= last) {
             return refuse(format!("request number {id} is not higher than all before"));
         }
+        self.config.check_room(self.unscheduled)?;
         self.last_id = Some(id);
         let prompt_tokens = submission.prompt.len() as u64;
         let metrics = RequestMetrics { arrival: now, prompt_tokens, ..RequestMetrics::default() };
         self.counters.requests_submitted += 1;
         self.counters.prompt_tokens += prompt_tokens;
+        self.fairness.arrive(&submission.options.user);
+        self.deadlines.extend(submission.options.deadline.map(|deadline| (deadline, id)));
+        self.unscheduled += 1;
         self.requests.insert(id, Request::new(submission, &self.config, metrics));
-        self.spawn(SequenceId { request: id, index: 0 });
+        self.trace(id, TraceKind::Queued, now);
+        self.spawn(SequenceId { request: id, index: 0 }, now);
         Ok(())
     }
 
     /// Ends a request with [`FinishReason::Abort`]; at once, or when the step in flight that reads its pages is over.
     /// Unknown and ended requests are ignored.
     pub fn cancel(&mut self, id: RequestId, now: Duration) {
+        self.stop(id, FinishReason::Abort, now);
+    }
+
+    fn stop(&mut self, id: RequestId, reason: FinishReason, now: Duration) {
         if self.in_flight.is_some() {
-            self.cancelled.push(id);
+            self.cancelled.push((id, reason));
         } else {
-            self.end_request(id, FinishReason::Abort, None, now);
+            self.end_request(id, reason, None, now);
         }
+    }
+
+    /// Ends requests whose deadline has passed; part of every [`Core::next_batch`], and for times when there is no batch.
+    pub fn expire(&mut self, now: Duration) {
+        while let Some(&(deadline, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
+            self.deadlines.remove(&(deadline, id));
+            self.stop(id, FinishReason::Timeout, now);
+        }
+    }
+
+    /// When the next deadline passes.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.deadlines.first().map(|&(deadline, _)| deadline)
     }
 
     /// The consumer of a [`RequestKind::Logits`] request has taken the last chunk.
@@ -142,6 +162,22 @@ impl Core {
         std::mem::take(&mut self.events)
     }
 
+    /// What became findable in the prefix cache and what is not any more, since the last call; if `cache_events` is on.
+    pub fn take_cache_events(&mut self) -> Vec<CacheEvent> {
+        self.cache.take_journal()
+    }
+
+    /// Moments of requests' lives since the last call; if `trace` is on.
+    pub fn take_trace(&mut self) -> Vec<TraceEvent> {
+        std::mem::take(&mut self.trace)
+    }
+
+    pub(crate) fn trace(&mut self, request: RequestId, kind: TraceKind, at: Duration) {
+        if self.config.trace {
+            self.trace.push(TraceEvent { request, at, kind });
+        }
+    }
+
     /// Whether no request lives.
     #[must_use]
     pub fn is_idle(&self) -> bool {
@@ -153,10 +189,16 @@ impl Core {
         self.requests.keys().copied()
     }
 
+    /// Requests that were never part of a step: what [`EngineConfig::max_waiting`] bounds.
+    #[must_use]
+    pub fn unscheduled_requests(&self) -> usize {
+        self.unscheduled
+    }
+
     /// Whether some request could be part of the next step.
     #[must_use]
     pub fn has_runnable(&self) -> bool {
-        self.sequences.values().any(|sequence| !sequence.blocked)
+        self.sequences.values().any(Sequence::is_ready)
     }
 
     /// Counters and gauges.
@@ -168,12 +210,16 @@ impl Core {
             pages_total: self.cache.pool.total() as u64,
             pages_free: self.cache.pool.free() as u64,
             pages_evictable: self.cache.pool.evictable() as u64,
-            ..self.counters
+            ..self.counters.clone()
         }
     }
 
+    pub(crate) fn user(&self, id: RequestId) -> User {
+        self.requests[&id].options.user.clone()
+    }
+
     /// Makes a request's completion and lets it wait for pages.
-    pub(crate) fn spawn(&mut self, id: SequenceId) {
+    pub(crate) fn spawn(&mut self, id: SequenceId, now: Duration) {
         let request = &self.requests[&id.request];
         let engine_seed = self.config.seed;
         let seed = match &request.kind {
@@ -186,16 +232,24 @@ impl Core {
         let seed = if id.index == 0 { seed } else { stream_seed(seed, u64::from(id.index)) };
         let repetition = request.params().is_some_and(|params| params.repetition_penalty != 1.0);
         let prompt = if repetition { request.prompt.iter().copied().collect() } else { Default::default() };
+        let domain = Domain {
+            long_context: self.config.context_switch.is_some_and(|switch| request.prompt.len() > switch),
+            private_to: (!self.config.enable_prefix_caching).then_some(id.request),
+            salt: request.options.cache_salt.clone(),
+        };
         let sequence = Sequence {
             id,
+            priority: request.options.priority,
+            preemptions: 0,
             tokens: Tokens { prompt: Arc::clone(&request.prompt), output: Vec::new() },
             computed: 0,
             pages: Vec::new(),
             sealed: 0,
-            domain: Domain {
-                long_context: self.config.context_switch.is_some_and(|switch| request.prompt.len() > switch),
-                private_to: (!self.config.enable_prefix_caching).then_some(id.request),
-            },
+            tail: self.cache.root(&domain),
+            domain,
+            copy_from: None,
+            restoring: None,
+            drafts: Vec::new(),
             delivered: 0,
             blocked: false,
             history: TokenHistory { prompt, output: Default::default() },
@@ -204,8 +258,8 @@ impl Core {
             first_token: None,
             last_token: Duration::ZERO,
         };
+        self.waiting.insert(&sequence, request.options.user.clone(), now);
         self.sequences.insert(id, sequence);
-        self.waiting.insert(id);
     }
 
     /// Ends one completion, and its request with the last one.
@@ -231,10 +285,12 @@ impl Core {
         let open: Vec<u32> =
             (0..).zip(&request.ended).filter(|&(_, &ended)| !ended).map(|(index, _)| index).collect();
         for index in open {
-            self.drop_sequence(SequenceId { request: id, index }, now);
+            let id = SequenceId { request: id, index };
+            let text = if reason == FinishReason::Timeout { self.held_text(id) } else { String::new() };
+            self.drop_sequence(id, now);
             if generates {
                 let finish = Finish::because(reason);
-                self.emit(id, EventKind::Finished { index, text: String::new(), finish });
+                self.emit(id.request, EventKind::Finished { index, text, finish });
             }
         }
         self.close_request(id, reason, error, now);
@@ -243,29 +299,35 @@ impl Core {
     /// Gives back everything a completion holds.
     fn drop_sequence(&mut self, id: SequenceId, now: Duration) {
         debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+        if self.sequences.contains_key(&id) {
+            self.give_up_pages(id);
+        }
         let request = self.requests.get_mut(&id.request).expect("a completion ends before its request");
         request.ended[id.index as usize] = true;
         request.metrics.finished = Some(now);
-        self.running.remove(&id);
-        self.waiting.remove(&id);
-        if let Some(mut sequence) = self.sequences.remove(&id) {
+        if let Some(sequence) = self.sequences.remove(&id) {
+            self.running.remove(&sequence.rank());
+            self.waiting.remove(&sequence, &request.options.user);
             if let Some(first) = sequence.first_token {
                 request.metrics.generating += sequence.last_token.saturating_sub(first);
                 request.metrics.intervals += sequence.tokens.output.len() as u64 - 1;
             }
-            self.cache.release_all(&mut sequence.pages);
         }
     }
 
     fn close_request(&mut self, id: RequestId, reason: FinishReason, error: Option<String>, now: Duration) {
-        self.requests.get_mut(&id).expect("a request is closed once").metrics.finished = Some(now);
+        let request = self.requests.get_mut(&id).expect("a request is closed once");
+        request.metrics.finished = Some(now);
+        let metrics = request.metrics;
         self.emit(id, EventKind::Done { error });
-        self.requests.remove(&id);
-        match reason {
-            FinishReason::Stop | FinishReason::Length => self.counters.requests_finished += 1,
-            FinishReason::Abort => self.counters.requests_aborted += 1,
-            FinishReason::Error => self.counters.requests_failed += 1,
+        self.trace(id, TraceKind::Ended { reason }, now);
+        let request = self.requests.remove(&id).expect("it was there");
+        self.fairness.leave(&request.options.user);
+        if let Some(deadline) = request.options.deadline {
+            self.deadlines.remove(&(deadline, id));
         }
+        self.unscheduled -= usize::from(metrics.first_scheduled.is_none());
+        self.counters.ended(reason, &metrics);
     }
 
     pub(crate) fn emit(&mut self, id: RequestId, kind: EventKind) {

@@ -1,86 +1,43 @@
 //! The engine on a thread of its own.
 //!
-//! One thread owns the [`Core`] and the device; everyone else talks to it through a mailbox (a mutex and a condition variable) and hears
-//! from it through outboxes. It sleeps whenever nothing can run. Whatever breaks, every accepted request ends: a device that fails or
-//! panics ends the requests of that step, and a bug that kills the thread ends all of them.
+//! One thread (`worker.rs`) owns the [`Core`] and the device; everyone else talks to it through a mailbox (a mutex and condition variables)
+//! and hears from it through outboxes. It sleeps whenever nothing can run. Whatever breaks, every accepted request ends: a device that
+//! fails or panics ends the requests of that step, and a bug that kills the thread ends all of them.
 
-use std::any::Any;
-use std::collections::{HashMap, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::config::EngineConfig;
-use crate::core::{Batch, Core};
+use crate::core::Core;
+use crate::device::Device;
 use crate::error::EngineError;
-use crate::event::{EventKind, FinishReason};
+use crate::mailbox::{Command, Journal, Letters, Mailbox, Status};
 use crate::metrics::EngineMetrics;
 use crate::outbox::{Outbox, RequestHandle, Waker};
-use crate::request::{Prompt, RequestId, RequestKind, Submission};
+use crate::request::{Prompt, RequestKind, RequestOptions, Submission};
 use crate::text::TextFactory;
+use crate::tier::{Tier, TierPage};
+use crate::worker::{CLOSED, Worker};
 
-/// What computes batches: any backend.
-pub trait Device: Send {
-    /// Computes a batch and replaces `logits` with those of `batch.logit_rows`: (logit_rows, vocabulary).
-    ///
-    /// # Errors
-    /// A sentence for the users whose requests were part of the batch.
-    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String>;
-}
-
-/// How news of a request is to be told.
+/// How a request is to be served, and how its news are to be told.
 #[derive(Default)]
 pub struct SubmitOptions {
     /// Withhold updates until a completion ends.
     pub final_only: bool,
     /// Told of news.
     pub waker: Option<Waker>,
-}
-
-enum Command {
-    Submit(Submission, Arc<Outbox>, Duration),
-    Cancel(RequestId),
-    Resume(RequestId),
-}
-
-enum Status {
-    Open,
-    Closing,
-    Ended(String),
-}
-
-struct Letters {
-    commands: VecDeque<Command>,
-    status: Status,
-    next_id: RequestId,
-    metrics: EngineMetrics,
-}
-
-/// The way to the driver's thread.
-pub(crate) struct Mailbox {
-    letters: Mutex<Letters>,
-    arrived: Condvar,
-}
-
-impl Mailbox {
-    fn lock(&self) -> MutexGuard<'_, Letters> {
-        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn send(&self, command: Command) {
-        self.lock().commands.push_back(command);
-        self.arrived.notify_one();
-    }
-
-    pub fn cancel(&self, id: RequestId) {
-        self.send(Command::Cancel(id));
-    }
-
-    pub fn resume(&self, id: RequestId) {
-        self.send(Command::Resume(id));
-    }
+    /// Lower is served first; 0 is usual.
+    pub priority: i32,
+    /// Whom it is for; see [`RequestOptions::user`].
+    pub user: Option<Arc<str>>,
+    /// It ends with [`crate::FinishReason::Timeout`] so long after its submission.
+    pub timeout: Option<Duration>,
+    /// It shares cached pages only with requests of the same salt.
+    pub cache_salt: Option<Arc<str>>,
 }
 
 /// A running engine. Any number of threads may submit; dropping it closes it.
@@ -91,8 +48,6 @@ pub struct Driver {
     clock: Arc<dyn Clock>,
 }
 
-const CLOSED: &str = "the engine is closed";
-
 impl Driver {
     /// Starts the thread.
     ///
@@ -101,15 +56,25 @@ impl Driver {
     pub fn start<D: Device + 'static>(
         config: EngineConfig,
         device: D,
+        tier: Option<Arc<dyn Tier>>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, EngineError> {
-        let core = Core::new(config.clone())?;
-        let letters =
-            Letters { commands: VecDeque::new(), status: Status::Open, next_id: 0, metrics: core.metrics() };
-        let mailbox = Arc::new(Mailbox { letters: Mutex::new(letters), arrived: Condvar::new() });
+        let mut core = Core::new(config.clone())?;
+        let mailbox = Arc::new(Mailbox::new(core.metrics()));
+        if let Some(tier) = &tier {
+            core.set_tier(Arc::clone(tier));
+            let mailbox = Arc::downgrade(&mailbox);
+            tier.set_waker(Arc::new(move || {
+                if let Some(mailbox) = mailbox.upgrade() {
+                    mailbox.lock().tier_news = true;
+                    mailbox.notify();
+                }
+            }));
+        }
         let worker = Worker {
             core,
             device,
+            tier,
             clock: Arc::clone(&clock),
             mailbox: Arc::clone(&mailbox),
             outboxes: HashMap::new(),
@@ -131,7 +96,7 @@ impl Driver {
     /// Queues a request.
     ///
     /// # Errors
-    /// When it could never be served, or the engine is closed.
+    /// When it could never be served, as many requests wait as may, or the engine is closed.
     pub fn submit(
         &self,
         prompt: Prompt,
@@ -139,39 +104,133 @@ impl Driver {
         text: Option<TextFactory>,
         options: SubmitOptions,
     ) -> Result<RequestHandle, EngineError> {
-        let mut submission = Submission { id: 0, prompt: Arc::clone(&prompt), kind, text };
-        submission.validate(&self.config)?;
-        let outbox = Arc::new(Outbox::new(&submission.kind, options.final_only, options.waker));
         let now = self.clock.now();
+        let SubmitOptions { final_only, waker, priority, user, timeout, cache_salt } = options;
+        let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
+        let options = RequestOptions { priority, user, deadline, cache_salt };
+        let mut submission = Submission { id: 0, prompt: Arc::clone(&prompt), kind, text, options };
+        submission.validate(&self.config)?;
+        let outbox = Arc::new(Outbox::new(&submission.kind, final_only, waker));
         let mut letters = self.mailbox.lock();
         match &letters.status {
             Status::Open => {}
-            Status::Closing => return Err(EngineError::Closed(CLOSED.to_owned())),
+            Status::Draining | Status::Closing => return Err(EngineError::Closed(CLOSED.to_owned())),
             Status::Ended(why) => return Err(EngineError::Closed(why.clone())),
         }
+        if let Err(error) = self.config.check_room(letters.waiting) {
+            letters.refused += 1;
+            return Err(error);
+        }
+        letters.waiting += 1;
         let id = letters.next_id;
         letters.next_id += 1;
         submission.id = id;
         letters.commands.push_back(Command::Submit(submission, Arc::clone(&outbox), now));
         drop(letters);
-        self.mailbox.arrived.notify_one();
+        self.mailbox.notify();
         Ok(RequestHandle::new(id, prompt, outbox, Arc::downgrade(&self.mailbox)))
+    }
+
+    /// Waits until a request may be submitted (or the engine has ended); false when `timeout` passed first.
+    #[must_use]
+    pub fn wait_for_room(&self, timeout: Option<Duration>) -> bool {
+        self.mailbox.wait_outside(timeout, |letters| self.has_room(letters))
+    }
+
+    /// Calls `waker` once as soon as a request may be submitted (or the engine has ended).
+    pub fn on_room(&self, waker: Waker) {
+        let mut letters = self.mailbox.lock();
+        if self.has_room(&letters) {
+            drop(letters);
+            waker();
+        } else {
+            letters.room_wakers.push(waker);
+        }
+    }
+
+    fn has_room(&self, letters: &Letters) -> bool {
+        !matches!(letters.status, Status::Open) || self.config.check_room(letters.waiting).is_ok()
     }
 
     /// Counters and gauges after the last step.
     #[must_use]
     pub fn metrics(&self) -> EngineMetrics {
-        self.mailbox.lock().metrics
+        let letters = self.mailbox.lock();
+        EngineMetrics { requests_refused: letters.refused, ..letters.metrics.clone() }
+    }
+
+    /// Takes what the journal has gathered.
+    #[must_use]
+    pub fn take_journal(&self) -> Journal {
+        self.mailbox.take_journal()
+    }
+
+    /// Whom to tell, on the driver's thread, that the journal has entries.
+    pub fn set_journal_waker(&self, waker: Option<Waker>) {
+        self.mailbox.set_journal_waker(waker);
+    }
+
+    /// Reads out the cached pages that hold the beginning of `tokens`.
+    ///
+    /// # Errors
+    /// When the device cannot, or the engine is closed.
+    pub fn export_session(
+        &self,
+        tokens: &[u32],
+        cache_salt: Option<Arc<str>>,
+    ) -> Result<Vec<TierPage>, EngineError> {
+        let (reply, answer) = channel();
+        self.mailbox.send(Command::Export(tokens.into(), cache_salt, reply))?;
+        let answer = answer.recv().map_err(|_| EngineError::Closed(CLOSED.to_owned()))?;
+        answer.map_err(EngineError::Request)
+    }
+
+    /// Puts consecutive pages, from a sequence's first on, into the cache, and says how many tokens of them are there then: fewer than
+    /// given when memory is short.
+    ///
+    /// # Errors
+    /// When a page does not belong to this model, or the engine is closed.
+    pub fn import_session(
+        &self,
+        pages: Vec<TierPage>,
+        cache_salt: Option<Arc<str>>,
+    ) -> Result<usize, EngineError> {
+        let full = |page: &TierPage| page.name.tokens.len() == self.config.page_tokens;
+        let outside =
+            |page: &TierPage| page.name.tokens.iter().any(|&token| token as usize >= self.config.vocabulary);
+        let lengths = pages.iter().rev().skip(1).all(full)
+            && pages
+                .last()
+                .is_none_or(|page| (1..=self.config.page_tokens).contains(&page.name.tokens.len()));
+        if !lengths || pages.iter().any(outside) {
+            return Err(EngineError::Request("the session's pages do not fit this model".to_owned()));
+        }
+        let (reply, answer) = channel();
+        self.mailbox.send(Command::Import(pages, cache_salt, reply))?;
+        let answer = answer.recv().map_err(|_| EngineError::Closed(CLOSED.to_owned()))?;
+        answer.map_err(EngineError::Request)
+    }
+
+    /// Refuses new requests and waits for those that live; false when `timeout` passed first. [`Driver::close`] comes after.
+    #[must_use]
+    pub fn drain(&self, timeout: Option<Duration>) -> bool {
+        let mut letters = self.mailbox.lock();
+        if matches!(letters.status, Status::Open) {
+            letters.status = Status::Draining;
+        }
+        drop(letters);
+        self.mailbox.notify();
+        self.mailbox.wait_outside(timeout, |letters| matches!(letters.status, Status::Ended(_)))
     }
 
     /// Aborts what runs and waits for the thread, which drops the device. Harmless when repeated.
     pub fn close(&self) {
         let mut letters = self.mailbox.lock();
-        if matches!(letters.status, Status::Open) {
+        if matches!(letters.status, Status::Open | Status::Draining) {
             letters.status = Status::Closing;
         }
         drop(letters);
-        self.mailbox.arrived.notify_one();
+        self.mailbox.notify();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         // A waker runs on that very thread; it cannot wait for itself.
         if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id()) {
@@ -184,118 +243,4 @@ impl Drop for Driver {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-/// What lives on the thread.
-struct Worker<D> {
-    core: Core,
-    device: D,
-    clock: Arc<dyn Clock>,
-    mailbox: Arc<Mailbox>,
-    outboxes: HashMap<RequestId, Arc<Outbox>>,
-    logits: Vec<f32>,
-}
-
-impl<D: Device> Worker<D> {
-    fn run(mut self) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
-        let (reason, why) = match outcome {
-            Ok(()) => (FinishReason::Abort, CLOSED.to_owned()),
-            Err(panic) => {
-                (FinishReason::Error, format!("the engine stopped by a bug in infer: {}", describe(&*panic)))
-            }
-        };
-        let mut letters = self.mailbox.lock();
-        letters.status = Status::Ended(why.clone());
-        for command in letters.commands.drain(..) {
-            if let Command::Submit(submission, outbox, _) = command {
-                self.outboxes.insert(submission.id, outbox);
-            }
-        }
-        drop(letters);
-        for outbox in self.outboxes.values() {
-            outbox.abandon(reason, &why);
-        }
-    }
-
-    /// Steps until the engine is closed.
-    fn serve(&mut self) {
-        let mut can_step = false;
-        while let Some(commands) = self.receive(can_step) {
-            for command in commands {
-                self.obey(command);
-            }
-            can_step = self.step();
-            self.deliver();
-        }
-        let now = self.clock.now();
-        for id in self.core.live_requests().collect::<Vec<_>>() {
-            self.core.cancel(id, now);
-        }
-        self.deliver();
-    }
-
-    /// New commands; waits for some unless there is work. None when the engine is closing.
-    fn receive(&self, can_step: bool) -> Option<VecDeque<Command>> {
-        let mut letters = self.mailbox.lock();
-        loop {
-            if !matches!(letters.status, Status::Open) {
-                return None;
-            }
-            if can_step || !letters.commands.is_empty() {
-                return Some(std::mem::take(&mut letters.commands));
-            }
-            letters = self.mailbox.arrived.wait(letters).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn obey(&mut self, command: Command) {
-        match command {
-            Command::Submit(submission, outbox, arrival) => {
-                let id = submission.id;
-                match self.core.submit(submission, arrival) {
-                    Ok(()) => drop(self.outboxes.insert(id, outbox)),
-                    Err(error) => outbox.abandon(FinishReason::Error, &error.to_string()),
-                }
-            }
-            Command::Cancel(id) => self.core.cancel(id, self.clock.now()),
-            Command::Resume(id) => self.core.resume(id),
-        }
-    }
-
-    /// One step; false when nothing could run.
-    fn step(&mut self) -> bool {
-        let Some(batch) = self.core.next_batch(self.clock.now()) else { return false };
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.device.forward(&batch, &mut self.logits)));
-        let now = self.clock.now();
-        match outcome {
-            Ok(Ok(())) => self.core.commit(&self.logits, now),
-            Ok(Err(message)) => self.core.fail(&message, now),
-            Err(panic) => self.core.fail(&format!("a bug in infer: {}", describe(&*panic)), now),
-        }
-        true
-    }
-
-    /// Files what happened; the counters first, so that whoever hears of an end finds it counted.
-    fn deliver(&mut self) {
-        self.mailbox.lock().metrics = self.core.metrics();
-        let mut events = self.core.take_events().into_iter().peekable();
-        while let Some(id) = events.peek().map(|event| event.request) {
-            let mut done = false;
-            let own = std::iter::from_fn(|| events.next_if(|event| event.request == id));
-            let own = own.inspect(|event| done |= matches!(event.kind, EventKind::Done { .. }));
-            match self.outboxes.get(&id) {
-                Some(outbox) => outbox.put(own),
-                None => own.for_each(drop),
-            }
-            if done {
-                self.outboxes.remove(&id);
-            }
-        }
-    }
-}
-
-fn describe(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("unknown panic")
 }

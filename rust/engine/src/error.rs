@@ -11,6 +11,9 @@ pub enum EngineError {
     /// A request or its sampling parameters cannot be served.
     #[error("{0}")]
     Request(String),
+    /// As many requests wait as may; one may be submitted again later.
+    #[error("{0}")]
+    Full(String),
     /// The engine was closed, or its thread died.
     #[error("{0}")]
     Closed(String),

@@ -13,6 +13,8 @@ pub enum FinishReason {
     Length,
     /// The request was cancelled.
     Abort,
+    /// The request's deadline passed.
+    Timeout,
     /// The request failed; its [`EventKind::Done`] says why.
     Error,
 }
@@ -25,6 +27,7 @@ impl FinishReason {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
+            Self::Timeout => "timeout",
             Self::Error => "error",
         }
     }

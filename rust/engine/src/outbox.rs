@@ -3,9 +3,9 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::driver::Mailbox;
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::logprobs::TokenLogprob;
+use crate::mailbox::Mailbox;
 use crate::metrics::RequestMetrics;
 use crate::request::{Prompt, RequestId, RequestKind};
 

@@ -81,6 +81,17 @@ impl PagePool {
         self.cached[page as usize] = true;
     }
 
+    /// Frees a page that nobody holds and whose name was just removed.
+    pub fn forget(&mut self, page: u32) {
+        debug_assert!(
+            self.references[page as usize] == 0 && self.cached[page as usize],
+            "page {page} is not evictable"
+        );
+        self.evictable.remove(page);
+        self.cached[page as usize] = false;
+        self.free.push(page);
+    }
+
     /// Removes a holder; the last one leaves the page evictable (as the most recently used) or free.
     pub fn release(&mut self, page: u32) {
         let count = &mut self.references[page as usize];

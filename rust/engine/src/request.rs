@@ -1,6 +1,7 @@
 //! Requests: what is submitted, what is refused, what is remembered while it lives.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::EngineConfig;
 use crate::error::{EngineError, refuse};
@@ -23,6 +24,20 @@ pub enum RequestKind {
     Logits,
 }
 
+/// How a request is to be served; nothing of it changes what is generated.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RequestOptions {
+    /// Lower is served first; 0 is usual.
+    pub priority: i32,
+    /// Whom it is for: requests of equal priority are admitted so that users are served evenly, by tokens. Requests without one
+    /// are one user's.
+    pub user: Option<Arc<str>>,
+    /// When, on the engine's clock, it ends with [`crate::FinishReason::Timeout`].
+    pub deadline: Option<Duration>,
+    /// It shares cached pages only with requests of the same salt.
+    pub cache_salt: Option<Arc<str>>,
+}
+
 /// A request on its way in.
 pub struct Submission {
     /// Its number: unused, and higher than all before. It orders service and seeds requests that bring no seed.
@@ -33,6 +48,8 @@ pub struct Submission {
     pub kind: RequestKind,
     /// Makes each completion's text; without it text stays empty and stop strings are refused.
     pub text: Option<TextFactory>,
+    /// How it is to be served.
+    pub options: RequestOptions,
 }
 
 impl Submission {
@@ -82,6 +99,7 @@ pub(crate) struct Request {
     pub kind: RequestKind,
     pub prompt: Prompt,
     pub text: Option<TextFactory>,
+    pub options: RequestOptions,
     pub metrics: RequestMetrics,
     /// Per completion, whether it has ended.
     pub ended: Vec<bool>,
@@ -96,7 +114,7 @@ pub(crate) struct Request {
 impl Request {
     /// A checked submission, ready to run.
     pub fn new(submission: Submission, config: &EngineConfig, metrics: RequestMetrics) -> Self {
-        let Submission { prompt, kind, text, .. } = submission;
+        let Submission { prompt, kind, text, options, .. } = submission;
         let room = config.max_model_len - prompt.len();
         let (completions, max_output, stop_tokens) = match &kind {
             RequestKind::Logits => (1, 0, Vec::new()),
@@ -113,7 +131,17 @@ impl Request {
             }
         };
         let ended = vec![false; completions as usize];
-        Self { spawned: ended.len() == 1, kind, prompt, text, metrics, ended, stop_tokens, max_output }
+        Self {
+            spawned: ended.len() == 1,
+            kind,
+            prompt,
+            text,
+            options,
+            metrics,
+            ended,
+            stop_tokens,
+            max_output,
+        }
     }
 
     /// The sampling parameters, unless only logits are wanted.
@@ -122,6 +150,12 @@ impl Request {
             RequestKind::Generate(params) => Some(params),
             RequestKind::Logits => None,
         }
+    }
+
+    /// Tokens that a completion of so many tokens may not choose next.
+    pub fn banned(&self, generated: usize) -> &[u32] {
+        let too_early = self.params().is_some_and(|params| generated < params.min_tokens);
+        if too_early { &self.stop_tokens } else { &[] }
     }
 
     /// Prompt rows, from the first, whose logits are wanted: row i is the prediction of token i + 1.

@@ -1,243 +1,219 @@
-//! Which sequences are part of the next step.
+//! Which running sequences are part of the next step, and with how many rows.
 //!
-//! First come, first served, with one exception that keeps latency even: sequences that need a single row (decoding) are placed before
-//! prompts take the rest of the row budget. When pages run out, the latest sequence gives up its own and waits to be computed again; the
-//! earliest is never robbed, and fits alone by `EngineConfig::validate`, so every step brings someone forward. A sequence whose consumer
-//! does not take its logits (`blocked`) gives way to anyone once nobody else can move.
-//! A waiting sequence is admitted only when all pages its tokens need are there beyond what running prompts still need, so that
-//! admission does not cause preemption in the next step.
+//! Decoding sequences get their single row first, whatever waits: a long prompt never stalls a running completion. Then drafts, then
+//! prompts take the rest of the row budget, by priority, least served user and arrival. Then waiting sequences are admitted
+//! (`admission.rs`).
+//! When pages run out, the latest rank gives up its own and waits to be computed again; the first rank is never robbed, and fits alone by
+//! `EngineConfig::validate`, so every step brings someone forward. Who was robbed often enough gets the highest priority, so the number of
+//! preemptions is bounded. A sequence whose consumer does not take its logits (`blocked`) gives way to anyone once nobody else can move.
 
 use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Unbounded};
 use std::time::Duration;
 
-use crate::core::{Batch, BatchSequence, Core, Scheduled};
-use crate::request::RequestKind;
-use crate::sequence::{Sequence, SequenceId};
+use crate::batch::Batch;
+use crate::cache::NO_PAGE;
+use crate::core::Core;
+use crate::journal::TraceKind;
+use crate::sequence::{Rank, Sequence, SequenceId};
+
+/// After so many preemptions nobody robs a sequence any more but older ones of the same fate.
+pub(crate) const MOST_PREEMPTIONS: u32 = 8;
 
 /// Rows given out so far in a step.
-struct Plan {
-    rows: BTreeMap<SequenceId, usize>,
-    budget: usize,
-    prompt_logit_rows: usize,
+pub(crate) struct Plan {
+    pub rows: BTreeMap<SequenceId, usize>,
+    pub budget: usize,
+    pub logit_rows: usize,
 }
 
 impl Core {
-    /// The next step's work; none when no request can run. Call [`Core::commit`] or [`Core::fail`] before the next call.
+    /// The next step's work; none when no request can run. Call [`Core::commit`] or [`Core::fail`] before the next call. Before the batch
+    /// is computed, the pages of [`Core::take_saves`] must have been read.
     ///
     /// # Panics
     /// When the previous batch was neither committed nor failed.
     pub fn next_batch(&mut self, now: Duration) -> Option<Batch> {
         assert!(self.in_flight.is_none(), "next_batch was called with a step in flight");
+        self.expire(now);
         let plan = self.plan_step(now);
         if plan.rows.is_empty() {
-            debug_assert!(!self.has_runnable(), "nothing was scheduled although a sequence could run");
+            // Who waits for the tier may hold the pages that others need.
+            let excused = || self.sequences.values().any(|sequence| sequence.restoring.is_some());
+            debug_assert!(
+                !self.has_runnable() || excused(),
+                "nothing was scheduled although a sequence could run"
+            );
+            self.draft_round = None;
+            self.check_invariants();
             return None;
         }
         let (batch, scheduled) = self.build_batch(&plan);
+        self.draft_round = None;
         self.counters.steps += 1;
         self.counters.computed_tokens += batch.tokens.len() as u64;
+        self.counters.copied_pages += batch.copies.len() as u64;
+        self.counters.histograms.step_tokens.add(batch.tokens.len() as f64);
+        self.step_started = now;
         self.in_flight = Some(scheduled);
         self.check_invariants();
         Some(batch)
     }
 
     fn plan_step(&mut self, now: Duration) -> Plan {
-        self.restart_long_contexts();
+        self.restart_long_contexts(now);
         let mut plan = Plan {
             rows: BTreeMap::new(),
             budget: self.config.max_num_batched_tokens,
-            prompt_logit_rows: self.config.prompt_logit_rows(),
+            logit_rows: self.config.logit_rows(),
         };
-        let running: Vec<SequenceId> = self.running.iter().copied().collect();
-        let (decoding, prompts): (Vec<_>, Vec<_>) =
+        let running: Vec<SequenceId> = self.running.iter().map(|rank| rank.id).collect();
+        let (decoding, mut prompts): (Vec<_>, Vec<_>) =
             running.into_iter().partition(|id| self.sequences[id].remaining() == 1);
-        for id in decoding.into_iter().chain(prompts) {
-            self.schedule(id, &mut plan);
+        for &id in &decoding {
+            self.schedule(id, &mut plan, now);
+        }
+        if self.config.speculation.is_some() {
+            decoding.iter().for_each(|&id| self.add_drafts(id, &mut plan));
+        }
+        prompts.sort_by_key(|id| {
+            let sequence = &self.sequences[id];
+            (sequence.priority, self.fairness.served(&self.requests[&id.request].options.user), *id)
+        });
+        for id in prompts {
+            self.schedule(id, &mut plan, now);
         }
         while plan.budget > 0 && self.admit_next(&mut plan, now) {}
         plan
     }
 
     /// Sequences that just outgrew the short-context position encoding start over with the long one.
-    fn restart_long_contexts(&mut self) {
+    fn restart_long_contexts(&mut self, now: Duration) {
         let Some(switch) = self.config.context_switch else { return };
         let outgrown = |sequence: &Sequence| sequence.tokens.len() > switch && !sequence.domain.long_context;
         let ids: Vec<SequenceId> =
-            self.running.iter().copied().filter(|id| outgrown(&self.sequences[id])).collect();
+            self.running.iter().map(|rank| rank.id).filter(|id| outgrown(&self.sequences[id])).collect();
         for &id in &ids {
-            self.take_pages_back(id);
+            self.take_pages_back(id, now);
         }
         for sequence in self.sequences.values_mut().filter(|sequence| outgrown(sequence)) {
             sequence.domain.long_context = true;
+            sequence.tail = self.cache.root(&sequence.domain);
         }
     }
 
     /// Gives a running sequence as many rows as budget and pages allow; may preempt later ones, may give it none.
-    fn schedule(&mut self, id: SequenceId, plan: &mut Plan) {
-        if !self.running.contains(&id) || self.sequences[&id].blocked {
+    pub(crate) fn schedule(&mut self, id: SequenceId, plan: &mut Plan, now: Duration) {
+        let sequence = &self.sequences[&id];
+        if !self.running.contains(&sequence.rank()) || !sequence.is_ready() {
             return;
         }
-        let mut rows = self.sequences[&id].remaining().min(plan.budget);
+        let mut rows = sequence.remaining().min(plan.budget);
         let prompt_rows = self.prompt_rows(id, rows);
         // Wanted prompt rows are consecutive, so cutting the excess off the end leaves exactly the rows that are allowed.
-        if prompt_rows > plan.prompt_logit_rows {
-            let sequence = &self.sequences[&id];
-            rows = sequence.computed.max(sequence.delivered) + plan.prompt_logit_rows - sequence.computed;
+        if prompt_rows > plan.logit_rows {
+            rows = sequence.computed.max(sequence.delivered) + plan.logit_rows - sequence.computed;
         }
-        let rows = if rows == 0 { 0 } else { self.find_pages(id, rows, plan) };
+        let rows = if rows == 0 { 0 } else { self.find_pages(id, rows, plan, now) };
         if rows == 0 {
             return;
         }
-        plan.prompt_logit_rows -= self.prompt_rows(id, rows);
+        plan.logit_rows -= self.prompt_rows(id, rows);
         plan.budget -= rows;
         plan.rows.insert(id, rows);
     }
 
+    /// Lets a decoding sequence verify drafts with rows and pages that nobody else needs now.
+    fn add_drafts(&mut self, id: SequenceId, plan: &mut Plan) {
+        if plan.rows.get(&id) != Some(&1) || !self.is_decoding(&self.sequences[&id]) {
+            return;
+        }
+        let limit = self.draft_limit(&self.sequences[&id]).min(plan.budget).min(plan.logit_rows);
+        self.look_up(id, limit);
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        let pages = sequence.pages.len() + self.cache.pool.available();
+        let reach = (pages * self.config.page_tokens).saturating_sub(sequence.tokens.len());
+        let drafts = sequence.drafts.len().min(limit).min(reach);
+        sequence.drafts.truncate(drafts);
+        if drafts > 0 {
+            self.extend_pages(id, 1 + drafts);
+            plan.budget -= drafts;
+            plan.logit_rows -= drafts;
+            plan.rows.insert(id, 1 + drafts);
+        }
+    }
+
     /// Extends the page table for up to `rows` more rows and says for how many it is long enough now.
-    fn find_pages(&mut self, id: SequenceId, rows: usize, plan: &mut Plan) -> usize {
+    fn find_pages(&mut self, id: SequenceId, rows: usize, plan: &mut Plan, now: Duration) -> usize {
         loop {
             let sequence = &self.sequences[&id];
             let reach = (sequence.pages.len() + self.cache.pool.available()) * self.config.page_tokens;
             let rows = rows.min(reach - sequence.computed);
-            if rows > 0 || !self.preempt_for(id, plan) {
+            if rows > 0 || !self.preempt_for(id, plan, now) {
                 self.extend_pages(id, rows);
                 return rows;
             }
         }
     }
 
-    fn extend_pages(&mut self, id: SequenceId, rows: usize) {
+    /// Makes the page table long enough for `rows` rows; the caller has counted the available pages.
+    pub(crate) fn extend_pages(&mut self, id: SequenceId, rows: usize) {
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
         let wanted = self.config.pages_for(sequence.computed + rows);
         while sequence.pages.len() < wanted {
-            sequence.pages.push(self.cache.allocate().expect("find_pages counted the available pages"));
+            sequence.pages.push(self.cache.allocate().expect("the caller counted the available pages"));
         }
     }
 
     /// Takes the pages of one sequence that must yield to `id`, if there is one.
-    fn preempt_for(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
-        let holds = |other: &&SequenceId| **other != id && !self.sequences[*other].pages.is_empty();
-        let latest = self.running.range(id..).rfind(holds).copied();
+    fn preempt_for(&mut self, id: SequenceId, plan: &mut Plan, now: Duration) -> bool {
+        let rank = self.sequences[&id].rank();
+        let holds = |other: &&Rank| self.sequences[&other.id].pages.iter().any(|&page| page != NO_PAGE);
+        let latest = self.running.range((Excluded(rank), Unbounded)).rfind(holds).map(|rank| rank.id);
         let Some(victim) = latest.or_else(|| self.idle_holder(plan)) else { return false };
-        if let Some(rows) = plan.rows.remove(&victim) {
-            plan.budget += rows;
-            plan.prompt_logit_rows += self.prompt_rows(victim, rows);
-        }
-        self.preempt(victim);
+        self.preempt(victim, plan, now);
         true
     }
 
     /// A sequence that holds a place although its consumer keeps it waiting; only when nobody else can move.
-    fn idle_holder(&self, plan: &Plan) -> Option<SequenceId> {
-        let mut running = self.running.iter().copied();
+    pub(crate) fn idle_holder(&self, plan: &Plan) -> Option<SequenceId> {
+        let mut running = self.running.iter().map(|rank| rank.id);
         if plan.rows.is_empty() { running.find(|id| self.sequences[id].blocked) } else { None }
     }
 
-    fn preempt(&mut self, id: SequenceId) {
-        self.take_pages_back(id);
+    /// Takes a running sequence's pages and its rows in this step.
+    pub(crate) fn preempt(&mut self, id: SequenceId, plan: &mut Plan, now: Duration) {
+        if let Some(rows) = plan.rows.remove(&id) {
+            plan.budget += rows;
+            let sequence = &self.sequences[&id];
+            plan.logit_rows += self.prompt_rows(id, rows) + rows.saturating_sub(sequence.remaining());
+        }
         self.counters.preemptions += 1;
         self.requests.get_mut(&id.request).expect("a sequence has a request").metrics.preemptions += 1;
+        self.trace(id.request, TraceKind::Preempted, now);
+        self.take_pages_back(id, now);
     }
 
-    fn take_pages_back(&mut self, id: SequenceId) {
-        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+    fn take_pages_back(&mut self, id: SequenceId, now: Duration) {
+        let rank = self.sequences[&id].rank();
+        self.running.remove(&rank);
+        self.give_up_pages(id);
+        let user = self.user(id.request);
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-        self.cache.release_all(&mut sequence.pages);
-        (sequence.computed, sequence.sealed) = (0, 0);
-        self.running.remove(&id);
-        self.waiting.insert(id);
-    }
-
-    /// Admits the earliest waiting sequence if there is room, and schedules it.
-    fn admit_next(&mut self, plan: &mut Plan, now: Duration) -> bool {
-        let Some(id) = self.waiting.iter().copied().find(|id| !self.sequences[id].blocked) else {
-            return false;
-        };
-        while !self.try_admit(id) {
-            let Some(idle) = self.idle_holder(plan) else { return false };
-            self.preempt(idle);
+        sequence.preemptions += 1;
+        if sequence.preemptions >= MOST_PREEMPTIONS {
+            sequence.priority = i32::MIN;
         }
-        self.record_admission(id, now);
-        self.schedule(id, plan);
-        plan.rows.contains_key(&id)
-    }
-
-    fn try_admit(&mut self, id: SequenceId) -> bool {
-        if self.running.len() >= self.config.max_num_seqs {
-            return false;
-        }
-        let owed: usize = self.running.iter().map(|id| self.pages_owed(&self.sequences[id])).sum();
-        let limit = self.reusable_tokens(id);
-        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence exists");
-        sequence.pages = self.cache.take_prefix(sequence.domain, &sequence.tokens, limit);
-        let needed = self.config.pages_for(sequence.tokens.len()) - sequence.pages.len();
-        if needed + owed > self.cache.pool.available() {
-            self.cache.release_all(&mut sequence.pages);
-            return false;
-        }
-        sequence.sealed = sequence.pages.len();
-        sequence.computed = sequence.sealed * self.config.page_tokens;
-        self.waiting.remove(&id);
-        self.running.insert(id);
-        true
-    }
-
-    /// Leading tokens that may come from the prefix cache: not the last, whose logits choose the next token, nor prompt rows whose
-    /// logits are still to be delivered.
-    fn reusable_tokens(&self, id: SequenceId) -> usize {
-        let sequence = &self.sequences[&id];
-        let wanted = if id.index == 0 { self.requests[&id.request].prompt_rows() } else { 0 };
-        let all_but_last = sequence.tokens.len() - 1;
-        if sequence.delivered < wanted { sequence.delivered.min(all_but_last) } else { all_but_last }
-    }
-
-    /// Pages a sequence needs for the tokens it has, beyond those it holds.
-    fn pages_owed(&self, sequence: &Sequence) -> usize {
-        self.config.pages_for(sequence.tokens.len()).saturating_sub(sequence.pages.len())
-    }
-
-    fn record_admission(&mut self, id: SequenceId, now: Duration) {
-        let metrics = &mut self.requests.get_mut(&id.request).expect("a sequence has a request").metrics;
-        if metrics.first_scheduled.is_none() {
-            metrics.first_scheduled = Some(now);
-            metrics.cached_tokens = self.sequences[&id].computed as u64;
-            self.counters.cached_tokens += metrics.cached_tokens;
-        }
+        self.waiting.insert(sequence, user, now);
     }
 
     /// How many of a sequence's next `rows` rows are prompt rows whose logits are wanted.
-    fn prompt_rows(&self, id: SequenceId, rows: usize) -> usize {
+    pub(crate) fn prompt_rows(&self, id: SequenceId, rows: usize) -> usize {
         if id.index > 0 {
             return 0;
         }
         let sequence = &self.sequences[&id];
         let end = self.requests[&id.request].prompt_rows().min(sequence.computed + rows);
         end.saturating_sub(sequence.computed.max(sequence.delivered))
-    }
-
-    fn build_batch(&self, plan: &Plan) -> (Batch, Vec<Scheduled>) {
-        let mut batch = Batch::default();
-        let mut scheduled = Vec::with_capacity(plan.rows.len());
-        for (&id, &rows) in &plan.rows {
-            let sequence = &self.sequences[&id];
-            let (first_row, computed) = (batch.tokens.len(), sequence.computed);
-            let generates = matches!(self.requests[&id.request].kind, RequestKind::Generate(_));
-            let samples = generates && rows == sequence.remaining();
-            let prompt_rows = self.prompt_rows(id, rows);
-            let first_wanted = first_row + sequence.delivered.max(computed) - computed;
-            let last = first_row + rows - 1;
-            batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
-            batch.logit_rows.extend(samples.then_some(last as u32));
-            batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + rows));
-            batch.sequences.push(BatchSequence {
-                first_row,
-                rows,
-                first_position: computed,
-                pages: sequence.pages.clone(),
-                long_context: sequence.domain.long_context,
-            });
-            scheduled.push(Scheduled { id, rows, prompt_rows, samples });
-        }
-        (batch, scheduled)
     }
 }

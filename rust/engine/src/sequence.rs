@@ -1,20 +1,42 @@
 //! One completion of a request while it lives: its tokens, its pages, and how far it is computed.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::prefix::{Domain, Parent};
+use crate::cache::Tail;
+use crate::prefix::Domain;
 use crate::request::RequestId;
 use crate::sampler::TokenHistory;
 use crate::text::TokenText;
+use crate::tier::Wanted;
 
-/// Identity of a sequence. The order is first come, first served: earlier requests have lower numbers.
+/// Identity of a sequence. The order is that of arrival: earlier requests have lower numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId {
     /// The request.
     pub request: RequestId,
     /// Which of its completions.
     pub index: u32,
+}
+
+/// Who may take pages from whom: only from later ranks. Lower priorities come first, then earlier arrivals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rank {
+    pub priority: i32,
+    pub id: SequenceId,
+}
+
+impl Ord for Rank {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.priority, self.id).cmp(&(other.priority, other.id))
+    }
+}
+
+impl PartialOrd for Rank {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// Prompt and output; completions of one request share the prompt.
@@ -29,6 +51,12 @@ impl Tokens {
         self.prompt.len() + self.output.len()
     }
 
+    /// The token at `place`, which must exist.
+    pub fn at(&self, place: usize) -> u32 {
+        let split = self.prompt.len();
+        if place < split { self.prompt[place] } else { self.output[place - split] }
+    }
+
     /// Tokens `first..end`.
     pub fn range(&self, first: usize, end: usize) -> Box<[u32]> {
         let split = self.prompt.len();
@@ -38,17 +66,37 @@ impl Tokens {
     }
 }
 
+/// Pages of a tier that a sequence waits for. They are the last of its page table.
+#[derive(Debug)]
+pub(crate) struct Restoring {
+    pub ticket: u64,
+    pub wanted: Vec<Wanted>,
+    pub since: Duration,
+}
+
 /// A completion that is running or waiting.
 pub(crate) struct Sequence {
     pub id: SequenceId,
+    /// Its priority now: the request's, unless it was raised.
+    pub priority: i32,
+    /// It ran before and gave up its pages.
+    pub preemptions: u32,
     pub tokens: Tokens,
     /// Tokens whose keys and values are in `pages`.
     pub computed: usize,
-    /// The page table. Empty while waiting.
+    /// The page table. Empty while waiting. Leading pages before the window are `NO_PAGE`.
     pub pages: Vec<u32>,
-    /// Leading pages that are full and named in the prefix index.
+    /// Leading pages that are full and were named in the prefix index.
     pub sealed: usize,
+    /// Where the next page to be named hangs.
+    pub tail: Tail,
     pub domain: Domain,
+    /// The page that its last page begins as a copy of; it is retained until the copy is part of a step.
+    pub copy_from: Option<u32>,
+    /// Waits for pages of the tier.
+    pub restoring: Option<Restoring>,
+    /// Tokens guessed to follow, to be verified in the next step.
+    pub drafts: Vec<u32>,
     /// Prompt rows whose logits were already handed out; they are not asked for again after a preemption.
     pub delivered: usize,
     /// Waits until the consumer has taken the last chunk of logits.
@@ -66,12 +114,13 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
-    /// Where the next page to be named hangs.
-    pub fn parent(&self) -> Parent {
-        match self.sealed {
-            0 => Parent::Root(self.domain),
-            sealed => Parent::Page(self.pages[sealed - 1]),
-        }
+    /// Whether it could be part of the next step.
+    pub fn is_ready(&self) -> bool {
+        !self.blocked && self.restoring.is_none()
+    }
+
+    pub fn rank(&self) -> Rank {
+        Rank { priority: self.priority, id: self.id }
     }
 }
 

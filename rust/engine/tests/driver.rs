@@ -16,7 +16,7 @@ use infer_engine::{
 const SOON: Option<Duration> = Some(Duration::from_secs(20));
 
 fn start<D: Device + 'static>(config: EngineConfig, device: D) -> Driver {
-    Driver::start(config, device, Arc::new(MonotonicClock::new())).expect("starts")
+    Driver::start(config, device, None, Arc::new(MonotonicClock::new())).expect("starts")
 }
 
 fn fake_driver() -> Driver {
@@ -161,7 +161,7 @@ fn the_waker_is_called_once_per_look() {
     let waker: infer_engine::Waker = Arc::new(move || {
         counter.fetch_add(1, Ordering::SeqCst);
     });
-    let options = SubmitOptions { waker: Some(waker), final_only: false };
+    let options = SubmitOptions { waker: Some(waker), ..SubmitOptions::default() };
     let handle =
         driver.submit([1, 2].into(), RequestKind::Generate(Box::new(params(4))), None, options).unwrap();
     let step = || {
@@ -185,7 +185,7 @@ fn the_waker_is_called_once_per_look() {
 #[test]
 fn final_only_requests_wake_nobody_before_a_completion_ends() {
     let driver = fake_driver();
-    let options = SubmitOptions { final_only: true, waker: None };
+    let options = SubmitOptions { final_only: true, ..SubmitOptions::default() };
     let kind = RequestKind::Generate(Box::new(SamplingParams { n: 2, ..params(9) }));
     let handle = driver.submit([1, 2].into(), kind, None, options).unwrap();
     while !handle.is_finished() {

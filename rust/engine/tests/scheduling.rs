@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::{FakeDevice, config};
 use infer_engine::{
-    Batch, Core, EngineConfig, EventKind, RequestId, RequestKind, SamplingParams, Submission,
+    Batch, Core, EngineConfig, EventKind, RequestId, RequestKind, RequestOptions, SamplingParams, Submission,
 };
 
 struct Engine {
@@ -21,8 +21,12 @@ impl Engine {
     }
 
     fn submit(&mut self, prompt: &[u32], params: SamplingParams) -> RequestId {
+        self.submit_with(prompt, params, RequestOptions::default())
+    }
+
+    fn submit_with(&mut self, prompt: &[u32], params: SamplingParams, options: RequestOptions) -> RequestId {
         let kind = RequestKind::Generate(Box::new(SamplingParams { ignore_eos: true, ..params }));
-        let submission = Submission { id: self.next, prompt: prompt.into(), kind, text: None };
+        let submission = Submission { id: self.next, prompt: prompt.into(), kind, text: None, options };
         self.core.submit(submission, Duration::ZERO).expect("accepted");
         self.next += 1;
         self.next - 1
@@ -73,10 +77,15 @@ fn a_common_beginning_is_computed_once() {
     engine.submit(&prompt(41), tokens(1));
     assert_eq!(engine.finish(), 1, "ten full pages are found, the last token gives the logits");
     engine.submit(&prompt(30), tokens(1));
-    assert_eq!(engine.finish(), 2, "seven full pages are found");
+    assert_eq!(
+        engine.finish(),
+        1,
+        "seven full pages are found, and a page that begins with the next token is copied"
+    );
     engine.submit(&prompt(41)[1..], tokens(1));
     assert_eq!(engine.finish(), 40, "the same tokens at other positions are another prefix");
-    assert_eq!(engine.core.metrics().cached_tokens, 40 + 28);
+    assert_eq!(engine.core.metrics().cached_tokens, 40 + 29);
+    assert_eq!(engine.core.metrics().copied_pages, 1);
 }
 
 #[test]
@@ -88,8 +97,8 @@ fn a_conversation_finds_its_own_answer() {
     next.extend(engine.tokens(id));
     next.push(3);
     engine.submit(&next, tokens(1));
-    // The answer's last token was never computed, so 19 tokens are in the cache: 4 full pages.
-    assert_eq!(engine.finish(), 21 - 16);
+    // The answer's last token was never computed, so 19 tokens are in the cache: 4 full pages and one of three tokens.
+    assert_eq!(engine.finish(), 21 - 19);
 }
 
 #[test]

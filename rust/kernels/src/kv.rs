@@ -18,13 +18,13 @@
 //! All layers share one allocation that the operating system hands out page by page as it is first written, so a generous
 //! number of pages costs nothing until sequences use them.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::ptr::NonNull;
+mod storage;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::{Context, KernelError, Rows};
+use storage::Storage;
 
 /// Tokens in one page; also the number of lanes of the virtual vector.
 pub const PAGE_TOKENS: usize = 16;
@@ -34,9 +34,6 @@ pub const BLOCK_PAGES: usize = 16;
 
 /// Bytes past the last value that a full vector load may touch (its lanes are then discarded).
 const OVERREAD: usize = 64;
-
-/// Alignment of the storage and of every page, bytes.
-const ALIGNMENT: usize = 64;
 
 /// How a key or a value is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -163,7 +160,7 @@ impl KvCache {
 
     /// Bytes of address space reserved (memory is used only for pages that were written).
     pub fn reserved_bytes(&self) -> usize {
-        self.storage.layout.size()
+        self.storage.bytes()
     }
 
     /// Stores keys and values of one layer: row `i` goes to slot `slots[i]`, which is `page * PAGE_TOKENS + offset in the page`.
@@ -211,26 +208,68 @@ impl KvCache {
     /// # Panics
     /// If either page is beyond the cache.
     pub fn copy_page(&mut self, from: u32, to: u32) {
-        let (from, to) = (from as usize, to as usize);
-        assert!(
-            from < self.pages && to < self.pages,
-            "page {from} or {to} is beyond the cache's {} pages",
-            self.pages
-        );
-        let size = self.element.bytes();
-        for layer in &self.layers {
-            let parts =
-                (0..layer.shape.kv_heads).flat_map(|head| [(head, 0), (head, BLOCK_PAGES * layer.part)]);
-            for (head, values) in parts {
-                let at = |page| (layer.keys(page, head) + values) * size;
-                // SAFETY: both parts lie inside the storage (`place` summed exactly these sizes), `&mut self` makes the access
-                // exclusive, and `copy` allows from == to.
-                unsafe {
-                    let base = self.storage.base();
-                    std::ptr::copy(base.add(at(from)), base.add(at(to)), layer.part * size);
-                }
-            }
+        let (from, to) = (self.known(from), self.known(to));
+        for (from, to, bytes) in self.parts(from).zip(self.parts(to)).map(|((a, n), (b, _))| (a, b, n)) {
+            // SAFETY: `parts` lie inside the storage, `&mut self` makes the access exclusive, and `copy` allows from == to.
+            unsafe { std::ptr::copy(self.storage.base().add(from), self.storage.base().add(to), bytes) };
         }
+    }
+
+    /// Replaces the contents of `bytes` by what page `page` holds: layer after layer, head after head, the keys
+    /// (head_dim, PAGE_TOKENS), then the values (PAGE_TOKENS, head_dim), in the cache's element types, little-endian. They
+    /// are [`KvCache::page_bytes`] bytes, the same on every instruction set.
+    ///
+    /// # Panics
+    /// If the page is beyond the cache.
+    pub fn export_page(&self, page: u32, bytes: &mut Vec<u8>) {
+        bytes.clear();
+        for (start, length) in self.parts(self.known(page)) {
+            // SAFETY: `parts` lie inside the storage, which is initialized (zeroed) and only written through `&mut self`.
+            bytes.extend_from_slice(unsafe {
+                std::slice::from_raw_parts(self.storage.base().add(start), length)
+            });
+        }
+    }
+
+    /// Fills page `page` with what [`KvCache::export_page`] gave, of this or of a like cache.
+    ///
+    /// # Errors
+    /// Bytes of another length.
+    ///
+    /// # Panics
+    /// If the page is beyond the cache.
+    pub fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), KernelError> {
+        let expected: usize = self.parts(self.known(page)).map(|(_, length)| length).sum();
+        if bytes.len() != expected {
+            let what = "the length in bytes of a key/value page to import";
+            return Err(KernelError::Size { what, actual: bytes.len(), expected: expected.to_string() });
+        }
+        let mut rest = bytes;
+        for (start, length) in self.parts(page as usize) {
+            let (part, after) = rest.split_at(length);
+            rest = after;
+            // SAFETY: `parts` lie inside the storage, `&mut self` makes the access exclusive, and `bytes` is another object.
+            unsafe { self.storage.base().add(start).copy_from_nonoverlapping(part.as_ptr(), length) };
+        }
+        Ok(())
+    }
+
+    /// The number of a page that the cache has.
+    fn known(&self, page: u32) -> usize {
+        assert!((page as usize) < self.pages, "page {page} is beyond the cache's {} pages", self.pages);
+        page as usize
+    }
+
+    /// Where the bytes of a page lie, in the order of [`KvCache::export_page`]: (first byte, bytes). All are inside the
+    /// storage: `place` summed exactly these sizes.
+    fn parts(&self, page: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let size = self.element.bytes();
+        self.layers.iter().flat_map(move |layer| {
+            (0..layer.shape.kv_heads).flat_map(move |head| {
+                let keys = layer.keys(page, head);
+                [keys, keys + BLOCK_PAGES * layer.part].map(|part| (part * size, layer.part * size))
+            })
+        })
     }
 
     /// Keys of one page and head: (head_dim, PAGE_TOKENS) elements.
@@ -323,58 +362,3 @@ impl Writer<'_> {
         }
     }
 }
-
-/// Zeroed memory, aligned to [`ALIGNMENT`].
-struct Storage {
-    allocation: NonNull<u8>,
-    layout: Layout,
-    /// Bytes skipped at the front for alignment.
-    skip: usize,
-}
-
-impl Storage {
-    /// `None` if the size is beyond the address space or the system refuses.
-    fn zeroed(bytes: usize) -> Option<Storage> {
-        // The standard allocator only asks the system for lazily zeroed memory at ordinary alignments; for larger ones it
-        // writes the zeros itself, which would touch every page of the cache. So the alignment is made by hand.
-        let layout = Layout::from_size_align(bytes.checked_add(ALIGNMENT)?, 16).ok()?;
-        // SAFETY: the layout's size is not zero.
-        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        advise_huge_pages(allocation.as_ptr(), layout.size());
-        let skip = allocation.as_ptr().align_offset(ALIGNMENT);
-        Some(Storage { allocation, layout, skip })
-    }
-
-    fn base(&self) -> *mut u8 {
-        // SAFETY: skip < ALIGNMENT, and the allocation is ALIGNMENT bytes longer than what is used.
-        unsafe { self.allocation.as_ptr().add(self.skip) }
-    }
-}
-
-/// Asks for 2 MiB pages where the system leaves that to the program. A head's part of a page is a few KiB, so with small pages
-/// nearly every one costs a walk through the page tables: plain reading went from 18 to 31 GB/s per core.
-fn advise_huge_pages(start: *mut u8, bytes: usize) {
-    #[cfg(target_os = "linux")]
-    {
-        const SMALL_PAGE: usize = 4096;
-        let skip = start.align_offset(SMALL_PAGE);
-        if bytes > skip {
-            // SAFETY: the range lies inside an allocation of ours, and the advice changes no contents. Refusal does no harm.
-            unsafe { libc::madvise(start.add(skip).cast(), bytes - skip, libc::MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (start, bytes);
-}
-
-impl Drop for Storage {
-    fn drop(&mut self) {
-        // SAFETY: allocated with exactly this layout in `zeroed`, freed once.
-        unsafe { dealloc(self.allocation.as_ptr(), self.layout) };
-    }
-}
-
-// SAFETY: `Storage` owns its memory; shared access only reads, and writing takes `&mut KvCache`.
-unsafe impl Send for Storage {}
-// SAFETY: as above.
-unsafe impl Sync for Storage {}

@@ -1,150 +1,16 @@
 //! Attention against its oracle, and the law that a row's result depends on its own sequence alone, bit for bit.
 
+mod attention_support;
 mod ops_support;
 
+use attention_support::{ELEMENTS, LAYER, Sequence, Stored, assert_matches, compute, shape, slots};
 use half::{bf16, f16};
 use infer_kernels::{
-    Attention, AttentionRows, CHUNK_TOKENS, Context, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows,
-    RowsMut, Scratch, attention, attention_ref,
+    Attention, AttentionRows, CHUNK_TOKENS, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows,
+    RowsMut, Scratch, attention,
 };
-use ops_support::{Random, assert_near, bits, context};
+use ops_support::{Random, bits, context};
 use proptest::prelude::*;
-
-const ELEMENTS: [KvElement; 3] = [KvElement::F32, KvElement::F16, KvElement::Bf16];
-const LAYER: usize = 1;
-
-/// Queries, keys and values of one sequence: (length, width).
-#[derive(Clone)]
-struct Sequence {
-    queries: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    length: usize,
-}
-
-impl Sequence {
-    /// Keys and values are numbers that every element type holds exactly.
-    fn new(shape: &Attention, length: usize, seed: u64) -> Sequence {
-        let mut random = Random(seed);
-        let exact = |x: f32| (x * 64.0).round() / 32.0;
-        let stored = length * shape.kv_heads * shape.head_dim;
-        Sequence {
-            queries: random.values(length * shape.heads * shape.head_dim),
-            keys: random.values(stored).into_iter().map(exact).collect(),
-            values: random.values(stored).into_iter().map(exact).collect(),
-            length,
-        }
-    }
-
-    fn reference(&self, shape: &Attention) -> Vec<f64> {
-        let (query_width, width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-        let part = |data: &'static str, j: usize, head: usize| {
-            let all = if data == "keys" { &self.keys } else { &self.values };
-            &all[j * width + head * shape.head_dim..][..shape.head_dim]
-        };
-        let row = |position: usize| {
-            let query = &self.queries[position * query_width..][..query_width];
-            attention_ref(shape, query, position, |j, h| part("keys", j, h), |j, h| part("values", j, h))
-        };
-        (0..self.length).flat_map(row).collect()
-    }
-}
-
-/// A cache that holds whole sequences, its pages dealt out in an order that `seed` shuffles.
-struct Stored {
-    cache: KvCache,
-    tables: Vec<Vec<u32>>,
-}
-
-impl Stored {
-    fn new(
-        context: &Context,
-        shape: &Attention,
-        sequences: &[Sequence],
-        element: KvElement,
-        seed: u64,
-    ) -> Stored {
-        let needed: usize = sequences.iter().map(|sequence| sequence.length.div_ceil(PAGE_TOKENS)).sum();
-        let mut order: Vec<u32> = (0..needed as u32 + 3).collect();
-        let mut random = Random(seed);
-        for i in (1..order.len()).rev() {
-            order.swap(i, random.bits() as usize % (i + 1));
-        }
-        let layer = KvLayer { kv_heads: shape.kv_heads, head_dim: shape.head_dim };
-        let layers = [KvLayer { kv_heads: 1, head_dim: 8 }, layer];
-        let cache = KvCache::new(&layers, order.len(), element).unwrap();
-        let mut stored = Stored { cache, tables: Vec::new() };
-        stored.poison(context, layer);
-        for sequence in sequences {
-            let table = order.split_off(order.len() - sequence.length.div_ceil(PAGE_TOKENS));
-            let slots = slots(&table, 0..sequence.length);
-            let width = shape.kv_heads * shape.head_dim;
-            let keys = Rows::new(&sequence.keys, sequence.length, width, width);
-            let values = Rows::new(&sequence.values, sequence.length, width, width);
-            stored.cache.write(context, LAYER, keys, values, &slots);
-            stored.tables.push(table);
-        }
-        stored
-    }
-
-    /// Fills everything with NaN, as a page's former owner might have left it.
-    fn poison(&mut self, context: &Context, layer: KvLayer) {
-        let (rows, width) = (self.cache.pages() * PAGE_TOKENS, layer.kv_heads * layer.head_dim);
-        let bad = vec![f32::NAN; rows * width];
-        let slots: Vec<u32> = (0..rows as u32).collect();
-        let bad = Rows::new(&bad, rows, width, width);
-        self.cache.write(context, LAYER, bad, bad, &slots);
-    }
-}
-
-fn slots(table: &[u32], positions: std::ops::Range<usize>) -> Vec<u32> {
-    positions.map(|p| table[p / PAGE_TOKENS] * PAGE_TOKENS as u32 + (p % PAGE_TOKENS) as u32).collect()
-}
-
-/// Computes the given row ranges of the sequences in one call; results in the order given.
-fn compute(
-    context: &Context,
-    shape: &Attention,
-    stored: &Stored,
-    sequences: &[Sequence],
-    parts: &[(usize, std::ops::Range<usize>)],
-) -> Vec<Vec<f32>> {
-    let width = shape.heads * shape.head_dim;
-    let (mut queries, mut rows) = (Vec::new(), Vec::new());
-    for (index, part) in parts {
-        let first_row = queries.len() / width;
-        queries.extend_from_slice(&sequences[*index].queries[part.start * width..part.end * width]);
-        let pages = &stored.tables[*index];
-        rows.push(AttentionRows { first_row, rows: part.len(), first_position: part.start, pages });
-    }
-    let count = queries.len() / width;
-    let mut output = vec![f32::NAN; queries.len()];
-    let (input, result) =
-        (Rows::new(&queries, count, width, width), RowsMut::new(&mut output, count, width, width));
-    attention(context, shape, &stored.cache, LAYER, &rows, input, result, &mut Scratch::default());
-    rows.iter().map(|rows| output[rows.first_row * width..][..rows.rows * width].to_vec()).collect()
-}
-
-fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
-    let scale = (head_dim as f32).powf(-0.5) * 2.0;
-    Attention { heads, kv_heads, head_dim, scale, window: None, softcap: None }
-}
-
-fn assert_matches(isa: Isa, shape: &Attention, lengths: &[usize], element: KvElement) {
-    let context = context(isa, 2);
-    let sequences: Vec<Sequence> =
-        lengths.iter().enumerate().map(|(i, &length)| Sequence::new(shape, length, i as u64)).collect();
-    let stored = Stored::new(&context, shape, &sequences, element, 5);
-    let parts: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| (i, 0..length)).collect();
-    for (sequence, output) in sequences.iter().zip(compute(&context, shape, &stored, &sequences, &parts)) {
-        assert_near(
-            &output,
-            &sequence.reference(shape),
-            3e-6,
-            &format!("{} {element:?} {shape:?}", isa.name()),
-        );
-    }
-}
 
 #[test]
 fn every_element_type_on_every_instruction_set() {
@@ -364,6 +230,50 @@ fn copied_pages_hold_the_same() {
     }
     let after = compute(&context, &shape, &stored, &sequences, &[(0, 0..30)]);
     assert_eq!(bits(&after[0]), bits(&before[0]));
+}
+
+#[test]
+fn exported_pages_hold_the_same_in_another_place() {
+    let shape = shape(4, 2, 24);
+    let context = context(Isa::detect(), 1);
+    let sequences = [Sequence::new(&shape, 30, 8)];
+    for element in ELEMENTS {
+        let stored = Stored::new(&context, &shape, &sequences, element, 0);
+        let mut other = Stored::new(&context, &shape, &sequences, element, 3);
+        let layers = [0, 1].map(|layer| stored.cache.layer(layer));
+        let (mut bytes, mut again) = (vec![1, 2, 3], Vec::new());
+        other.tables[0] = vec![4, 1];
+        for (&from, &to) in stored.tables[0].iter().zip(&other.tables[0]) {
+            stored.cache.export_page(from, &mut bytes);
+            assert_eq!(bytes.len(), KvCache::page_bytes(&layers, element));
+            other.cache.import_page(to, &bytes).unwrap();
+            other.cache.export_page(to, &mut again);
+            assert_eq!(again, bytes, "{element:?}");
+            let refused = other.cache.import_page(to, &bytes[1..]).unwrap_err().to_string();
+            assert!(refused.contains("key/value page") && refused.contains(&bytes.len().to_string()));
+        }
+        let outputs =
+            [&stored, &other].map(|stored| compute(&context, &shape, stored, &sequences, &[(0, 0..30)]));
+        assert_eq!(bits(&outputs[0][0]), bits(&outputs[1][0]), "{element:?}");
+    }
+}
+
+/// Pages that no row sees may be missing.
+#[test]
+fn pages_before_the_window_are_never_looked_at() {
+    let shape = Attention { window: Some(40), ..shape(4, 2, 24) };
+    let length = 2 * CHUNK_TOKENS + 30;
+    let sequences = [Sequence::new(&shape, length, 8)];
+    for (isa, threads) in Isa::available().into_iter().flat_map(|isa| [(isa, 1), (isa, 3)]) {
+        let context = context(isa, threads);
+        let mut stored = Stored::new(&context, &shape, &sequences, KvElement::F16, 0);
+        let parts = [(0, length - 20..length)];
+        let before = compute(&context, &shape, &stored, &sequences, &parts);
+        let seen = (length - 20 + 1 - 40) / PAGE_TOKENS;
+        stored.tables[0][..seen].fill(u32::MAX);
+        let after = compute(&context, &shape, &stored, &sequences, &parts);
+        assert_eq!(bits(&after[0]), bits(&before[0]), "{} {threads} threads", isa.name());
+    }
 }
 
 #[test]

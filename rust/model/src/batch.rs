@@ -4,6 +4,9 @@ use infer_kernels::PAGE_TOKENS;
 
 use crate::{ModelError, ModelSpec};
 
+/// In [`BatchSequence::pages`]: no page. Its positions lie wholly before every layer's window.
+pub const NO_PAGE: u32 = u32::MAX;
+
 /// Rows of several sequences, to be computed together. Prefill, decode and verification differ only in row counts.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
@@ -24,7 +27,7 @@ pub struct BatchSequence<'a> {
     pub rows: usize,
     /// Position of the first row in its sequence; all earlier positions are in the cache.
     pub first_position: usize,
-    /// Pages of the sequence, enough for its last row.
+    /// Pages of the sequence, enough for its last row; [`NO_PAGE`] for some of those that no row sees in any layer.
     pub pages: &'a [u32],
     /// Computed with the frequencies of long sequences.
     pub long_context: bool,
@@ -47,8 +50,14 @@ impl Batch<'_> {
             if end > sequence.pages.len() * PAGE_TOKENS {
                 return bad(format!("{} pages cannot hold {end} tokens", sequence.pages.len()));
             }
-            if let Some(page) = sequence.pages.iter().find(|page| **page as usize >= pages) {
-                return bad(format!("page {page} is outside the cache of {pages} pages"));
+            let unseen = unseen_pages(spec, sequence.first_position);
+            for (index, &page) in sequence.pages.iter().enumerate() {
+                if page == NO_PAGE && index >= unseen {
+                    return bad(format!("page {index} of a sequence is missing, but its rows see it"));
+                }
+                if page != NO_PAGE && page as usize >= pages {
+                    return bad(format!("page {page} is outside the cache of {pages} pages"));
+                }
             }
         }
         if next != self.tokens.len() {
@@ -77,4 +86,9 @@ impl Batch<'_> {
             })
         })
     }
+}
+
+/// How many pages at the beginning of a sequence lie wholly before what rows from `first_position` on see in any layer.
+fn unseen_pages(spec: &ModelSpec, first_position: usize) -> usize {
+    spec.page_window().map_or(0, |window| (first_position + 1).saturating_sub(window) / PAGE_TOKENS)
 }

@@ -6,6 +6,7 @@ use infer_kernels::{Context, KvCache, KvElement, KvLayer, Precision};
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
+use crate::fingerprint;
 use crate::interpreter::Interpreter;
 use crate::memory::Memory;
 use crate::step::Step;
@@ -30,6 +31,7 @@ pub struct CpuModel {
     kv_element: KvElement,
     cache: Option<KvCache>,
     memory: Memory,
+    fingerprint: [u8; 32],
 }
 
 impl CpuModel {
@@ -48,7 +50,10 @@ impl CpuModel {
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, ModelError> {
         let threads = options.threads.unwrap_or_else(default_threads).max(1);
         let interpreter = Interpreter::load(checkpoint, Context::new(threads)?, options.precision)?;
-        Ok(Self { interpreter, kv_element: options.kv_element, cache: None, memory: Memory::default() })
+        // After the load, which leaves the files' pages in memory.
+        let fingerprint = fingerprint::of(checkpoint, options, interpreter.context.isa);
+        let kv_element = options.kv_element;
+        Ok(Self { interpreter, kv_element, cache: None, memory: Memory::default(), fingerprint })
     }
 
     /// What the model is.
@@ -83,6 +88,39 @@ impl CpuModel {
         Ok(())
     }
 
+    /// An identity of cached keys and values: two models that agree in it compute, bit for bit, the same pages for the same
+    /// tokens. See `fingerprint.rs` for what it covers.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// Copies page `from` of the KV cache over page `to`, in every layer.
+    ///
+    /// # Errors
+    /// A page beyond the cache.
+    pub fn copy_page(&mut self, from: u32, to: u32) -> Result<(), ModelError> {
+        with_page(self.cache.as_mut(), from.max(to))?.copy_page(from, to);
+        Ok(())
+    }
+
+    /// Replaces the contents of `bytes` by a page of the KV cache, [`CpuModel::page_bytes`] bytes: see
+    /// [`KvCache::export_page`].
+    ///
+    /// # Errors
+    /// A page beyond the cache.
+    pub fn export_page(&self, page: u32, bytes: &mut Vec<u8>) -> Result<(), ModelError> {
+        with_page(self.cache.as_ref(), page)?.export_page(page, bytes);
+        Ok(())
+    }
+
+    /// Fills a page of the KV cache with what [`CpuModel::export_page`] gave in a model of the same fingerprint.
+    ///
+    /// # Errors
+    /// A page beyond the cache, or bytes of another length.
+    pub fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), ModelError> {
+        Ok(with_page(self.cache.as_mut(), page)?.import_page(page, bytes)?)
+    }
+
     /// Computes a batch: writes its keys and values into the cache, and the logits of the wanted rows, as
     /// (logit_rows, vocabulary), into `logits`.
     ///
@@ -91,9 +129,7 @@ impl CpuModel {
     pub fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Self { interpreter, cache, memory, .. } = self;
         logits.clear();
-        let Some(cache) = cache else {
-            return Err(ModelError::Request("no KV cache was allocated".to_owned()));
-        };
+        let cache = cache.as_mut().ok_or_else(no_cache)?;
         batch.check(&interpreter.spec, cache.pages())?;
         interpreter.check_positions(batch)?;
         if batch.tokens.is_empty() {
@@ -114,6 +150,20 @@ impl CpuModel {
     fn kv_layers(&self) -> Vec<KvLayer> {
         let spec = &self.interpreter.spec;
         vec![KvLayer { kv_heads: spec.kv_heads, head_dim: spec.head_dim }; spec.layers.len()]
+    }
+}
+
+fn no_cache() -> ModelError {
+    ModelError::Request("no KV cache was allocated".to_owned())
+}
+
+/// The cache, if it has this page.
+fn with_page<C: std::borrow::Borrow<KvCache>>(cache: Option<C>, page: u32) -> Result<C, ModelError> {
+    let cache = cache.ok_or_else(no_cache)?;
+    let pages = cache.borrow().pages();
+    match (page as usize) < pages {
+        true => Ok(cache),
+        false => Err(ModelError::Request(format!("page {page} is outside the cache of {pages} pages"))),
     }
 }
 

@@ -4,11 +4,19 @@ use std::collections::HashSet;
 
 use crate::family::{Arch, ExpertsRow, Rotated, Windows};
 use crate::spec::{FeedForward, LayerSpec, MAX_POSITIONS, MAX_WIDTH};
-use crate::{Config, ModelError};
+use crate::{Config, ModelError, ModelSpec};
 
 const MAX_LAYERS: usize = 4096;
 /// Of all layers together.
 const MAX_EXPERTS: usize = 1 << 18;
+
+impl ModelSpec {
+    /// The widest window, if every layer has one: no later row of a sequence sees what lies before it.
+    pub fn page_window(&self) -> Option<usize> {
+        let widest = |widest: Option<usize>, layer: &LayerSpec| Some(widest?.max(layer.window?));
+        self.layers.iter().fold(Some(0), widest).filter(|window| *window > 0)
+    }
+}
 
 /// Reads all layers of a model with so many kinds of rotation.
 pub(crate) fn read(

@@ -7,6 +7,7 @@
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
+//! * `fingerprint.rs`: the identity of cached keys and values.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
 #![deny(unsafe_code)] // but for the one mapping in checkpoint.rs
@@ -20,6 +21,7 @@ mod error;
 mod experts;
 mod export;
 mod family;
+mod fingerprint;
 mod gguf;
 mod interpreter;
 mod layers;
@@ -33,7 +35,7 @@ mod step;
 mod weights;
 
 pub use arch::ARCHITECTURES;
-pub use batch::{Batch, BatchSequence};
+pub use batch::{Batch, BatchSequence, NO_PAGE};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};

@@ -1,6 +1,11 @@
 //! A device that is all law and no arithmetic: its "keys and values" remember which prefix they belong to, and its logits are a hash of
-//! what it reads through the page table. Any page mixed up, overwritten too early or left stale changes tokens or panics.
+//! what it reads through the page table. Any page mixed up, overwritten too early, copied too late or left stale changes tokens or
+//! panics. It has a draft model of the same kind, which often agrees with it.
 #![allow(dead_code)] // each test file uses its own part
+
+pub mod requests;
+pub mod tier;
+pub mod world;
 
 use infer_engine::{Batch, BatchSequence, Device, EngineConfig, TextStep, TokenText};
 
@@ -23,70 +28,122 @@ struct Slot {
     long_context: bool,
 }
 
-pub struct FakeDevice {
+/// One model's pages.
+struct Slots {
     page_tokens: usize,
+    window: Option<usize>,
     slots: Vec<Option<Slot>>,
-    pub steps: usize,
-    pub rows: usize,
-    /// Steps (by number) that fail.
-    pub failing: Vec<usize>,
-    /// Digests of prefixes whose logits are NaN.
-    pub nan_every: Option<u64>,
 }
 
-impl FakeDevice {
-    pub fn new(config: &EngineConfig) -> Self {
-        Self {
-            page_tokens: config.page_tokens,
-            slots: vec![None; config.pages * config.page_tokens],
-            steps: 0,
-            rows: 0,
-            failing: Vec::new(),
-            nan_every: None,
-        }
+impl Slots {
+    fn place(&self, sequence: &BatchSequence, position: usize) -> usize {
+        let page = sequence.pages[position / self.page_tokens];
+        assert_ne!(page, u32::MAX, "no position that is seen lies on a missing page");
+        page as usize * self.page_tokens + position % self.page_tokens
     }
 
-    fn slot(&mut self, sequence: &BatchSequence, position: usize) -> &mut Option<Slot> {
-        let page = sequence.pages[position / self.page_tokens] as usize;
-        &mut self.slots[page * self.page_tokens + position % self.page_tokens]
-    }
-
-    /// Reads the whole past of `position`, as attention would, and checks that it is one sequence's.
-    fn prefix(&mut self, sequence: &BatchSequence, position: usize) -> u64 {
+    /// Reads what `position` sees, as attention would, and checks that it is one sequence's; the digest of what ends before it.
+    fn prefix(&self, sequence: &BatchSequence, position: usize) -> u64 {
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let mut last = 0;
-        for past in 0..position {
-            let slot = self.slot(sequence, past).expect("attention reads only written slots");
-            assert_eq!(
-                (slot.position, slot.long_context),
-                (past, sequence.long_context),
-                "slot of another position"
-            );
+        for past in first..position {
+            let slot = self.slots[self.place(sequence, past)].expect("attention reads only written slots");
+            let seen = (slot.position, slot.long_context);
+            assert_eq!(seen, (past, sequence.long_context), "slot of another position");
             last = slot.prefix;
         }
         last
     }
 
+    /// Computes one row: the digest of the prefix that it ends.
+    fn row(&mut self, sequence: &BatchSequence, position: usize, token: u32) -> u64 {
+        let prefix =
+            mix(self.prefix(sequence, position), u64::from(token) | u64::from(sequence.long_context) << 40);
+        let place = self.place(sequence, position);
+        self.slots[place] = Some(Slot { prefix, position, long_context: sequence.long_context });
+        prefix
+    }
+
+    fn page(&mut self, page: u32) -> &mut [Option<Slot>] {
+        let first = page as usize * self.page_tokens;
+        &mut self.slots[first..first + self.page_tokens]
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        let contents = self.page(from).to_vec();
+        self.page(to).copy_from_slice(&contents);
+    }
+}
+
+pub struct FakeDevice {
+    target: Slots,
+    draft: Option<Slots>,
+    pub steps: usize,
+    pub rows: usize,
+    /// Steps (by number) that fail, at their end or (odd ones) at their beginning.
+    pub failing: Vec<usize>,
+    /// Digests of prefixes whose logits are NaN.
+    pub nan_every: Option<u64>,
+    /// The draft model's logits are the target's but for one prefix of so many.
+    pub draft_errs_every: u64,
+}
+
+impl FakeDevice {
+    pub fn new(config: &EngineConfig) -> Self {
+        let slots = || Slots {
+            page_tokens: config.page_tokens,
+            window: config.window,
+            slots: vec![None; config.pages * config.page_tokens],
+        };
+        Self {
+            target: slots(),
+            draft: Some(slots()),
+            steps: 0,
+            rows: 0,
+            failing: Vec::new(),
+            nan_every: None,
+            draft_errs_every: 4,
+        }
+    }
+
     pub fn compute(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.steps += 1;
         self.rows += batch.tokens.len();
+        let fails = self.failing.contains(&self.steps);
+        let failure = Err(format!("step {} failed", self.steps));
+        if fails && self.steps % 2 == 1 {
+            return failure;
+        }
+        for &(from, to) in &batch.copies {
+            self.target.copy(from, to);
+            self.draft.iter_mut().for_each(|draft| draft.copy(from, to));
+        }
         let mut wanted = batch.logit_rows.iter().peekable();
         logits.clear();
         for sequence in &batch.sequences {
             for row in 0..sequence.rows {
                 let position = sequence.first_position + row;
-                let before = self.prefix(sequence, position);
                 let token = batch.tokens[sequence.first_row + row];
-                let prefix = mix(before, u64::from(token) | u64::from(sequence.long_context) << 40);
-                *self.slot(sequence, position) =
-                    Some(Slot { prefix, position, long_context: sequence.long_context });
+                let prefix = self.target.row(sequence, position, token);
+                if let Some(draft) = self.draft.as_mut().filter(|_| row >= sequence.drafted) {
+                    assert_eq!(
+                        draft.row(sequence, position, token),
+                        prefix,
+                        "both models' pages hold the same"
+                    );
+                }
                 if wanted.next_if(|&&at| at as usize == sequence.first_row + row).is_some() {
-                    let poisoned = self.nan_every.is_some_and(|every| prefix.is_multiple_of(every));
-                    logits.extend(row_logits(prefix).map(|logit| if poisoned { f32::NAN } else { logit }));
+                    logits.extend(self.row_logits(prefix));
                 }
             }
         }
         assert!(wanted.next().is_none(), "logit rows are rows of the batch, ascending");
-        if self.failing.contains(&self.steps) { Err(format!("step {} failed", self.steps)) } else { Ok(()) }
+        if fails { failure } else { Ok(()) }
+    }
+
+    fn row_logits(&self, prefix: u64) -> impl Iterator<Item = f32> + use<> {
+        let poisoned = self.nan_every.is_some_and(|every| prefix.is_multiple_of(every));
+        row_logits(prefix).map(move |logit| if poisoned { f32::NAN } else { logit })
     }
 }
 
@@ -109,6 +166,47 @@ impl Device for FakeDevice {
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.compute(batch, logits)
     }
+
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        logits.clear();
+        for sequence in &batch.sequences {
+            assert_eq!(sequence.rows, 1, "one row for each draft");
+            let token = batch.tokens[sequence.first_row];
+            let draft = self.draft.as_mut().ok_or("no draft model")?;
+            let prefix = draft.row(sequence, sequence.first_position, token);
+            let errs = prefix.is_multiple_of(self.draft_errs_every);
+            logits.extend(self.row_logits(if errs { mix(prefix, 77) } else { prefix }));
+        }
+        Ok(())
+    }
+
+    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+        bytes.clear();
+        for model in [Some(&mut self.target), self.draft.as_mut()].into_iter().flatten() {
+            for slot in model.page(page).iter() {
+                let slot = slot.unwrap_or(Slot { prefix: 0, position: usize::MAX, long_context: false });
+                bytes.extend(slot.prefix.to_le_bytes());
+                bytes.extend((slot.position as u64).to_le_bytes());
+                bytes.push(u8::from(slot.long_context));
+            }
+        }
+        Ok(())
+    }
+
+    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+        let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+        let mut slots = bytes.chunks_exact(17).map(|slot| {
+            let position = word(&slot[8..16]) as usize;
+            let slot = Slot { prefix: word(&slot[..8]), position, long_context: slot[16] == 1 };
+            (position != usize::MAX).then_some(slot)
+        });
+        for model in [Some(&mut self.target), self.draft.as_mut()].into_iter().flatten() {
+            for slot in model.page(page) {
+                *slot = slots.next().ok_or("too few bytes for a page")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
@@ -124,6 +222,13 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         eos_token_ids: vec![EOS],
         seed: 1,
         max_logit_values: EngineConfig::MAX_LOGIT_VALUES,
+        max_waiting: None,
+        patience: EngineConfig::PATIENCE,
+        window: None,
+        speculation: None,
+        digest_key: [7; 32],
+        cache_events: false,
+        trace: false,
     }
 }
 

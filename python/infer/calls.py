@@ -1,0 +1,124 @@
+"""From prompts to results: what every call of `LLM` does, blocking or awaited.
+
+Each reads the prompts, submits them to the core, and puts the updates together. The blocking calls and their async twins
+differ only in how they wait (`events.py`), so they cannot drift apart in meaning.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from infer._core import InferError, SamplingParams
+from infer.events import Dispatcher, wait_all
+from infer.outputs import Gather
+from infer.progress import progress
+from infer.prompts import Prompt, conversations, pair, prompts
+from infer.serving import serving
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import AsyncGenerator, Callable, Generator
+
+    from infer import _core
+    from infer._core import Engine, ReadyQueue, Request
+    from infer.events import Submit
+    from infer.outputs import RequestOutput, StreamOutput
+    from infer.progress import Progress
+    from infer.serving import RequestOptions
+
+    Work: TypeAlias = list[tuple[Prompt, SamplingParams, dict[str, Any]]]
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """The shell around the core that all calls share."""
+
+    _engine: Engine
+    _names: _core.Tokenizer | None
+    _defaults: dict[str, Any]
+    _lock: threading.Lock
+    _dispatcher: Dispatcher | None
+    _waits: bool
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """Return what the model's authors advise (its `generation_config.json`), with some fields changed."""
+        return SamplingParams(**{**self._defaults, **changes})
+
+    def _tokenizer(self) -> _core.Tokenizer:
+        if self._names is None:
+            raise InferError(f"tokenizer: {self.info.path} has none; give token ids instead of text")
+        return self._names
+
+    def _prompts(self, value: Any, params: Any, options: RequestOptions) -> Work:
+        found = pair(prompts(value), params, self.default_sampling_params)
+        return [(prompt, one, how) for (prompt, one), how in zip(found, serving(options, len(found)), strict=True)]
+
+    def _conversations(self, messages: Any, params: Any, template: dict[str, Any], options: RequestOptions) -> Work:
+        found = pair(conversations(messages), params, self.default_sampling_params)
+        names = self._tokenizer()
+        # The template writes the special tokens itself.
+        return [
+            (Prompt(names.apply_chat_template(conversation, **template), None, add_special_tokens=False), one, how)
+            for (conversation, one), how in zip(found, serving(options, len(found)), strict=True)
+        ]
+
+    @property
+    def _room(self) -> Callable[[], bool] | None:
+        return self._engine.wait_for_room if self._waits else None
+
+    def _submits(self, work: Work, *, final_only: bool) -> list[Submit]:
+        def submit(prompt: Prompt, params: SamplingParams, options: dict[str, Any], queue: ReadyQueue, key: int) -> Request:
+            return self._engine.submit(
+                prompt.text or "" if prompt.token_ids is None else prompt.token_ids,
+                params,
+                add_special_tokens=prompt.add_special_tokens,
+                final_only=final_only,
+                ready=queue,
+                ready_key=key,
+                **options,
+            )
+
+        return [partial(submit, *one) for one in work]
+
+    def _gather(self, work: Work) -> Gather:
+        return Gather([(prompt.text, params.n) for prompt, params, _ in work], self._names)
+
+    def _run(self, work: Work, use_tqdm: Progress) -> list[RequestOutput]:
+        gather = self._gather(work)
+        with progress(use_tqdm, len(work)) as advance:
+            for news in wait_all(self._submits(work, final_only=True), self._room):
+                if (done := gather.add(news)) is not None:
+                    advance(done)
+        return gather.results()
+
+    async def _arun(self, work: Work) -> list[RequestOutput]:
+        gather = self._gather(work)
+        async with aclosing(self._events().wait_all(self._submits(work, final_only=True), self._room)) as arriving:
+            async for news in arriving:
+                gather.add(news)
+        return gather.results()
+
+    def _stream(self, work: Work) -> Generator[StreamOutput, None, None]:
+        gather = self._gather(work)
+        for news in wait_all(self._submits(work, final_only=False), self._room):
+            yield from gather.pieces(news)
+
+    async def _astream(self, work: Work) -> AsyncGenerator[StreamOutput, None]:
+        gather = self._gather(work)
+        async with aclosing(self._events().wait_all(self._submits(work, final_only=False), self._room)) as arriving:
+            async for news in arriving:
+                for piece in gather.pieces(news):
+                    yield piece
+
+    def _events(self) -> Dispatcher:
+        with self._lock:
+            if self._dispatcher is None:
+                if self._engine.closed:
+                    raise InferError("this LLM is closed")
+                self._dispatcher = Dispatcher()
+                weakref.finalize(self, self._dispatcher.stop)  # also before the interpreter ends
+            return self._dispatcher

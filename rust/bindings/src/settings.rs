@@ -1,0 +1,71 @@
+//! Arguments that need more than a conversion.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use infer_engine::Speculation;
+use pyo3::prelude::*;
+
+use crate::convert::{Arg, Int};
+use crate::error::refusal;
+use crate::load::Offload;
+
+/// More than any machine has cores; each thread costs a stack.
+pub const MAX_THREADS: usize = 1024;
+
+/// Method, drafts per step, fewest and most tokens of a lookup, the draft model.
+pub type SpeculationArgs = (Arg<String>, Arg<Int>, Arg<Int>, Arg<Int>, Option<Arg<PathBuf>>);
+
+/// Folder and most bytes.
+pub type OffloadArgs = (Arg<PathBuf>, Arg<Int>);
+
+/// How many threads compute.
+pub fn thread_count(threads: Arg<Int>) -> PyResult<usize> {
+    let count = threads.positive("threads")?;
+    if count > MAX_THREADS {
+        return Err(refusal(format!("threads must be at most {MAX_THREADS}, got {count}")));
+    }
+    Ok(count)
+}
+
+/// A positive span of time in seconds.
+pub fn seconds(name: &str, value: Arg<f64>) -> PyResult<Duration> {
+    let value = value.number(name)?;
+    let span = Duration::try_from_secs_f64(value).ok().filter(|span| !span.is_zero());
+    span.ok_or_else(|| refusal(format!("{name} must be a number of seconds greater than 0, got {value}")))
+}
+
+/// A tenant's salt.
+pub fn salt(value: Option<Arg<String>>) -> PyResult<Option<Arc<str>>> {
+    Ok(value.map(|salt| salt.get("cache_salt", "None or a string")).transpose()?.map(Into::into))
+}
+
+/// Where pages go that memory has no room for.
+pub fn read_offload((dir, max_bytes): OffloadArgs) -> PyResult<Offload> {
+    let dir = dir.get("kv_offload_dir", "None or a path")?;
+    let max_bytes = max_bytes.positive("kv_offload_max_bytes")? as u64;
+    Ok(Offload { dir, max_bytes })
+}
+
+/// How tokens are guessed ahead, and the model that guesses.
+pub fn read_speculation(
+    (method, drafts, least, most, draft): SpeculationArgs,
+) -> PyResult<(Speculation, Option<PathBuf>)> {
+    let num_speculative_tokens = drafts.positive("speculative_config[\"num_speculative_tokens\"]")?;
+    let prompt_lookup_min = least.positive("speculative_config[\"prompt_lookup_min\"]")?;
+    let prompt_lookup_max = most.positive("speculative_config[\"prompt_lookup_max\"]")?;
+    let draft = draft.map(|path| path.get("speculative_config[\"model\"]", "a path")).transpose()?;
+    match (method.get("speculative_config[\"method\"]", "a string")?.as_str(), &draft) {
+        ("ngram", None) => {
+            Ok((Speculation::Ngram { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max }, None))
+        }
+        ("draft_model", Some(_)) => Ok((Speculation::DraftModel { num_speculative_tokens }, draft)),
+        ("ngram" | "draft_model", _) => Err(refusal(
+            "speculative_config[\"model\"] must be given for the method \"draft_model\", and only for it",
+        )),
+        (other, _) => Err(refusal(format!(
+            "speculative_config[\"method\"] must be \"ngram\" or \"draft_model\", got {other:?}"
+        ))),
+    }
+}

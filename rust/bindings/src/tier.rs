@@ -1,0 +1,60 @@
+//! The engine's tier, implemented by the store; and sessions as files.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use infer_engine::{Digest, Fetched, Tier, TierPage, Wanted};
+use infer_store::{Page, Store, session};
+
+/// Pages on disk.
+pub struct StoreTier(pub Arc<Store>);
+
+impl Tier for StoreTier {
+    fn contains(&self, key: &Digest) -> bool {
+        self.0.contains(key)
+    }
+
+    fn put(&self, page: TierPage) -> bool {
+        self.0.put(stored(page))
+    }
+
+    fn fetch(&self, ticket: u64, wanted: Vec<Wanted>) {
+        let name = |Wanted { key, parent, tokens }| infer_store::Wanted { key, parent, tokens };
+        self.0.fetch(ticket, wanted.into_iter().map(name).collect());
+    }
+
+    fn poll(&self) -> Vec<Fetched> {
+        let fetched = |infer_store::Fetched { ticket, pages }| Fetched { ticket, pages };
+        self.0.poll().into_iter().map(fetched).collect()
+    }
+
+    fn set_waker(&self, waker: Arc<dyn Fn() + Send + Sync>) {
+        self.0.set_waker(waker);
+    }
+}
+
+fn stored(page: TierPage) -> Page {
+    let Wanted { key, parent, tokens } = page.name;
+    Page { key, parent, tokens, payload: page.payload }
+}
+
+/// Writes a session; how many tokens it holds.
+///
+/// # Errors
+/// What is wrong with the path.
+pub fn write_session(path: &Path, namespace: [u8; 32], pages: Vec<TierPage>) -> Result<usize, String> {
+    let pages: Vec<Page> = pages.into_iter().map(stored).collect();
+    session::write(path, namespace, &pages).map_err(|error| error.to_string())?;
+    Ok(pages.iter().map(|page| page.tokens.len()).sum())
+}
+
+/// Reads a session.
+///
+/// # Errors
+/// What is wrong with the file, or that it is another model's.
+pub fn read_session(path: &Path, namespace: [u8; 32], page_bytes: usize) -> Result<Vec<TierPage>, String> {
+    let pages = session::read(path, namespace, page_bytes).map_err(|error| error.to_string())?;
+    let page =
+        |Page { key, parent, tokens, payload }| TierPage { name: Wanted { key, parent, tokens }, payload };
+    Ok(pages.into_iter().map(page).collect())
+}

@@ -1,0 +1,102 @@
+//! One step's work, as a backend gets it: plain integers.
+
+use crate::core::Core;
+use crate::request::RequestKind;
+use crate::scheduler::Plan;
+use crate::sequence::SequenceId;
+
+/// One step's work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Pages to copy, (from, to), one after the other and before anything is computed.
+    pub copies: Vec<(u32, u32)>,
+    /// The rows' tokens: (rows).
+    pub tokens: Vec<u32>,
+    /// The rows' sequences, one after the other.
+    pub sequences: Vec<BatchSequence>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// The rows of one sequence in a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchSequence {
+    /// Its first row in the batch.
+    pub first_row: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// Position of its first row in the sequence.
+    pub first_position: usize,
+    /// Its page table, enough for all its positions. Pages wholly before every layer's window may be `u32::MAX`: none.
+    pub pages: Vec<u32>,
+    /// Use the long-context variant of the position encoding.
+    pub long_context: bool,
+    /// Leading rows that a draft model has computed already, in [`crate::Device::draft`].
+    pub drafted: usize,
+}
+
+/// What a sequence contributes to the step in flight.
+#[derive(Debug, Clone)]
+pub(crate) struct Scheduled {
+    pub id: SequenceId,
+    pub rows: usize,
+    /// Prompt rows whose logits come back, ahead of the sampled ones.
+    pub prompt_rows: usize,
+    /// Last rows whose logits choose tokens: none, one, or one more than there are drafts.
+    pub sampled_rows: usize,
+    /// Its last page began as a copy that this step makes.
+    pub copied: bool,
+}
+
+impl Scheduled {
+    /// Rows whose logits come back.
+    pub fn logit_rows(&self) -> usize {
+        self.prompt_rows + self.sampled_rows
+    }
+}
+
+impl Core {
+    /// Puts the planned rows together. Copies become part of the batch here, so their sources need not be held any longer.
+    pub(crate) fn build_batch(&mut self, plan: &Plan) -> (Batch, Vec<Scheduled>) {
+        let mut batch = Batch::default();
+        let mut scheduled = Vec::with_capacity(plan.rows.len());
+        for (&id, &rows) in &plan.rows {
+            let work = self.add_rows(&mut batch, id, rows);
+            scheduled.push(work);
+        }
+        (batch, scheduled)
+    }
+
+    fn add_rows(&mut self, batch: &mut Batch, id: SequenceId, rows: usize) -> Scheduled {
+        let prompt_rows = self.prompt_rows(id, rows);
+        let generates = matches!(self.requests[&id.request].kind, RequestKind::Generate(_));
+        let model_drafts = self.draft_round.is_some();
+        let sequence = self.sequences.get_mut(&id).expect("a planned sequence exists");
+        let (first_row, computed) = (batch.tokens.len(), sequence.computed);
+        let real = rows.min(sequence.remaining());
+        sequence.drafts.truncate(rows - real);
+        let sampled_rows =
+            if generates && real == sequence.remaining() { 1 + sequence.drafts.len() } else { 0 };
+        let copy = sequence.copy_from.take();
+        if let Some(from) = copy {
+            batch.copies.push((from, sequence.pages[computed / self.config.page_tokens]));
+            self.cache.release(from);
+        }
+        let first_wanted = first_row + sequence.delivered.max(computed) - computed;
+        let end = first_row + rows;
+        batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
+        batch.logit_rows.extend((end - sampled_rows..end).map(|row| row as u32));
+        batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + real));
+        batch.tokens.extend_from_slice(&sequence.drafts);
+        batch.sequences.push(BatchSequence {
+            first_row,
+            rows,
+            first_position: computed,
+            pages: sequence.pages.clone(),
+            long_context: sequence.domain.long_context,
+            // The draft model was fed the last token and all of its guesses but the last one.
+            drafted: if model_drafts { sequence.drafts.len() } else { 0 },
+        });
+        Scheduled { id, rows, prompt_rows, sampled_rows, copied: copy.is_some() }
+    }
+}

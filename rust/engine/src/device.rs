@@ -1,0 +1,41 @@
+//! What computes batches: any backend.
+
+use crate::batch::Batch;
+
+/// A backend with its model and its pages.
+pub trait Device: Send {
+    /// Makes the batch's copies, computes its rows, and replaces `logits` with those of `batch.logit_rows`: (logit_rows, vocabulary).
+    /// A device with a draft model computes the same rows with it, but for those already drafted, so that both models'
+    /// pages hold the same tokens.
+    ///
+    /// # Errors
+    /// A sentence for the users whose requests were part of the batch.
+    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String>;
+
+    /// Computes rows with the draft model alone.
+    ///
+    /// # Errors
+    /// A sentence; the drafts of this step are then done without.
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        let _ = (batch, logits);
+        Err("this device has no draft model".to_owned())
+    }
+
+    /// Replaces `bytes` with a page's contents, the draft model's included.
+    ///
+    /// # Errors
+    /// Why the page cannot be read; it is then not kept.
+    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+        let _ = (page, bytes);
+        Err("this device cannot read pages out".to_owned())
+    }
+
+    /// Fills a page with what [`Device::export_page`] gave.
+    ///
+    /// # Errors
+    /// Why the bytes are no page; the page's contents are then undefined, and computed again.
+    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+        let _ = (page, bytes);
+        Err("this device cannot fill pages".to_owned())
+    }
+}

@@ -1,0 +1,78 @@
+//! What a sequence holds, from its pages becoming full to its giving them up.
+
+use crate::cache::NO_PAGE;
+use crate::core::Core;
+use crate::sequence::SequenceId;
+
+impl Core {
+    /// Names the pages that became full, so that others can share them, and gives up those that the window left behind.
+    pub(crate) fn seal_pages(&mut self, id: SequenceId) {
+        if self.shares(id) {
+            let page_tokens = self.config.page_tokens;
+            let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
+            while (sequence.sealed + 1) * page_tokens <= sequence.computed {
+                let place = sequence.sealed;
+                let tokens = sequence.tokens.range(place * page_tokens, (place + 1) * page_tokens);
+                (sequence.pages[place], sequence.tail) =
+                    self.cache.seal(&sequence.tail, tokens, sequence.pages[place]);
+                sequence.sealed += 1;
+            }
+        }
+        self.drop_before_window(id);
+    }
+
+    /// Without a prefix cache only the completions of one request share, so a single one has nobody to share with.
+    fn shares(&self, id: SequenceId) -> bool {
+        self.config.enable_prefix_caching || self.requests[&id.request].ended.len() > 1
+    }
+
+    /// Gives up pages that no later position of any layer sees.
+    pub(crate) fn drop_before_window(&mut self, id: SequenceId) {
+        let Some(window) = self.config.window else { return };
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        let first_visible = (sequence.computed + 1).saturating_sub(window);
+        let behind = (first_visible / self.config.page_tokens).min(sequence.pages.len());
+        // A page without a name yet is still needed to give it one.
+        let behind = if self.shares(id) { behind.min(self.sequences[&id].sealed) } else { behind };
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        for page in sequence.pages[..behind].iter_mut().rev().take_while(|page| **page != NO_PAGE) {
+            self.cache.release(std::mem::replace(page, NO_PAGE));
+            self.counters.window_pages += 1;
+        }
+    }
+
+    /// Gives back pages beyond what the tokens so far need: slots of drafts that were wrong.
+    pub(crate) fn trim_pages(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let needed = self.config.pages_for(sequence.tokens.len()).max(sequence.sealed);
+        while sequence.pages.len() > needed {
+            let page = sequence.pages.pop().expect("it is not empty");
+            self.cache.release(page);
+        }
+    }
+
+    /// Gives back all that a sequence holds; what its last page begins with stays findable.
+    pub(crate) fn give_up_pages(&mut self, id: SequenceId) {
+        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+        let shares = self.shares(id);
+        let page_tokens = self.config.page_tokens;
+        let sequence = self.sequences.get_mut(&id).expect("the caller found it");
+        if let Some(restoring) = sequence.restoring.take() {
+            self.tickets.remove(&restoring.ticket);
+        }
+        let copied = sequence.copy_from.take();
+        let (first, end) = (sequence.sealed * page_tokens, sequence.computed);
+        // A copy that was not made yet holds nothing.
+        if shares && copied.is_none() && first < end && end < first + page_tokens {
+            let page = sequence.pages[sequence.sealed];
+            self.cache.seal_part(&sequence.tail, sequence.tokens.range(first, end), page);
+        }
+        if let Some(source) = copied {
+            self.cache.release(source);
+        }
+        self.cache.release_all(&mut sequence.pages);
+        (sequence.computed, sequence.sealed) = (0, 0);
+        sequence.tail = self.cache.root(&sequence.domain);
+        sequence.drafts.clear();
+    }
+}

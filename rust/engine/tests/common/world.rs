@@ -1,0 +1,160 @@
+//! A core with a fake device, tier and clock, and everything that its consumers see.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use infer_engine::{
+    CacheEvent, Core, Device, EngineConfig, Event, EventKind, FinishReason, RequestId, Save, Tier, TierPage,
+};
+
+use super::tier::FakeTier;
+use super::{FakeDevice, mix};
+
+/// All that a request's consumer sees, with pieces joined.
+#[derive(Default, Debug, PartialEq, Clone)]
+pub struct Seen {
+    pub tokens: BTreeMap<u32, Vec<u32>>,
+    pub text: BTreeMap<u32, String>,
+    pub logprobs: BTreeMap<u32, String>,
+    pub prompt_logprobs: String,
+    /// Bits, since NaN equals nothing.
+    pub logits: Vec<u32>,
+    pub ends: BTreeMap<u32, (FinishReason, String)>,
+    pub done: Option<Option<String>>,
+}
+
+impl Seen {
+    pub fn add(&mut self, event: &Event) {
+        assert!(self.done.is_none(), "nothing comes after the terminal event");
+        match &event.kind {
+            EventKind::Token { index, token, text, logprobs } => {
+                assert!(!self.ends.contains_key(index), "no token after the end");
+                self.tokens.entry(*index).or_default().push(*token);
+                self.text.entry(*index).or_default().push_str(text);
+                self.logprobs.entry(*index).or_default().push_str(&format!("{logprobs:?}"));
+            }
+            EventKind::Finished { index, text, finish } => {
+                self.text.entry(*index).or_default().push_str(text);
+                let end = (finish.reason, format!("{:?}", finish.stop));
+                assert!(self.ends.insert(*index, end).is_none(), "a completion ends once");
+            }
+            EventKind::PromptLogprobs(rows) => {
+                rows.iter().for_each(|row| self.prompt_logprobs += &format!("{row:?}"))
+            }
+            EventKind::Logits(rows) => self.logits.extend(rows.iter().map(|logit| logit.to_bits())),
+            EventKind::Done { error } => self.done = Some(error.clone()),
+        }
+    }
+
+    pub fn ended_by(&self, reason: FinishReason) -> bool {
+        self.ends.values().any(|end| end.0 == reason)
+    }
+}
+
+/// A core, its device and tier, and everything that was seen.
+pub struct World {
+    pub core: Core,
+    pub device: FakeDevice,
+    pub tier: Option<FakeTier>,
+    pub seen: BTreeMap<RequestId, Seen>,
+    pub log: Vec<Event>,
+    pub now: Duration,
+    pub steps: usize,
+    /// Digests that can be found, by the journal.
+    pub findable: HashSet<[u8; 32]>,
+}
+
+impl World {
+    pub fn new(config: &EngineConfig, tier: Option<FakeTier>) -> Self {
+        let mut core = Core::new(config.clone()).expect("a valid configuration");
+        if let Some(tier) = &tier {
+            core.set_tier(Arc::new(tier.clone()));
+        }
+        let device = FakeDevice::new(config);
+        let (seen, log, findable) = (BTreeMap::new(), Vec::new(), HashSet::new());
+        Self { core, device, tier, seen, log, now: Duration::ZERO, steps: 0, findable }
+    }
+
+    pub fn collect(&mut self) -> Vec<RequestId> {
+        let mut resumable = Vec::new();
+        for event in self.core.take_events() {
+            self.seen.entry(event.request).or_default().add(&event);
+            if matches!(event.kind, EventKind::Logits(_)) {
+                resumable.push(event.request);
+            }
+            self.log.push(event);
+        }
+        for event in self.core.take_cache_events() {
+            match event {
+                CacheEvent::Stored { digest, .. } => assert!(self.findable.insert(digest), "stored once"),
+                CacheEvent::Removed { digest } => {
+                    assert!(self.findable.remove(&digest), "removed what was stored")
+                }
+            }
+        }
+        resumable
+    }
+
+    /// One step, with a cancellation while it is in flight.
+    pub fn step(&mut self, cancel_in_flight: Option<RequestId>) -> bool {
+        self.now += Duration::from_millis(3);
+        self.make_drafts();
+        let batch = self.core.next_batch(self.now);
+        let saves = self.core.take_saves(usize::from(batch.is_some()));
+        self.save(saves);
+        for fetch in self.core.take_fetches() {
+            self.tier.as_ref().expect("only a tier is asked").fetch(fetch.ticket, fetch.wanted);
+        }
+        let Some(batch) = batch else { return false };
+        if let Some(id) = cancel_in_flight {
+            self.core.cancel(id, self.now);
+        }
+        let mut logits = Vec::new();
+        let outcome = self.device.compute(&batch, &mut logits);
+        self.now += Duration::from_micros(150 * batch.tokens.len() as u64);
+        match outcome {
+            Ok(()) => self.core.commit(&logits, self.now),
+            Err(message) => self.core.fail(&message, self.now),
+        }
+        self.steps += 1;
+        true
+    }
+
+    pub fn make_drafts(&mut self) {
+        let mut logits = Vec::new();
+        while let Some(batch) = self.core.next_draft() {
+            let saves = self.core.take_saves(0);
+            self.save(saves);
+            // Now and then the draft model fails.
+            match mix(self.steps as u64, batch.tokens.len() as u64).is_multiple_of(29) {
+                true => self.core.drop_drafts(),
+                false => {
+                    self.device.draft(&batch, &mut logits).expect("the fake draft model succeeds");
+                    self.core.commit_draft(&logits);
+                }
+            }
+        }
+    }
+
+    pub fn save(&mut self, saves: Vec<Save>) {
+        for save in saves {
+            let mut payload = Vec::new();
+            self.device.export_page(save.page, &mut payload).expect("the fake device reads out");
+            let tier = self.tier.as_ref().expect("only a tier is given pages");
+            if !tier.put(TierPage { name: save.name.clone(), payload }) {
+                self.core.offer_again(&save);
+            }
+        }
+    }
+
+    /// The tier answers one fetch, if there is one.
+    pub fn restore(&mut self) -> bool {
+        let Some(fetched) = self.tier.as_ref().and_then(FakeTier::answer_one) else { return false };
+        let Some(places) = self.core.restore_pages(fetched.ticket) else { return true };
+        let pages = places.iter().zip(fetched.pages.iter().map_while(Option::as_ref));
+        let filled = pages.take_while(|(page, bytes)| self.device.import_page(**page, bytes).is_ok()).count();
+        self.core.restored(fetched.ticket, filled, self.now);
+        true
+    }
+}

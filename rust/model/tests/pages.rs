@@ -1,0 +1,119 @@
+//! Pages of keys and values as things: holes before windows, copies, exports, and what identifies them.
+
+mod common;
+
+use common::{Expected, exact, golden_folder, logits};
+use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
+use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions, ModelError, NO_PAGE};
+
+fn load(case: &str, options: &LoadOptions) -> CpuModel {
+    CpuModel::load(&golden_folder().join(case), options).expect("loads")
+}
+
+/// The logits of the text's last row, its earlier rows being in the cache.
+fn last_row(model: &mut CpuModel, text: &[u32], pages: &[u32]) -> Result<Vec<u32>, ModelError> {
+    let first_position = text.len() - 1;
+    let sequence = BatchSequence { first_row: 0, rows: 1, first_position, pages, long_context: false };
+    let batch = Batch { tokens: &text[first_position..], sequences: &[sequence], logit_rows: &[0] };
+    let mut out = Vec::new();
+    model.forward(&batch, &mut out)?;
+    Ok(out.iter().map(|value| value.to_bits()).collect())
+}
+
+/// The pages that `logits` uses.
+fn pages_of(text: &[u32]) -> Vec<u32> {
+    (0..text.len().div_ceil(PAGE_TOKENS) as u32).rev().collect()
+}
+
+#[test]
+fn pages_before_every_window_may_be_missing() {
+    let mut model = load("mistral", &exact(2));
+    let window = model.spec().page_window().expect("every layer has a window");
+    let text = Expected::read("mistral").token_ids.repeat(4);
+    logits(&mut model, &text, 16, false);
+    let mut pages = pages_of(&text);
+    let whole = last_row(&mut model, &text, &pages).expect("computable");
+    let unseen = (text.len() - window) / PAGE_TOKENS;
+    assert!(unseen > 0, "the text must be longer than the window of {window}");
+    pages[..unseen].fill(NO_PAGE);
+    assert_eq!(last_row(&mut model, &text, &pages).expect("computable"), whole);
+    pages[unseen] = NO_PAGE;
+    let refused = last_row(&mut model, &text, &pages).expect_err("a hole that the row sees").to_string();
+    assert!(refused.contains(&format!("page {unseen} of a sequence is missing")), "{refused}");
+}
+
+#[test]
+fn pages_may_not_be_missing_where_a_layer_sees_everything() {
+    for case in ["llama", "gemma2"] {
+        let mut model = load(case, &exact(1));
+        assert_eq!(model.spec().page_window(), None, "{case}");
+        let text = Expected::read(case).token_ids.repeat(4);
+        logits(&mut model, &text, 16, false);
+        let mut pages = pages_of(&text);
+        pages[0] = NO_PAGE;
+        let refused = last_row(&mut model, &text, &pages).expect_err("a hole that the row sees").to_string();
+        assert!(refused.contains("page 0 of a sequence is missing"), "{case}: {refused}");
+    }
+}
+
+#[test]
+fn copied_and_imported_pages_give_the_same_bits() {
+    let text = Expected::read("llama").token_ids;
+    let mut model = load("llama", &exact(1));
+    logits(&mut model, &text, text.len(), false);
+    let pages = pages_of(&text);
+    let expected = last_row(&mut model, &text, &pages).expect("computable");
+    let mut exported = vec![Vec::new(); pages.len()];
+    for (page, bytes) in pages.iter().zip(&mut exported) {
+        model.export_page(*page, bytes).expect("a page of the cache");
+        assert_eq!(bytes.len(), model.page_bytes());
+    }
+    let mut other = load("llama", &exact(2));
+    let count = pages.len() as u32;
+    other.allocate_cache(2 * pages.len()).expect("memory");
+    for (page, bytes) in (0..).zip(&exported) {
+        other.import_page(page, bytes).expect("a page of a like cache");
+        other.copy_page(page, page + count).expect("pages of the cache");
+    }
+    let moved: Vec<u32> = (count..2 * count).collect();
+    assert_eq!(last_row(&mut other, &text, &moved).expect("computable"), expected);
+    let beyond = 2 * count;
+    assert!(other.copy_page(beyond, 0).is_err() && other.copy_page(0, NO_PAGE).is_err());
+    assert!(other.export_page(beyond, &mut Vec::new()).is_err());
+    assert!(other.import_page(beyond, &exported[0]).is_err());
+    let short = other.import_page(0, &exported[0][1..]).expect_err("too short").to_string();
+    assert!(short.contains(&exported[0].len().to_string()), "{short}");
+}
+
+#[test]
+fn the_fingerprint_tells_apart_what_computes_other_bits() {
+    let base = load("llama", &exact(1)).fingerprint();
+    let alike = LoadOptions { mmap: false, ..exact(3) };
+    assert_eq!(load("llama", &alike).fingerprint(), base, "threads and reading change no bit");
+    let mut seen = vec![base];
+    let mut differs = |fingerprint: [u8; 32], what: &str| {
+        assert!(!seen.contains(&fingerprint), "{what}");
+        seen.push(fingerprint);
+    };
+    differs(load("llama_tied", &exact(1)).fingerprint(), "another model");
+    differs(load("llama/model.q8_0.gguf", &exact(1)).fingerprint(), "another container");
+    let auto = LoadOptions { precision: Precision::Auto, ..exact(1) };
+    differs(load("llama", &auto).fingerprint(), "precision");
+    for kv_element in [KvElement::F16, KvElement::Bf16] {
+        differs(load("llama", &LoadOptions { kv_element, ..exact(1) }).fingerprint(), "types of the cache");
+    }
+    differs(one_bit_changed(), "one bit of one weight");
+}
+
+/// The fingerprint of the model with the last bit of its file changed.
+fn one_bit_changed() -> [u8; 32] {
+    let (from, to) = (golden_folder().join("llama"), tempfile::tempdir().expect("a folder"));
+    for name in ["config.json", "model.safetensors"] {
+        let mut bytes = std::fs::read(from.join(name)).expect("readable");
+        if name == "model.safetensors" {
+            *bytes.last_mut().expect("not empty") ^= 1;
+        }
+        std::fs::write(to.path().join(name), bytes).expect("writable");
+    }
+    CpuModel::load(to.path(), &exact(1)).expect("loads").fingerprint()
+}
