@@ -82,7 +82,7 @@ class Calls:
                 **options,
             )
 
-        return [partial(submit, *one) for one in work]
+        return [partial(submit, prompt, params, options) for prompt, params, options in work]
 
     def _gather(self, work: Work) -> Gather:
         return Gather([(prompt.text, params.n) for prompt, params, _ in work], self._names)

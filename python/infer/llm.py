@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from infer import defaults, hub
 from infer._core import Engine, InferError
-from infer.calls import Calls
 from infer.prompts import template_options
 from infer.serving import speculation
 from infer.sessions import Sessions
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["LLM"]
 
 
-class LLM(Sessions, Calls):
+class LLM(Sessions):
     """A large language model, ready to generate. Any number of threads and tasks may use one at once.
 
     Parameters
@@ -131,7 +130,7 @@ class LLM(Sessions, Calls):
         if when_full not in ("error", "wait"):
             raise InferError(f'when_full must be "error" or "wait", got {when_full!r}')
         self._waits = when_full == "wait"
-        hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub_options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         path = hub.resolve(model, revision=revision, **hub_options)
         self._defaults = defaults.read(path)
         self._engine = Engine(
@@ -323,7 +322,8 @@ class LLM(Sessions, Calls):
 
         `histograms` maps names to `{"bounds", "counts", "sum", "count"}`: counts per bucket (upper ends in `bounds`, one more
         bucket is open), of `queue_time`, `time_to_first_token`, `inter_token_latency`, `total_time`, `step_time` in seconds
-        and of `prompt_tokens`, `generated_tokens`, `step_tokens`. With `kv_offload_dir`, `offload` says what the folder holds and did.
+        and of `prompt_tokens`, `generated_tokens`, `step_tokens`. With `kv_offload_dir`, `offload` says what the folder holds
+        and did.
         """
         return self._engine.metrics()
 

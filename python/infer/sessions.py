@@ -5,27 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from infer._core import InferError
+from infer.calls import Calls
+from infer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
 
-    from infer._core import Engine
     from infer.prompts import TokenIds
-    from infer.tokenizer import Tokenizer
 
 __all__ = ["Sessions"]
 
 
-class Sessions:
+class Sessions(Calls):
     """What `LLM` can do with its cached keys and values."""
-
-    _engine: Engine
-
-    if TYPE_CHECKING:
-
-        @property
-        def tokenizer(self) -> Tokenizer:
-            """Of `LLM`."""
 
     def kv_events(self) -> list[dict[str, Any]]:
         """Return what became findable in the prefix cache, and what is not any more, since the last call, oldest first.
@@ -56,7 +48,7 @@ class Sessions:
         int
             How many tokens the session holds: the last generated one is never computed, so it is not among them.
         """
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = Tokenizer(self._tokenizer()).encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.save_session(path, token_ids, cache_salt)
 
     def load_session(self, path: str | os.PathLike[str], *, cache_salt: str | None = None) -> list[int]:
