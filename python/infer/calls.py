@@ -50,7 +50,7 @@ class Calls:
 
     def _tokenizer(self) -> _core.Tokenizer:
         if self._names is None:
-            raise InferError(f"tokenizer: {self.info.path} has none; give token ids instead of text")
+            raise InferError(f"tokenizer: {self._engine.info.path} has none; give token ids instead of text")
         return self._names
 
     def _prompts(self, value: Any, params: Any, options: RequestOptions) -> Work:
