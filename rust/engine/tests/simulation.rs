@@ -250,8 +250,8 @@ fn every_request_gets_in_a_crowd_what_it_gets_alone() {
     // The test is worth little if pages never run out, prefixes never meet, drafts are never right or never wrong.
     let enough =
         |count: u64, least: u64| assert!(count >= least * simulations() / 400, "{count} of {least}: {sum:?}");
-    enough(steps as u64, 10_000);
-    enough(sum.preemptions, 500);
+    enough(steps as u64, 5_000);
+    enough(sum.preemptions, 200);
     enough(sum.cached_tokens, 1_000);
     enough(sum.copied_pages, 100);
     enough(sum.restored_pages, 20);

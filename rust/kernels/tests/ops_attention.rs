@@ -6,8 +6,8 @@ mod ops_support;
 use attention_support::{ELEMENTS, LAYER, Sequence, Stored, assert_matches, compute, shape, slots};
 use half::{bf16, f16};
 use infer_kernels::{
-    Attention, AttentionRows, CHUNK_TOKENS, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows,
-    RowsMut, Scratch, attention,
+    Attention, AttentionRows, CHUNK_TOKENS, Isa, KvCache, KvElement, KvLayer, PAGE_TOKENS, Rows, RowsMut,
+    Scratch, attention,
 };
 use ops_support::{Random, bits, context};
 use proptest::prelude::*;
