@@ -11,10 +11,8 @@ written to ``benches/results/<model>-<date>.json`` with the commands, the commit
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -22,7 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from record import RESULTS, first_line, origin, save
+
 TESTS = ("prefill", "decode")
 
 
@@ -45,36 +44,6 @@ def llama_speed(command: list[str]) -> tuple[dict[str, float], str]:
     rows = run(command)
     speeds = {"decode" if row["n_gen"] else "prefill": statistics.median(row["samples_ts"]) for row in rows}
     return speeds, rows[0]["build_commit"]
-
-
-def first_line(command: list[str]) -> str:
-    """The first line that a command prints, empty where it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, its vector instructions, memory, system."""
-    fields: dict[str, str] = {}
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "instructions": [flag for flag in wanted if flag in flags],
-        "memory_bytes": memory,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
@@ -100,18 +69,15 @@ def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     return {
         "model": model.name,
         "model_bytes": model.stat().st_size,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "unit": "tokens per second",
         "best": best,
         "ratio": {test: best["infer"][test] / best["llama.cpp"][test] for test in TESTS},
         "runs": runs,
         "load_before": load,
         "commands": {"infer": shlex.join(infer), "llama.cpp": shlex.join(llama)},
-        "commit": first_line(["git", "rev-parse", "HEAD"]),
-        "uncommitted_changes": bool(first_line(["git", "status", "--porcelain", "--untracked-files=no"])),
         "infer_version": first_line([*shlex.split(arguments.infer), "--version"]),
         "llama.cpp_commit": llama_commit,
-        "machine": machine(),
+        **origin(),
     }
 
 
@@ -126,14 +92,11 @@ def main() -> None:
     parser.add_argument("--generate-tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=3, help="repetitions inside one run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program; the better counts")
-    parser.add_argument("--results", type=Path, default=ROOT / "benches" / "results", help="folder for the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
     for model in arguments.model:
         result = compare(arguments, model)
-        stamp = result["date"][:16].replace(":", "").replace("T", "-")
-        path = arguments.results / f"{model.stem}-{stamp}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        save(arguments.results, model.stem, result)
         for test in TESTS:
             ours, theirs = result["best"]["infer"][test], result["best"]["llama.cpp"][test]
             print(f"{model.name:32} {test:8} infer {ours:9.1f}  llama.cpp {theirs:9.1f}  ratio {result['ratio'][test]:.2f}")

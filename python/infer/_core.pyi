@@ -302,6 +302,14 @@ class ModelInfo:
     @property
     def has_tokenizer(self) -> bool: ...
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers, with ``kv_cache_dtype="auto"``."""
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens whose keys and values `LLM` would make room for, by its defaults, with the memory that is free now."""
+
+    @property
     def chat_template(self) -> str | None: ...
     def as_dict(self) -> dict[str, Any]: ...
 
@@ -334,6 +342,7 @@ class Engine:
         speculation: tuple[str, int, int, int, str | PathLike[str] | None] | None = None,
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,
+        trace: bool = False,
     ) -> Engine: ...
     @property
     def info(self) -> ModelInfo: ...
@@ -387,6 +396,9 @@ class Engine:
 
     def take_kv_events(self) -> tuple[list[tuple[str, list[int], list[int] | None, list[int] | None]], int]:
         """Changes of the prefix cache since the last call, and how many were dropped because nobody took them."""
+
+    def take_trace(self) -> tuple[list[tuple[int, float, str, int | None, str | None]], int]:
+        """Moments of requests since the last call (request id, seconds since 1970, what, count, reason), and how many were dropped."""
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, gauges now and distributions."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from infer import defaults, hub
+from infer import defaults, hub, logs
 from infer._core import Engine, InferError
 from infer.prompts import template_options
 from infer.serving import speculation
@@ -82,6 +82,8 @@ class LLM(Sessions):
         in a later process.
     kv_events
         Keep a journal of what the prefix cache holds; see `kv_events`.
+    trace
+        Keep a journal of requests' lives; see `trace_events`.
     revision, token, cache_dir, local_files_only
         For hub ids only: branch, tag or commit; access token; where downloads are kept; never use the network.
 
@@ -121,6 +123,7 @@ class LLM(Sessions):
         kv_offload_dir: str | os.PathLike[str] | None = None,
         kv_offload_max_bytes: int = 8 << 30,
         kv_events: bool = False,
+        trace: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -150,7 +153,9 @@ class LLM(Sessions):
             speculation=speculation(speculative_config, **hub_options),
             kv_offload=None if kv_offload_dir is None else (kv_offload_dir, kv_offload_max_bytes),
             kv_events=kv_events,
+            trace=trace,
         )
+        logs.loaded(self._engine)
         self._names = self._engine.tokenizer
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
@@ -339,6 +344,8 @@ class LLM(Sessions):
         """
         if drain:
             self._engine.drain(timeout)
+        if not self._engine.closed:
+            logs.closing(self._engine)
         self._engine.close()
         with self._lock:
             dispatcher = self._dispatcher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from infer import logs
 from infer._core import InferError
 
 if TYPE_CHECKING:
@@ -266,13 +267,16 @@ class Gather:
         collector = self._collector(place, request)
         for update in updates:
             collector.add(update)
+        _note_end(request, updates)
         return collector.result() if request.finished else None
 
     def pieces(self, news: tuple[int, _core.Request, list[_core.Update]]) -> list[StreamOutput]:
         """Return news of one request as pieces of a stream."""
         place, request, updates = news
         collector = self._collector(place, request)
-        return [StreamOutput.of(update, collector, place) for update in updates]
+        pieces = [StreamOutput.of(update, collector, place) for update in updates]
+        _note_end(request, updates)
+        return pieces
 
     def results(self) -> list[RequestOutput]:
         """Return all results."""
@@ -283,3 +287,8 @@ class Gather:
             text, completions = self._prompts[place]
             self._collectors[place] = Collector(request, text, completions, self._names)
         return self._collectors[place]
+
+
+def _note_end(request: _core.Request, updates: list[_core.Update]) -> None:
+    if updates and request.finished:
+        logs.ended(request, updates[-1].finish_reason)

@@ -31,6 +31,19 @@ class Sessions(Calls):
             raise InferError(f"kv_events: {dropped} events were lost; call it more often")
         return [_kv_event(*event) for event in events]
 
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Return moments of requests' lives since the last call, oldest first, for timelines and tracing systems.
+
+        Each is `{"request_id", "time", "event"}` with `time` in seconds since 1970 and `event` one of "queued", "scheduled" (given
+        cache and a place in the steps; has `cached_tokens`), "restoring" (waits for `pages` of `kv_offload_dir`), "preempted",
+        "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were lost because nobody
+        asked for too long.
+        """
+        events, dropped = self._engine.take_trace()
+        if dropped:
+            raise InferError(f"trace_events: {dropped} events were lost; call it more often")
+        return [_trace_event(*event) for event in events]
+
     def save_session(self, path: str | os.PathLike[str], prompt: str | TokenIds, *, cache_salt: str | None = None) -> int:
         """Write the cached keys and values of a prompt's beginning to a file, whole or not at all.
 
@@ -71,3 +84,12 @@ def _kv_event(kind: str, digest: list[int], parent: list[int] | None, token_ids:
         "token_ids": token_ids,
         "block_size": len(token_ids or ()),
     }
+
+
+def _trace_event(request_id: int, time: float, event: str, count: int | None, reason: str | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"request_id": request_id, "time": time, "event": event}
+    if count is not None:
+        fields["pages" if event == "restoring" else "cached_tokens"] = count
+    if reason is not None:
+        fields["finish_reason"] = reason
+    return fields

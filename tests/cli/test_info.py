@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def test_a_table_for_people(infer_cli: Cli) -> None:
     shown = "".join(infer_cli("info").stdout.split())  # lines are broken where a long path would not fit
-    for words in ("LlamaForCausalLM", "27,795,968(27.8million)", "8192", "tinylm.gguf", "--templateprintsit"):
+    for words in ("LlamaForCausalLM", "27,795,968(27.8million)", "8192", "tinylm.gguf", "--templateprintsit", "kvcachetokens"):
         assert words in shown
 
 

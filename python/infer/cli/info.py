@@ -18,7 +18,7 @@ def info(
     template: Annotated[bool, typer.Option("--template", help="Print the chat template, whole and nothing else.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model is, from its headers alone: family, sizes, quantization, template."""
+    """Show what a model is, from its headers alone: family, sizes, quantization, template, and the KV cache it would get here."""
     found = model_info(model)
     if template:
         print(found.chat_template or "")
@@ -46,7 +46,7 @@ def _shown(name: str, value: Any) -> str:
         return f"{len(value)} characters (--template prints it)" if value else "none"
     if name == "parameters":
         return f"{value:,} ({_scaled(value, 1000, ('', ' thousand', ' million', ' billion'))})"
-    if name.endswith("_bytes"):
+    if "bytes" in name:
         return f"{value:,} ({_scaled(value, 1024, (' B', ' KiB', ' MiB', ' GiB'))})"
     if isinstance(value, bool):
         return "yes" if value else "no"

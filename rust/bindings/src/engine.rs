@@ -14,9 +14,9 @@ use pyo3::types::{PyDict, PyString};
 use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
 use crate::error::{engine_error, guarded, refusal};
-use crate::info::ModelInfo;
+use crate::info::{MAX_NUM_SEQS, ModelInfo};
 use crate::load::{Loaded, Settings, default_threads, kv_element, load, precision};
-use crate::metrics::{KvEvent, engine_metrics, kv_event};
+use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
 use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
@@ -47,20 +47,22 @@ pub struct Engine {
     store: Mutex<Option<Arc<Store>>>,
     namespace: [u8; 32],
     page_bytes: usize,
+    began: Duration,
 }
 
 #[pymethods]
 impl Engine {
     #[new]
     #[pyo3(signature = (
-        path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(64),
+        path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
         max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
         kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
-        max_waiting=None, priority_patience=Arg::of(10.0), speculation=None, kv_offload=None, kv_events=Arg::of(false)
+        max_waiting=None, priority_patience=Arg::of(10.0), speculation=None, kv_offload=None, kv_events=Arg::of(false),
+        trace=Arg::of(false)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         seed=0, mmap=True, max_waiting=None, priority_patience=10.0, speculation=None, \
-        kv_offload=None, kv_events=False)")]
+        kv_offload=None, kv_events=False, trace=False)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -79,6 +81,7 @@ impl Engine {
         speculation: Option<SpeculationArgs>,
         kv_offload: Option<OffloadArgs>,
         kv_events: Arg<bool>,
+        trace: Arg<bool>,
     ) -> PyResult<Self> {
         guarded(|| {
             let precision = precision(&dtype.get("dtype", "a string")?)?;
@@ -103,6 +106,7 @@ impl Engine {
                 draft: draft.flatten(),
                 offload: kv_offload.map(read_offload).transpose()?,
                 cache_events: kv_events.flag("kv_events")?,
+                trace: trace.flag("trace")?,
             };
             let loaded = interruptible(py, "infer-load", move || load(&settings))?;
             Ok(Self::from_loaded(loaded))
@@ -277,8 +281,17 @@ impl Engine {
     /// token ids) and ("removed", digest, None, None); and how many events were dropped because nobody took them.
     fn take_kv_events(&self) -> PyResult<(Vec<KvEvent>, u64)> {
         guarded(|| {
-            let journal = self.driver()?.take_journal();
-            Ok((journal.cache_events.into_iter().map(kv_event).collect(), journal.dropped))
+            let journal = self.driver()?.take_cache_events();
+            Ok((journal.entries.into_iter().map(kv_event).collect(), journal.dropped))
+        })
+    }
+
+    /// Moments of requests' lives since the last call, in order: (request id, seconds since 1970, what, and the number or the reason
+    /// that belongs to it); and how many were dropped because nobody took them.
+    fn take_trace(&self) -> PyResult<(Vec<Moment>, u64)> {
+        guarded(|| {
+            let journal = self.driver()?.take_trace();
+            Ok((journal.entries.iter().map(|event| moment(event, self.began)).collect(), journal.dropped))
         })
     }
 
@@ -319,10 +332,10 @@ impl Engine {
 
 impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
-        let Loaded { driver, store, namespace, page_bytes, text, info, threads } = loaded;
+        let Loaded { driver, store, namespace, page_bytes, text, info, threads, began } = loaded;
         let config = driver.config().clone();
         let (driver, store) = (Owned::new(Mutex::new(Some(Arc::new(driver)))), Mutex::new(store));
-        Self { driver, config, text, info, threads, store, namespace, page_bytes }
+        Self { driver, config, text, info, threads, store, namespace, page_bytes, began }
     }
 
     fn driver(&self) -> PyResult<Arc<Driver>> {

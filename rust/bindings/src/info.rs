@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use infer_kernels::Isa;
-use infer_model::Checkpoint;
+use infer_kernels::{Isa, KvElement, PAGE_TOKENS};
+use infer_model::{Checkpoint, ModelSpec, page_bytes};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
 use crate::load::default_threads;
+use crate::memory::{CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
 use crate::wait::interruptible;
 
@@ -40,8 +41,30 @@ pub struct ModelInfo {
     /// Tokens that end an answer.
     eos_token_ids: Vec<u32>,
     has_tokenizer: bool,
+    /// Bytes of one token's keys and values in all layers, with `kv_cache_dtype="auto"`.
+    kv_bytes_per_token: usize,
+    /// Tokens whose keys and values `LLM` would make room for, by its defaults, with the memory that is free now.
+    kv_cache_tokens: usize,
     /// The Jinja source.
     chat_template: Option<String>,
+}
+
+/// `LLM`'s default.
+pub const MAX_NUM_SEQS: usize = 64;
+
+/// Bytes of a page by the default of `kv_cache_dtype`, and the tokens that the default budget holds once the weights are there.
+fn cache_budget(spec: &ModelSpec, weight_bytes: u64) -> (usize, usize) {
+    let request = CacheRequest {
+        page_bytes: page_bytes(spec, KvElement::F16),
+        page_tokens: PAGE_TOKENS,
+        max_positions: spec.max_positions,
+        max_num_seqs: MAX_NUM_SEQS,
+        max_model_len: None,
+        memory_bytes: None,
+    };
+    let free = free_memory().map(|free| free.saturating_sub(weight_bytes));
+    let pages = plan_cache(&request, free).map_or(0, |plan| plan.pages);
+    (request.page_bytes, pages * PAGE_TOKENS)
 }
 
 impl ModelInfo {
@@ -61,6 +84,7 @@ impl ModelInfo {
             parameters += tensor.shape.iter().product::<usize>() as u64;
         }
         let most = bytes_of.iter().max_by_key(|(_, bytes)| **bytes);
+        let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes);
         Self {
             path: checkpoint.path().display().to_string(),
             container: if checkpoint.is_gguf() { "gguf" } else { "safetensors" },
@@ -77,6 +101,8 @@ impl ModelInfo {
             max_positions: spec.max_positions,
             eos_token_ids: text.map_or(&spec.eos_token_ids, |text| &text.eos_token_ids).clone(),
             has_tokenizer: text.is_some(),
+            kv_bytes_per_token: page_bytes / PAGE_TOKENS,
+            kv_cache_tokens,
             chat_template: text.and_then(TextModel::chat_template).map(str::to_owned),
         }
     }
@@ -102,6 +128,8 @@ impl ModelInfo {
         dict.set_item("max_positions", self.max_positions)?;
         dict.set_item("eos_token_ids", &self.eos_token_ids)?;
         dict.set_item("has_tokenizer", self.has_tokenizer)?;
+        dict.set_item("kv_bytes_per_token", self.kv_bytes_per_token)?;
+        dict.set_item("kv_cache_tokens", self.kv_cache_tokens)?;
         dict.set_item("chat_template", &self.chat_template)?;
         Ok(dict)
     }

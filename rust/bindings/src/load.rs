@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infer_engine::{Driver, EngineConfig, MonotonicClock, Speculation, Tier};
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
@@ -39,6 +39,7 @@ pub struct Settings {
     pub draft: Option<PathBuf>,
     pub offload: Option<Offload>,
     pub cache_events: bool,
+    pub trace: bool,
 }
 
 /// Where pages go that memory has no room for, and how many bytes of them.
@@ -57,6 +58,8 @@ pub struct Loaded {
     pub text: Option<Arc<TextModel>>,
     pub info: ModelInfo,
     pub threads: usize,
+    /// When the engine's clock began, since 1970.
+    pub began: Duration,
 }
 
 /// Threads that compute unless told otherwise: what the process may use.
@@ -124,10 +127,11 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
     let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);
     let clock = Arc::new(MonotonicClock::new());
+    let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let device = CpuDevice { model, draft };
     let driver = Driver::start(config, device, tier, clock).map_err(|error| error.to_string())?;
     let text = text.map(Arc::new);
-    Ok(Loaded { driver, store, namespace, page_bytes, text, info, threads: settings.threads })
+    Ok(Loaded { driver, store, namespace, page_bytes, text, info, threads: settings.threads, began })
 }
 
 /// Loads the model that guesses for `target`.
@@ -203,6 +207,7 @@ fn engine_config(
         speculation: settings.speculation.clone(),
         digest_key: [0; 32],
         cache_events: settings.cache_events,
-        trace: false,
+        trace: settings.trace,
+        check_invariants: false,
     }
 }

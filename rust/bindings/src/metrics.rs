@@ -1,6 +1,8 @@
 //! The engine's figures as Python sees them.
 
-use infer_engine::{CacheEvent, EngineMetrics};
+use std::time::Duration;
+
+use infer_engine::{CacheEvent, EngineMetrics, RequestId, TraceEvent, TraceKind};
 use infer_store::StoreStats;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -88,4 +90,20 @@ pub fn kv_event(event: CacheEvent) -> KvEvent {
         }
         CacheEvent::Removed { digest } => ("removed", digest, None, None),
     }
+}
+
+/// Request, seconds since 1970, what happened, cached tokens or pages, finish reason.
+pub type Moment = (RequestId, f64, &'static str, Option<usize>, Option<&'static str>);
+
+/// A moment of a request's life.
+pub fn moment(event: &TraceEvent, began: Duration) -> Moment {
+    let (what, count, reason) = match event.kind {
+        TraceKind::Queued => ("queued", None, None),
+        TraceKind::Scheduled { cached_tokens } => ("scheduled", Some(cached_tokens), None),
+        TraceKind::Restoring { pages } => ("restoring", Some(pages), None),
+        TraceKind::Preempted => ("preempted", None, None),
+        TraceKind::FirstToken => ("first_token", None, None),
+        TraceKind::Ended { reason } => ("ended", None, Some(reason.name())),
+    };
+    (event.request, (began + event.at).as_secs_f64(), what, count, reason)
 }

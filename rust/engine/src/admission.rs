@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::cache::{NO_PAGE, Tail};
 use crate::core::Core;
 use crate::journal::TraceKind;
+use crate::planted::{Bug, planted};
 use crate::scheduler::Plan;
 use crate::sequence::{Rank, Sequence, SequenceId};
 use crate::tier::Wanted;
@@ -61,7 +62,7 @@ impl Core {
     }
 
     fn try_admit(&mut self, id: SequenceId, claim: i32, now: Duration) -> bool {
-        if self.running.len() >= self.config.max_num_seqs {
+        if self.running.len() >= self.config.max_num_seqs && !planted(Bug::MaxNumSeqsIsIgnored) {
             return false;
         }
         let owed: usize = self.running.iter().map(|rank| self.pages_owed(&self.sequences[&rank.id])).sum();
@@ -109,6 +110,9 @@ impl Core {
             ];
             source = found.into_iter().flatten().max_by_key(|&(_, alike)| alike);
             source.iter().for_each(|&(page, _)| self.cache.pool.retain(page));
+            if let Some((_, alike)) = source.as_mut().filter(|_| planted(Bug::CopyReachesTooFar)) {
+                *alike = (*alike + 1).min(tokens.len());
+            }
         }
         Beginning { pages, tail, wanted, source }
     }
@@ -134,7 +138,7 @@ impl Core {
     fn reusable_tokens(&self, id: SequenceId) -> usize {
         let sequence = &self.sequences[&id];
         let wanted = if id.index == 0 { self.requests[&id.request].prompt_rows() } else { 0 };
-        let all_but_last = sequence.tokens.len() - 1;
+        let all_but_last = sequence.tokens.len() - usize::from(!planted(Bug::WholePromptIsReused));
         if sequence.delivered < wanted { sequence.delivered.min(all_but_last) } else { all_but_last }
     }
 

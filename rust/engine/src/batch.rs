@@ -1,6 +1,7 @@
 //! One step's work, as a backend gets it: plain integers.
 
 use crate::core::Core;
+use crate::planted::{Bug, planted};
 use crate::request::RequestKind;
 use crate::scheduler::Plan;
 use crate::sequence::SequenceId;
@@ -79,7 +80,8 @@ impl Core {
             if generates && real == sequence.remaining() { 1 + sequence.drafts.len() } else { 0 };
         let copy = sequence.copy_from.take();
         if let Some(from) = copy {
-            batch.copies.push((from, sequence.pages[computed / self.config.page_tokens]));
+            let to = sequence.pages[computed / self.config.page_tokens];
+            batch.copies.extend((!planted(Bug::CopyIsForgotten)).then_some((from, to)));
             self.cache.release(from);
         }
         let first_wanted = first_row + sequence.delivered.max(computed) - computed;
@@ -91,7 +93,7 @@ impl Core {
         batch.sequences.push(BatchSequence {
             first_row,
             rows,
-            first_position: computed,
+            first_position: computed + usize::from(planted(Bug::PositionIsOffByOne) && rows > 1),
             pages: sequence.pages.clone(),
             long_context: sequence.domain.long_context,
             // The draft model was fed the last token and all of its guesses but the last one.

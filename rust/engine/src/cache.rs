@@ -7,6 +7,7 @@ use crate::config::EngineConfig;
 use crate::digest::{Digest, page_digest, root_digest};
 use crate::journal::CacheEvent;
 use crate::pages::PagePool;
+use crate::planted::{Bug, planted};
 use crate::prefix::{Domain, Node, Parent, PrefixIndex};
 use crate::sequence::Tokens;
 use crate::tier::{Save, Tier, Wanted};
@@ -85,7 +86,7 @@ impl PageCache {
     /// Takes a page for writing, forgetting the least recently used contents if it must.
     pub fn allocate(&mut self) -> Option<u32> {
         let (page, evicted) = self.pool.allocate()?;
-        if evicted {
+        if evicted && !planted(Bug::EvictedPageKeepsName) {
             self.forget(page);
         }
         Some(page)
@@ -116,11 +117,16 @@ impl PageCache {
     /// The longest chain of named full pages that holds the first tokens of a sequence, at most `limit` tokens; each is retained.
     pub fn take_prefix(&mut self, domain: &Domain, tokens: &Tokens, limit: usize) -> (Vec<u32>, Tail) {
         let mut tail = self.root(domain);
+        if planted(Bug::SaltIsIgnored) {
+            tail = self.root(&Domain { salt: None, ..domain.clone() });
+        }
         let mut pages = Vec::new();
         for first in (0..limit / self.page_tokens).map(|page| page * self.page_tokens) {
             let own = tokens.range(first, first + self.page_tokens);
             let Some(page) = self.index.find(&tail.parent, &own) else { break };
-            self.pool.retain(page);
+            if !planted(Bug::SharedPageIsNotRetained) {
+                self.pool.retain(page);
+            }
             pages.push(page);
             tail = self.tail_of(page, tail.private);
         }
@@ -154,7 +160,9 @@ impl PageCache {
     /// equal tokens after equal parents give equal keys and values, so one copy is enough.
     pub fn seal(&mut self, tail: &Tail, tokens: Box<[u32]>, page: u32) -> (u32, Tail) {
         if let Some(existing) = self.index.find(&tail.parent, &tokens) {
-            self.pool.retain(existing);
+            if !planted(Bug::DuplicateIsNotRetained) {
+                self.pool.retain(existing);
+            }
             self.pool.release(page);
             return (existing, self.tail_of(existing, tail.private));
         }
@@ -167,6 +175,9 @@ impl PageCache {
         let tail = self.tail_of(page, tail.private);
         if let (Parent::Node(id), true) = (&tail.parent, self.tier.is_some() && !tail.private) {
             self.unsaved.push_back((page, *id));
+        }
+        if planted(Bug::TailIsTheRoot) {
+            return (page, Tail { parent: self.index.node(page).expect("named").parent().clone(), ..tail });
         }
         (page, tail)
     }
@@ -220,6 +231,9 @@ impl PageCache {
 
     /// Pages to save before they are overwritten, and of those that can wait at most `more`.
     pub fn take_saves(&mut self, more: usize) -> Vec<Save> {
+        if planted(Bug::SavesComeLate) && more == 0 {
+            return Vec::new();
+        }
         let mut saves = std::mem::take(&mut self.evicted);
         let last = saves.len() + more;
         while saves.len() < last

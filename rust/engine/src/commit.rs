@@ -8,6 +8,7 @@ use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
 use crate::logprobs::token_logprobs;
 use crate::metrics::RequestMetrics;
+use crate::planted::{Bug, planted};
 use crate::request::{RequestId, RequestKind};
 use crate::sampler::{SampleError, check};
 use crate::sequence::SequenceId;
@@ -61,6 +62,12 @@ impl Core {
             }
         }
         self.settle_cancelled(now);
+        for work in &scheduled {
+            if planted(Bug::FailedRowsCount) && work.sampled_rows < 2 && self.sequences.contains_key(&work.id)
+            {
+                self.advance(work.id, work.rows);
+            }
+        }
         for work in scheduled {
             self.end_request(work.id.request, FinishReason::Error, Some(message.to_owned()), now);
         }
@@ -109,7 +116,9 @@ impl Core {
             }
             chosen += 1;
             self.append(id, token, row, now);
-            if !self.sequences.contains_key(&id) || drafts.get(place) != Some(&token) {
+            let right =
+                drafts.get(place) == Some(&token) || planted(Bug::DraftsAreTrusted) && place < drafts.len();
+            if !self.sequences.contains_key(&id) || !right {
                 break;
             }
         }
@@ -155,7 +164,8 @@ impl Core {
         sequence.delivered += logits.len() / vocabulary;
         let kind = match &request.kind {
             RequestKind::Logits => {
-                sequence.blocked = sequence.delivered < request.prompt.len();
+                sequence.blocked =
+                    sequence.delivered < request.prompt.len() && !planted(Bug::BlockedConsumerIsOverrun);
                 EventKind::Logits(logits.to_vec())
             }
             RequestKind::Generate(params) => {
@@ -180,7 +190,10 @@ impl Core {
             unreachable!("only Generate rows are sampled")
         };
         let banned = request.banned(sequence.tokens.output.len());
-        let position = sequence.tokens.len() as u64;
+        let mut position = sequence.tokens.len() as u64;
+        if planted(Bug::SampleDependsOnStep) {
+            position += self.counters.steps;
+        }
         let token =
             self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
         if params.has_penalties() {
@@ -235,7 +248,8 @@ impl Core {
     fn spawn_others(&mut self, id: RequestId, now: Duration) {
         let request = self.requests.get_mut(&id).expect("a sequence has a request");
         if !std::mem::replace(&mut request.spawned, true) {
-            for index in 1..request.ended.len() as u32 {
+            let all = if planted(Bug::CompletionsAreNotSpawned) { 1 } else { request.ended.len() };
+            for index in 1..all as u32 {
                 self.spawn(SequenceId { request: id, index }, now);
             }
         }

@@ -12,6 +12,7 @@ use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::journal::{CacheEvent, TraceEvent, TraceKind};
 use crate::metrics::{EngineMetrics, RequestMetrics};
+use crate::planted::{Bug, planted};
 use crate::prefix::Domain;
 use crate::queue::{Fairness, User, WaitingQueue};
 use crate::random::stream_seed;
@@ -130,7 +131,7 @@ impl Core {
 
     fn stop(&mut self, id: RequestId, reason: FinishReason, now: Duration) {
         if self.in_flight.is_some() {
-            self.cancelled.push((id, reason));
+            self.cancelled.extend((!planted(Bug::CancelDuringStepIsLost)).then_some((id, reason)));
         } else {
             self.end_request(id, reason, None, now);
         }
@@ -140,7 +141,9 @@ impl Core {
     pub fn expire(&mut self, now: Duration) {
         while let Some(&(deadline, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             self.deadlines.remove(&(deadline, id));
-            self.stop(id, FinishReason::Timeout, now);
+            if !planted(Bug::DeadlineIsForgotten) {
+                self.stop(id, FinishReason::Timeout, now);
+            }
         }
     }
 
@@ -299,7 +302,7 @@ impl Core {
     /// Gives back everything a completion holds.
     fn drop_sequence(&mut self, id: SequenceId, now: Duration) {
         debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
-        if self.sequences.contains_key(&id) {
+        if self.sequences.contains_key(&id) && !planted(Bug::EndedSequenceKeepsPages) {
             self.give_up_pages(id);
         }
         let request = self.requests.get_mut(&id.request).expect("a completion ends before its request");
@@ -307,7 +310,9 @@ impl Core {
         request.metrics.finished = Some(now);
         if let Some(sequence) = self.sequences.remove(&id) {
             self.running.remove(&sequence.rank());
-            self.waiting.remove(&sequence, &request.options.user);
+            if !planted(Bug::EndedSequenceStaysQueued) {
+                self.waiting.remove(&sequence, &request.options.user);
+            }
             if let Some(first) = sequence.first_token {
                 request.metrics.generating += sequence.last_token.saturating_sub(first);
                 request.metrics.intervals += sequence.tokens.output.len() as u64 - 1;

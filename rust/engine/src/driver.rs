@@ -15,6 +15,7 @@ use crate::config::EngineConfig;
 use crate::core::Core;
 use crate::device::Device;
 use crate::error::EngineError;
+use crate::journal::{CacheEvent, TraceEvent};
 use crate::mailbox::{Command, Journal, Letters, Mailbox, Status};
 use crate::metrics::EngineMetrics;
 use crate::outbox::{Outbox, RequestHandle, Waker};
@@ -159,15 +160,16 @@ impl Driver {
         EngineMetrics { requests_refused: letters.refused, ..letters.metrics.clone() }
     }
 
-    /// Takes what the journal has gathered.
+    /// What happened to the prefix cache since the last call, if `cache_events` is on.
     #[must_use]
-    pub fn take_journal(&self) -> Journal {
-        self.mailbox.take_journal()
+    pub fn take_cache_events(&self) -> Journal<CacheEvent> {
+        self.mailbox.take_cache_events()
     }
 
-    /// Whom to tell, on the driver's thread, that the journal has entries.
-    pub fn set_journal_waker(&self, waker: Option<Waker>) {
-        self.mailbox.set_journal_waker(waker);
+    /// Moments of requests since the last call, if `trace` is on.
+    #[must_use]
+    pub fn take_trace(&self) -> Journal<TraceEvent> {
+        self.mailbox.take_trace()
     }
 
     /// Reads out the cached pages that hold the beginning of `tokens`.

@@ -2,6 +2,7 @@
 
 use crate::cache::NO_PAGE;
 use crate::core::Core;
+use crate::planted::{Bug, planted};
 use crate::sequence::SequenceId;
 
 impl Core {
@@ -10,7 +11,8 @@ impl Core {
         if self.shares(id) {
             let page_tokens = self.config.page_tokens;
             let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
-            while (sequence.sealed + 1) * page_tokens <= sequence.computed {
+            let early = usize::from(planted(Bug::PageIsSealedEarly));
+            while (sequence.sealed + 1) * page_tokens <= sequence.computed + early {
                 let place = sequence.sealed;
                 let tokens = sequence.tokens.range(place * page_tokens, (place + 1) * page_tokens);
                 (sequence.pages[place], sequence.tail) =
@@ -30,7 +32,8 @@ impl Core {
     pub(crate) fn drop_before_window(&mut self, id: SequenceId) {
         let Some(window) = self.config.window else { return };
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-        let first_visible = (sequence.computed + 1).saturating_sub(window);
+        let too_far = if planted(Bug::WindowIsTooShort) { self.config.page_tokens } else { 0 };
+        let first_visible = (sequence.computed + 1 + too_far).saturating_sub(window);
         let behind = (first_visible / self.config.page_tokens).min(sequence.pages.len());
         // A page without a name yet is still needed to give it one.
         let behind = if self.shares(id) { behind.min(self.sequences[&id].sealed) } else { behind };

@@ -1,4 +1,4 @@
-//! What must hold between any two strokes of the engine; checked in debug builds at every step, and by the simulation.
+//! What must hold between any two strokes of the engine; checked at every step of the simulation.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +9,9 @@ use crate::prefix::Parent;
 use crate::sequence::Sequence;
 
 impl Core {
-    /// Panics with a sentence when an invariant is broken; does nothing in release builds.
+    /// Panics with a sentence when an invariant is broken, if the configuration asks for it.
     pub(crate) fn check_invariants(&self) {
-        if cfg!(debug_assertions) {
+        if self.config.check_invariants {
             self.check_pages();
             self.check_names();
             self.sequences.values().for_each(|sequence| self.check_sequence(sequence));
@@ -112,6 +112,7 @@ impl Core {
             self.running.len() + self.waiting.len(),
             "queues hold all sequences"
         );
+        assert!(self.running.len() <= self.config.max_num_seqs, "max_num_seqs");
         let mut open = 0;
         for request in self.requests.values() {
             let unended = request.ended.iter().filter(|&&ended| !ended).count();
@@ -123,12 +124,12 @@ impl Core {
 
     /// The step keeps to its budgets and writes only pages that it alone holds and nobody can find.
     fn check_step(&self, scheduled: &[Scheduled]) {
-        assert!(scheduled.len() <= self.config.max_num_seqs, "max_num_seqs");
         let rows: usize = scheduled.iter().map(|work| work.rows).sum();
         assert!(rows <= self.config.max_num_batched_tokens, "max_num_batched_tokens");
         let prompt_rows: usize = scheduled.iter().map(|work| work.prompt_rows).sum();
         let drafts: usize = scheduled.iter().map(|work| work.sampled_rows.saturating_sub(1)).sum();
         assert!(prompt_rows + drafts <= self.config.logit_rows(), "max_logit_values");
+        self.check_decodes(scheduled);
         for work in scheduled {
             let Some(sequence) = self.sequences.get(&work.id) else { continue };
             let first = sequence.computed / self.config.page_tokens;
@@ -147,6 +148,18 @@ impl Core {
                     work.id
                 );
             }
+        }
+    }
+
+    /// No prompt stalls a running completion: who needs one row, and has a page for it, is part of every step.
+    fn check_decodes(&self, scheduled: &[Scheduled]) {
+        for id in self.running.iter().map(|rank| rank.id) {
+            let sequence = &self.sequences[&id];
+            let has_page = sequence.pages.len() >= self.config.pages_for(sequence.tokens.len());
+            assert!(
+                !self.is_decoding(sequence) || !has_page || scheduled.iter().any(|work| work.id == id),
+                "{id:?} decodes in every step"
+            );
         }
     }
 }

@@ -39,6 +39,8 @@ mod metrics;
 mod outbox;
 mod pages;
 mod params;
+#[cfg_attr(not(feature = "planted"), allow(dead_code, unreachable_pub))]
+mod planted;
 mod prefix;
 mod queue;
 mod random;
@@ -70,6 +72,8 @@ pub use crate::mailbox::Journal;
 pub use crate::metrics::{EngineMetrics, Histograms, RequestMetrics};
 pub use crate::outbox::{RequestHandle, Update, Waker};
 pub use crate::params::SamplingParams;
+#[cfg(feature = "planted")]
+pub use crate::planted::{Bug, plant};
 pub use crate::random::{stream_seed, uniform};
 pub use crate::request::{Prompt, RequestId, RequestKind, RequestOptions, Submission};
 pub use crate::sampler::{SampleError, Sampler, TokenHistory};

@@ -48,18 +48,30 @@ pub(crate) struct Letters {
 }
 
 /// What outsiders follow, until they take it.
-#[derive(Debug, Default)]
-pub struct Journal {
-    /// Changes of the prefix cache.
-    pub cache_events: Vec<CacheEvent>,
-    /// Moments of requests.
-    pub trace: Vec<TraceEvent>,
-    /// Entries that were dropped because nobody took them.
+#[derive(Debug)]
+pub struct Journal<T> {
+    /// What happened, oldest first.
+    pub entries: Vec<T>,
+    /// Entries that were dropped because nobody took those before.
     pub dropped: u64,
 }
 
-/// Entries kept of each kind before new ones are dropped.
+impl<T> Default for Journal<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new(), dropped: 0 }
+    }
+}
+
+/// Entries kept before new ones are dropped.
 const JOURNAL_LIMIT: usize = 1 << 16;
+
+impl<T> Journal<T> {
+    fn append(&mut self, entries: Vec<T>) {
+        let room = JOURNAL_LIMIT.saturating_sub(self.entries.len());
+        self.dropped += entries.len().saturating_sub(room) as u64;
+        self.entries.extend(entries.into_iter().take(room));
+    }
+}
 
 /// What the driver's thread and everyone else share.
 pub(crate) struct Mailbox {
@@ -67,7 +79,8 @@ pub(crate) struct Mailbox {
     arrived: Condvar,
     /// Told of room in the queue, and of the end.
     room: Condvar,
-    journal: Mutex<(Journal, Option<Waker>)>,
+    cache_events: Mutex<Journal<CacheEvent>>,
+    trace: Mutex<Journal<TraceEvent>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -91,7 +104,8 @@ impl Mailbox {
             letters: Mutex::new(letters),
             arrived: Condvar::new(),
             room: Condvar::new(),
-            journal: Mutex::default(),
+            cache_events: Mutex::default(),
+            trace: Mutex::default(),
         }
     }
 
@@ -162,35 +176,19 @@ impl Mailbox {
 
     /// Files what happened.
     pub fn record(&self, cache_events: Vec<CacheEvent>, trace: Vec<TraceEvent>) {
-        if cache_events.is_empty() && trace.is_empty() {
-            return;
+        if !cache_events.is_empty() {
+            lock(&self.cache_events).append(cache_events);
         }
-        let mut guard = lock(&self.journal);
-        let (journal, waker) = &mut *guard;
-        let mut file = 0;
-        file += append(&mut journal.cache_events, cache_events);
-        file += append(&mut journal.trace, trace);
-        journal.dropped += file;
-        let waker = waker.clone();
-        drop(guard);
-        if let Some(waker) = waker {
-            waker();
+        if !trace.is_empty() {
+            lock(&self.trace).append(trace);
         }
     }
 
-    pub fn take_journal(&self) -> Journal {
-        std::mem::take(&mut lock(&self.journal).0)
+    pub fn take_cache_events(&self) -> Journal<CacheEvent> {
+        std::mem::take(&mut lock(&self.cache_events))
     }
 
-    pub fn set_journal_waker(&self, waker: Option<Waker>) {
-        lock(&self.journal).1 = waker;
+    pub fn take_trace(&self) -> Journal<TraceEvent> {
+        std::mem::take(&mut lock(&self.trace))
     }
-}
-
-/// Appends what there is room for; how many entries had none.
-fn append<T>(journal: &mut Vec<T>, entries: Vec<T>) -> u64 {
-    let room = JOURNAL_LIMIT.saturating_sub(journal.len());
-    let dropped = entries.len().saturating_sub(room);
-    journal.extend(entries.into_iter().take(room));
-    dropped as u64
 }

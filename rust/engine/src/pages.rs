@@ -3,6 +3,8 @@
 //!
 //! A page is exactly one of: *referenced* (count > 0), *evictable* (count 0, contents named in the prefix index) or *free*.
 
+use crate::planted::{Bug, planted};
+
 /// Reference counts and lists of all pages.
 #[derive(Debug)]
 pub(crate) struct PagePool {
@@ -69,21 +71,23 @@ impl PagePool {
     pub fn retain(&mut self, page: u32) {
         let count = &mut self.references[page as usize];
         if *count == 0 {
-            debug_assert!(self.cached[page as usize], "page {page} was free when it was retained");
-            self.evictable.remove(page);
+            assert!(self.cached[page as usize], "page {page} was free when it was retained");
+            if !planted(Bug::HeldPageIsEvictable) {
+                self.evictable.remove(page);
+            }
         }
         *count += 1;
     }
 
     /// Marks a held page as named by the prefix index.
     pub fn mark_cached(&mut self, page: u32) {
-        debug_assert!(self.references[page as usize] > 0, "page {page} was named while nobody held it");
+        assert!(self.references[page as usize] > 0, "page {page} was named while nobody held it");
         self.cached[page as usize] = true;
     }
 
     /// Frees a page that nobody holds and whose name was just removed.
     pub fn forget(&mut self, page: u32) {
-        debug_assert!(
+        assert!(
             self.references[page as usize] == 0 && self.cached[page as usize],
             "page {page} is not evictable"
         );

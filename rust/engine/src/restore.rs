@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::admission::Beginning;
 use crate::core::Core;
 use crate::journal::TraceKind;
+use crate::planted::{Bug, planted};
 use crate::sequence::{Restoring, SequenceId};
 use crate::tier::{Fetch, Save};
 
@@ -49,7 +50,7 @@ impl Core {
         let Restoring { wanted, since, .. } =
             sequence.restoring.take().expect("a ticket is of a waiting sequence");
         self.costs.restored(wanted.len(), now.saturating_sub(since));
-        let pages = pages.min(wanted.len());
+        let pages = if planted(Bug::RestoreIsTakenForWhole) { wanted.len() } else { pages.min(wanted.len()) };
         let tokens = pages * self.config.page_tokens;
         sequence.computed += tokens;
         self.counters.restored_pages += pages as u64;
@@ -71,8 +72,12 @@ impl Core {
         sequence.computed = pages.len() * self.config.page_tokens;
         (sequence.pages, sequence.tail) = (pages, tail);
         if let Some((page, tokens)) = source {
-            sequence.pages.push(self.cache.allocate().expect("try_admit counted the available pages"));
-            sequence.copy_from = Some(page);
+            if planted(Bug::SharedPageIsWritten) {
+                sequence.pages.push(page);
+            } else {
+                sequence.pages.push(self.cache.allocate().expect("try_admit counted the available pages"));
+                sequence.copy_from = Some(page);
+            }
             sequence.computed += tokens;
         } else if !wanted.is_empty() {
             let count = wanted.len();

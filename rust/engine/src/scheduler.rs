@@ -15,6 +15,7 @@ use crate::batch::Batch;
 use crate::cache::NO_PAGE;
 use crate::core::Core;
 use crate::journal::TraceKind;
+use crate::planted::{Bug, planted};
 use crate::sequence::{Rank, Sequence, SequenceId};
 
 /// After so many preemptions nobody robs a sequence any more but older ones of the same fate.
@@ -68,8 +69,11 @@ impl Core {
             logit_rows: self.config.logit_rows(),
         };
         let running: Vec<SequenceId> = self.running.iter().map(|rank| rank.id).collect();
-        let (decoding, mut prompts): (Vec<_>, Vec<_>) =
+        let (mut decoding, mut prompts): (Vec<_>, Vec<_>) =
             running.into_iter().partition(|id| self.sequences[id].remaining() == 1);
+        if planted(Bug::PromptsStallDecodes) && !prompts.is_empty() {
+            prompts.append(&mut decoding);
+        }
         for &id in &decoding {
             self.schedule(id, &mut plan, now);
         }
@@ -89,7 +93,9 @@ impl Core {
 
     /// Sequences that just outgrew the short-context position encoding start over with the long one.
     fn restart_long_contexts(&mut self, now: Duration) {
-        let Some(switch) = self.config.context_switch else { return };
+        let Some(switch) = self.config.context_switch.filter(|_| !planted(Bug::LongContextIsMissed)) else {
+            return;
+        };
         let outgrown = |sequence: &Sequence| sequence.tokens.len() > switch && !sequence.domain.long_context;
         let ids: Vec<SequenceId> =
             self.running.iter().map(|rank| rank.id).filter(|id| outgrown(&self.sequences[id])).collect();
@@ -119,7 +125,9 @@ impl Core {
             return;
         }
         plan.logit_rows -= self.prompt_rows(id, rows);
-        plan.budget -= rows;
+        if !planted(Bug::BudgetIsNotCharged) {
+            plan.budget -= rows;
+        }
         plan.rows.insert(id, rows);
     }
 
@@ -197,10 +205,17 @@ impl Core {
     fn take_pages_back(&mut self, id: SequenceId, now: Duration) {
         let rank = self.sequences[&id].rank();
         self.running.remove(&rank);
+        if planted(Bug::PreemptedPagesLeak) {
+            let held = self.sequences[&id].pages.iter().find(|&&page| page != NO_PAGE);
+            held.into_iter().for_each(|&page| self.cache.pool.retain(page));
+        }
         self.give_up_pages(id);
         let user = self.user(id.request);
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
         sequence.preemptions += 1;
+        if planted(Bug::PenaltiesForgetPreempted) {
+            sequence.history.output.clear();
+        }
         if sequence.preemptions >= MOST_PREEMPTIONS {
             sequence.priority = i32::MIN;
         }

@@ -1,234 +1,27 @@
 //! The production core against a fake device, tier and clock, from a seed: random requests, priorities, users, tenants, deadlines,
 //! arrivals, cancellations, failures, drafts, windows, pages lost on the way to the tier and back, pools from one page up. The
-//! core's own invariants run at every step (debug builds); here the outside is checked: every request gets exactly the tokens it gets
+//! core's own invariants run at every step; in `common/simulate.rs` the outside is checked: every request gets exactly the tokens it gets
 //! alone and without drafts, cache or tier, one terminal event, nothing after it, everything given back, waiting and preemptions
 //! bounded, and the same seed gives the same log.
 
 mod common;
 
-use std::collections::{BTreeMap, HashSet};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use common::requests::{Dice, Planned, random_config, random_request, submission};
-use common::tier::FakeTier;
-use common::world::{Seen, World};
-use common::{VOCABULARY, expected_logits, mix};
-use infer_engine::{
-    Device, EngineConfig, EngineMetrics, Event, FinishReason, RequestId, RequestKind, RequestOptions,
-};
+use common::mix;
+use common::simulate::simulate;
+use common::world::steps_so_far;
+use infer_engine::EngineMetrics;
 
-/// What a request sees when nobody else is there and pages abound.
-fn alone(config: &EngineConfig, id: RequestId, planned: &Planned, nan_every: Option<u64>) -> Seen {
-    let pages = config.pages * 4 + 4;
-    let roomy = EngineConfig {
-        pages,
-        max_num_batched_tokens: 4096,
-        max_num_seqs: 64,
-        speculation: None,
-        ..config.clone()
-    };
-    let planned = &Planned { options: RequestOptions::default(), ..planned.clone() };
-    let mut world = World::new(&roomy, None);
-    world.device.nan_every = nan_every;
-    world
-        .core
-        .submit(submission(id, planned), Duration::ZERO)
-        .expect("accepted in the crowd, so accepted alone");
-    while !world.core.is_idle() {
-        assert!(world.step(None), "a lone request always runs");
-        for id in world.collect() {
-            world.core.resume(id);
-        }
-    }
-    world.seen.remove(&id).expect("it was seen")
-}
-
-struct Outcome {
-    log: Vec<Event>,
-    steps: usize,
-    metrics: EngineMetrics,
-}
-
-/// Who must have ended early, by whose doing.
-#[derive(Default)]
-struct Cuts {
-    cancelled: HashSet<RequestId>,
-    /// Requests with a deadline.
-    timed: HashSet<RequestId>,
-}
-
-/// Names the seed of a simulation that panics.
-struct Replay(u64, bool);
-
-impl Drop for Replay {
-    #[allow(clippy::print_stdout)] // the test runner shows it with the panic
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("to replay: simulate({}, 20, {})", self.0, self.1);
-        }
-    }
-}
-
-/// Runs `requests` random requests; everything follows from `seed`.
-fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
-    let _replay = Replay(seed, faults);
-    let mut dice = Dice(mix(seed, 0xFEED));
-    let config = random_config(&mut dice);
-    let stems: Vec<Vec<u32>> =
-        (0..3).map(|_| (0..dice.roll(40)).map(|_| dice.roll(VOCABULARY) as u32).collect()).collect();
-    let tier = dice.chance(2).then(|| FakeTier::new(seed, if faults { 7 } else { 0 }));
-    let mut world = World::new(&config, tier);
-    if faults {
-        world.device.failing = (0..4).map(|_| 1 + dice.roll(200)).collect();
-        world.device.nan_every = dice.chance(2).then_some(61);
-    }
-    let mut planned = BTreeMap::new();
-    let mut blocked = Vec::new();
-    let mut cuts = Cuts::default();
-    let mut next = 0;
-    let mut turns = 0;
-    while next < requests as u64 || !world.core.is_idle() {
-        while next < requests as u64 && (dice.chance(3) || world.core.is_idle()) {
-            let request = random_request(&mut dice, &config, &stems, world.now);
-            if world.core.submit(submission(next, &request), world.now).is_ok() {
-                cuts.timed.extend(request.options.deadline.map(|_| next));
-                planned.insert(next, request);
-            }
-            next += 1;
-        }
-        let victim = |dice: &mut Dice| dice.roll(next as usize + 1) as u64;
-        let at_once = dice.chance(12).then(|| victim(&mut dice));
-        if let Some(id) = at_once {
-            cuts.cancelled.insert(id);
-            world.core.cancel(id, world.now);
-        }
-        let in_flight = dice.chance(12).then(|| victim(&mut dice));
-        cuts.cancelled.extend(in_flight);
-        let stepped = world.step(in_flight);
-        blocked.extend(world.collect());
-        for id in at_once.into_iter().chain(in_flight.filter(|_| stepped)) {
-            let ended = world.seen.get(&id).is_some_and(|seen| seen.done.is_some());
-            assert!(
-                ended || !planned.contains_key(&id),
-                "seed {seed}: request {id} outlived its cancellation"
-            );
-        }
-        // The tier and the consumers of logits take their time, unless everybody waits for them.
-        if !stepped || dice.chance(3) {
-            world.restore();
-        }
-        if !stepped || dice.chance(3) {
-            blocked.drain(..).for_each(|id| world.core.resume(id));
-        }
-        if dice.chance(40) {
-            save_and_load(&mut world, &mut dice, &stems);
-        }
-        turns += 1;
-        assert!(turns < requests * 4000, "seed {seed}: no progress");
-    }
-    check_outcome(seed, &config, &world, &planned, &cuts);
-    let metrics = world.core.metrics();
-    Outcome { log: world.log, steps: world.steps, metrics }
-}
-
-/// Takes a stem's pages out of the cache and puts them back, or into the cache of another salt.
-fn save_and_load(world: &mut World, dice: &mut Dice, stems: &[Vec<u32>]) {
-    let stem = &stems[dice.roll(stems.len())];
-    let mut payloads = Vec::new();
-    let saves = world.core.cached_prefix(stem, None);
-    for save in &saves {
-        let mut payload = Vec::new();
-        world.device.export_page(save.page, &mut payload).expect("the fake device reads out");
-        payloads.push(payload);
-    }
-    let blocks: Vec<Box<[u32]>> = saves.iter().map(|save| save.name.tokens.clone()).collect();
-    let whole: usize = blocks.iter().map(|block| block.len()).sum();
-    assert_eq!(blocks.concat(), stem[..whole], "a session is a beginning of what was asked for");
-    let salt = dice.chance(2).then(|| "red".into());
-    let adoption = world.core.adopt(blocks, salt);
-    let saves = world.core.take_saves(0);
-    world.save(saves);
-    let mut filled = 0;
-    for (place, page) in adoption.pages() {
-        world.device.import_page(page, &payloads[place]).expect("its own bytes");
-        filled += 1;
-    }
-    assert!(world.core.adopted(adoption, filled) <= whole);
-}
-
-fn check_outcome(
-    seed: u64,
-    config: &EngineConfig,
-    world: &World,
-    planned: &BTreeMap<RequestId, Planned>,
-    cuts: &Cuts,
-) {
-    let metrics = world.core.metrics();
-    assert_eq!(
-        metrics.pages_free + metrics.pages_evictable,
-        metrics.pages_total,
-        "seed {seed}: pages came back"
-    );
-    let ended = metrics.requests_finished
-        + metrics.requests_aborted
-        + metrics.requests_timed_out
-        + metrics.requests_failed;
-    assert_eq!((ended, metrics.running, metrics.waiting), (planned.len() as u64, 0, 0), "seed {seed}");
-    for (&id, request) in planned {
-        let seen = &world.seen[&id];
-        let done = seen.done.as_ref().unwrap_or_else(|| panic!("seed {seed}: request {id} never ended"));
-        let device_failed = done.as_deref().is_some_and(|message| message.starts_with("step"));
-        let timed_out = cuts.timed.contains(&id) && seen.ended_by(FinishReason::Timeout);
-        let bare = matches!(request.kind, RequestKind::Logits) && cuts.timed.contains(&id);
-        if cuts.cancelled.contains(&id) || device_failed || timed_out || bare {
-            check_truncated(seed, config, id, request, seen, world.device.nan_every);
-            continue;
-        }
-        let early = seen.ended_by(FinishReason::Abort) || seen.ended_by(FinishReason::Timeout);
-        assert!(!early, "seed {seed}: request {id} was ended by nobody");
-        let expected = alone(config, id, request, world.device.nan_every);
-        if done.is_some() {
-            // The first bad row ends the request; which of its completions meets it first depends on the company.
-            assert_eq!(done, expected.done.as_ref().unwrap(), "seed {seed}: request {id}");
-        } else {
-            assert_eq!(seen, &expected, "seed {seed}: request {id}");
-        }
-        if matches!(request.kind, RequestKind::Logits) && done.is_none() {
-            let long = config.context_switch.is_some_and(|switch| request.prompt.len() > switch);
-            let expected = expected_logits(&request.prompt, long);
-            let fine =
-                |(bits, logit): (&u32, &f32)| *bits == logit.to_bits() || f32::from_bits(*bits).is_nan();
-            assert_eq!(seen.logits.len(), expected.len(), "seed {seed}: request {id}");
-            assert!(seen.logits.iter().zip(&expected).all(fine), "seed {seed}: request {id}");
-        }
-    }
-}
-
-/// A request that was cut short saw a beginning of what it sees alone.
-fn check_truncated(
-    seed: u64,
-    config: &EngineConfig,
-    id: RequestId,
-    request: &Planned,
-    seen: &Seen,
-    nan_every: Option<u64>,
-) {
-    let whole = alone(config, id, request, nan_every);
-    if whole.done.as_ref().is_some_and(Option::is_some) {
-        return; // a completion that met NaN alone ends others at a moment that depends on the company
-    }
-    for (index, tokens) in &seen.tokens {
-        let expected = &whole.tokens[index];
-        assert!(expected.starts_with(tokens), "seed {seed}: request {id} {tokens:?} {expected:?}");
-        assert!(whole.text[index].starts_with(&seen.text[index]), "seed {seed}: request {id}");
-    }
-    assert!(whole.logits.starts_with(&seen.logits), "seed {seed}: request {id}");
-    assert!(whole.prompt_logprobs.starts_with(&seen.prompt_logprobs), "seed {seed}: request {id}");
+/// A number from the environment.
+fn asked(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|value| value.parse().ok())
 }
 
 /// Runs of the simulation; `INFER_SIMULATIONS` asks for more.
 fn simulations() -> u64 {
-    std::env::var("INFER_SIMULATIONS").ok().and_then(|count| count.parse().ok()).unwrap_or(400)
+    asked("INFER_SIMULATIONS").unwrap_or(400)
 }
 
 #[test]
@@ -274,4 +67,33 @@ fn the_same_seed_gives_the_same_log() {
         let log = || format!("{:?}", simulate(seed, 20, true).log);
         assert!(log() == log(), "seed {seed}");
     }
+}
+
+/// `INFER_SIMULATION_STEPS` asks for so many steps on all cores, half of the runs with faults, from seeds that the other tests do not use;
+/// `INFER_SIMULATION_SECONDS` ends it early on a slow machine. What was done is printed.
+#[test]
+fn as_many_steps_as_asked_for() {
+    let wanted = asked("INFER_SIMULATION_STEPS").unwrap_or(20_000);
+    let deadline =
+        asked("INFER_SIMULATION_SECONDS").map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (steps, crowded) = (AtomicU64::new(0), AtomicU64::new(0));
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                let late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                while steps.load(Ordering::Relaxed) < wanted && !late() {
+                    let run = next.fetch_add(1, Ordering::Relaxed);
+                    let before = steps_so_far();
+                    let outcome = simulate(mix(run, 0x57E9), 20, run % 2 == 1);
+                    steps.fetch_add(steps_so_far() - before, Ordering::Relaxed);
+                    crowded.fetch_add(outcome.steps as u64, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let (steps, crowded, runs) = (steps.into_inner(), crowded.into_inner(), next.into_inner());
+    assert!(crowded > 0 && (steps >= wanted || deadline.is_some()));
+    println!("{steps} steps of the core in {runs} runs, {crowded} of them with many requests");
 }

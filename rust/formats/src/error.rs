@@ -147,8 +147,9 @@ impl FormatError {
 /// Characters of a stranger's text that an error message repeats.
 const SHOWN_CHARACTERS: usize = 80;
 
-/// The start of `text`, and how much was left out.
-fn shortened(text: &str) -> String {
+/// The start of a stranger's text, for a message, and how much was left out.
+#[must_use]
+pub fn shortened(text: &str) -> String {
     let shown: String = text.chars().take(SHOWN_CHARACTERS).collect();
     let rest = text.len().saturating_sub(shown.len());
     if rest == 0 { shown } else { format!("{shown}... (and {rest} bytes more)") }

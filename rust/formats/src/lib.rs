@@ -46,7 +46,7 @@ mod safetensors;
 mod safetensors_index;
 mod tensor;
 
-pub use error::{Container, FormatError};
+pub use error::{Container, FormatError, shortened};
 pub use gguf::{Array, Gguf, GgufWriter, Metadata, Split, Value, check_splits};
 pub use safetensors::Safetensors;
 pub use safetensors_index::SafetensorsIndex;

@@ -7,7 +7,10 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use infer_formats::{FormatError, Gguf, Metadata, Safetensors, SafetensorsIndex, TensorInfo, check_splits};
+use infer_formats::{
+    Container, FormatError, Gguf, Metadata, Safetensors, SafetensorsIndex, TensorInfo, check_splits,
+    shortened,
+};
 
 use crate::names::{self, Names};
 use crate::{Config, ModelError, ModelSpec, arch, gguf};
@@ -81,10 +84,12 @@ impl Checkpoint {
                 )),
             };
         }
-        if path.join("config.json").is_file() {
+        let found = files_with_extension(path, "gguf")?;
+        // Some folders keep the configuration beside a GGUF file that was made from it; that file needs no other.
+        let only_gguf = !found.is_empty() && files_with_extension(path, "safetensors")?.is_empty();
+        if path.join("config.json").is_file() && !only_gguf {
             return Self::open_folder(path, mmap);
         }
-        let found = files_with_extension(path, "gguf")?;
         let first = |file: &&PathBuf| {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             !name.contains("-of-") || name.contains("-00001-of-")
@@ -140,7 +145,7 @@ impl Checkpoint {
         for file in safetensors_files(path)? {
             let bytes = FileBytes::open(&file, mmap)?;
             let parsed = Safetensors::parse(bytes.bytes()).map_err(in_file(&file))?;
-            checkpoint.add(bytes, parsed.tensors);
+            checkpoint.add(&file, bytes, parsed.tensors)?;
         }
         checkpoint.normalise_prefix();
         Ok(checkpoint)
@@ -189,7 +194,7 @@ impl Checkpoint {
         let mut metadata = None;
         for (index, (bytes, parsed)) in parts.into_iter().enumerate() {
             files.push(bytes);
-            tensors.extend(parsed.tensors.into_iter().map(|info| (info.name.clone(), (index, info))));
+            insert(&mut tensors, index, parsed.tensors, Container::Gguf).map_err(in_file(path))?;
             metadata.get_or_insert(parsed.metadata);
         }
         let Some(metadata) = metadata else { return Err(not_a_model(path, "no parts")) };
@@ -209,11 +214,27 @@ impl Checkpoint {
         })
     }
 
-    fn add(&mut self, bytes: FileBytes, tensors: Vec<TensorInfo>) {
+    fn add(&mut self, path: &Path, bytes: FileBytes, tensors: Vec<TensorInfo>) -> Result<(), ModelError> {
         let file = self.files.len();
         self.files.push(bytes);
-        self.tensors.extend(tensors.into_iter().map(|info| (info.name.clone(), (file, info))));
+        insert(&mut self.tensors, file, tensors, Container::Safetensors).map_err(in_file(path))
     }
+}
+
+/// Adds a file's tensors; a name that an earlier file has is refused, since only one of the two could be meant.
+fn insert(
+    all: &mut HashMap<String, (usize, TensorInfo)>,
+    file: usize,
+    tensors: Vec<TensorInfo>,
+    container: Container,
+) -> Result<(), FormatError> {
+    for info in tensors {
+        if let Some((_, twice)) = all.insert(info.name.clone(), (file, info)) {
+            let name = format!("{:?}, which another file of the model has too,", shortened(&twice.name));
+            return Err(FormatError::Duplicate { container, field: "tensor", name });
+        }
+    }
+    Ok(())
 }
 
 /// Whether there is an architecture of this name, for messages of other rooms.

@@ -78,13 +78,13 @@ impl CpuModel {
 
     /// Bytes of one page of the KV cache, all layers together.
     pub fn page_bytes(&self) -> usize {
-        KvCache::page_bytes(&self.kv_layers(), self.kv_element)
+        page_bytes(self.spec(), self.kv_element)
     }
 
     /// Makes a KV cache of so many pages; an earlier one is dropped.
     pub fn allocate_cache(&mut self, pages: usize) -> Result<(), ModelError> {
         self.cache = None;
-        self.cache = Some(KvCache::new(&self.kv_layers(), pages, self.kv_element)?);
+        self.cache = Some(KvCache::new(&kv_layers(self.spec()), pages, self.kv_element)?);
         Ok(())
     }
 
@@ -146,11 +146,16 @@ impl CpuModel {
         logits.extend_from_slice(memory.values(interpreter.program.logits, size));
         Ok(())
     }
+}
 
-    fn kv_layers(&self) -> Vec<KvLayer> {
-        let spec = &self.interpreter.spec;
-        vec![KvLayer { kv_heads: spec.kv_heads, head_dim: spec.head_dim }; spec.layers.len()]
-    }
+fn kv_layers(spec: &ModelSpec) -> Vec<KvLayer> {
+    vec![KvLayer { kv_heads: spec.kv_heads, head_dim: spec.head_dim }; spec.layers.len()]
+}
+
+/// Bytes of one page of a model's KV cache, all layers together: known before it is loaded.
+#[must_use]
+pub fn page_bytes(spec: &ModelSpec, kv_element: KvElement) -> usize {
+    KvCache::page_bytes(&kv_layers(spec), kv_element)
 }
 
 fn no_cache() -> ModelError {

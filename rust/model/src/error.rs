@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use infer_formats::shortened;
+
 /// Why a model could not be read, understood or run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -30,7 +32,7 @@ pub enum ModelError {
         reason: String,
     },
     /// A field of the configuration is missing or has a value that cannot be right.
-    #[error("model configuration: `{field}` is {value}; expected {expected}")]
+    #[error("model configuration: `{field}` is {value}; expected {expected}", value = shortened(value))]
     Config {
         /// Name of the field as the file writes it.
         field: String,
@@ -40,7 +42,7 @@ pub enum ModelError {
         expected: String,
     },
     /// The architecture has no row in `arch.rs`.
-    #[error("unknown architecture `{name}`; known: {known}")]
+    #[error("unknown architecture `{name}`; known: {known}", name = shortened(name))]
     UnknownArchitecture {
         /// The name in the file.
         name: String,
@@ -55,7 +57,8 @@ pub enum ModelError {
     },
     /// The checkpoint has a tensor that no role asks for.
     #[error(
-        "tensor `{name}` is no part of {architecture} as this release computes it, or its configuration says that there is none"
+        "tensor `{name}` is no part of {architecture} as this release computes it, or its configuration says that there is none",
+        name = shortened(name)
     )]
     UnknownTensor {
         /// Tensor name.

@@ -38,7 +38,7 @@ pub use arch::ARCHITECTURES;
 pub use batch::{Batch, BatchSequence, NO_PAGE};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
-pub use cpu::{CpuModel, LoadOptions};
+pub use cpu::{CpuModel, LoadOptions, page_bytes};
 pub use error::ModelError;
 pub use export::{ExportFormats, export_gguf};
 pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};

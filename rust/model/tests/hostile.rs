@@ -140,6 +140,35 @@ fn folders_that_are_no_models_say_what_is_missing() {
     std::fs::write(folder.path().join("pytorch_model.bin"), b"x").expect("written");
     refused(open(folder.path()), &["pickles"]);
     refused(open(&config), &[".gguf"]);
+    let gguf = golden_folder().join("llama/model.q4_0.gguf");
+    std::fs::copy(&gguf, folder.path().join("model.gguf")).expect("copied");
+    assert!(open(folder.path()).is_ok(), "a GGUF file beside its configuration is the model");
+}
+
+/// Two shards with one tensor: only one of the two could be meant.
+#[test]
+fn a_tensor_in_two_files_is_refused() {
+    let source = golden_folder().join("llama");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json")).expect("copied");
+    for shard in ["a.safetensors", "b.safetensors"] {
+        std::fs::copy(source.join("model.safetensors"), folder.path().join(shard)).expect("copied");
+    }
+    let index = json!({"metadata": {}, "weight_map": {"x": "a.safetensors", "y": "b.safetensors"}});
+    let path = folder.path().join("model.safetensors.index.json");
+    std::fs::write(path, index.to_string()).expect("written");
+    refused(CpuModel::load(folder.path(), &exact(1)), &["b.safetensors", "another file", "more than once"]);
+}
+
+/// A message repeats the beginning of what a file says, not all of it.
+#[test]
+fn messages_stay_short_whatever_the_file_holds() {
+    let long = "x".repeat(1 << 20);
+    for key in ["architectures", "hidden_act", "hidden_size"] {
+        let value = if key == "architectures" { json!([long]) } else { json!(long) };
+        let error = with_config(|config| config[key] = value).err().expect("refused").to_string();
+        assert!(error.len() < 2000, "{key}: {} bytes", error.len());
+    }
 }
 
 /// Every truncation and many single-bit flips of a real file: an error, or (a flip in weights) a model.

@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 pub mod requests;
+pub mod simulate;
 pub mod tier;
 pub mod world;
 
@@ -229,6 +230,7 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         digest_key: [7; 32],
         cache_events: false,
         trace: false,
+        check_invariants: true,
     }
 }
 

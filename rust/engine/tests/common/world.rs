@@ -1,11 +1,13 @@
 //! A core with a fake device, tier and clock, and everything that its consumers see.
 
-use std::collections::{BTreeMap, HashSet};
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use infer_engine::{
-    CacheEvent, Core, Device, EngineConfig, Event, EventKind, FinishReason, RequestId, Save, Tier, TierPage,
+    CacheEvent, Core, Device, Digest, EngineConfig, Event, EventKind, FinishReason, RequestId, Save, Tier,
+    TierPage,
 };
 
 use super::tier::FakeTier;
@@ -52,6 +54,15 @@ impl Seen {
     }
 }
 
+thread_local! {
+    static STEPS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Steps of all cores that this thread drove, panics included.
+pub fn steps_so_far() -> u64 {
+    STEPS.get()
+}
+
 /// A core, its device and tier, and everything that was seen.
 pub struct World {
     pub core: Core,
@@ -62,7 +73,13 @@ pub struct World {
     pub now: Duration,
     pub steps: usize,
     /// Digests that can be found, by the journal.
-    pub findable: HashSet<[u8; 32]>,
+    pub findable: HashSet<Digest>,
+    /// What every digest ever stood for: its parent and its tokens.
+    named: HashMap<Digest, (Digest, Vec<u32>)>,
+    /// Requests whose consumers have a chunk of logits and did not ask for more.
+    unread: HashSet<RequestId>,
+    /// When the last step was put together.
+    pub began: Duration,
 }
 
 impl World {
@@ -72,8 +89,19 @@ impl World {
             core.set_tier(Arc::new(tier.clone()));
         }
         let device = FakeDevice::new(config);
-        let (seen, log, findable) = (BTreeMap::new(), Vec::new(), HashSet::new());
-        Self { core, device, tier, seen, log, now: Duration::ZERO, steps: 0, findable }
+        Self {
+            core,
+            device,
+            tier,
+            seen: BTreeMap::new(),
+            log: Vec::new(),
+            now: Duration::ZERO,
+            steps: 0,
+            findable: HashSet::new(),
+            named: HashMap::new(),
+            unread: HashSet::new(),
+            began: Duration::ZERO,
+        }
     }
 
     pub fn collect(&mut self) -> Vec<RequestId> {
@@ -81,13 +109,19 @@ impl World {
         for event in self.core.take_events() {
             self.seen.entry(event.request).or_default().add(&event);
             if matches!(event.kind, EventKind::Logits(_)) {
+                assert!(self.unread.insert(event.request), "no chunk before the last one was taken");
                 resumable.push(event.request);
             }
             self.log.push(event);
         }
         for event in self.core.take_cache_events() {
             match event {
-                CacheEvent::Stored { digest, .. } => assert!(self.findable.insert(digest), "stored once"),
+                CacheEvent::Stored { digest, parent, tokens } => {
+                    assert!(self.findable.insert(digest), "stored once");
+                    let contents = (parent, tokens.to_vec());
+                    let known = self.named.entry(digest).or_insert_with(|| contents.clone());
+                    assert_eq!(*known, contents, "a digest stands for one content");
+                }
                 CacheEvent::Removed { digest } => {
                     assert!(self.findable.remove(&digest), "removed what was stored")
                 }
@@ -96,10 +130,18 @@ impl World {
         resumable
     }
 
+    /// A consumer took its chunk.
+    pub fn resume(&mut self, id: RequestId) {
+        self.unread.remove(&id);
+        self.core.resume(id);
+    }
+
     /// One step, with a cancellation while it is in flight.
     pub fn step(&mut self, cancel_in_flight: Option<RequestId>) -> bool {
+        STEPS.set(STEPS.get() + 1);
         self.now += Duration::from_millis(3);
         self.make_drafts();
+        self.began = self.now;
         let batch = self.core.next_batch(self.now);
         let saves = self.core.take_saves(usize::from(batch.is_some()));
         self.save(saves);
