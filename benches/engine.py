@@ -6,8 +6,8 @@ prefix: time to the first token of a 2,000-token prompt, cold, and when all but 
 restore: the same for a prompt whose keys and values lie in `kv_offload_dir`, in an engine that has just been started.
 ngram, draft_model: tokens per second with `speculative_config` over without, on text that repeats itself and on a story.
 
-Each figure is a ratio of the better of `--rounds` runs of either side, taken in turn; what is compared is checked to be equal, token
-for token. Kept in `benches/results/engine-*.json`.
+Each figure is a ratio of the better of `--rounds` runs of either side, taken in turn; what is compared is checked to be equal,
+token for token. Kept in `benches/results/engine-*.json`.
 """
 
 from __future__ import annotations

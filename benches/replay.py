@@ -8,8 +8,8 @@ prefix with whom) or Azure's CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`), ei
 gaps keep their shape. A block's tokens follow from its hash, so prefixes meet exactly where they met in the trace. Every request
 belongs to one of eight users of uneven appetite (the first brings half of all requests, the second a quarter, ...).
 
-The engine as it is runs in turn with itself without prefix cache and users (first in, first out); the better round of each counts,
-by throughput. Kept in `benches/results/replay-*.json`, with the distributions as a plot beside it where matplotlib is installed.
+The engine as it is runs in turn with itself without prefix cache and users (first in, first out); the better round of each
+counts, by throughput. Kept in `benches/results/replay-*.json`, with the distributions as a plot beside it where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ async def _replay(llm: LLM, trace: list[Entry], with_users: bool) -> list[Served
 
 def _percentiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
-    at = {name: ordered[min(len(ordered) - 1, int(part * len(ordered)))] for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    at = {
+        name: ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+        for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
     return {"mean": statistics.fmean(ordered), **at, "max": ordered[-1]}
 
 
@@ -196,7 +199,10 @@ def main() -> None:
         "prompt_tokens": sum(len(entry.prompt) for entry in trace),
         "output_tokens": sum(entry.output_tokens for entry in trace),
         "best": best,
-        "runs": [{name: those[place]["generated_tokens_per_second"] for name, those in runs.items()} for place in range(arguments.rounds)],
+        "runs": [
+            {name: those[place]["generated_tokens_per_second"] for name, those in runs.items()}
+            for place in range(arguments.rounds)
+        ],
         **origin(),
     }
     path = save(RESULTS, f"replay-{arguments.trace.name.partition('.')[0]}", result)

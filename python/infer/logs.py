@@ -1,8 +1,8 @@
 """What this package tells the standard library's `logging`: one logger, `infer`.
 
-INFO says what was loaded and closed, WARNING which requests failed or ran out of time, DEBUG how each request went. Every record carries
-its figures as attributes too (`logging`'s `extra`), all with the prefix `infer_`, for handlers that write JSON. Nothing is
-computed for records that nobody wants.
+INFO says what was loaded and closed, WARNING which requests failed or ran out of time, DEBUG how each request went. Every
+record carries its figures as attributes too (`logging`'s `extra`), all with the prefix `infer_`, for handlers that write JSON.
+Nothing is computed for records that nobody wants.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ def closing(engine: Engine) -> None:
     if not _log.isEnabledFor(logging.INFO):
         return
     metrics = engine.metrics()
-    names = ("requests_finished", "requests_aborted", "requests_timed_out", "requests_failed", "generated_tokens", "cached_tokens")
+    names = (
+        "requests_finished",
+        "requests_aborted",
+        "requests_timed_out",
+        "requests_failed",
+        "generated_tokens",
+        "cached_tokens",
+    )
     fields = {"model": engine.info.path, **{name: metrics[name] for name in names}}
     _write(
         logging.INFO,

@@ -34,9 +34,9 @@ class Sessions(Calls):
     def trace_events(self) -> list[dict[str, Any]]:
         """Return moments of requests' lives since the last call, oldest first, for timelines and tracing systems.
 
-        Each is `{"request_id", "time", "event"}` with `time` in seconds since 1970 and `event` one of "queued", "scheduled" (given
-        cache and a place in the steps; has `cached_tokens`), "restoring" (waits for `pages` of `kv_offload_dir`), "preempted",
-        "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were lost because nobody
+        Each is `{"request_id", "time", "event"}` with `time` in seconds since 1970 and `event` one of "queued", "scheduled"
+        (given cache and a place in the steps; has `cached_tokens`), "restoring" (waits for `pages` of `kv_offload_dir`),
+        "preempted", "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were lost because nobody
         asked for too long.
         """
         events, dropped = self._engine.take_trace()

@@ -14,11 +14,10 @@ SHORT = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 def test_logs_tell_of_models_and_requests(caplog: pytest.LogCaptureFixture) -> None:
     """INFO for the model's life, DEBUG for requests, WARNING for those that went wrong; figures are attributes of the records."""
-    with caplog.at_level(logging.DEBUG, logger="infer"):
-        with LLM(threads=1, max_model_len=256) as llm:
-            llm.generate(["One", "Two"], SHORT)
-            list(llm.stream("Three", SHORT))
-            llm.generate("Four", SamplingParams(max_tokens=200, ignore_eos=True), timeout=1e-6)
+    with caplog.at_level(logging.DEBUG, logger="infer"), LLM(threads=1, max_model_len=256) as llm:
+        llm.generate(["One", "Two"], SHORT)
+        list(llm.stream("Three", SHORT))
+        llm.generate("Four", SamplingParams(max_tokens=200, ignore_eos=True), timeout=1e-6)
     records = [record for record in caplog.records if record.name == "infer"]
     assert [record.levelname for record in records] == ["INFO", "DEBUG", "DEBUG", "DEBUG", "WARNING", "INFO"]
     loaded, *requests, closing = records

@@ -33,6 +33,7 @@ fn hunt(bug: Bug) -> Option<(u64, String)> {
 }
 
 #[test]
+#[allow(clippy::print_stdout)] // for people, with --nocapture
 fn every_planted_bug_is_caught() {
     let quiet = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));

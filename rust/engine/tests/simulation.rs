@@ -72,6 +72,7 @@ fn the_same_seed_gives_the_same_log() {
 /// `INFER_SIMULATION_STEPS` asks for so many steps on all cores, half of the runs with faults, from seeds that the other tests do not use;
 /// `INFER_SIMULATION_SECONDS` ends it early on a slow machine. What was done is printed.
 #[test]
+#[allow(clippy::print_stdout)] // for people, with --nocapture
 fn as_many_steps_as_asked_for() {
     let wanted = asked("INFER_SIMULATION_STEPS").unwrap_or(20_000);
     let deadline =

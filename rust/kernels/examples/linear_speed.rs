@@ -67,7 +67,7 @@ fn main() {
         None => Isa::available().into_iter().filter(|&isa| isa != Isa::Scalar).collect(),
     };
     for isa in isas {
-        let context = Context { isa, pool: Pool::new(threads).expect("threads") };
+        let context = Context { isa, pool: Pool::shared(threads).expect("threads") };
         let empty = least(|| context.pool.run(threads, |_| ())) * 1e6;
         println!(
             "{}: plain reading {:.1} GB/s; an empty run {empty:.2} us",

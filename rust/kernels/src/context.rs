@@ -1,5 +1,7 @@
 //! What every operation is given: an instruction set and a pool of threads.
 
+use std::sync::Arc;
+
 use crate::{Isa, KernelError, Pool};
 
 /// The instruction set and the threads that operations compute with.
@@ -7,8 +9,8 @@ use crate::{Isa, KernelError, Pool};
 pub struct Context {
     /// Instruction set of every kernel.
     pub isa: Isa,
-    /// Threads shared by every operation.
-    pub pool: Pool,
+    /// Threads shared by every operation, and with every other context of as many threads: see [`Pool::shared`].
+    pub pool: Arc<Pool>,
 }
 
 impl Context {
@@ -18,6 +20,6 @@ impl Context {
     /// # Errors
     /// When `INFER_ISA` names an unknown or absent instruction set, or a thread cannot be started.
     pub fn new(threads: usize) -> Result<Context, KernelError> {
-        Ok(Context { isa: Isa::from_env()?, pool: Pool::new(threads)? })
+        Ok(Context { isa: Isa::from_env()?, pool: Pool::shared(threads)? })
     }
 }

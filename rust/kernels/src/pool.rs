@@ -4,14 +4,16 @@
 //! run before it may look at the closure, and the caller only waits for those that joined: when all tasks were
 //! claimed before a sleeping worker woke up, nobody waits for it. A run allocates nothing.
 //!
-//! A run inside a run, and a run while another thread's run is under way, is computed by the calling thread alone.
+//! A run inside a run, and a run while another thread's run is under way, is computed by the calling thread alone. So any number of
+//! engines in a process can share one pool ([`Pool::shared`]): one of them has the workers at a time, the others their own thread,
+//! and never more threads compute than workers and engines together.
 
 use crate::KernelError;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -62,7 +64,27 @@ impl std::fmt::Debug for Pool {
     }
 }
 
+/// The pools of this process that are in use, each with the process that made it: a forked child has no workers.
+static SHARED: Mutex<Vec<(u32, Weak<Pool>)>> = Mutex::new(Vec::new());
+
 impl Pool {
+    /// The process's pool of so many threads: made by whoever asks first, and gone with the last who holds it.
+    ///
+    /// # Errors
+    /// When the operating system refuses a thread.
+    pub fn shared(threads: usize) -> Result<Arc<Pool>, KernelError> {
+        let process = std::process::id();
+        let mut pools = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.retain(|(_, pool)| pool.strong_count() > 0);
+        let own = pools.iter().filter(|(owner, _)| *owner == process).filter_map(|(_, pool)| pool.upgrade());
+        if let Some(pool) = own.into_iter().find(|pool| pool.threads() == threads.max(1)) {
+            return Ok(pool);
+        }
+        let pool = Arc::new(Pool::new(threads)?);
+        pools.push((process, Arc::downgrade(&pool)));
+        Ok(pool)
+    }
+
     /// A pool of `threads` threads, of which the caller of [`Pool::run`] is one; 0 counts as 1.
     ///
     /// # Errors
@@ -290,6 +312,18 @@ mod tests {
             assert_eq!(done.load(Ordering::Relaxed), 49);
             pool.run(2, |_| ()); // and the pool still works
         }
+    }
+
+    #[test]
+    fn contexts_of_one_process_share_their_threads() {
+        let pool = Pool::shared(7).unwrap();
+        assert!(Arc::ptr_eq(&pool, &Pool::shared(7).unwrap()));
+        assert!(!Arc::ptr_eq(&pool, &Pool::shared(6).unwrap()));
+        assert_eq!(pool.threads(), 7);
+        let weak = Arc::downgrade(&pool);
+        drop(pool);
+        assert!(weak.upgrade().is_none(), "the last holder ends it");
+        assert_eq!(Pool::shared(0).unwrap().threads(), 1);
     }
 
     #[test]

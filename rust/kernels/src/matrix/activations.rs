@@ -266,7 +266,7 @@ mod tests {
         let mut values = sample_values(rows * groups * GROUP);
         values[..GROUP].fill(0.0);
         for isa in Isa::available() {
-            let context = Context { isa, pool: Pool::new(2).unwrap() };
+            let context = Context { isa, pool: Pool::shared(2).unwrap() };
             let mut memory = Activations::default();
             let tiles =
                 memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), -8);
@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn specials_reach_the_scale() {
         for isa in Isa::available() {
-            let context = Context { isa, pool: Pool::new(1).unwrap() };
+            let context = Context { isa, pool: Pool::shared(1).unwrap() };
             for (special, finite) in
                 [(f32::NAN, false), (f32::NEG_INFINITY, false), (1e-40, true), (f32::MAX, true)]
             {

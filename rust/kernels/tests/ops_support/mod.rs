@@ -27,7 +27,7 @@ impl Random {
 
 /// A context of one instruction set.
 pub fn context(isa: Isa, threads: usize) -> Context {
-    Context { isa, pool: Pool::new(threads).unwrap() }
+    Context { isa, pool: Pool::shared(threads).unwrap() }
 }
 
 /// Bits, to compare exactly.

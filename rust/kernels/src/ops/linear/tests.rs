@@ -68,7 +68,7 @@ impl Weight {
 }
 
 fn context(isa: Isa, threads: usize) -> Context {
-    Context { isa, pool: Pool::new(threads).unwrap() }
+    Context { isa, pool: Pool::shared(threads).unwrap() }
 }
 
 fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
