@@ -9,7 +9,8 @@ gaps keep their shape. A block's tokens follow from its hash, so prefixes meet e
 belongs to one of eight users of uneven appetite (the first brings half of all requests, the second a quarter, ...).
 
 The engine as it is runs in turn with itself without prefix cache and users (first in, first out); the better round of each
-counts, by throughput. Kept in `benches/results/replay-*.json`, with the distributions as a plot beside it where matplotlib is installed.
+counts, by throughput. Kept in `benches/results/replay-*.json`, with the distributions as a plot beside it where matplotlib is
+installed.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Sessions(Calls):
 
         Each is `{"request_id", "time", "event"}` with `time` in seconds since 1970 and `event` one of "queued", "scheduled"
         (given cache and a place in the steps; has `cached_tokens`), "restoring" (waits for `pages` of `kv_offload_dir`),
-        "preempted", "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were lost because nobody
-        asked for too long.
+        "preempted", "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were
+        lost because nobody asked for too long.
         """
         events, dropped = self._engine.take_trace()
         if dropped:
