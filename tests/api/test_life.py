@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,6 @@ from infer import LLM, InferError, SamplingParams, model_info
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
-    from pathlib import Path
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8)
 
@@ -42,6 +42,37 @@ def test_two_models_side_by_side(llm: LLM, bare_folder: Path) -> None:
         assert llm.generate("Once upon a time", PARAMS)[0].outputs[0].token_ids == expected
         assert other.generate([[1, 2, 3]], PARAMS)[0].outputs[0].token_ids == random_ids
     assert llm.generate("Once upon a time", PARAMS)[0].outputs[0].token_ids == expected
+
+
+def worker_threads() -> int:
+    """How many threads of this process compute; Linux tells their names."""
+    tasks = Path("/proc/self/task")
+    return sum((task / "comm").read_text().startswith("infer-worker") for task in tasks.iterdir())
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="thread names are read from /proc")
+def test_engines_share_their_threads(bare_folder: Path) -> None:
+    """Three engines of five threads: four workers beside the engines' own threads, and the same answers as alone."""
+    gc.collect()
+    before = worker_threads()
+    prompt = [5, 6, 7, 8]
+    with LLM(bare_folder, threads=5) as first:
+        expected = first.generate(prompt, PARAMS)[0].outputs[0].token_ids
+        with LLM(bare_folder, threads=5) as second, LLM(bare_folder, threads=5) as third:
+            assert worker_threads() - before == 4
+            engines = [first, second, third]
+            found: list[list[int]] = []
+            threads = [
+                threading.Thread(target=lambda llm=llm: found.append(llm.generate(prompt, PARAMS)[0].outputs[0].token_ids))
+                for llm in engines
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [expected] * 3
+    gc.collect()
+    assert worker_threads() == before
 
 
 def test_threads_end_with_the_model() -> None:
