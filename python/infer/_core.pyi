@@ -134,7 +134,7 @@ class Update:
         """Per new token: (token id, log-probability, rank from 1), the chosen token first, then the most likely others in order."""
 
     @property
-    def finish_reason(self) -> Literal["stop", "length", "abort", "error"] | None:
+    def finish_reason(self) -> Literal["stop", "length", "abort", "timeout", "error"] | None:
         """None while the completion goes on."""
 
     @property
@@ -150,17 +150,13 @@ class RequestMetrics:
         """From submission to the first step that computed any of it."""
 
     @property
-    def time_to_first_token(self) -> float | None:
-        """From submission to the first generated token."""
-
+    def time_to_first_token(self) -> float | None: ...
     @property
     def inter_token_latency(self) -> float | None:
         """Mean time between tokens of one completion after its first."""
 
     @property
-    def total_time(self) -> float | None:
-        """From submission to the end of the last completion."""
-
+    def total_time(self) -> float | None: ...
     @property
     def prompt_tokens(self) -> int: ...
     @property
@@ -168,9 +164,7 @@ class RequestMetrics:
         """Prompt tokens whose keys and values came from the prefix cache."""
 
     @property
-    def generated_tokens(self) -> int:
-        """Over all ``n`` completions."""
-
+    def generated_tokens(self) -> int: ...
     @property
     def restored_tokens(self) -> int: ...
     @property
@@ -180,9 +174,7 @@ class RequestMetrics:
     @property
     def decode_steps(self) -> int: ...
     @property
-    def preemptions(self) -> int:
-        """How often a completion gave up its pages and was computed again."""
-
+    def preemptions(self) -> int: ...
 @final
 class ReadyQueue:
     """Where many requests report that they have news, for one thread that serves them all."""
@@ -302,13 +294,9 @@ class ModelInfo:
     @property
     def has_tokenizer(self) -> bool: ...
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in all layers, with ``kv_cache_dtype="auto"``."""
-
+    def kv_bytes_per_token(self) -> int: ...
     @property
-    def kv_cache_tokens(self) -> int:
-        """Tokens whose keys and values `LLM` would make room for, by its defaults, with the memory that is free now."""
-
+    def kv_cache_tokens(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
     def as_dict(self) -> dict[str, Any]: ...

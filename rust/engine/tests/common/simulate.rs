@@ -76,6 +76,16 @@ impl Drop for Replay {
     }
 }
 
+fn random_world(seed: u64, dice: &mut Dice, config: &EngineConfig, faults: bool) -> World {
+    let tier = dice.chance(2).then(|| FakeTier::new(seed, if faults { 7 } else { 0 }));
+    let mut world = World::new(config, tier);
+    if faults {
+        world.device.failing = (0..4).map(|_| 1 + dice.roll(200)).collect();
+        world.device.nan_every = dice.chance(2).then_some(61);
+    }
+    world
+}
+
 /// Runs `requests` random requests; everything follows from `seed`.
 pub fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
     let _replay = Replay(seed, faults);
@@ -83,12 +93,7 @@ pub fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
     let config = random_config(&mut dice);
     let stems: Vec<Vec<u32>> =
         (0..3).map(|_| (0..dice.roll(40)).map(|_| dice.roll(VOCABULARY) as u32).collect()).collect();
-    let tier = dice.chance(2).then(|| FakeTier::new(seed, if faults { 7 } else { 0 }));
-    let mut world = World::new(&config, tier);
-    if faults {
-        world.device.failing = (0..4).map(|_| 1 + dice.roll(200)).collect();
-        world.device.nan_every = dice.chance(2).then_some(61);
-    }
+    let mut world = random_world(seed, &mut dice, &config, faults);
     let mut planned = BTreeMap::new();
     let mut blocked = Vec::new();
     let mut cuts = Cuts::default();
