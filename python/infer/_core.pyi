@@ -175,6 +175,7 @@ class RequestMetrics:
     def decode_steps(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+
 @final
 class ReadyQueue:
     """Where many requests report that they have news, for one thread that serves them all."""
