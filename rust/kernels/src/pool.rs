@@ -76,8 +76,8 @@ impl Pool {
         let process = std::process::id();
         let mut pools = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         pools.retain(|(_, pool)| pool.strong_count() > 0);
-        let own = pools.iter().filter(|(owner, _)| *owner == process).filter_map(|(_, pool)| pool.upgrade());
-        if let Some(pool) = own.into_iter().find(|pool| pool.threads() == threads.max(1)) {
+        let mut own = pools.iter().filter(|(owner, _)| *owner == process).filter_map(|(_, pool)| pool.upgrade());
+        if let Some(pool) = own.find(|pool| pool.threads() == threads.max(1)) {
             return Ok(pool);
         }
         let pool = Arc::new(Pool::new(threads)?);
