@@ -76,7 +76,8 @@ impl Pool {
         let process = std::process::id();
         let mut pools = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         pools.retain(|(_, pool)| pool.strong_count() > 0);
-        let mut own = pools.iter().filter(|(owner, _)| *owner == process).filter_map(|(_, pool)| pool.upgrade());
+        let mut own =
+            pools.iter().filter(|(owner, _)| *owner == process).filter_map(|(_, pool)| pool.upgrade());
         if let Some(pool) = own.find(|pool| pool.threads() == threads.max(1)) {
             return Ok(pool);
         }
