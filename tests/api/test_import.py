@@ -12,19 +12,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 IMPORT = """
-import os, sys, time
-start = time.perf_counter()
+import os, sys
 import infer
-print(time.perf_counter() - start)
 print(len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1)
 print([name for name in ("numpy", "typer", "rich", "huggingface_hub", "tqdm", "asyncio") if name in sys.modules])
 """
 
 
-def test_import_is_quick_and_starts_no_thread(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_import_starts_no_thread_and_loads_nothing_heavy(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_python(IMPORT)
-    seconds, threads, heavy = done.stdout.splitlines()
-    assert float(seconds) < 1.0, "typically 0.03 s; the bound is for a loaded machine"
+    threads, heavy = done.stdout.splitlines()
     assert int(threads) == 1
     assert heavy == "[]"
 
