@@ -37,7 +37,7 @@ def bare_folder() -> Path:
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program in a fresh interpreter; what it prints comes back."""
 
-    def run(program: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(program: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-W", "error", "-c", program, *arguments],
             cwd=tmp_path,
@@ -55,7 +55,7 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 def infer_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command `infer` as a user would."""
 
-    def run(*arguments: str, stdin: str | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, stdin: str | None = None, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "infer", *arguments],
             input=stdin,

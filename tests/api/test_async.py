@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from machine import patience
 
 from infer import LLM, InferError, SamplingParams
 
@@ -43,7 +44,7 @@ async def test_the_loop_stays_free(llm: LLM) -> None:
         await asyncio.sleep(0.005)
         longest = max(longest, time.monotonic() - before)
     assert len(task.result()) == 4
-    assert longest < 0.25
+    assert longest < patience(0.25)
 
 
 async def test_cancelling_a_task_cancels_its_requests(llm: LLM) -> None:
@@ -54,7 +55,7 @@ async def test_cancelling_a_task_cancels_its_requests(llm: LLM) -> None:
         await task
     (output,) = await llm.agenerate("Once", PARAMS)
     assert output.metrics.queue_time is not None
-    assert output.metrics.queue_time < 1.0
+    assert output.metrics.queue_time < patience(1.0)
 
 
 async def test_leaving_astream_cancels(llm: LLM) -> None:
@@ -64,7 +65,7 @@ async def test_leaving_astream_cancels(llm: LLM) -> None:
     await stream.aclose()
     (output,) = await llm.agenerate("Once", PARAMS)
     assert output.metrics.queue_time is not None
-    assert output.metrics.queue_time < 1.0
+    assert output.metrics.queue_time < patience(1.0)
 
 
 async def test_mistakes_raise_where_they_are_made(llm: LLM) -> None:
