@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from infer._core import InferError
+
 if TYPE_CHECKING:
     from infer._core import Engine, Request
 
@@ -48,7 +50,10 @@ def closing(engine: Engine) -> None:
     """Tell of a model that is given up, and what it did."""
     if not _log.isEnabledFor(logging.INFO):
         return
-    metrics = engine.metrics()
+    try:
+        metrics = engine.metrics()
+    except InferError:
+        return  # another thread closed it meanwhile
     names = (
         "requests_finished",
         "requests_aborted",

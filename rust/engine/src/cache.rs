@@ -176,7 +176,7 @@ impl PageCache {
         if let (Parent::Node(id), true) = (&tail.parent, self.tier.is_some() && !tail.private) {
             self.unsaved.push_back((page, *id));
         }
-        if planted(Bug::TailIsTheRoot) {
+        if planted(Bug::TailStaysBehind) {
             return (page, Tail { parent: self.index.node(page).expect("named").parent().clone(), ..tail });
         }
         (page, tail)

@@ -301,7 +301,7 @@ impl Core {
 
     /// Gives back everything a completion holds.
     fn drop_sequence(&mut self, id: SequenceId, now: Duration) {
-        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+        assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
         if self.sequences.contains_key(&id) && !planted(Bug::EndedSequenceKeepsPages) {
             self.give_up_pages(id);
         }

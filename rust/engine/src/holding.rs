@@ -56,7 +56,7 @@ impl Core {
 
     /// Gives back all that a sequence holds; what its last page begins with stays findable.
     pub(crate) fn give_up_pages(&mut self, id: SequenceId) {
-        debug_assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+        assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
         let shares = self.shares(id);
         let page_tokens = self.config.page_tokens;
         let sequence = self.sequences.get_mut(&id).expect("the caller found it");

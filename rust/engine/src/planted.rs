@@ -35,7 +35,7 @@ pub enum Bug {
     SavesComeLate,
     SharedPageIsNotRetained,
     SharedPageIsWritten,
-    TailIsTheRoot,
+    TailStaysBehind,
     WholePromptIsReused,
     WindowIsTooShort,
 }
@@ -81,7 +81,7 @@ mod current {
             Self::SavesComeLate,
             Self::SharedPageIsNotRetained,
             Self::SharedPageIsWritten,
-            Self::TailIsTheRoot,
+            Self::TailStaysBehind,
             Self::WholePromptIsReused,
             Self::WindowIsTooShort,
         ];

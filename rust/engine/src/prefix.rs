@@ -114,12 +114,12 @@ impl PrefixIndex {
     ) -> &Node {
         let name = Name { parent: parent.clone(), tokens };
         let previous = self.pages.insert(name.clone(), page);
-        debug_assert!(previous.is_none(), "page {page} took another page's name");
+        assert!(previous.is_none(), "page {page} took another page's name");
         self.children.entry(parent).or_default().push(page);
         let id = self.next_id;
         self.next_id += 1;
         let place = &mut self.nodes[page as usize];
-        debug_assert!(place.is_none(), "page {page} already had a name");
+        assert!(place.is_none(), "page {page} already had a name");
         place.insert(Node { name, id, digest, parent_digest, private })
     }
 

@@ -41,8 +41,8 @@ impl Core {
         if plan.rows.is_empty() {
             // Who waits for the tier may hold the pages that others need.
             let excused = || self.sequences.values().any(|sequence| sequence.restoring.is_some());
-            debug_assert!(
-                !self.has_runnable() || excused(),
+            assert!(
+                !self.config.check_invariants || !self.has_runnable() || excused(),
                 "nothing was scheduled although a sequence could run"
             );
             self.draft_round = None;

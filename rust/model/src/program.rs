@@ -270,7 +270,7 @@ impl<'a> Builder<'a> {
 
     /// Room for the shared expert's output: no family has both parallel branches and a shared expert.
     fn shared_output(&self) -> Slice {
-        debug_assert!(!self.spec.parallel);
+        assert!(!self.spec.parallel);
         self.attention_branch
     }
 

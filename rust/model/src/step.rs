@@ -20,7 +20,7 @@ pub struct Slice {
 impl Slice {
     /// The columns from `offset` on, `width` of them.
     pub fn part(self, offset: usize, width: usize) -> Self {
-        debug_assert!(offset + width <= self.width);
+        assert!(offset + width <= self.width);
         Self { buffer: self.buffer, offset: self.offset + offset, width }
     }
 }
