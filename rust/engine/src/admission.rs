@@ -105,7 +105,7 @@ impl Core {
         if wanted.is_empty() && first < limit {
             let tokens = sequence.tokens.range(first, limit.min(first + page_tokens));
             let found = [
-                self.sibling_page(id, first, &tokens),
+                self.sibling_page(id, &tail, first, &tokens),
                 self.cache.index.longest_match(&tail.parent, &tokens),
             ];
             source = found.into_iter().flatten().max_by_key(|&(_, alike)| alike);
@@ -117,15 +117,22 @@ impl Core {
         Beginning { pages, tail, wanted, source }
     }
 
-    /// The page that the request's first completion is writing, if it holds tokens from `first` on, and how many of these. What
-    /// a page holds never changes, it only grows, so it can be copied while it is written further.
-    fn sibling_page(&self, id: SequenceId, first: usize, tokens: &[u32]) -> Option<(u32, usize)> {
+    /// The page that the request's first completion is writing after `tail`, if it holds tokens from `first` on, and how many of
+    /// these. What a page holds never changes, it only grows, so it can be copied while it is written further.
+    fn sibling_page(
+        &self,
+        id: SequenceId,
+        tail: &Tail,
+        first: usize,
+        tokens: &[u32],
+    ) -> Option<(u32, usize)> {
         let sibling = self.sequences.get(&SequenceId { index: 0, ..id }).filter(|_| id.index > 0)?;
-        let domain = &self.sequences[&id].domain;
-        let place = first / self.config.page_tokens;
+        // Completions part ways: a page may begin alike and continue something else.
+        let continues = sibling.tail == *tail || planted(Bug::SiblingIsTakenForTwin);
         // A copy that was not made yet holds nothing, nor do pages that are being fetched.
         let written = sibling.copy_from.is_none() && sibling.restoring.is_none();
-        if sibling.domain != *domain || sibling.sealed != place || !written || sibling.computed <= first {
+        let place = first / self.config.page_tokens;
+        if !continues || sibling.sealed != place || !written || sibling.computed <= first {
             return None;
         }
         let own = sibling.tokens.range(first, sibling.computed);

@@ -2,10 +2,24 @@
 //! of the scheduler, the cache or the tier's protocol could make. Without the feature `planted` every question here is false at
 //! compile time and nothing is left of them.
 
-/// A mistake, named by what goes wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // the names say it, and the places that ask
-pub enum Bug {
+macro_rules! bugs {
+    ($($bug:ident),* $(,)?) => {
+        /// A mistake, named by what goes wrong.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[allow(missing_docs)] // the names say it, and the places that ask
+        pub enum Bug {
+            $($bug,)*
+        }
+
+        #[cfg(feature = "planted")]
+        impl Bug {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$bug),*];
+        }
+    };
+}
+
+bugs! {
     BlockedConsumerIsOverrun,
     BudgetIsNotCharged,
     CancelDuringStepIsLost,
@@ -35,6 +49,7 @@ pub enum Bug {
     SavesComeLate,
     SharedPageIsNotRetained,
     SharedPageIsWritten,
+    SiblingIsTakenForTwin,
     TailStaysBehind,
     WholePromptIsReused,
     WindowIsTooShort,
@@ -47,44 +62,6 @@ mod current {
 
     thread_local! {
         static CURRENT: Cell<Option<Bug>> = const { Cell::new(None) };
-    }
-
-    impl Bug {
-        /// All of them.
-        pub const ALL: [Self; 32] = [
-            Self::BlockedConsumerIsOverrun,
-            Self::BudgetIsNotCharged,
-            Self::CancelDuringStepIsLost,
-            Self::CompletionsAreNotSpawned,
-            Self::CopyIsForgotten,
-            Self::CopyReachesTooFar,
-            Self::DeadlineIsForgotten,
-            Self::DigestIgnoresParent,
-            Self::DraftsAreTrusted,
-            Self::DuplicateIsNotRetained,
-            Self::EndedSequenceKeepsPages,
-            Self::EndedSequenceStaysQueued,
-            Self::EvictedPageKeepsName,
-            Self::FailedRowsCount,
-            Self::HeldPageIsEvictable,
-            Self::LongContextIsMissed,
-            Self::MaxNumSeqsIsIgnored,
-            Self::MaxWaitingIsIgnored,
-            Self::PageIsSealedEarly,
-            Self::PenaltiesForgetPreempted,
-            Self::PositionIsOffByOne,
-            Self::PreemptedPagesLeak,
-            Self::PromptsStallDecodes,
-            Self::RestoreIsTakenForWhole,
-            Self::SaltIsIgnored,
-            Self::SampleDependsOnStep,
-            Self::SavesComeLate,
-            Self::SharedPageIsNotRetained,
-            Self::SharedPageIsWritten,
-            Self::TailStaysBehind,
-            Self::WholePromptIsReused,
-            Self::WindowIsTooShort,
-        ];
     }
 
     /// Plants a bug in all engines that this thread drives, or pulls it out again; the one before is returned.

@@ -37,7 +37,7 @@ fn hunt(bug: Bug) -> Option<(u64, String)> {
 fn every_planted_bug_is_caught() {
     let quiet = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let found: Vec<(Bug, Option<(u64, String)>)> = Bug::ALL.map(|bug| (bug, hunt(bug))).into();
+    let found: Vec<_> = Bug::ALL.iter().map(|&bug| (bug, hunt(bug))).collect();
     std::panic::set_hook(quiet);
     for (bug, outcome) in &found {
         match outcome {

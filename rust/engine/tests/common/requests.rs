@@ -65,7 +65,7 @@ pub fn random_params(dice: &mut Dice) -> SamplingParams {
     let mut params =
         SamplingParams { n: 1 + dice.roll(3) as u32 * dice.roll(2) as u32, ..SamplingParams::default() };
     params.temperature = [0.0, 0.7, 1.3][dice.roll(3)];
-    params.top_k = [0, 5][dice.roll(2)];
+    params.top_k = [0, 5, 2][dice.roll(3)];
     params.top_p = [1.0, 0.9][dice.roll(2)];
     params.min_p = [0.0, 0.05][dice.roll(2)];
     params.repetition_penalty = [1.0, 1.2][dice.roll(2)];
