@@ -19,9 +19,10 @@ from infer._core import InferError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BUNDLED", "Hub", "resolve"]
+__all__ = ["BUNDLED", "BUNDLED_DRAFT", "Hub", "resolve"]
 
 BUNDLED = Path(__file__).parent / "bundled" / "tinylm.gguf"
+BUNDLED_DRAFT = BUNDLED.with_name("tinylm-draft.gguf")  # guesses for it
 
 # Everything that is read beside the weights; absent ones are simply not there.
 SMALL_FILES = frozenset(

@@ -10,6 +10,7 @@ from infer._core import InferError
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     Speculation = tuple[str, int, int, int, str | os.PathLike[str] | None]
 
@@ -60,8 +61,8 @@ def serving(options: RequestOptions, count: int) -> list[dict[str, Any]]:
 _FIELDS = {"method", "model", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"}
 
 
-def speculation(config: Mapping[str, Any] | None, **hub_options: Any) -> Speculation | None:
-    """Read vLLM's `speculative_config`; the core checks the numbers."""
+def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: Any) -> Speculation | None:
+    """Read vLLM's `speculative_config` for the model at `target`; the core checks the numbers."""
     if config is None:
         return None
     if not isinstance(config, Mapping):
@@ -72,6 +73,8 @@ def speculation(config: Mapping[str, Any] | None, **hub_options: Any) -> Specula
     if method is None:
         raise InferError('speculative_config: \'method\' is needed, "ngram" or "draft_model"')
     draft = config.get("model")
+    if draft is None and method == "draft_model" and target == hub.BUNDLED:
+        draft = hub.BUNDLED_DRAFT
     lookup_max = config.get("prompt_lookup_max", 4)
     return (
         method,

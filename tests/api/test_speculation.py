@@ -16,7 +16,7 @@ STOPPED = SamplingParams(max_tokens=48, temperature=0.7, seed=9, stop=[" the", "
 
 CONFIGS: list[dict[str, Any]] = [
     {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3},
-    {"method": "draft_model", "model": str(BUNDLED), "num_speculative_tokens": 3},
+    {"method": "draft_model", "num_speculative_tokens": 3},
 ]
 
 
@@ -66,7 +66,7 @@ def test_a_perfect_draft_model_is_always_right() -> None:
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"method": "ngram", "num_speculative_tokens": 1000}, "num_speculative_tokens must be from 1 to 64, got 1000"),
         ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 3}, "prompt_lookup_min must be from 1 to"),
-        ({"method": "draft_model"}, "must be given for the method"),
+        ({"method": "ngram", "model": str(BUNDLED)}, "must be given for the method"),
         ("ngram", "a dictionary is needed"),
     ],
 )
@@ -74,6 +74,12 @@ def test_wrong_configurations_are_refused(config: Any, message: str) -> None:
     """By the field that is wrong."""
     with pytest.raises(InferError, match=message):
         LLM(speculative_config=config)
+
+
+def test_only_the_bundled_model_brings_a_draft_model(bare_folder: Any) -> None:
+    """Any other needs one that is named."""
+    with pytest.raises(InferError, match="must be given for the method"):
+        LLM(bare_folder, speculative_config={"method": "draft_model"})
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(bare_folder: Any) -> None:

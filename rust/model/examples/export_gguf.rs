@@ -1,7 +1,8 @@
 //! Writes a Llama-layout folder as one quantized GGUF file with its tokenizer and chat template inside.
 //!
-//! `cargo run --release -p infer-model --example export_gguf -- FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]`
-//! where formats are f32, f16, bf16, q8_0 or q4_0. tools/tinylm/bundle.py makes the bundled models with it.
+//! `cargo run --release -p infer-model --example export_gguf -- [--weights-only] FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME]
+//! [LICENCE]` where formats are f32, f16, bf16, q8_0 or q4_0; with `--weights-only` tokenizer and template stay away, for a model
+//! that only guesses for another. tools/tinylm/bundle.py makes the bundled models with it.
 
 use std::error::Error;
 use std::path::Path;
@@ -11,15 +12,17 @@ use infer_kernels::Format;
 use infer_model::{Checkpoint, ExportFormats, export_gguf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let weights_only = arguments.first().is_some_and(|first| first == "--weights-only");
+    arguments.drain(..usize::from(weights_only));
     let [folder, out, embedding, matrices, rest @ ..] = &arguments[..] else {
         return Err(
-            "usage: export_gguf FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]".into()
+            "usage: export_gguf [--weights-only] FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]".into()
         );
     };
     let formats = ExportFormats { embedding: format(embedding)?, matrices: format(matrices)? };
     let checkpoint = Checkpoint::open(Path::new(folder), true)?;
-    let mut metadata = text_metadata(Path::new(folder))?;
+    let mut metadata = if weights_only { Vec::new() } else { text_metadata(Path::new(folder))? };
     for (key, value) in ["general.name", "general.license"].into_iter().zip(rest) {
         metadata.push((key.to_owned(), Value::String(value.clone())));
     }
