@@ -3,8 +3,8 @@
 usage: bundle.py FOLDER [OUT_FOLDER]      (FOLDER holds `target` and `draft`; python/infer/bundled unless said)
 
 The target is Q8_0 and brings the tokenizer and the chat template; the draft model, which only guesses for it, is Q4_0 and needs
-neither. The work is done by this project's own quantizer (`rust/model/examples/export_gguf.rs`); what the model's authors advise on
-sampling is copied beside the files, where `LLM` looks for it.
+neither. The work is done by this project's own quantizer (`rust/model/examples/export_gguf.rs`); what the model's authors
+advise on sampling is copied beside the files, where `LLM` looks for it.
 """
 
 from __future__ import annotations

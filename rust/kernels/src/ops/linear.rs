@@ -45,6 +45,9 @@ pub fn linear(
     if input.rows() == 0 {
         return;
     }
+    // The mistake that tests/api/test_invariance.py must find: several rows take another way than one.
+    let other_way = cfg!(feature = "planted") && input.rows() > 1;
+    let precision = if other_way { Precision::Exact } else { precision };
     let output = Output { rows: output.share(), bias };
     let weight_offset = weight.layout().weight_offset().filter(|_| precision == Precision::Auto);
     if let Some(weight_offset) = weight_offset {
