@@ -1,6 +1,6 @@
 """What the engine saves: a shared prefix, pages that come back from the disk, tokens that were guessed.
 
-    python benches/engine.py [--model FILE] [--draft FOLDER] [--threads 2] [--rounds 5]
+    python benches/engine.py [--model FILE] [--draft FILE] [--threads 2] [--rounds 5]
 
 prefix: time to the first token of a 2,000-token prompt, cold, and when all but its last tokens were computed before.
 restore: the same for a prompt whose keys and values lie in `kv_offload_dir`, in an engine that has just been started.
@@ -112,7 +112,7 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description="What prefix cache, disk and speculation save.")
     parser.add_argument("--model", default=None, help="as for LLM; the bundled model unless said")
-    parser.add_argument("--draft", default=None, help="a draft model for it")
+    parser.add_argument("--draft", default=None, help="a draft model for it; the bundled model brings its own")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -124,7 +124,7 @@ def main() -> None:
     if "restore" in arguments.only:
         result["restore"] = restore(arguments, arguments.tokens)
     for method, more in (("ngram", {}), ("draft_model", {"model": arguments.draft})):
-        if method in arguments.only and (method == "ngram" or arguments.draft):
+        if method in arguments.only and (method == "ngram" or arguments.draft or arguments.model is None):
             config = {"method": method, "num_speculative_tokens": 4, **more}
             result[method] = [speculation(arguments, config, temperature) for temperature in (0.0, 0.8)]
     path = save(RESULTS, "engine", {**result, **origin()})
