@@ -125,7 +125,8 @@ def main() -> None:
         result["restore"] = restore(arguments, arguments.tokens)
     for method, more in (("ngram", {}), ("draft_model", {"model": arguments.draft})):
         if method in arguments.only and (method == "ngram" or arguments.draft or arguments.model is None):
-            config = {"method": method, "num_speculative_tokens": 4, **more}
+            drafts = 2 if method == "draft_model" else 4  # what LLM takes unless told otherwise
+            config = {"method": method, "num_speculative_tokens": drafts, **more}
             result[method] = [speculation(arguments, config, temperature) for temperature in (0.0, 0.8)]
     path = save(RESULTS, "engine", {**result, **origin()})
     for name, one in result.items():

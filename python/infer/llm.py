@@ -75,7 +75,7 @@ class LLM(Sessions):
     speculative_config
         Guess tokens ahead and verify them together; what is generated stays the same, token for token.
         `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}` guesses what followed
-        the last tokens before; `{"method": "draft_model", "model": ..., "num_speculative_tokens": 4}` asks a smaller model
+        the last tokens before; `{"method": "draft_model", "model": ..., "num_speculative_tokens": 2}` asks a smaller model
         of the same vocabulary; the bundled model has one, which is taken unless another is named.
     kv_offload_dir, kv_offload_max_bytes
         A folder, and how much it may hold: cached keys and values that memory has no room for go there and come back, also

@@ -78,7 +78,7 @@ def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: A
     lookup_max = config.get("prompt_lookup_max", 4)
     return (
         method,
-        config.get("num_speculative_tokens", 4),
+        config.get("num_speculative_tokens", 2 if method == "draft_model" else 4),
         config.get("prompt_lookup_min", min(2, lookup_max) if isinstance(lookup_max, int) else 2),
         lookup_max,
         None if draft is None else hub.resolve(draft, **hub_options),
