@@ -328,6 +328,7 @@ class Engine:
         mmap: bool = True,
         max_waiting: int | None = None,
         priority_patience: float = 10.0,
+        step_time_target: float | None = 0.1,
         speculation: tuple[str, int, int, int, str | PathLike[str] | None] | None = None,
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,

@@ -72,6 +72,9 @@ class LLM(Sessions):
         What a call does when as many wait: "error" raises `QueueFullError` at once, "wait" waits (or awaits) its turn.
     priority_patience
         Seconds after which a priority class that nobody was served from gets a turn before all others.
+    step_time_target
+        Seconds that a step may take which computes prompts while completions run: prompts are cut to fit, so that a running
+        completion never waits much longer for its next token. None cuts by `max_num_batched_tokens` alone.
     speculative_config
         Guess tokens ahead and verify them together; what is generated stays the same, token for token.
         `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}` guesses what followed
@@ -119,6 +122,7 @@ class LLM(Sessions):
         max_waiting: int | None = None,
         when_full: str = "error",
         priority_patience: float = 10.0,
+        step_time_target: float | None = 0.1,
         speculative_config: Mapping[str, Any] | None = None,
         kv_offload_dir: str | os.PathLike[str] | None = None,
         kv_offload_max_bytes: int = 8 << 30,
@@ -150,6 +154,7 @@ class LLM(Sessions):
             mmap=mmap,
             max_waiting=max_waiting,
             priority_patience=priority_patience,
+            step_time_target=step_time_target,
             speculation=speculation(speculative_config, path, **hub_options),
             kv_offload=None if kv_offload_dir is None else (kv_offload_dir, kv_offload_max_bytes),
             kv_events=kv_events,

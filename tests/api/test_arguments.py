@@ -88,6 +88,8 @@ def test_sampling_parameters_are_values() -> None:
         ("max_model_len", 10**9, "max_model_len"),
         ("max_num_seqs", 0, "max_num_seqs.*0"),
         ("max_num_batched_tokens", 0, "max_num_batched_tokens.*0"),
+        ("step_time_target", 0, "step_time_target must be a number of seconds greater than 0, got 0"),
+        ("priority_patience", float("nan"), "priority_patience"),
         ("kv_cache_memory_bytes", 1, "kv_cache_memory_bytes"),
     ],
 )

@@ -57,11 +57,11 @@ impl Engine {
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
         max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
         kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
-        max_waiting=None, priority_patience=Arg::of(10.0), speculation=None, kv_offload=None, kv_events=Arg::of(false),
+        max_waiting=None, priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None, kv_events=Arg::of(false),
         trace=Arg::of(false)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
-        seed=0, mmap=True, max_waiting=None, priority_patience=10.0, speculation=None, \
+        seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, speculation=None, \
         kv_offload=None, kv_events=False, trace=False)")]
     fn new(
         py: Python<'_>,
@@ -78,6 +78,7 @@ impl Engine {
         mmap: Arg<bool>,
         max_waiting: Option<Arg<Int>>,
         priority_patience: Arg<f64>,
+        step_time_target: Option<Arg<f64>>,
         speculation: Option<SpeculationArgs>,
         kv_offload: Option<OffloadArgs>,
         kv_events: Arg<bool>,
@@ -102,6 +103,9 @@ impl Engine {
                 mmap: mmap.flag("mmap")?,
                 max_waiting: max_waiting.map(|count| count.positive("max_waiting")).transpose()?,
                 patience: seconds("priority_patience", priority_patience)?,
+                step_time_target: step_time_target
+                    .map(|time| seconds("step_time_target", time))
+                    .transpose()?,
                 speculation,
                 draft: draft.flatten(),
                 offload: kv_offload.map(read_offload).transpose()?,

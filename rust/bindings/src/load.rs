@@ -34,6 +34,7 @@ pub struct Settings {
     pub mmap: bool,
     pub max_waiting: Option<usize>,
     pub patience: Duration,
+    pub step_time_target: Option<Duration>,
     pub speculation: Option<Speculation>,
     /// The model that guesses.
     pub draft: Option<PathBuf>,
@@ -203,6 +204,7 @@ fn engine_config(
         max_logit_values: EngineConfig::MAX_LOGIT_VALUES,
         max_waiting: settings.max_waiting,
         patience: settings.patience,
+        step_time_target: settings.step_time_target,
         window: spec.page_window(),
         speculation: settings.speculation.clone(),
         digest_key: [0; 32],

@@ -37,6 +37,9 @@ pub struct EngineConfig {
     pub max_waiting: Option<usize>,
     /// A priority class that has waited this long since it was last served is served next, whatever its priority.
     pub patience: Duration,
+    /// How long a step should take at most that carries running completions besides prompts: prompts get fewer rows then, by what a row
+    /// cost lately. None: as many as `max_num_batched_tokens` allows.
+    pub step_time_target: Option<Duration>,
     /// If every layer sees only so many last positions: pages wholly before that are given up.
     pub window: Option<usize>,
     /// How tokens are guessed ahead.
@@ -57,6 +60,9 @@ impl EngineConfig {
 
     /// How long a priority class waits at most unless told otherwise.
     pub const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// What a running completion waits for its next token at most because of prompts, unless told otherwise.
+    pub const STEP_TIME_TARGET: Duration = Duration::from_millis(100);
 
     /// Checks that the sizes fit together.
     ///

@@ -1,4 +1,5 @@
-//! What computing a token and bringing back a page cost lately, so that a page is only waited for where that is sooner.
+//! What computing a token and bringing back a page cost lately, so that a page is only waited for where that is sooner, and a prompt
+//! does not hold up running completions for longer than they should wait.
 
 use std::time::Duration;
 
@@ -29,6 +30,11 @@ impl Costs {
         }
     }
 
+    /// How many rows take `time`, for all that is known.
+    pub fn rows_within(&self, time: Duration) -> usize {
+        self.token.map_or(usize::MAX, |token| (time.as_secs_f64() / token) as usize)
+    }
+
     /// A fetch of so many pages took so long, waiting included.
     pub fn restored(&mut self, pages: usize, took: Duration) {
         if pages > 0 {
@@ -52,6 +58,15 @@ impl Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_are_those_that_fit_into_the_time() {
+        let mut costs = Costs::default();
+        assert_eq!(costs.rows_within(Duration::from_millis(1)), usize::MAX, "nobody knows yet");
+        costs.computed(100, Duration::from_millis(200));
+        assert_eq!(costs.rows_within(Duration::from_millis(100)), 50);
+        assert_eq!(costs.rows_within(Duration::from_millis(1)), 0);
+    }
 
     #[test]
     fn a_slow_tier_is_not_waited_for() {

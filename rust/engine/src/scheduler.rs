@@ -1,8 +1,8 @@
 //! Which running sequences are part of the next step, and with how many rows.
 //!
 //! Decoding sequences get their single row first, whatever waits: a long prompt never stalls a running completion. Then drafts, then
-//! prompts take the rest of the row budget, by priority, least served user and arrival. Then waiting sequences are admitted
-//! (`admission.rs`).
+//! prompts take the rest of the row budget, by priority, least served user and arrival; beside running completions only what fits into
+//! `step_time_target`. Then waiting sequences are admitted (`admission.rs`).
 //! When pages run out, the latest rank gives up its own and waits to be computed again; the first rank is never robbed, and fits alone by
 //! `EngineConfig::validate`, so every step brings someone forward. Who was robbed often enough gets the highest priority, so the number of
 //! preemptions is bounded. A sequence whose consumer does not take its logits (`blocked`) gives way to anyone once nobody else can move.
@@ -20,6 +20,9 @@ use crate::sequence::{Rank, Sequence, SequenceId};
 
 /// After so many preemptions nobody robs a sequence any more but older ones of the same fate.
 pub(crate) const MOST_PREEMPTIONS: u32 = 8;
+
+/// Prompts get so many rows of a step even where these take too long: fewer would hardly be quicker, since every step reads all weights.
+const LEAST_PROMPT_ROWS: usize = 16;
 
 /// Rows given out so far in a step.
 pub(crate) struct Plan {
@@ -79,6 +82,11 @@ impl Core {
         }
         if self.config.speculation.is_some() {
             decoding.iter().for_each(|&id| self.add_drafts(id, &mut plan));
+        }
+        if let Some(target) = self.config.step_time_target.filter(|_| !plan.rows.is_empty()) {
+            let planned = self.config.max_num_batched_tokens - plan.budget;
+            let rows = self.costs.rows_within(target).saturating_sub(planned);
+            plan.budget = plan.budget.min(rows.max(LEAST_PROMPT_ROWS));
         }
         prompts.sort_by_key(|id| {
             let sequence = &self.sequences[id];

@@ -13,11 +13,17 @@ struct Engine {
     core: Core,
     device: FakeDevice,
     next: RequestId,
+    now: Duration,
 }
 
 impl Engine {
     fn new(config: EngineConfig) -> Self {
-        Self { device: FakeDevice::new(&config), core: Core::new(config).expect("valid"), next: 0 }
+        Self {
+            device: FakeDevice::new(&config),
+            core: Core::new(config).expect("valid"),
+            next: 0,
+            now: Duration::ZERO,
+        }
     }
 
     fn submit(&mut self, prompt: &[u32], params: SamplingParams) -> RequestId {
@@ -27,16 +33,22 @@ impl Engine {
     fn submit_with(&mut self, prompt: &[u32], params: SamplingParams, options: RequestOptions) -> RequestId {
         let kind = RequestKind::Generate(Box::new(SamplingParams { ignore_eos: true, ..params }));
         let submission = Submission { id: self.next, prompt: prompt.into(), kind, text: None, options };
-        self.core.submit(submission, Duration::ZERO).expect("accepted");
+        self.core.submit(submission, self.now).expect("accepted");
         self.next += 1;
         self.next - 1
     }
 
     fn step(&mut self) -> Option<Batch> {
-        let batch = self.core.next_batch(Duration::ZERO)?;
+        self.step_of(Duration::ZERO)
+    }
+
+    /// A step whose rows take so long each.
+    fn step_of(&mut self, row: Duration) -> Option<Batch> {
+        let batch = self.core.next_batch(self.now)?;
         let mut logits = Vec::new();
         self.device.compute(&batch, &mut logits).expect("the fake device succeeds");
-        self.core.commit(&logits, Duration::ZERO);
+        self.now += row * batch.tokens.len() as u32;
+        self.core.commit(&logits, self.now);
         Some(batch)
     }
 
@@ -67,6 +79,23 @@ fn tokens(max_tokens: usize) -> SamplingParams {
 
 fn prompt(length: u32) -> Vec<u32> {
     (0..length).map(|i| 1 + i * 7 % 47).collect()
+}
+
+#[test]
+fn beside_running_completions_a_prompt_gets_what_fits_into_the_target() {
+    for (target, expected) in [(Some(100), 50), (Some(1), 1 + 16), (None, 200)] {
+        let step_time_target = target.map(Duration::from_millis);
+        let limits = EngineConfig { step_time_target, max_num_batched_tokens: 200, ..config(200, 4) };
+        let mut engine = Engine::new(limits);
+        let row = Duration::from_millis(2);
+        let rows = |batch: Option<Batch>| batch.map(|batch| batch.tokens.len());
+        engine.submit(&prompt(210), tokens(40));
+        assert_eq!(rows(engine.step_of(row)), Some(200), "nobody waits for a token yet");
+        assert_eq!(rows(engine.step_of(row)), Some(10));
+        let other: Vec<u32> = prompt(300).into_iter().rev().collect();
+        engine.submit(&other, tokens(1));
+        assert_eq!(rows(engine.step_of(row)), Some(expected), "{target:?}");
+    }
 }
 
 #[test]

@@ -225,6 +225,7 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         max_logit_values: EngineConfig::MAX_LOGIT_VALUES,
         max_waiting: None,
         patience: EngineConfig::PATIENCE,
+        step_time_target: Some(EngineConfig::STEP_TIME_TARGET),
         window: None,
         speculation: None,
         digest_key: [7; 32],

@@ -35,6 +35,7 @@ pub fn random_config(dice: &mut Dice) -> EngineConfig {
     config.seed = dice.roll(100) as u64;
     config.max_waiting = dice.chance(4).then(|| 1 + dice.roll(8));
     config.patience = Duration::from_millis(1 + dice.roll(500) as u64);
+    config.step_time_target = dice.chance(2).then(|| Duration::from_micros(1 + dice.roll(5000) as u64));
     config.window = dice.chance(3).then(|| 2 + dice.roll(40));
     config.speculation = random_speculation(dice);
     config.cache_events = true;
@@ -76,6 +77,8 @@ pub fn random_params(dice: &mut Dice) -> SamplingParams {
     params.ignore_eos = dice.chance(3);
     params.stop_token_ids = if dice.chance(3) { vec![7] } else { vec![] };
     params.stop = if dice.chance(3) { vec!["<9>".to_owned()] } else { vec![] };
+    // Of few tokens, so that completions often meet again after they have parted.
+    params.allowed_token_ids = dice.chance(4).then(|| vec![3, 5, 9]);
     params.logprobs = dice.chance(3).then(|| dice.roll(4) as u32);
     params.prompt_logprobs = dice.chance(5).then(|| dice.roll(3) as u32);
     params
