@@ -28,7 +28,9 @@ def rust_problems():
         return
     said = subprocess.run(["rustc", "--version"], stdout=subprocess.PIPE, check=False).stdout.decode()
     match = re.search(r"(\d+)\.(\d+)", said)
-    if match and tuple(map(int, match.groups())) < RUST:
+    if not match:
+        yield "rustc is there but does not run (rustup without a toolchain?): run `rustup default stable`."
+    elif tuple(map(int, match.groups())) < RUST:
         yield "Rust {}.{} or newer is needed, found {}: run `rustup update`.".format(*RUST, said.strip())
     if os.name == "posix" and not shutil.which(os.environ.get("CC", "cc")):
         yield "A C compiler was not found; Rust links with it: apt-get install gcc libc6-dev, or xcode-select --install."

@@ -38,8 +38,10 @@ SMALL_FILES = frozenset(
         "merges.txt",
         "chat_template.json",
         "chat_template.jinja",
+        "processor_config.json",
     }
 )
+SMALL_PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REACH_SECONDS = 10.0  # how long the hub may take to list a repository's files
@@ -163,7 +165,7 @@ class Hub:
         return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
 
     def _folder_files(self, files: set[str]) -> list[str]:
-        small = sorted(SMALL_FILES & files)
+        small = sorted(name for name in files if _is_small(name))
         if WEIGHTS in files:
             return [*small, WEIGHTS]
         index = self._snapshot([INDEX]) / INDEX
@@ -247,6 +249,13 @@ class Hub:
         else:
             text = f"{where}: the hub refused ({error})"
         raise InferError(text) from error
+
+
+def _is_small(name: str) -> bool:
+    """Tell whether a file is read beside the weights; a pattern's folders must be those of the name."""
+    path = PurePosixPath(name)
+    patterns = (PurePosixPath(pattern) for pattern in SMALL_PATTERNS)
+    return name in SMALL_FILES or any(path.parent == each.parent and path.match(each.name) for each in patterns)
 
 
 def choose_gguf(repo: str, files: Iterable[str], quant: str | None) -> list[str]:

@@ -26,6 +26,9 @@ REPOS = {
         "config.json": b"{}",
         "generation_config.json": b"{}",
         "tokenizer.json": b"{}",
+        "qwen.tiktoken": b"",
+        "old/qwen.tiktoken": b"",
+        "additional_chat_templates/tool_use.jinja": b"",
         "model.safetensors": b"weights",
         "pytorch_model.bin": b"pickle",
         "onnx/model.onnx": b"onnx",
@@ -83,10 +86,12 @@ def test_a_folder_gets_what_is_read_and_nothing_else(server: HubServer, tmp_path
     from pathlib import Path
 
     folder = Path(ask(server.url, "org/plain", tmp_path).stdout.strip())
-    assert sorted(file.name for file in folder.iterdir()) == [
+    assert sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()) == [
+        "additional_chat_templates/tool_use.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "qwen.tiktoken",
         "tokenizer.json",
     ]
     assert (folder / "model.safetensors").read_bytes() == b"weights"
