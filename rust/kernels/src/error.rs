@@ -5,7 +5,7 @@
 #[non_exhaustive]
 pub enum KernelError {
     /// `INFER_ISA` has a value that names no instruction set.
-    #[error("INFER_ISA={value:?} names no instruction set; known are scalar, avx2 and avx512")]
+    #[error("INFER_ISA={value:?} names no instruction set; known are scalar, avx2, avx512 and avx512bf16")]
     UnknownIsa {
         /// The value found.
         value: String,

@@ -20,7 +20,7 @@ pub(crate) struct Tiles {
 impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
-        Tiles { rows, full: if isa == Isa::Avx512 { 8 } else { 4 } }
+        Tiles { rows, full: if isa >= Isa::Avx512 { 8 } else { 4 } }
     }
 
     /// Number of tiles.
@@ -44,7 +44,7 @@ impl Tiles {
     }
 
     /// Rows of all tiles, those of zeros included.
-    fn padded_rows(self) -> usize {
+    pub(super) fn padded_rows(self) -> usize {
         match self.count() {
             0 => 0,
             count => (count - 1) * self.full + self.width(count - 1),
@@ -109,12 +109,13 @@ impl<'a> IntegerTiles<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
     values: Vec<f32>,
+    pub(super) pairs: Vec<u32>,
     bytes: Vec<[u8; GROUP]>,
     scales: Vec<f32>,
     offsets: Vec<i32>,
 }
 
-fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(super) fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
     if vector.len() < len {
         vector.resize(len, T::default());
     }

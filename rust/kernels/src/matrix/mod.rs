@@ -13,16 +13,19 @@
 //! | Int4 | eight columns, offset by 8: four in the low nibbles, the next four in the high ones | the same |
 
 mod activations;
+mod bfloat;
 mod buffer;
 mod float;
 mod integer;
 mod output;
 mod pack;
+mod pairs;
 mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
 pub(crate) use activations::{Activations, FloatTiles, IntegerTiles};
+pub(crate) use bfloat::BfloatLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;

@@ -4,8 +4,8 @@
 //! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
 //! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set.
 
-use crate::matrix::{FloatLinear, IntegerLinear, Output, PackedMatrix};
-use crate::{Context, Rows, RowsMut, Scratch};
+use crate::matrix::{BfloatLinear, FloatLinear, IntegerLinear, Layout, Output, PackedMatrix};
+use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
 
 #[cfg(test)]
@@ -17,7 +17,7 @@ pub enum Precision {
     /// Exact weights times `f32` activations, whatever the format: the reference.
     Exact,
     /// Formats of 8 bits and fewer are multiplied with activations of 8 bits, one scale per row and 32 columns;
-    /// others with `f32` activations.
+    /// bfloat16 with activations of bfloat16 where the instruction set multiplies those; others with `f32` activations.
     #[default]
     Auto,
 }
@@ -55,12 +55,22 @@ pub fn linear(
         over_panels(context, weight, output.rows.rows(), |panels| {
             context.isa.dispatch(IntegerLinear { weight, input, output, panels });
         });
+    } else if rounds_to_bf16(context.isa, weight.layout(), precision) {
+        let input = scratch.activations.pair(context, input);
+        over_panels(context, weight, output.rows.rows(), |panels| {
+            context.isa.dispatch(BfloatLinear { weight, input, output, panels });
+        });
     } else {
         let input = scratch.activations.interleave(context, input);
         over_panels(context, weight, output.rows.rows(), |panels| {
             context.isa.dispatch(FloatLinear { weight, input, output, panels });
         });
     }
+}
+
+/// Whether activations are rounded to bfloat16, as the weights are.
+fn rounds_to_bf16(isa: Isa, layout: Layout, precision: Precision) -> bool {
+    isa.has_bf16_dots() && layout == Layout::Bf16 && precision == Precision::Auto
 }
 
 /// Hands out chunks of panels: small enough to end together, large enough to stream.
@@ -83,6 +93,7 @@ fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl
 /// [`linear`] computes.
 #[cfg(test)]
 fn linear_ref(
+    isa: Isa,
     format: crate::Format,
     rows: &[&[u8]],
     input: &[f32],
@@ -103,6 +114,12 @@ fn linear_ref(
                 // Weights divided by their scale are integers again.
                 let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
                 sum = exact.mul_add(scale * rounded[group * 32].1, sum);
+            }
+        } else if isa.has_bf16_dots() && format == crate::Format::Bf16 && precision == Precision::Auto {
+            for (weights, values) in weights.chunks(2).zip(input.chunks(2)) {
+                for (weight, value) in weights.iter().zip(values).rev() {
+                    sum = weight.mul_add(half::bf16::from_f32(*value).to_f32(), sum);
+                }
             }
         } else {
             sum = weights.iter().zip(input).fold(0.0, |sum, (weight, value)| weight.mul_add(*value, sum));

@@ -1,11 +1,11 @@
 //! AVX-512 F, BW, DQ, VL and VNNI: one register holds all 16 lanes.
 
-use super::{Isa, Kernel, LANES, Simd, four};
+use super::{Isa, Kernel, LANES, Simd, dot_bf16_in_two, four};
 use core::arch::x86_64::*;
 
-/// Token of AVX-512; only [`Avx512::detect`] makes one.
+/// Token of AVX-512, with or without BF16; only [`Avx512::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512(());
+pub struct Avx512<const BF16: bool>(());
 
 /// An expression of AVX-512 intrinsics, in a method of the token.
 macro_rules! hardware {
@@ -15,10 +15,10 @@ macro_rules! hardware {
     }};
 }
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     /// The token, if this machine has the instructions.
     #[inline]
-    pub fn detect() -> Option<Avx512> {
+    pub fn detect() -> Option<Self> {
         let present = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -26,25 +26,40 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+            && is_x86_feature_detected!("f16c")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
         present.then_some(Avx512(()))
     }
+}
 
+impl Avx512<false> {
     /// Runs `kernel` compiled for this instruction set.
     #[inline]
     pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-        fn inside<K: Kernel>(token: Avx512, kernel: K) -> K::Output {
+        fn inside<K: Kernel>(token: Avx512<false>, kernel: K) -> K::Output {
             kernel.run(token)
         }
         hardware!(inside(self, kernel))
     }
 }
 
-impl Simd for Avx512 {
+impl Avx512<true> {
+    /// Runs `kernel` compiled for this instruction set.
+    #[inline]
+    pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+        fn inside<K: Kernel>(token: Avx512<true>, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        hardware!(inside(self, kernel))
+    }
+}
+
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type F32 = __m512;
     type I32 = __m512i;
-    const ISA: Isa = Isa::Avx512;
+    const ISA: Isa = if BF16 { Isa::Avx512Bf16 } else { Isa::Avx512 };
     const REGISTERS: usize = 32;
 
     #[inline(always)]
@@ -273,6 +288,17 @@ impl Simd for Avx512 {
             });
         }
         sums
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, sums: __m512, weights: __m512i, pair: u32) -> __m512 {
+        if BF16 {
+            let pair = self.splat_i32(pair as i32);
+            // SAFETY: the types hold the same 64 bytes.
+            let bf16 = |words: __m512i| unsafe { core::mem::transmute::<__m512i, __m512bh>(words) };
+            return hardware!(_mm512_dpbf16_ps(sums, bf16(weights), bf16(pair)));
+        }
+        dot_bf16_in_two(self, sums, weights, pair)
     }
 
     #[inline(always)]

@@ -36,6 +36,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// The same with AVX-512 BF16.
+    Avx512Bf16,
 }
 
 /// A computation that is generic over the instruction set. See [`Isa::dispatch`].
@@ -47,7 +49,7 @@ pub trait Kernel {
 }
 
 impl Isa {
-    const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
     /// Its name, as in `INFER_ISA`.
     pub fn name(self) -> &'static str {
@@ -55,7 +57,13 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
         }
+    }
+
+    /// Whether it multiplies pairs of bfloat16 in one instruction, for which activations are rounded.
+    pub(crate) fn has_bf16_dots(self) -> bool {
+        self == Isa::Avx512Bf16
     }
 
     /// Whether this machine has it.
@@ -65,9 +73,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::detect().is_some(),
+            Isa::Avx512 => Avx512::<false>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Avx512::<true>::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
         }
     }
 
@@ -81,7 +91,7 @@ impl Isa {
         Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
     }
 
-    /// The one that the environment variable `INFER_ISA` (`scalar`, `avx2`, `avx512`) forces, else the best one.
+    /// The one that the environment variable `INFER_ISA` (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces, else the best one.
     ///
     /// # Errors
     /// When the variable names no instruction set, or one that this machine lacks.
@@ -120,9 +130,13 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().expect("AVX2, FMA and F16C are absent").enter(kernel),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::detect().expect("AVX-512 with VNNI is absent").enter(kernel),
+            Isa::Avx512 => Avx512::<false>::detect().expect("AVX-512 with VNNI is absent").enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Avx512::<true>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => panic!("{} is absent: this is no x86-64 machine", self.name()),
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => {
+                panic!("{} is absent: this is no x86-64 machine", self.name())
+            }
         }
     }
 }
@@ -286,8 +300,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
         offsets: &[i32; T],
     ) -> [Self::I32; T];
 
+    /// Adds to each lane of `sums` the products of its pair of bfloat16 weights with a pair of activations, those of the high halves
+    /// first; each addition is rounded. Hardware that has an instruction for it takes magnitudes below 2^-126 for zeros.
+    #[inline(always)]
+    fn dot_bf16(self, sums: Self::F32, weights: Self::I32, pair: u32) -> Self::F32 {
+        dot_bf16_in_two(self, sums, weights, pair)
+    }
+
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);
+}
+
+/// [`Simd::dot_bf16`] for lack of an instruction.
+#[inline(always)]
+fn dot_bf16_in_two<S: Simd>(simd: S, sums: S::F32, weights: S::I32, pair: u32) -> S::F32 {
+    let high = simd.from_bits(simd.and_i32(weights, simd.splat_i32(0xffff_0000_u32 as i32)));
+    let low = simd.from_bits(simd.shift_left(weights, 16));
+    let sums = simd.mul_add(high, simd.splat(f32::from_bits(pair & 0xffff_0000)), sums);
+    simd.mul_add(low, simd.splat(f32::from_bits(pair << 16)), sums)
 }
 
 /// Four activations as one number, to be broadcast.

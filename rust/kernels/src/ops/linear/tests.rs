@@ -58,11 +58,11 @@ impl Weight {
         out.chunks(stride).map(|row| row[..width].to_vec()).collect()
     }
 
-    fn reference(&self, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
+    fn reference(&self, isa: Isa, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
         let bias = with_bias.then_some(&self.bias[..]);
         inputs
             .chunks(self.columns)
-            .map(|row| linear_ref(self.format, &self.slices(), row, bias, precision))
+            .map(|row| linear_ref(isa, self.format, &self.slices(), row, bias, precision))
             .collect()
     }
 }
@@ -87,7 +87,7 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
                 let weight = Weight::new(format, rows, columns);
                 let inputs = sample_values(70 * columns);
                 for precision in PRECISIONS {
-                    let expected = weight.reference(&inputs, precision, true);
+                    let expected = weight.reference(isa, &inputs, precision, true);
                     for count in [1, 2, 3, 4, 5, 8, 9, 17, 70] {
                         let got = weight.compute(&context, &inputs[..count * columns], precision, true);
                         let what = (isa, format, rows, columns, count, precision);
@@ -152,7 +152,7 @@ fn extremes_of_the_integer_layouts() {
         }
         let weight = Weight { format, columns: 64, rows: vec![row; 20], bias: vec![0.0; 20] };
         for input in [[3.0; 64], [-3.0; 64]] {
-            let expected = weight.reference(&input, Precision::Auto, false);
+            let expected = weight.reference(Isa::Scalar, &input, Precision::Auto, false);
             for isa in Isa::available() {
                 let got = weight.compute(&context(isa, 1), &input, Precision::Auto, false);
                 assert_eq!(bits(&got), bits(&expected), "{isa:?} {format:?} {fill}");
@@ -188,7 +188,7 @@ fn a_scratch_serves_any_sequence_of_shapes() {
         let (input, output) =
             (Rows::new(&inputs, count, columns, columns), RowsMut::new(&mut out, count, 24, 24));
         linear(&context, &matrix, input, output, None, Precision::Auto, &mut scratch);
-        assert_eq!(out, weight.reference(&inputs, Precision::Auto, false).concat());
+        assert_eq!(out, weight.reference(context.isa, &inputs, Precision::Auto, false).concat());
     }
 }
 

@@ -1,0 +1,84 @@
+//! Panels of bfloat16 times activations rounded to bfloat16, for instruction sets that multiply pairs of them. A sum is one chain over
+//! the columns: two at a time, the odd one first, each addition rounded to `f32`.
+
+use super::float::AHEAD;
+use super::pairs::PairTiles;
+use super::{GROUP, Output, PackedMatrix};
+use crate::simd::{Kernel, Simd};
+use std::ops::Range;
+
+/// Some panels times all tiles.
+pub(crate) struct BfloatLinear<'a> {
+    /// The weights, in the layout Bf16.
+    pub(crate) weight: &'a PackedMatrix,
+    /// The input rows.
+    pub(crate) input: PairTiles<'a>,
+    /// Where results go.
+    pub(crate) output: Output<'a>,
+    /// Which panels.
+    pub(crate) panels: Range<usize>,
+}
+
+impl Kernel for BfloatLinear<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut panel = self.panels.start;
+        while panel < self.panels.end {
+            let two = self.panels.end - panel >= 2;
+            for tile in 0..self.input.tiles.count() {
+                match (self.input.tiles.width(tile), two) {
+                    (1, true) => self.tile::<S, 1, 2>(simd, panel, tile),
+                    (2, true) => self.tile::<S, 2, 2>(simd, panel, tile),
+                    (4, true) => self.tile::<S, 4, 2>(simd, panel, tile),
+                    (_, true) => self.tile::<S, 8, 2>(simd, panel, tile),
+                    (1, false) => self.tile::<S, 1, 1>(simd, panel, tile),
+                    (2, false) => self.tile::<S, 2, 1>(simd, panel, tile),
+                    (4, false) => self.tile::<S, 4, 1>(simd, panel, tile),
+                    (_, false) => self.tile::<S, 8, 1>(simd, panel, tile),
+                }
+            }
+            panel += if two { 2 } else { 1 };
+        }
+    }
+}
+
+impl BfloatLinear<'_> {
+    /// `P` panels by one tile of `T` rows, over all columns.
+    #[inline(always)]
+    fn tile<S: Simd, const T: usize, const P: usize>(&self, simd: S, panel: usize, tile: usize) {
+        let weights = self.weight.weights(panel..panel + P);
+        let steps = self.weight.groups() * GROUP / 2;
+        let sums = multiply::<S, T, P>(simd, weights, steps, self.input.tile(tile));
+        for (p, sums) in sums.iter().enumerate() {
+            self.output.store(simd, panel + p, self.input.tiles, tile, sums, true);
+        }
+    }
+}
+
+/// The sums of `P` panels with `T` rows. `weights` is (P, steps, 64 bytes), `input` (steps, T).
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
+fn multiply<S: Simd, const T: usize, const P: usize>(
+    simd: S,
+    weights: &[u8],
+    steps: usize,
+    input: &[u32],
+) -> [[S::F32; T]; P] {
+    let input = &input.as_chunks::<T>().0[..steps];
+    assert!(weights.len() >= P * steps * 64);
+    let mut sums = [[simd.splat(0.0); T]; P];
+    for (step, pairs) in input.iter().enumerate() {
+        for p in 0..P {
+            let at = weights.as_ptr().wrapping_add((p * steps + step) * 64);
+            simd.prefetch(at.wrapping_add(AHEAD));
+            // SAFETY: checked above.
+            let words = unsafe { simd.load_bytes(at) };
+            for t in 0..T {
+                sums[p][t] = simd.dot_bf16(sums[p][t], words, pairs[t]);
+            }
+        }
+    }
+    sums
+}
