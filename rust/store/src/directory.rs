@@ -145,6 +145,10 @@ impl Directory {
         let folder = usize::from(name[0]);
         if self.folder_time(folder)?.is_none() {
             self.disk.make_folder(&self.folder(folder))?;
+            // Making what is there is fine, also where a link to a folder is there: that one leads outside.
+            if self.folder_time(folder)?.is_none() {
+                return Err(ErrorKind::NotADirectory.into());
+            }
         }
         self.disk.rename(temporary, &self.path(name))
     }
