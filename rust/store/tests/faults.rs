@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::faulty::{Fault, FaultyDisk};
+use common::faulty::{Fault, FaultyDisk, Refusing};
 use common::{FILE_BYTES, leftovers, open, open_on, options, page, present};
 use infer_store::StoreOptions;
 
@@ -77,4 +77,48 @@ fn a_killed_process() {
 #[test]
 fn folders_that_cannot_be_looked_at() {
     every_operation(Fault::Broken, 0, 211);
+}
+
+#[test]
+fn a_directory_for_reading_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options(folder.path());
+    let disk = Refusing { read_only: true, ..Refusing::default() };
+    assert!(open_on(&options, Arc::new(disk.clone())).is_err(), "nothing is there");
+    let store = open(&options);
+    assert!(store.put(page(0)) && store.flush(None));
+    store.close();
+    let store = open_on(&options, Arc::new(disk.clone())).expect("it has all that reading needs");
+    assert_eq!(present(&store, 0..2), [0]);
+    assert!(!store.put(page(1)));
+    std::fs::write(folder.path().join("infer-store"), "infer page store, version 2\n").unwrap();
+    let error = open_on(&options, Arc::new(disk)).err().expect("another version").to_string();
+    assert!(error.contains("version 2"), "{error}");
+}
+
+#[test]
+fn pages_that_could_not_be_read_for_a_while_still_count_for_the_cap() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = StoreOptions { max_bytes: 40 * FILE_BYTES, ..options(folder.path()) };
+    let disk = Refusing::default();
+    let store = open_on(&options, Arc::new(disk.clone())).unwrap();
+    for number in 0..40 {
+        assert!(store.put(page(number)) && store.flush(None));
+    }
+    // Folders that changed a moment ago are listed again anyway.
+    let past = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+    for entry in std::fs::read_dir(folder.path().join("pages")).unwrap() {
+        std::fs::File::open(entry.unwrap().path()).unwrap().set_modified(past).unwrap();
+    }
+    store.close();
+    let store = open_on(&options, Arc::new(disk.clone())).unwrap();
+    disk.unreadable.store(true, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(present(&store, 0..40), []);
+    disk.unreadable.store(false, std::sync::atomic::Ordering::SeqCst);
+    for number in 100..140 {
+        store.put(page(number));
+        store.flush(None);
+    }
+    let files = common::page_files(folder.path()).len();
+    assert!(files <= 45, "{files} pages in a directory for 40");
 }

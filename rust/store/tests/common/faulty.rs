@@ -159,3 +159,58 @@ impl Sink for FaultyFile<Box<dyn Sink>> {
         self.1.step(false).map(|_| ())
     }
 }
+
+/// The real disk, that may not be written to, or whose files cannot be read while `unreadable` is set.
+#[derive(Clone, Default)]
+pub struct Refusing {
+    pub read_only: bool,
+    pub unreadable: Arc<AtomicBool>,
+}
+
+impl Refusing {
+    fn writing(&self) -> io::Result<()> {
+        if self.read_only { Err(io::ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    }
+}
+
+impl Disk for Refusing {
+    fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
+        RealDisk.list(folder)
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Entry> {
+        RealDisk.stat(path)
+    }
+
+    fn make_folder(&self, path: &Path) -> io::Result<()> {
+        self.writing()?;
+        RealDisk.make_folder(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>> {
+        if self.unreadable.load(Ordering::SeqCst) {
+            return Err(io::Error::other("too many open files"));
+        }
+        RealDisk.open(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn Sink>> {
+        self.writing()?;
+        RealDisk.create(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.writing()?;
+        RealDisk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.writing()?;
+        RealDisk.remove(path)
+    }
+
+    fn lock(&self, path: &Path) -> io::Result<Option<Lock>> {
+        self.writing()?;
+        RealDisk.lock(path)
+    }
+}
