@@ -232,6 +232,19 @@ fn markers_of_other_versions_and_damaged_secrets() {
     }
 }
 
+#[test]
+fn a_directory_whose_maker_died_before_its_marker_was_there_is_usable() {
+    for left in [&[][..], &["lock"], &["lock", "infer-store.new"]] {
+        let folder = tempfile::tempdir().unwrap();
+        for name in left {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        let store = open(&options(folder.path()));
+        fill(&store, 0..1);
+        assert!(!folder.path().join("infer-store.new").exists());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 

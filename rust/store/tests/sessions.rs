@@ -97,3 +97,43 @@ fn short_writes_are_completed_and_short_reads_are_errors() {
         }
     }
 }
+
+#[test]
+fn folders_and_files_of_others_in_the_place_of_a_session() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("talk.session");
+    fs::create_dir(&path).unwrap();
+    assert!(read(&path).unwrap_err().contains("talk.session"));
+    let error = session::write(&path, MODEL, &pages(0..1)).unwrap_err().to_string();
+    assert!(error.contains("talk.session"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half written stays");
+    fs::remove_dir(&path).unwrap();
+    fs::write(&path, "a text that somebody wrote, longer than the head of a session is by some bytes")
+        .unwrap();
+    assert!(read(&path).unwrap_err().contains("start of the file"));
+}
+
+#[test]
+fn two_writers_of_one_session_leave_one_of_the_two() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("talk.session");
+    session::write(&path, MODEL, &pages(0..1)).unwrap();
+    std::thread::scope(|scope| {
+        for first in [10, 20] {
+            let path = &path;
+            scope.spawn(move || {
+                for _ in 0..8 {
+                    // No pass through the device: the order of operations is what counts.
+                    let disk = FaultyDisk::new(Fault::Broken, usize::MAX, false);
+                    session::write_on(&disk, path, MODEL, &pages(first..first + 4)).unwrap();
+                }
+            });
+        }
+        for _ in 0..50 {
+            let found = read(&path).expect("always a whole one");
+            assert!([0, 10, 20].iter().any(|&first| found[0] == page(first)));
+        }
+    });
+    assert_eq!(read(&path).unwrap().len(), 4);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
