@@ -72,7 +72,8 @@ impl Directory {
         match directory.locked() {
             Ok(_lock) => directory.prepare()?,
             Err(StoreError::Io { source, .. }) if marked && is_read_only(&source) => {
-                directory.read_secret()?
+                directory.check_marker()?;
+                directory.read_secret()?;
             }
             Err(error) => return Err(error),
         }
@@ -145,6 +146,10 @@ impl Directory {
         let folder = usize::from(name[0]);
         if self.folder_time(folder)?.is_none() {
             self.disk.make_folder(&self.folder(folder))?;
+            // Making what is there is fine, also where a link to a folder is there: that one leads outside.
+            if self.folder_time(folder)?.is_none() {
+                return Err(ErrorKind::NotADirectory.into());
+            }
         }
         self.disk.rename(temporary, &self.path(name))
     }
@@ -218,23 +223,27 @@ impl Directory {
         Ok(())
     }
 
+    /// Makes the marker of a new directory, or checks that it is ours.
     fn mark(&self) -> Result<(), StoreError> {
-        let path = self.root.join(MARKER);
-        match self.small_file(&path, 4096) {
-            Ok(text) if text == MARKER_TEXT.as_bytes() => Ok(()),
-            Ok(text) => {
-                let shown: String = String::from_utf8_lossy(&text).chars().take(80).collect();
-                let (dir, expected) = (self.root.clone(), format!("{MARKER_TEXT:?}"));
-                Err(StoreError::Version { dir, found: format!("{shown:?}"), expected })
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                // Another process may have put something there since we looked.
-                is_ours(&*self.disk, &self.root)?;
-                self.place(&path, MARKER_TEXT.as_bytes())
-                    .map_err(|error| StoreError::io("written", &path, error))
-            }
-            Err(error) => Err(StoreError::io("read", &path, error)),
+        match self.check_marker() {
+            Err(StoreError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            known => return known,
         }
+        // Another process may have put something there since we looked.
+        is_ours(&*self.disk, &self.root)?;
+        let path = self.root.join(MARKER);
+        self.place(&path, MARKER_TEXT.as_bytes()).map_err(|error| StoreError::io("written", &path, error))
+    }
+
+    fn check_marker(&self) -> Result<(), StoreError> {
+        let path = self.root.join(MARKER);
+        let text = self.small_file(&path, 4096).map_err(|error| StoreError::io("read", &path, error))?;
+        if text == MARKER_TEXT.as_bytes() {
+            return Ok(());
+        }
+        let shown: String = String::from_utf8_lossy(&text).chars().take(80).collect();
+        let (dir, expected) = (self.root.clone(), format!("{MARKER_TEXT:?}"));
+        Err(StoreError::Version { dir, found: format!("{shown:?}"), expected })
     }
 
     fn make_secret(&mut self) -> Result<(), StoreError> {

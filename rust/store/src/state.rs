@@ -25,6 +25,8 @@ pub(crate) struct Shared {
 /// What the lock guards. No file is touched while it is held.
 pub(crate) struct State {
     pub index: Index,
+    /// Folders with a file that the index forgot although it may still be there: they are to be listed again.
+    pub unsure: Vec<usize>,
     pub stats: StoreStats,
     /// Names of `pending` in order of arrival.
     pub queue: VecDeque<Name>,
@@ -49,6 +51,7 @@ impl Shared {
     pub fn new(options: StoreOptions, tuning: Tuning, directory: Directory, index: Index) -> Self {
         let state = State {
             index,
+            unsure: Vec::new(),
             stats: StoreStats::default(),
             queue: VecDeque::new(),
             pending: HashMap::new(),

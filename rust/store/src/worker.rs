@@ -146,12 +146,20 @@ fn read(shared: &Shared, wanted: &Wanted) -> Option<Vec<u8>> {
             drop(state);
             let removed = shared.directory.remove(&name);
             state = shared.state();
+            if removed.is_ok() {
+                return None;
+            }
             count_error(&mut state.stats.io_errors, removed);
         }
-        Err(Unusable::Io(error)) if error.kind() == ErrorKind::NotFound => {}
+        Err(Unusable::Io(error)) if error.kind() == ErrorKind::NotFound => {
+            state.index.remove(&name);
+            return None;
+        }
         Err(Unusable::Io(_)) => state.stats.io_errors = state.stats.io_errors.saturating_add(1),
     }
+    // Forgotten, so that it may be written anew; if it is not, it counts for the cap again once it is listed.
     state.index.remove(&name);
+    state.unsure.push(usize::from(name[0]));
     None
 }
 
@@ -271,6 +279,11 @@ impl Sweep {
 
     /// Looks at as many folders as are due after `written` bytes.
     fn turn(&mut self, shared: &Shared, written: u64) {
+        for folder in std::mem::take(&mut shared.state().unsure) {
+            if let Some(listed) = self.listed.get_mut(folder) {
+                *listed = None;
+            }
+        }
         let folders = u64::try_from(FOLDERS).unwrap_or(u64::MAX);
         let weight = u128::from(folders.saturating_mul(LISTINGS_PER_CAP));
         let cap = u128::from(shared.options.max_bytes);
