@@ -47,8 +47,7 @@ class LLM(Sessions):
         "auto" or "cpu". There is no GPU in this release; "cuda" is refused.
     dtype
         "auto" may round activations: to 8 bits where the weights are integers, to bfloat16 where they are and the machine
-        multiplies those. "float32" computes every model, quantized ones
-        too, with its exact weights and float32 activations.
+        multiplies those. "float32" computes every model, quantized ones too, with its exact weights and float32 activations.
     threads
         How many threads compute; None takes one per physical core that this process may use.
     max_model_len
