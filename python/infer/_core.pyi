@@ -260,7 +260,7 @@ class Tokenizer:
 
 @final
 class ModelInfo:
-    """What a model is, read from its headers alone."""
+    """What a model is, read from its headers alone; its KV cache in the types of `kv_cache_dtype`, scales included."""
 
     @property
     def path(self) -> str: ...
@@ -302,8 +302,8 @@ class ModelInfo:
     def chat_template(self) -> str | None: ...
     def as_dict(self) -> dict[str, Any]: ...
 
-def inspect(path: str | PathLike[str]) -> ModelInfo:
-    """Describe a model folder or GGUF file without loading its weights."""
+def inspect(path: str | PathLike[str], *, kv_cache_dtype: str | Mapping[str, Any] = "auto") -> ModelInfo:
+    """Describe a model folder or GGUF file without loading its weights; the KV cache's sizes in the types of `kv_cache_dtype`."""
 
 def system_info() -> dict[str, Any]:
     """This machine as the core sees it: ``isa`` in use, ``available_isas``, ``threads`` (default count)."""
@@ -322,7 +322,7 @@ class Engine:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
-        kv_cache_dtype: str = "auto",
+        kv_cache_dtype: str | Mapping[str, Any] = "auto",
         kv_cache_memory_bytes: int | None = None,
         seed: int = 0,
         mmap: bool = True,

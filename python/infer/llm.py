@@ -59,7 +59,11 @@ class LLM(Sessions):
     enable_prefix_caching
         Compute the common beginning of prompts once.
     kv_cache_dtype
-        "auto", "float32", "float16" or "bfloat16": how keys and values are kept.
+        How keys and values are kept: "float32", "float16", "bfloat16", "int8", "fp8" (E4M3), or "auto", which is float16, and
+        float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not given is "auto");
+        with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the end. The 8-bit
+        types hold about twice as many tokens as float16; README "KV cache" tells what they cost in accuracy. A draft
+        model gets the same types in all of its layers.
     kv_cache_memory_bytes
         Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free.
     seed
@@ -115,7 +119,7 @@ class LLM(Sessions):
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
-        kv_cache_dtype: str = "auto",
+        kv_cache_dtype: str | Mapping[str, object] = "auto",
         kv_cache_memory_bytes: int | None = None,
         seed: int = 0,
         mmap: bool = True,

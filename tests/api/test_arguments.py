@@ -82,7 +82,17 @@ def test_sampling_parameters_are_values() -> None:
         ("device", "cuda", "this release computes on CPUs only"),
         ("device", "tpu", "'tpu' is unknown"),
         ("dtype", "int3", "dtype.*int3"),
-        ("kv_cache_dtype", "int3", "kv_cache_dtype.*int3"),
+        ("kv_cache_dtype", "int3", 'kv_cache_dtype must be .*"int8" or "fp8", got \'int3\''),
+        ("kv_cache_dtype", {"key": "int3"}, r"kv_cache_dtype\[\"key\"\] must be .*\"fp8\", got 'int3'"),
+        ("kv_cache_dtype", {"value": 8}, r"kv_cache_dtype\[\"value\"\].*got 8"),
+        ("kv_cache_dtype", {"keys": "int8"}, 'kv_cache_dtype.*"key", "value" and "skip_layers", got \'keys\''),
+        ("kv_cache_dtype", {3: "int8"}, "kv_cache_dtype.*got 3"),
+        ("kv_cache_dtype", ["int8"], r"kv_cache_dtype.*dictionary.*got \['int8'\]"),
+        ("kv_cache_dtype", {"skip_layers": 0}, r"skip_layers\"\] must be a list of numbers of layers.*got 0"),
+        ("kv_cache_dtype", {"skip_layers": "01"}, r"skip_layers\"\] must be a list.*got '01'"),
+        ("kv_cache_dtype", {"skip_layers": [0, 1.5]}, r"skip_layers\"\]\[1\].*number of a layer, got 1.5"),
+        ("kv_cache_dtype", {"skip_layers": [10**20]}, r"skip_layers\"\]\[0\].*got 1000000"),
+        ("kv_cache_dtype", {"value": "int8", "skip_layers": [99]}, r"skip_layers\"\] must name layers.*from -\d+ to \d+, got 99"),
         ("threads", 0, "threads.*0"),
         ("max_model_len", 0, "max_model_len.*0"),
         ("max_model_len", 10**9, "max_model_len"),
@@ -107,8 +117,23 @@ def test_the_context_is_a_limit() -> None:
             llm.generate([[5] * 65])
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_kv_cache_types_and_reading_instead_of_mapping(kind: str, llm: LLM) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "float32",
+        "float16",
+        "bfloat16",
+        "int8",
+        "fp8",
+        "f32",
+        "bf16",
+        "fp8_e4m3",
+        {"key": "f16", "value": "int8"},
+        {"value": "fp8", "skip_layers": [0, -1]},
+    ],
+    ids=str,
+)
+def test_kv_cache_types_and_reading_instead_of_mapping(kind: Any, llm: LLM) -> None:
     prompt = "Once upon a time there was"
     params = SamplingParams(temperature=0, max_tokens=4)
     with LLM(threads=1, kv_cache_dtype=kind, mmap=False) as other:

@@ -61,5 +61,31 @@ def test_the_cache_a_model_would_get_is_told_beforehand() -> None:
     assert info.kv_bytes_per_token == 2 * 2 * info.layers * info.kv_heads * info.head_dim
     with LLM(threads=1) as llm:
         pages = llm.metrics()["pages_total"]
+        assert llm.info.kv_bytes_per_token == info.kv_bytes_per_token
     # Free memory may differ a little between the two looks, but not by half.
     assert info.kv_cache_tokens / 2 <= pages * 16 <= info.kv_cache_tokens * 2
+
+
+def test_the_cache_is_told_in_the_types_it_would_have() -> None:
+    def bytes_per_token(kind: object) -> int:
+        return model_info(kv_cache_dtype=kind).kv_bytes_per_token  # type: ignore[arg-type]
+
+    plain = model_info()
+    half = plain.layers * plain.kv_heads * plain.head_dim  # elements of all keys, and of all values
+    scale = 4 * plain.layers * plain.kv_heads
+    groups = -(-plain.head_dim // 32)
+    assert bytes_per_token("float32") == 8 * half
+    assert bytes_per_token("fp8") == 2 * half + 2 * scale
+    assert bytes_per_token("int8") == 2 * half + (groups + 1) * scale
+    assert bytes_per_token({"key": "float16", "value": "int8"}) == 3 * half + scale
+    every = list(range(plain.layers))
+    assert bytes_per_token({"key": "int8", "value": "fp8", "skip_layers": every}) == plain.kv_bytes_per_token
+    saved = bytes_per_token("float16") - bytes_per_token("fp8")
+    one_kept = bytes_per_token({"key": "fp8", "value": "fp8", "skip_layers": [-1]})
+    assert one_kept == bytes_per_token("fp8") + saved // plain.layers
+    types = {"key": "int8", "value": "int8"}
+    with LLM(threads=1, kv_cache_dtype=types, kv_cache_memory_bytes=1 << 20, max_model_len=64) as llm:
+        assert llm.info.kv_bytes_per_token == bytes_per_token("int8")
+        assert llm.metrics()["pages_total"] == (1 << 20) // (16 * bytes_per_token("int8"))
+    with LLM(threads=1, dtype="float32", max_model_len=64) as llm:
+        assert llm.info.kv_bytes_per_token == bytes_per_token("float32"), '"auto" is exact where dtype is'

@@ -41,6 +41,30 @@ def test_the_prefix_cache_survives_a_restart(tmp_path: Path) -> None:
         assert answer(llm)[1] == 0, "what was computed otherwise is another model's"
 
 
+@pytest.mark.parametrize(
+    "kind", ["int8", "fp8", {"key": "float16", "value": "int8"}, {"key": "int8", "value": "fp8", "skip_layers": [0]}], ids=str
+)
+def test_pages_of_every_type_survive_a_restart_and_never_mix(kind: Any, tmp_path: Path) -> None:
+    """Scales go where their pages go; a cache of other types is another cache."""
+    folder = tmp_path / "kv"
+    with LLM(threads=2, kv_cache_dtype=kind) as llm:
+        cold, _ = answer(llm)
+        session = tmp_path / "session"
+        llm.save_session(session, PROMPT)
+    for expected in (0, 288):
+        with LLM(threads=2, kv_offload_dir=folder, kv_cache_dtype=kind) as llm:
+            assert answer(llm) == (cold, expected)
+    with LLM(threads=2, kv_cache_dtype=kind) as llm:
+        assert llm.load_session(session)
+        found, cached = answer(llm)
+        assert found == cold
+        assert cached >= 288
+    with LLM(threads=2, kv_offload_dir=folder) as llm:
+        assert answer(llm)[1] == 0
+        with pytest.raises(InferError, match="session"):
+            llm.load_session(session)
+
+
 def test_damaged_pages_are_computed_again(tmp_path: Path) -> None:
     """Whatever happens to the files costs time, never a result."""
     folder = tmp_path / "kv"

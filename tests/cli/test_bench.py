@@ -16,7 +16,8 @@ SMALL = ("--prompt-tokens", "64", "--generate-tokens", "8", "--repeat", "2", "--
 
 
 def test_json(infer_cli: Cli) -> None:
-    report = json.loads(infer_cli("bench", *SMALL, "--json").stdout)
+    report = json.loads(infer_cli("bench", *SMALL, "--kv-cache-dtype", '{"value": "fp8"}', "--json").stdout)
+    assert report["kv_cache_dtype"] == {"value": "fp8"}
     assert report["prefill_tokens_per_second"] > 0
     assert report["decode_tokens_per_second"] > 0
     assert len(report["prefill_runs"]) == len(report["decode_runs"]) == 2

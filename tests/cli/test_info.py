@@ -37,3 +37,16 @@ def test_a_long_path_stays_in_one_piece_and_units_fit(infer_cli: Cli, bare_folde
     assert str(folder) in shown
     assert "23,712 (23.7 thousand)" in shown
     assert "47,424 (46.3 KiB)" in shown
+
+
+def test_the_cache_in_other_types(infer_cli: Cli, bare_folder: Path) -> None:
+    types = {"key": "float16", "value": "int8", "skip_layers": [-1]}
+    for given, expected in (("int8", "int8"), (json.dumps(types), types)):
+        shown = infer_cli("info", str(bare_folder), "--kv-cache-dtype", given, "--json").stdout
+        told = json.loads(shown)["kv_bytes_per_token"]
+        assert told == model_info(bare_folder, kv_cache_dtype=expected).kv_bytes_per_token
+        assert told < model_info(bare_folder).kv_bytes_per_token
+    for wrong in ("int3", "{", '{"keys": "int8"}'):
+        done = infer_cli("info", str(bare_folder), "--kv-cache-dtype", wrong)
+        assert done.returncode == 1
+        assert "kv" in done.stderr and "Traceback" not in done.stderr

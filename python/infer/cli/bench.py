@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infer import LLM, InferError, SamplingParams, __version__, system_info
-from infer.cli.common import DtypeOption, JsonOption, ModelOption, ThreadsOption, print_json
+from infer.cli.common import DtypeOption, JsonOption, KvCacheDtypeOption, ModelOption, ThreadsOption, kv_types, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
     dtype: DtypeOption = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="'auto', 'float32', 'float16' or 'bfloat16'.")] = "auto",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill and decode in tokens per second."""
@@ -38,7 +38,7 @@ def bench(
         model,
         threads=threads,
         dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=kv_types(kv_cache_dtype),
         max_num_seqs=batch,
         max_num_batched_tokens=max(512, batch),
         enable_prefix_caching=False,
@@ -57,7 +57,8 @@ def bench(
             "isa": system_info()["isa"],
             "threads": llm.threads,
             "dtype": dtype,
-            "kv_cache_dtype": kv_cache_dtype,
+            "kv_cache_dtype": kv_types(kv_cache_dtype),
+            "kv_bytes_per_token": llm.info.kv_bytes_per_token,
             "prompt_tokens": prompt_length,
             "generate_tokens": completion_length,
             "batch": batch,

@@ -28,6 +28,13 @@ DtypeOption: TypeAlias = Annotated[
 ContextOption: TypeAlias = Annotated[
     int | None, typer.Option("--max-model-len", min=1, help="Longest prompt and answer together, in tokens.")
 ]
+KvCacheDtypeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="'auto', 'float32', 'float16', 'bfloat16', 'int8' or 'fp8', or a JSON object with 'key', 'value' and 'skip_layers'.",
+    ),
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 MaxTokensOption: TypeAlias = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 TemperatureOption: TypeAlias = Annotated[
@@ -96,6 +103,17 @@ def parameter(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def kv_types(text: str) -> str | dict[str, Any]:
+    """Read `--kv-cache-dtype`: a type, or a JSON object for different types of keys and values."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InferError(f'--kv-cache-dtype: {text!r} is no JSON object, such as {{"value": "int8"}}: {error}') from error
+    return found
 
 
 def speed(metrics: RequestMetrics) -> str:

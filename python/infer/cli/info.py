@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from infer import model_info
-from infer.cli.common import JsonOption, print_json
+from infer.cli.common import JsonOption, KvCacheDtypeOption, kv_types, print_json
 
 
 def info(
@@ -16,10 +16,11 @@ def info(
         str | None, typer.Argument(metavar="[MODEL]", help="A folder, a .gguf file or a hub id; none: the bundled one.")
     ] = None,
     template: Annotated[bool, typer.Option("--template", help="Print the chat template, whole and nothing else.")] = False,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model is, from its headers alone: family, sizes, quantization, template, and the KV cache it would get here."""
-    found = model_info(model)
+    found = model_info(model, kv_cache_dtype=kv_types(kv_cache_dtype))
     if template:
         print(found.chat_template or "")
     elif as_json:

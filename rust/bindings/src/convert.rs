@@ -89,7 +89,7 @@ impl Arg<Int> {
 }
 
 /// A value in a message; long ones are cut.
-fn shown(object: &Bound<'_, PyAny>) -> String {
+pub fn shown(object: &Bound<'_, PyAny>) -> String {
     let text = object.repr().map_or_else(|_| type_name(object), |repr| repr.to_string());
     match text.char_indices().nth(80) {
         Some((end, _)) => format!("{}...", &text[..end]),

@@ -15,7 +15,8 @@ use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
 use crate::error::{engine_error, guarded, refusal};
 use crate::info::{MAX_NUM_SEQS, ModelInfo};
-use crate::load::{Loaded, Settings, default_threads, kv_element, load, precision};
+use crate::kv::read_kv_types;
+use crate::load::{Loaded, Settings, default_threads, load, precision};
 use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
 use crate::owned::Owned;
 use crate::params::SamplingParams;
@@ -56,9 +57,9 @@ impl Engine {
     #[pyo3(signature = (
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
         max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
-        kv_cache_dtype=Arg::of("auto".to_owned()), kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
-        max_waiting=None, priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None, kv_events=Arg::of(false),
-        trace=Arg::of(false)
+        kv_cache_dtype=None, kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
+        max_waiting=None, priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None,
+        kv_offload=None, kv_events=Arg::of(false), trace=Arg::of(false)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, speculation=None, \
@@ -72,7 +73,7 @@ impl Engine {
         max_num_seqs: Arg<Int>,
         max_num_batched_tokens: Arg<Int>,
         enable_prefix_caching: Arg<bool>,
-        kv_cache_dtype: Arg<String>,
+        kv_cache_dtype: Option<Bound<'_, PyAny>>,
         kv_cache_memory_bytes: Option<Arg<Int>>,
         seed: Arg<Int>,
         mmap: Arg<bool>,
@@ -86,13 +87,12 @@ impl Engine {
     ) -> PyResult<Self> {
         guarded(|| {
             let precision = precision(&dtype.get("dtype", "a string")?)?;
-            let kv_cache_dtype = kv_cache_dtype.get("kv_cache_dtype", "a string")?;
             let memory = |bytes: Arg<Int>| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
             let (speculation, draft) = speculation.map(read_speculation).transpose()?.unzip();
             let settings = Settings {
                 path: path.get("path", "a path")?,
                 precision,
-                kv_element: kv_element(&kv_cache_dtype, precision)?,
+                kv_types: read_kv_types(kv_cache_dtype.as_ref(), precision)?,
                 threads: threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
                 max_num_seqs: max_num_seqs.positive("max_num_seqs")?,

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use infer_kernels::{Isa, KvElement, PAGE_TOKENS};
-use infer_model::{Checkpoint, ModelSpec, page_bytes};
+use infer_kernels::{Isa, PAGE_TOKENS, Precision};
+use infer_model::{Checkpoint, KvTypes, ModelSpec};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
+use crate::kv::read_kv_types;
 use crate::load::default_threads;
 use crate::memory::{CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
@@ -41,9 +42,9 @@ pub struct ModelInfo {
     /// Tokens that end an answer.
     eos_token_ids: Vec<u32>,
     has_tokenizer: bool,
-    /// Bytes of one token's keys and values in all layers, with `kv_cache_dtype="auto"`.
+    /// Bytes of one token's keys and values in all layers, in the types of `kv_cache_dtype`.
     kv_bytes_per_token: usize,
-    /// Tokens whose keys and values `LLM` would make room for, by its defaults, with the memory that is free now.
+    /// Tokens whose keys and values `LLM` would make room for, by its other defaults, with the memory that is free now.
     kv_cache_tokens: usize,
     /// The Jinja source.
     chat_template: Option<String>,
@@ -52,10 +53,10 @@ pub struct ModelInfo {
 /// `LLM`'s default.
 pub const MAX_NUM_SEQS: usize = 64;
 
-/// Bytes of a page by the default of `kv_cache_dtype`, and the tokens that the default budget holds once the weights are there.
-fn cache_budget(spec: &ModelSpec, weight_bytes: u64) -> (usize, usize) {
+/// Bytes of a page in these types, and the tokens that the default budget holds once the weights are there.
+fn cache_budget(spec: &ModelSpec, weight_bytes: u64, kv_types: &KvTypes) -> Result<(usize, usize), String> {
     let request = CacheRequest {
-        page_bytes: page_bytes(spec, KvElement::F16),
+        page_bytes: kv_types.page_bytes(spec).map_err(|error| error.to_string())?,
         page_tokens: PAGE_TOKENS,
         max_positions: spec.max_positions,
         max_num_seqs: MAX_NUM_SEQS,
@@ -64,7 +65,7 @@ fn cache_budget(spec: &ModelSpec, weight_bytes: u64) -> (usize, usize) {
     };
     let free = free_memory().map(|free| free.saturating_sub(weight_bytes));
     let pages = plan_cache(&request, free).map_or(0, |plan| plan.pages);
-    (request.page_bytes, pages * PAGE_TOKENS)
+    Ok((request.page_bytes, pages * PAGE_TOKENS))
 }
 
 impl ModelInfo {
@@ -73,7 +74,13 @@ impl ModelInfo {
         &self.path
     }
 
-    pub fn new(checkpoint: &Checkpoint, text: Option<&TextModel>) -> Self {
+    /// # Errors
+    /// `kv_cache_dtype` names a layer that the model has not.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        text: Option<&TextModel>,
+        kv_types: &KvTypes,
+    ) -> Result<Self, String> {
         let spec = &checkpoint.spec;
         let mut bytes_of = BTreeMap::<&str, u64>::new();
         let (mut parameters, mut weight_bytes) = (0, 0);
@@ -84,8 +91,8 @@ impl ModelInfo {
             parameters += tensor.shape.iter().product::<usize>() as u64;
         }
         let most = bytes_of.iter().max_by_key(|(_, bytes)| **bytes);
-        let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes);
-        Self {
+        let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes, kv_types)?;
+        Ok(Self {
             path: checkpoint.path().display().to_string(),
             container: if checkpoint.is_gguf() { "gguf" } else { "safetensors" },
             architecture: spec.architecture(),
@@ -104,7 +111,7 @@ impl ModelInfo {
             kv_bytes_per_token: page_bytes / PAGE_TOKENS,
             kv_cache_tokens,
             chat_template: text.and_then(TextModel::chat_template).map(str::to_owned),
-        }
+        })
     }
 }
 
@@ -144,12 +151,18 @@ impl ModelInfo {
 
 /// Describe a model folder or GGUF file without loading its weights.
 #[pyfunction]
-pub fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<ModelInfo> {
+#[pyo3(signature = (path, *, kv_cache_dtype=None), text_signature = "(path, *, kv_cache_dtype='auto')")]
+pub fn inspect(
+    py: Python<'_>,
+    path: PathBuf,
+    kv_cache_dtype: Option<&Bound<'_, PyAny>>,
+) -> PyResult<ModelInfo> {
     guarded(|| {
+        let kv_types = read_kv_types(kv_cache_dtype, Precision::Auto)?;
         interruptible(py, "infer-load", move || {
             let checkpoint = Checkpoint::open(&path, true).map_err(|error| error.to_string())?;
             let text = TextModel::of_checkpoint(&checkpoint)?;
-            Ok(ModelInfo::new(&checkpoint, text.as_ref()))
+            ModelInfo::new(&checkpoint, text.as_ref(), &kv_types)
         })
     })
 }

@@ -13,6 +13,7 @@ mod engine;
 mod error;
 mod info;
 mod json;
+mod kv;
 mod load;
 mod memory;
 mod metrics;

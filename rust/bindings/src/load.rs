@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infer_engine::{Driver, EngineConfig, MonotonicClock, Speculation, Tier};
-use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, CpuModel, LoadOptions};
+use infer_kernels::{PAGE_TOKENS, Precision};
+use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
@@ -23,7 +23,7 @@ use crate::tokenizer::TextModel;
 pub struct Settings {
     pub path: PathBuf,
     pub precision: Precision,
-    pub kv_element: KvElement,
+    pub kv_types: KvTypes,
     pub threads: usize,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: usize,
@@ -77,19 +77,6 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
     }
 }
 
-/// `kv_cache_dtype` as the cache's element; "auto" is exact where `dtype` is.
-pub fn kv_element(kind: &str, precision: Precision) -> PyResult<KvElement> {
-    match (kind, precision) {
-        ("auto", Precision::Exact) | ("float32", _) => Ok(KvElement::F32),
-        ("auto", Precision::Auto) | ("float16", _) => Ok(KvElement::F16),
-        ("bfloat16", _) => Ok(KvElement::Bf16),
-        _ => {
-            let known = "\"auto\", \"float32\", \"float16\" or \"bfloat16\"";
-            Err(refusal(format!("kv_cache_dtype must be {known}, got {kind:?}")))
-        }
-    }
-}
-
 /// Loads the model and starts its engine.
 ///
 /// # Errors
@@ -97,12 +84,12 @@ pub fn kv_element(kind: &str, precision: Precision) -> PyResult<KvElement> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let info = ModelInfo::new(&checkpoint, text.as_ref());
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types)?;
     let options = LoadOptions {
         threads: Some(settings.threads),
         precision: settings.precision,
         mmap: settings.mmap,
-        kv_element: settings.kv_element,
+        kv_types: settings.kv_types.clone(),
     };
     let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     drop(checkpoint);
@@ -138,7 +125,10 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
 /// Loads the model that guesses for `target`.
 fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
     let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    let draft = CpuModel::from_checkpoint(&checkpoint, options).map_err(|error| error.to_string())?;
+    // Layers are numbered in the model alone: all of the draft's have the types that were wished for.
+    let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
+    let options = LoadOptions { kv_types, ..options.clone() };
+    let draft = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
     if own != wanted {
         return Err(format!(

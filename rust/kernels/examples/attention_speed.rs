@@ -17,6 +17,12 @@ struct Model {
     head_dim: usize,
 }
 
+impl Model {
+    fn layer(&self, element: KvElement) -> KvLayer {
+        KvLayer { kv_heads: self.kv_heads, head_dim: self.head_dim, keys: element, values: element }
+    }
+}
+
 const MODELS: [Model; 3] = [
     Model { name: "Llama-3.2-1B", heads: 32, kv_heads: 8, head_dim: 64 },
     Model { name: "Qwen3-0.6B", heads: 16, kv_heads: 8, head_dim: 128 },
@@ -32,8 +38,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Context::new(threads)?;
     println!("{} with {threads} threads", context.isa.name());
     for model in &MODELS {
-        for element in [KvElement::F32, KvElement::F16, KvElement::Bf16] {
-            let bytes = |positions: usize| positions * 2 * model.kv_heads * model.head_dim * element.bytes();
+        for element in [KvElement::F32, KvElement::F16, KvElement::Bf16, KvElement::Int8, KvElement::E4m3] {
+            let bytes =
+                |positions: usize| positions / PAGE_TOKENS * KvCache::page_bytes(&[model.layer(element)]);
             let decode = |position: usize| -> Result<f64, infer_kernels::KernelError> {
                 Ok(bytes(position) as f64 / best_seconds(&context, model, element, position - 1, 1)? / 1e9)
             };
@@ -61,10 +68,10 @@ fn best_seconds(
     rows: usize,
 ) -> Result<f64, infer_kernels::KernelError> {
     let &Model { heads, kv_heads, head_dim, .. } = model;
-    let shape = KvLayer { kv_heads, head_dim };
+    let shape = model.layer(element);
     let pages = (first_position + rows).div_ceil(PAGE_TOKENS);
-    let layers = (RESIDENT_BYTES / (pages * KvCache::page_bytes(&[shape], element))).max(1);
-    let mut cache = KvCache::new(&vec![shape; layers], pages, element)?;
+    let layers = (RESIDENT_BYTES / (pages * KvCache::page_bytes(&[shape]))).max(1);
+    let mut cache = KvCache::new(&vec![shape; layers], pages)?;
     let (positions, width) = (pages * PAGE_TOKENS, kv_heads * head_dim);
     let numbers: Vec<f32> = (0..positions * width).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect();
     let stored = Rows::new(&numbers, positions, width, width);

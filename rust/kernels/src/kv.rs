@@ -4,8 +4,13 @@
 //! pages lie in blocks of `BLOCK_PAGES`:
 //!
 //! ```text
-//! block = (kv_heads, [keys (BLOCK_PAGES, head_dim, PAGE_TOKENS), values (BLOCK_PAGES, PAGE_TOKENS, head_dim)])
+//! block = (kv_heads, [keys (BLOCK_PAGES, part), values (BLOCK_PAGES, part)])
+//! part of keys = [elements (head_dim, PAGE_TOKENS), scales (groups, PAGE_TOKENS)]
+//! part of values = [elements (PAGE_TOKENS, head_dim), scales (1, PAGE_TOKENS)]
 //! ```
+//!
+//! Keys and values of a layer may have different types, and so may layers. Scales are f32 and belong to the 8-bit types only; lying inside
+//! the parts, they go wherever a page goes (copies, exports). One vector holds those of a page's tokens.
 //!
 //! Keys are transposed, so that one vector register holds one lane per token; values are not, so that one holds neighbouring
 //! dimensions. A head's parts of neighbouring pages are neighbours: with whole pages of all heads one after the other, reading one head
@@ -18,13 +23,16 @@
 //! All layers share one allocation that the operating system hands out page by page as it is first written, so a generous
 //! number of pages costs nothing until sequences use them.
 
+mod e4m3;
+mod element;
 mod storage;
-
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+mod writer;
 
 use crate::{Context, KernelError, Rows};
+pub use element::KvElement;
+pub(crate) use element::{E4m3, Element, with_element};
 use storage::Storage;
+use writer::Writer;
 
 /// Tokens in one page; also the number of lanes of the virtual vector.
 pub const PAGE_TOKENS: usize = 16;
@@ -35,40 +43,34 @@ pub const BLOCK_PAGES: usize = 16;
 /// Bytes past the last value that a full vector load may touch (its lanes are then discarded).
 const OVERREAD: usize = 64;
 
-/// How a key or a value is stored.
+/// Shape and types of one layer's keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum KvElement {
-    /// 32-bit floating point: exact.
-    F32,
-    /// IEEE binary16, rounded to nearest even. Values beyond 65504 become infinite.
-    F16,
-    /// bfloat16, rounded to nearest even: the range of f32 with 8 significant bits.
-    Bf16,
-}
-
-impl KvElement {
-    /// Bytes of one element.
-    pub fn bytes(self) -> usize {
-        match self {
-            KvElement::F32 => 4,
-            KvElement::F16 | KvElement::Bf16 => 2,
-        }
-    }
-}
-
-/// The shape of one layer's keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayer {
     /// Key/value heads.
     pub kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
+    /// How keys are stored.
+    pub keys: KvElement,
+    /// How values are stored.
+    pub values: KvElement,
 }
 
 impl KvLayer {
-    /// Elements of one page's keys (its values are as many), or `None` on overflow.
-    fn half_page(self) -> Option<usize> {
-        self.kv_heads.checked_mul(self.head_dim)?.checked_mul(PAGE_TOKENS)
+    /// Bytes of one page's keys and of its values, for one head; `None` on overflow.
+    fn parts(self) -> Option<[usize; 2]> {
+        let scales = [self.keys.key_scales(self.head_dim), self.values.value_scales()];
+        let part = |element: KvElement, scales: usize| {
+            let elements = self.head_dim.checked_mul(element.bytes())?;
+            elements.checked_add(scales.checked_mul(size_of::<f32>())?)?.checked_mul(PAGE_TOKENS)
+        };
+        Some([part(self.keys, scales[0])?, part(self.values, scales[1])?])
+    }
+
+    /// Bytes of one page, all heads; `None` on overflow.
+    fn page_bytes(self) -> Option<usize> {
+        let [keys, values] = self.parts()?;
+        keys.checked_add(values)?.checked_mul(self.kv_heads)
     }
 }
 
@@ -76,17 +78,29 @@ impl KvLayer {
 #[derive(Clone, Copy)]
 struct PlacedLayer {
     shape: KvLayer,
-    /// First element of the layer.
+    /// First byte of the layer.
     offset: usize,
-    /// Elements of one page's keys for one head; of its values too.
-    part: usize,
+    /// Bytes of one page's keys for one head, scales included.
+    keys: usize,
+    /// The same of its values.
+    values: usize,
 }
 
 impl PlacedLayer {
-    /// First element of the keys of a page and head. Its values begin `BLOCK_PAGES` parts later.
-    fn keys(&self, page: usize, kv_head: usize) -> usize {
+    /// First byte of the block that a page lies in, for one head.
+    fn block(&self, page: usize, kv_head: usize) -> usize {
         let heads = page / BLOCK_PAGES * self.shape.kv_heads + kv_head;
-        self.offset + (heads * 2 * BLOCK_PAGES + page % BLOCK_PAGES) * self.part
+        self.offset + heads * BLOCK_PAGES * (self.keys + self.values)
+    }
+
+    /// First byte of the keys of a page and head.
+    fn keys(&self, page: usize, kv_head: usize) -> usize {
+        self.block(page, kv_head) + page % BLOCK_PAGES * self.keys
+    }
+
+    /// First byte of its values.
+    fn values(&self, page: usize, kv_head: usize) -> usize {
+        self.block(page, kv_head) + BLOCK_PAGES * self.keys + page % BLOCK_PAGES * self.values
     }
 }
 
@@ -95,7 +109,6 @@ pub struct KvCache {
     storage: Storage,
     layers: Vec<PlacedLayer>,
     pages: usize,
-    element: KvElement,
 }
 
 impl KvCache {
@@ -103,7 +116,7 @@ impl KvCache {
     ///
     /// # Errors
     /// A layer of no heads or no width, a size beyond the address space, or memory that the system refuses.
-    pub fn new(layers: &[KvLayer], pages: usize, element: KvElement) -> Result<KvCache, KernelError> {
+    pub fn new(layers: &[KvLayer], pages: usize) -> Result<KvCache, KernelError> {
         for layer in layers {
             let least = |what, actual| KernelError::Size { what, actual, expected: "at least 1".to_owned() };
             if layer.kv_heads == 0 {
@@ -118,21 +131,15 @@ impl KvCache {
             let expected = format!("at most {most}: slots of {PAGE_TOKENS} tokens have 32-bit numbers");
             return Err(KernelError::Size { what: "the number of key/value pages", actual: pages, expected });
         }
-        let (placed, elements) = place(layers, pages).ok_or_else(|| too_large(layers, pages, element))?;
-        let bytes = elements
-            .checked_mul(element.bytes())
-            .and_then(|bytes| bytes.checked_add(OVERREAD))
-            .ok_or_else(|| too_large(layers, pages, element))?;
-        let storage = Storage::zeroed(bytes).ok_or_else(|| too_large(layers, pages, element))?;
-        Ok(KvCache { storage, layers: placed, pages, element })
+        let too_large = || too_large(layers, pages);
+        let (placed, bytes) = place(layers, pages).ok_or_else(too_large)?;
+        let storage = bytes.checked_add(OVERREAD).and_then(Storage::zeroed).ok_or_else(too_large)?;
+        Ok(KvCache { storage, layers: placed, pages })
     }
 
-    /// Bytes that one page takes in all of `layers` together (saturating).
-    pub fn page_bytes(layers: &[KvLayer], element: KvElement) -> usize {
-        layers.iter().fold(0usize, |sum, layer| {
-            let half = layer.half_page().unwrap_or(usize::MAX);
-            sum.saturating_add(half.saturating_mul(2).saturating_mul(element.bytes()))
-        })
+    /// Bytes that one page takes in all of `layers` together, scales included (saturating).
+    pub fn page_bytes(layers: &[KvLayer]) -> usize {
+        layers.iter().fold(0usize, |sum, layer| sum.saturating_add(layer.page_bytes().unwrap_or(usize::MAX)))
     }
 
     /// Pages in each layer.
@@ -140,17 +147,12 @@ impl KvCache {
         self.pages
     }
 
-    /// How elements are stored.
-    pub fn element(&self) -> KvElement {
-        self.element
-    }
-
     /// Number of layers.
     pub fn layers(&self) -> usize {
         self.layers.len()
     }
 
-    /// The shape of a layer.
+    /// Shape and types of a layer.
     ///
     /// # Panics
     /// If there is no such layer.
@@ -177,7 +179,7 @@ impl KvCache {
         values: Rows<'_>,
         slots: &[u32],
     ) {
-        let KvLayer { kv_heads, head_dim } = self.layers[layer].shape;
+        let KvLayer { kv_heads, head_dim, .. } = self.layers[layer].shape;
         assert_eq!(
             (keys.rows(), keys.width()),
             (slots.len(), kv_heads * head_dim),
@@ -193,7 +195,7 @@ impl KvCache {
             slots.iter().all(|&slot| (slot as usize) < end),
             "a slot lies beyond the cache's {end} slots"
         );
-        let writer = Writer { cache: self, layer, head_dim, keys, values, slots };
+        let writer = Writer { cache: self, layer, keys, values, slots };
         // One head is one task, so two tasks never write the same bytes, not even if a slot is repeated.
         let work = slots.len() * kv_heads * head_dim;
         if work < 16384 || context.pool.threads() == 1 {
@@ -215,9 +217,9 @@ impl KvCache {
         }
     }
 
-    /// Replaces the contents of `bytes` by what page `page` holds: layer after layer, head after head, the keys
-    /// (head_dim, PAGE_TOKENS), then the values (PAGE_TOKENS, head_dim), in the cache's element types, little-endian. They
-    /// are [`KvCache::page_bytes`] bytes, the same on every instruction set.
+    /// Replaces the contents of `bytes` by what page `page` holds: layer after layer, head after head, the keys' elements
+    /// (head_dim, PAGE_TOKENS) and scales, then the values' (PAGE_TOKENS, head_dim) and scales, in the layer's types, little-endian.
+    /// They are [`KvCache::page_bytes`] bytes, the same on every instruction set.
     ///
     /// # Panics
     /// If the page is beyond the cache.
@@ -263,102 +265,58 @@ impl KvCache {
     /// Where the bytes of a page lie, in the order of [`KvCache::export_page`]: (first byte, bytes). All are inside the
     /// storage: `place` summed exactly these sizes.
     fn parts(&self, page: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
-        let size = self.element.bytes();
         self.layers.iter().flat_map(move |layer| {
             (0..layer.shape.kv_heads).flat_map(move |head| {
-                let keys = layer.keys(page, head);
-                [keys, keys + BLOCK_PAGES * layer.part].map(|part| (part * size, layer.part * size))
+                [(layer.keys(page, head), layer.keys), (layer.values(page, head), layer.values)]
             })
         })
     }
 
-    /// Keys of one page and head: (head_dim, PAGE_TOKENS) elements.
+    /// Keys of one page and head: (head_dim, PAGE_TOKENS) elements, then (groups, PAGE_TOKENS) scales for the 8-bit types.
     ///
     /// # Panics
     /// If layer, page or head is beyond the cache: the kernels read through this pointer without further checks.
     pub(crate) fn keys(&self, layer: usize, page: u32, kv_head: usize) -> *const u8 {
-        let place = &self.layers[layer];
-        assert!(
-            (page as usize) < self.pages && kv_head < place.shape.kv_heads,
-            "page or head beyond the cache"
-        );
-        let element = place.keys(page as usize, kv_head);
-        // SAFETY: inside the storage, by the assertion and by how `place` summed the sizes.
-        unsafe { self.storage.base().add(element * self.element.bytes()) }
+        let place = self.place_of(layer, page, kv_head);
+        // SAFETY: inside the storage, as `place_of` asserts and by how `place` summed the sizes.
+        unsafe { self.storage.base().add(place.keys(page as usize, kv_head)) }
     }
 
-    /// Values of one page and head: (PAGE_TOKENS, head_dim) elements. A full vector may be loaded at any of them.
+    /// Values of one page and head: (PAGE_TOKENS, head_dim) elements, then PAGE_TOKENS scales for the 8-bit types. A full
+    /// vector may be loaded at any of the elements.
     ///
     /// # Panics
     /// As [`KvCache::keys`].
     pub(crate) fn values(&self, layer: usize, page: u32, kv_head: usize) -> *const u8 {
-        let distance = BLOCK_PAGES * self.layers[layer].part;
-        // SAFETY: a head's values follow its keys inside the block.
-        unsafe { self.keys(layer, page, kv_head).add(distance * self.element.bytes()) }
+        let place = self.place_of(layer, page, kv_head);
+        // SAFETY: as in `keys`.
+        unsafe { self.storage.base().add(place.values(page as usize, kv_head)) }
+    }
+
+    /// A layer that has this page and head.
+    fn place_of(&self, layer: usize, page: u32, kv_head: usize) -> &PlacedLayer {
+        let place = &self.layers[layer];
+        let known = (page as usize) < self.pages && kv_head < place.shape.kv_heads;
+        assert!(known, "page or head beyond the cache");
+        place
     }
 }
 
-/// Where each layer begins, and the number of elements in all.
+/// Where each layer begins, and the number of bytes in all.
 fn place(layers: &[KvLayer], pages: usize) -> Option<(Vec<PlacedLayer>, usize)> {
     let blocks = pages.div_ceil(BLOCK_PAGES);
     let mut offset = 0usize;
     let mut placed = Vec::with_capacity(layers.len());
     for &shape in layers {
-        let block = shape.half_page()?.checked_mul(2 * BLOCK_PAGES)?;
-        placed.push(PlacedLayer { shape, offset, part: shape.head_dim * PAGE_TOKENS });
+        let [keys, values] = shape.parts()?;
+        placed.push(PlacedLayer { shape, offset, keys, values });
+        let block = shape.page_bytes()?.checked_mul(BLOCK_PAGES)?;
         offset = offset.checked_add(block.checked_mul(blocks)?)?;
     }
     Some((placed, offset))
 }
 
-fn too_large(layers: &[KvLayer], pages: usize, element: KvElement) -> KernelError {
+fn too_large(layers: &[KvLayer], pages: usize) -> KernelError {
     let what = "the key/value cache; fewer pages, shorter sequences or a smaller element type need less";
-    KernelError::Allocation { what, bytes: KvCache::page_bytes(layers, element).saturating_mul(pages) }
-}
-
-/// One call of [`KvCache::write`].
-struct Writer<'a> {
-    cache: &'a KvCache,
-    layer: usize,
-    head_dim: usize,
-    keys: Rows<'a>,
-    values: Rows<'a>,
-    slots: &'a [u32],
-}
-
-impl Writer<'_> {
-    /// Stores all rows of one head.
-    fn head(&self, head: usize) {
-        let columns = head * self.head_dim..(head + 1) * self.head_dim;
-        match self.cache.element {
-            KvElement::F32 => self.rows::<f32>(head, columns, |from, to| to.copy_from_slice(from)),
-            KvElement::F16 => self.rows::<f16>(head, columns, |from, to| to.convert_from_f32_slice(from)),
-            KvElement::Bf16 => self.rows::<bf16>(head, columns, |from, to| to.convert_from_f32_slice(from)),
-        }
-    }
-
-    fn rows<E: Copy + Default>(
-        &self,
-        head: usize,
-        columns: std::ops::Range<usize>,
-        convert: impl Fn(&[f32], &mut [E]),
-    ) {
-        let mut converted = vec![E::default(); self.head_dim];
-        for (row, &slot) in self.slots.iter().enumerate() {
-            let (page, token) = (slot / PAGE_TOKENS as u32, slot as usize % PAGE_TOKENS);
-            let keys = self.cache.keys(self.layer, page, head).cast_mut().cast::<E>();
-            let values = self.cache.values(self.layer, page, head).cast_mut().cast::<E>();
-            convert(&self.keys.row(row)[columns.clone()], &mut converted);
-            for (dimension, &key) in converted.iter().enumerate() {
-                // SAFETY: (head_dim, PAGE_TOKENS) elements of size_of::<E>() bytes lie there; the caller of `write` holds the
-                // cache exclusively and only this task touches this head. The storage is raw memory of no particular type.
-                unsafe { keys.add(dimension * PAGE_TOKENS + token).write(key) };
-            }
-            convert(&self.values.row(row)[columns.clone()], &mut converted);
-            // SAFETY: as above; (PAGE_TOKENS, head_dim) elements lie there.
-            unsafe {
-                values.add(token * self.head_dim).copy_from_nonoverlapping(converted.as_ptr(), self.head_dim)
-            };
-        }
-    }
+    KernelError::Allocation { what, bytes: KvCache::page_bytes(layers).saturating_mul(pages) }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions, ModelError};
+use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions, ModelError};
 
 fn main() -> Result<(), ModelError> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -19,7 +19,7 @@ fn main() -> Result<(), ModelError> {
         threads: Some(threads),
         precision: Precision::Auto,
         mmap: true,
-        kv_element: KvElement::F16,
+        kv_types: KvTypes::all(KvElement::F16),
     };
     let start = Instant::now();
     let mut model = CpuModel::load(Path::new(path), &options)?;

@@ -2,18 +2,19 @@
 
 use std::path::Path;
 
-use infer_kernels::{Context, KvCache, KvElement, KvLayer, Precision};
+use infer_kernels::{Context, KvCache, KvLayer, Precision};
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::interpreter::Interpreter;
+use crate::kv::KvTypes;
 use crate::memory::Memory;
 use crate::step::Step;
 use crate::{ModelError, ModelSpec, Program};
 
 /// How to load and compute.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct LoadOptions {
     /// Threads, the caller's included; `None`: one per core that the process may use.
     pub threads: Option<usize>,
@@ -22,13 +23,13 @@ pub struct LoadOptions {
     /// Map files during the load instead of reading them.
     pub mmap: bool,
     /// How keys and values are stored.
-    pub kv_element: KvElement,
+    pub kv_types: KvTypes,
 }
 
 /// A model in memory.
 pub struct CpuModel {
     interpreter: Interpreter,
-    kv_element: KvElement,
+    kv_layers: Vec<KvLayer>,
     cache: Option<KvCache>,
     memory: Memory,
     fingerprint: [u8; 32],
@@ -38,7 +39,7 @@ impl CpuModel {
     /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts: no file stays mapped.
     ///
     /// # Errors
-    /// Whatever is wrong with the checkpoint, or `INFER_ISA` naming an instruction set that this machine lacks.
+    /// Whatever is wrong with the checkpoint, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         Self::from_checkpoint(&Checkpoint::open(path, options.mmap)?, options)
     }
@@ -49,11 +50,11 @@ impl CpuModel {
     /// As [`CpuModel::load`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, ModelError> {
         let threads = options.threads.unwrap_or_else(default_threads).max(1);
+        let kv_layers = options.kv_types.layers(&checkpoint.spec)?;
         let interpreter = Interpreter::load(checkpoint, Context::new(threads)?, options.precision)?;
         // After the load, which leaves the files' pages in memory.
-        let fingerprint = fingerprint::of(checkpoint, options, interpreter.context.isa);
-        let kv_element = options.kv_element;
-        Ok(Self { interpreter, kv_element, cache: None, memory: Memory::default(), fingerprint })
+        let fingerprint = fingerprint::of(checkpoint, options.precision, &kv_layers, interpreter.context.isa);
+        Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
     }
 
     /// What the model is.
@@ -78,13 +79,13 @@ impl CpuModel {
 
     /// Bytes of one page of the KV cache, all layers together.
     pub fn page_bytes(&self) -> usize {
-        page_bytes(self.spec(), self.kv_element)
+        KvCache::page_bytes(&self.kv_layers)
     }
 
     /// Makes a KV cache of so many pages; an earlier one is dropped.
     pub fn allocate_cache(&mut self, pages: usize) -> Result<(), ModelError> {
         self.cache = None;
-        self.cache = Some(KvCache::new(&kv_layers(self.spec()), pages, self.kv_element)?);
+        self.cache = Some(KvCache::new(&self.kv_layers, pages)?);
         Ok(())
     }
 
@@ -146,16 +147,6 @@ impl CpuModel {
         logits.extend_from_slice(memory.values(interpreter.program.logits, size));
         Ok(())
     }
-}
-
-fn kv_layers(spec: &ModelSpec) -> Vec<KvLayer> {
-    vec![KvLayer { kv_heads: spec.kv_heads, head_dim: spec.head_dim }; spec.layers.len()]
-}
-
-/// Bytes of one page of a model's KV cache, all layers together: known before it is loaded.
-#[must_use]
-pub fn page_bytes(spec: &ModelSpec, kv_element: KvElement) -> usize {
-    KvCache::page_bytes(&kv_layers(spec), kv_element)
 }
 
 fn no_cache() -> ModelError {

@@ -3,15 +3,15 @@
 
 mod common;
 
-use common::{Expected, exact, golden_folder, is_long, logits};
+use common::{Expected, all_kv_types, exact, golden_folder, is_long, logits};
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions};
+use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions};
 
 /// Families that between them use every kind of step.
 const CASES: &[&str] = &["llama", "gemma2", "gemma3", "cohere2", "gpt2", "qwen2_moe", "stablelm", "mistral"];
 
-fn options(threads: usize, precision: Precision, kv_element: KvElement) -> LoadOptions {
-    LoadOptions { precision, kv_element, ..exact(threads) }
+fn options(threads: usize, precision: Precision, kv_types: KvTypes) -> LoadOptions {
+    LoadOptions { precision, kv_types, ..exact(threads) }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -43,7 +43,7 @@ fn chunks_and_threads_change_no_bit_of_quantized_models() {
     {
         let path = golden_folder().join(file);
         let text = Expected::read(file.split('/').next().expect("a case")).token_ids;
-        let auto = |threads| options(threads, Precision::Auto, KvElement::F16);
+        let auto = |threads| options(threads, Precision::Auto, KvTypes::all(KvElement::F16));
         let mut one = CpuModel::load(&path, &auto(1)).expect("loads");
         let reference = bits(&logits(&mut one, &text, text.len(), false));
         for threads in [1, 2, 3] {
@@ -56,13 +56,41 @@ fn chunks_and_threads_change_no_bit_of_quantized_models() {
     }
 }
 
+/// One family whose layers see everything and one whose layers have windows.
+#[test]
+fn chunks_and_threads_change_no_bit_of_any_type_of_keys_and_values() {
+    for (case, kv_types) in ["llama", "mistral"]
+        .iter()
+        .flat_map(|case| all_kv_types().into_iter().map(move |types| (case, types)))
+    {
+        let text = Expected::read(case).token_ids;
+        let load = |threads| {
+            let options = options(threads, Precision::Exact, kv_types.clone());
+            CpuModel::load(&golden_folder().join(case), &options).expect("loads")
+        };
+        let reference = bits(&logits(&mut load(1), &text, text.len(), false));
+        for threads in [1, 3] {
+            let mut model = load(threads);
+            for chunk in [1, 7, 16, 33] {
+                let found = bits(&logits(&mut model, &text, chunk, false));
+                assert_eq!(found, reference, "{case} {kv_types:?}: {threads} threads, chunks of {chunk}");
+            }
+        }
+    }
+}
+
 #[test]
 fn neighbours_change_no_bit() {
-    for (precision, kv) in [(Precision::Exact, KvElement::F32), (Precision::Auto, KvElement::F16)] {
-        for case in CASES {
+    let exact = all_kv_types().into_iter().map(|types| (Precision::Exact, types));
+    let auto = (Precision::Auto, KvTypes::all(KvElement::F16));
+    for (number, (precision, kv_types)) in exact.chain([auto]).enumerate() {
+        // All families with f32, the last ones with f16; two of them with every other type.
+        let cases = if number == 0 || precision == Precision::Auto { CASES } else { &["llama", "gemma2"] };
+        for case in cases {
             let text = Expected::read(case).token_ids;
             let mut model =
-                CpuModel::load(&golden_folder().join(case), &options(2, precision, kv)).expect("loads");
+                CpuModel::load(&golden_folder().join(case), &options(2, precision, kv_types.clone()))
+                    .expect("loads");
             let vocabulary = model.spec().vocabulary;
             let long = is_long(&model, text.len());
             let alone = bits(&logits(&mut model, &text, text.len(), long));
@@ -88,7 +116,7 @@ fn neighbours_change_no_bit() {
             let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: &rows };
             model.forward(&batch, &mut found).expect("computable");
             assert_eq!(found.len(), text.len() * vocabulary);
-            assert_eq!(bits(&found), alone, "{case} {precision:?}");
+            assert_eq!(bits(&found), alone, "{case} {precision:?} {kv_types:?}");
         }
     }
 }

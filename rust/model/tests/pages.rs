@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{Expected, exact, golden_folder, logits};
-use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions, ModelError, NO_PAGE};
+use common::{Expected, all_kv_types, exact, golden_folder, logits};
+use infer_kernels::{KvCache, KvElement, PAGE_TOKENS, Precision};
+use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions, ModelError, NO_PAGE};
 
 fn load(case: &str, options: &LoadOptions) -> CpuModel {
     CpuModel::load(&golden_folder().join(case), options).expect("loads")
@@ -58,8 +58,16 @@ fn pages_may_not_be_missing_where_a_layer_sees_everything() {
 
 #[test]
 fn copied_and_imported_pages_give_the_same_bits() {
+    for kv_types in all_kv_types() {
+        copied_and_imported(&kv_types);
+    }
+}
+
+fn copied_and_imported(kv_types: &KvTypes) {
+    let options = |threads| LoadOptions { kv_types: kv_types.clone(), ..exact(threads) };
     let text = Expected::read("llama").token_ids;
-    let mut model = load("llama", &exact(1));
+    let mut model = load("llama", &options(1));
+    assert_eq!(model.page_bytes(), kv_types.page_bytes(model.spec()).expect("layers of the model"));
     logits(&mut model, &text, text.len(), false);
     let pages = pages_of(&text);
     let expected = last_row(&mut model, &text, &pages).expect("computable");
@@ -68,7 +76,7 @@ fn copied_and_imported_pages_give_the_same_bits() {
         model.export_page(*page, bytes).expect("a page of the cache");
         assert_eq!(bytes.len(), model.page_bytes());
     }
-    let mut other = load("llama", &exact(2));
+    let mut other = load("llama", &options(2));
     let count = pages.len() as u32;
     other.allocate_cache(2 * pages.len()).expect("memory");
     for (page, bytes) in (0..).zip(&exported) {
@@ -76,7 +84,7 @@ fn copied_and_imported_pages_give_the_same_bits() {
         other.copy_page(page, page + count).expect("pages of the cache");
     }
     let moved: Vec<u32> = (count..2 * count).collect();
-    assert_eq!(last_row(&mut other, &text, &moved).expect("computable"), expected);
+    assert_eq!(last_row(&mut other, &text, &moved).expect("computable"), expected, "{kv_types:?}");
     let beyond = 2 * count;
     assert!(other.copy_page(beyond, 0).is_err() && other.copy_page(0, NO_PAGE).is_err());
     assert!(other.export_page(beyond, &mut Vec::new()).is_err());
@@ -99,10 +107,47 @@ fn the_fingerprint_tells_apart_what_computes_other_bits() {
     differs(load("llama/model.q8_0.gguf", &exact(1)).fingerprint(), "another container");
     let auto = LoadOptions { precision: Precision::Auto, ..exact(1) };
     differs(load("llama", &auto).fingerprint(), "precision");
-    for kv_element in [KvElement::F16, KvElement::Bf16] {
-        differs(load("llama", &LoadOptions { kv_element, ..exact(1) }).fingerprint(), "types of the cache");
+    let with = |kv_types| load("llama", &LoadOptions { kv_types, ..exact(1) }).fingerprint();
+    for kv_types in all_kv_types().into_iter().skip(1) {
+        differs(with(kv_types), "types of the cache");
     }
+    let skipping =
+        |skip_layers| KvTypes { skip_layers, kept: KvElement::F16, ..KvTypes::all(KvElement::Int8) };
+    differs(with(skipping(vec![0])), "the layer with another type");
+    differs(with(skipping(vec![-1])), "the layer with another type");
+    differs(with(KvTypes { values: KvElement::F16, ..KvTypes::all(KvElement::Int8) }), "the values' type");
     differs(one_bit_changed(), "one bit of one weight");
+}
+
+#[test]
+fn skipped_layers_keep_their_type() {
+    let skip = |skip_layers: &[i64]| KvTypes {
+        keys: KvElement::Int8,
+        values: KvElement::E4m3,
+        skip_layers: skip_layers.to_vec(),
+        kept: KvElement::F32,
+    };
+    let model = load("llama", &exact(1));
+    let count = model.spec().layers.len() as i64;
+    let layers = skip(&[0, -1, 0]).layers(model.spec()).expect("layers of the model");
+    for (index, layer) in (0..count).zip(&layers) {
+        let kept = index == 0 || index == count - 1;
+        let expected =
+            if kept { (KvElement::F32, KvElement::F32) } else { (KvElement::Int8, KvElement::E4m3) };
+        assert_eq!((layer.keys, layer.values), expected);
+    }
+    assert_eq!(skip(&[0, -1]).page_bytes(model.spec()).expect("known"), KvCache::page_bytes(&layers));
+    for wrong in [count, -count - 1, i64::MIN, i64::MAX] {
+        let refused = skip(&[0, wrong]).layers(model.spec()).expect_err("no such layer").to_string();
+        assert!(refused.contains(&format!("from -{count} to {}, got {wrong}", count - 1)), "{refused}");
+    }
+    // A model whose layers are all skipped computes as one of that type.
+    let text = Expected::read("llama").token_ids;
+    let all: Vec<i64> = (0..count).collect();
+    let mut skipped = load("llama", &LoadOptions { kv_types: skip(&all), ..exact(1) });
+    let mut exact = model;
+    assert_eq!(logits(&mut skipped, &text, 16, false), logits(&mut exact, &text, 16, false));
+    assert_eq!(skipped.fingerprint(), exact.fingerprint());
 }
 
 /// The fingerprint of the model with the last bit of its file changed.

@@ -116,6 +116,18 @@ impl Simd for Avx2 {
         self.from_bits(self.shift_left(bits, 16))
     }
     #[inline(always)]
+    fn load_e4m3(self, values: &[u8; LANES]) -> F32 {
+        hardware!({
+            let words = _mm256_cvtepi8_epi16(_mm_loadu_si128(values.as_ptr().cast()));
+            // The sign is in bit 14 as well now; that one goes.
+            let half = _mm256_and_si256(_mm256_slli_epi16::<7>(words), _mm256_set1_epi16(!0x4000));
+            (
+                _mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)),
+            )
+        })
+    }
+    #[inline(always)]
     fn store(self, vector: F32, values: &mut [f32; LANES]) {
         hardware!({
             _mm256_storeu_ps(values.as_mut_ptr(), vector.0);

@@ -84,6 +84,15 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         hardware!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
     }
     #[inline(always)]
+    fn load_e4m3(self, values: &[u8; LANES]) -> __m512 {
+        hardware!({
+            let words = _mm256_cvtepi8_epi16(_mm_loadu_si128(values.as_ptr().cast()));
+            // The sign is in bit 14 as well now; that one goes.
+            let half = _mm256_and_si256(_mm256_slli_epi16::<7>(words), _mm256_set1_epi16(!0x4000));
+            _mm512_cvtph_ps(half)
+        })
+    }
+    #[inline(always)]
     fn store(self, vector: __m512, values: &mut [f32; LANES]) {
         hardware!(_mm512_storeu_ps(values.as_mut_ptr(), vector))
     }

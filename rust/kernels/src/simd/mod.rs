@@ -168,6 +168,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_f16(self, values: &[u16; LANES]) -> Self::F32;
     /// Sixteen bfloat16 values.
     fn load_bf16(self, values: &[u16; LANES]) -> Self::F32;
+    /// Sixteen OCP E4M3 numbers (no NaN), each divided by 256.
+    fn load_e4m3(self, values: &[u8; LANES]) -> Self::F32;
     /// Writes sixteen values.
     fn store(self, vector: Self::F32, values: &mut [f32; LANES]);
     /// Writes sixteen values rounded to half precision, to nearest even.

@@ -71,6 +71,13 @@ impl Simd for Scalar {
         map(*values, |bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
+    fn load_e4m3(self, values: &[u8; LANES]) -> Self::F32 {
+        map(*values, |bits| {
+            let (sign, rest) = (u16::from(bits & 0x80), u16::from(bits & 0x7f));
+            half::f16::from_bits(sign << 8 | rest << 7).to_f32()
+        })
+    }
+    #[inline(always)]
     fn store(self, vector: Self::F32, values: &mut [f32; LANES]) {
         *values = vector;
     }

@@ -84,6 +84,7 @@ fn narrow<S: Simd>(s: S, a: S::F32, w: S::I32) -> Vec<[i32; LANES]> {
         s.load_bf16(&brain),
         s.load_partial(&part),
         s.to_f32(s.load_i8(&bytes.map(|byte| byte as i8))),
+        s.load_e4m3(&bytes),
     ] {
         let mut lanes = [0.0; LANES];
         s.store(value, &mut lanes);

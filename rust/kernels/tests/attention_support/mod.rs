@@ -7,7 +7,24 @@ use infer_kernels::{
 
 use crate::ops_support::{Random, assert_near, context};
 
-pub const ELEMENTS: [KvElement; 3] = [KvElement::F32, KvElement::F16, KvElement::Bf16];
+/// Types of keys and of values: each of both, and some that differ.
+pub const TYPES: [(KvElement, KvElement); 9] = [
+    both(KvElement::F32),
+    both(KvElement::F16),
+    both(KvElement::Bf16),
+    both(KvElement::Int8),
+    both(KvElement::E4m3),
+    (KvElement::F16, KvElement::Int8),
+    (KvElement::Int8, KvElement::F32),
+    (KvElement::E4m3, KvElement::Bf16),
+    (KvElement::F32, KvElement::E4m3),
+];
+
+/// Keys and values of one type.
+pub const fn both(element: KvElement) -> (KvElement, KvElement) {
+    (element, element)
+}
+
 pub const LAYER: usize = 1;
 
 /// Queries, keys and values of one sequence: (length, width).
@@ -20,7 +37,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Keys and values are numbers that every element type holds exactly.
+    /// Keys and values are numbers that every element type without a scale holds exactly.
     pub fn new(shape: &Attention, length: usize, seed: u64) -> Sequence {
         let mut random = Random(seed);
         let exact = |x: f32| (x * 64.0).round() / 32.0;
@@ -30,6 +47,18 @@ impl Sequence {
             keys: random.values(stored).into_iter().map(exact).collect(),
             values: random.values(stored).into_iter().map(exact).collect(),
             length,
+        }
+    }
+
+    /// The same with what a cache of these types makes of keys and values, by the scalar oracles.
+    pub fn rounded(&self, shape: &Attention, (keys, values): (KvElement, KvElement)) -> Sequence {
+        let heads = |data: &[f32], round: &dyn Fn(&[f32]) -> Vec<f32>| {
+            data.chunks(shape.head_dim).flat_map(round).collect()
+        };
+        Sequence {
+            keys: heads(&self.keys, &|head| keys.stored_key_ref(head)),
+            values: heads(&self.values, &|head| values.stored_value_ref(head)),
+            ..self.clone()
         }
     }
 
@@ -58,7 +87,7 @@ impl Stored {
         context: &Context,
         shape: &Attention,
         sequences: &[Sequence],
-        element: KvElement,
+        types: (KvElement, KvElement),
         seed: u64,
     ) -> Stored {
         let needed: usize = sequences.iter().map(|sequence| sequence.length.div_ceil(PAGE_TOKENS)).sum();
@@ -67,9 +96,11 @@ impl Stored {
         for i in (1..order.len()).rev() {
             order.swap(i, random.bits() as usize % (i + 1));
         }
-        let layer = KvLayer { kv_heads: shape.kv_heads, head_dim: shape.head_dim };
-        let layers = [KvLayer { kv_heads: 1, head_dim: 8 }, layer];
-        let cache = KvCache::new(&layers, order.len(), element).unwrap();
+        let (keys, values) = types;
+        let layer = KvLayer { kv_heads: shape.kv_heads, head_dim: shape.head_dim, keys, values };
+        // The other layer has its types the other way round.
+        let layers = [KvLayer { kv_heads: 1, head_dim: 8, keys: values, values: keys }, layer];
+        let cache = KvCache::new(&layers, order.len()).unwrap();
         let mut stored = Stored { cache, tables: Vec::new() };
         stored.poison(context, layer);
         for sequence in sequences {
@@ -127,18 +158,18 @@ pub fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
     Attention { heads, kv_heads, head_dim, scale, window: None, softcap: None }
 }
 
-pub fn assert_matches(isa: Isa, shape: &Attention, lengths: &[usize], element: KvElement) {
+pub fn assert_matches(isa: Isa, shape: &Attention, lengths: &[usize], types: (KvElement, KvElement)) {
     let context = context(isa, 2);
     let sequences: Vec<Sequence> =
         lengths.iter().enumerate().map(|(i, &length)| Sequence::new(shape, length, i as u64)).collect();
-    let stored = Stored::new(&context, shape, &sequences, element, 5);
+    let stored = Stored::new(&context, shape, &sequences, types, 5);
     let parts: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| (i, 0..length)).collect();
     for (sequence, output) in sequences.iter().zip(compute(&context, shape, &stored, &sequences, &parts)) {
         assert_near(
             &output,
-            &sequence.reference(shape),
+            &sequence.rounded(shape, types).reference(shape),
             3e-6,
-            &format!("{} {element:?} {shape:?}", isa.name()),
+            &format!("{} {types:?} {shape:?}", isa.name()),
         );
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use infer_formats::Safetensors;
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Batch, BatchSequence, CpuModel, LoadOptions};
+use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions};
 
 /// Exact weights, f32 activations, f32 keys and values.
 pub fn exact(threads: usize) -> LoadOptions {
@@ -13,8 +13,17 @@ pub fn exact(threads: usize) -> LoadOptions {
         threads: Some(threads),
         precision: Precision::Exact,
         mmap: true,
-        kv_element: KvElement::F32,
+        kv_types: KvTypes::all(KvElement::F32),
     }
+}
+
+/// Every type of keys and values, both of the same and mixed, one layer apart from the others.
+pub fn all_kv_types() -> Vec<KvTypes> {
+    use KvElement::{Bf16, E4m3, F16, F32, Int8};
+    let mut all: Vec<_> = [F32, F16, Bf16, Int8, E4m3].map(KvTypes::all).into();
+    all.push(KvTypes { keys: F16, values: Int8, skip_layers: Vec::new(), kept: F16 });
+    all.push(KvTypes { keys: Int8, values: E4m3, skip_layers: vec![-1], kept: F32 });
+    all
 }
 
 pub fn golden_folder() -> PathBuf {

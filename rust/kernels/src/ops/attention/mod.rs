@@ -17,8 +17,7 @@ mod softmax;
 mod tile;
 
 use crate::kv::PAGE_TOKENS;
-use crate::{Context, KvCache, KvElement, Rows, RowsMut, Scratch, SharedRows};
-use half::{bf16, f16};
+use crate::{Context, KvCache, Rows, RowsMut, Scratch, SharedRows};
 use plan::{Item, Plan};
 pub use reference::attention_ref;
 use std::sync::Mutex;
@@ -148,12 +147,7 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn compute(&self, item: &Item, workspace: &mut Workspace) {
-        let isa = self.context.isa;
-        match self.cache.element() {
-            KvElement::F32 => isa.dispatch(Tile::<f32>::new(self, item, workspace)),
-            KvElement::F16 => isa.dispatch(Tile::<f16>::new(self, item, workspace)),
-            KvElement::Bf16 => isa.dispatch(Tile::<bf16>::new(self, item, workspace)),
-        }
+        self.context.isa.dispatch(Tile::new(self, item, workspace));
     }
 }
 

@@ -1,12 +1,13 @@
 //! The two matrix products of attention over one chunk, in register tiles.
 //!
 //! Every sum is one chain of fused multiply-adds in its lane: scores over the head's dimensions, values over positions. A tile's size
-//! decides how many chains run side by side and never what a chain does.
+//! decides how many chains run side by side and never what a chain does. Numbers that share a scale are summed first and then multiplied by
+//! it: a key's dimensions group by group; a value's scale is multiplied into its token's weight instead ([`scale_weights`]).
 
 use super::CHUNK_TOKENS;
-use crate::kv::PAGE_TOKENS;
+use crate::kv::{Element, PAGE_TOKENS};
 use crate::simd::{LANES, Simd};
-use half::{bf16, f16};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Distance between two rows of scores. Not a power of two, which would put all rows into the same few sets of the L1 cache.
@@ -18,49 +19,17 @@ fn wide<S: Simd>() -> bool {
     S::REGISTERS >= 32
 }
 
-/// A stored type of keys and values.
-pub(super) trait Element: Copy {
-    /// Sixteen neighbouring elements.
-    ///
-    /// # Safety
-    /// `from` is valid for reading 16 elements.
-    unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::F32;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_pointer(from) }
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const f16) -> S::F32 {
-        // SAFETY: the caller's promise; f16 is 16 bits.
-        simd.load_f16(unsafe { &*from.cast::<[u16; LANES]>() })
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(simd: S, from: *const bf16) -> S::F32 {
-        // SAFETY: the caller's promise; bf16 is 16 bits.
-        simd.load_bf16(unsafe { &*from.cast::<[u16; LANES]>() })
-    }
-}
-
 /// Scores of query rows against whole pages.
 pub(super) struct Scores<'a, E> {
     /// (head_dim, rows): transposed, so that the rows of a register tile are neighbours.
     pub queries: &'a [f32],
     pub rows: usize,
     pub head_dim: usize,
-    /// Keys of each page of the chunk, (head_dim, PAGE_TOKENS).
-    pub keys: &'a [*const E],
+    /// Keys of each page of the chunk, (head_dim, PAGE_TOKENS) of type `E`, and their scales.
+    pub keys: &'a [*const u8],
     /// For each page, what to fetch from memory while it is computed with: as many bytes as its keys. May point anywhere.
-    pub ahead: &'a [*const E],
+    pub ahead: &'a [*const u8],
+    pub element: PhantomData<E>,
 }
 
 impl<E: Element> Scores<'_, E> {
@@ -152,35 +121,73 @@ impl<E: Element> Scores<'_, E> {
         page: usize,
         scores: &mut [f32],
     ) {
-        let mut sums = [[simd.splat(0.0); PAGES]; ROWS];
-        // SAFETY: `compute` asserted the sizes of queries, keys and scores; keys hold head_dim * PAGE_TOKENS elements.
+        // SAFETY: `compute` asserted the sizes of queries, keys and scores; keys hold head_dim * PAGE_TOKENS elements, then a scale
+        // for each group and token if their type has scales.
         unsafe {
             let (mut keys, mut ahead) = ([std::ptr::null::<E>(); PAGES], [std::ptr::null::<E>(); PAGES]);
             for i in 0..PAGES {
-                keys[i] = *self.keys.get_unchecked(page + i);
-                ahead[i] = *self.ahead.get_unchecked(page + i);
+                keys[i] = self.keys.get_unchecked(page + i).cast();
+                ahead[i] = self.ahead.get_unchecked(page + i).cast();
             }
             let fetch = row == 0; // the tiles of other rows find their keys in the cache
             let mut query = self.queries.as_ptr().add(row);
-            for dimension in 0..self.head_dim {
-                for i in 0..PAGES {
-                    if fetch {
-                        simd.prefetch(ahead[i].wrapping_add(dimension * PAGE_TOKENS).cast());
+            let (mut dimension, mut group) = (0, 0);
+            while dimension < self.head_dim {
+                let stop = self.head_dim.min(dimension.saturating_add(E::KEY_GROUP));
+                let mut sums = [[simd.splat(0.0); PAGES]; ROWS];
+                while dimension < stop {
+                    for i in 0..PAGES {
+                        if fetch {
+                            simd.prefetch(ahead[i].wrapping_add(dimension * PAGE_TOKENS).cast());
+                        }
+                        let key = E::load(simd, keys[i].add(dimension * PAGE_TOKENS));
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            sums[i] = simd.mul_add(simd.splat(*query.add(r)), key, sums[i]);
+                        }
                     }
-                    let key = E::load(simd, keys[i].add(dimension * PAGE_TOKENS));
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        sums[i] = simd.mul_add(simd.splat(*query.add(r)), key, sums[i]);
+                    query = query.add(self.rows);
+                    dimension += 1;
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    for (i, &sum) in sums.iter().enumerate() {
+                        let at = (row + r) * SCORE_STRIDE + (page + i) * PAGE_TOKENS;
+                        let score = &mut *scores.as_mut_ptr().add(at).cast::<[f32; LANES]>();
+                        let scales = keys[i].add(self.head_dim * PAGE_TOKENS).cast::<f32>();
+                        let sum = match (E::SCALED, group) {
+                            (false, _) => sum,
+                            (true, 0) => simd.mul(sum, simd.load_pointer(scales)),
+                            (true, _) => {
+                                let scale = simd.load_pointer(scales.add(group * PAGE_TOKENS));
+                                simd.mul_add(sum, scale, simd.load(score))
+                            }
+                        };
+                        simd.store(sum, score);
                     }
                 }
-                query = query.add(self.rows);
-            }
-            for (r, sums) in sums.iter().enumerate() {
-                for (i, &sum) in sums.iter().enumerate() {
-                    let at = (row + r) * SCORE_STRIDE + (page + i) * PAGE_TOKENS;
-                    simd.store(sum, &mut *scores.as_mut_ptr().add(at).cast::<[f32; LANES]>());
-                }
+                group += 1;
             }
         }
+    }
+}
+
+/// Multiplies the weights of one row, SCORE_STRIDE values, by the scales of the values of `pages`.
+///
+/// # Safety
+/// The pages' values, of a type with scales, are valid for reading.
+#[inline(always)]
+pub(super) unsafe fn scale_weights<S: Simd, E: Element>(
+    simd: S,
+    values: &[*const u8],
+    head_dim: usize,
+    pages: Range<usize>,
+    weights: &mut [f32],
+) {
+    for page in pages {
+        let lanes = &mut weights.as_chunks_mut::<LANES>().0[page];
+        // SAFETY: the caller's promise; the scales lie behind PAGE_TOKENS * head_dim elements.
+        let scales =
+            unsafe { simd.load_pointer(values[page].cast::<E>().add(PAGE_TOKENS * head_dim).cast()) };
+        simd.store(simd.mul(simd.load(lanes), scales), lanes);
     }
 }
 
@@ -191,10 +198,11 @@ pub(super) struct Weighted<'a, E> {
     pub head_dim: usize,
     /// Distance between two rows of sums: `head_dim` rounded up to whole vectors.
     pub stride: usize,
-    /// Values of each page of the chunk, (PAGE_TOKENS, head_dim); a full vector may be loaded at any of them.
-    pub values: &'a [*const E],
+    /// Values of each page of the chunk, (PAGE_TOKENS, head_dim) of type `E`; a full vector may be loaded at any of them.
+    pub values: &'a [*const u8],
     /// For each page, what to fetch from memory meanwhile: as many bytes as its values. May point anywhere.
-    pub ahead: &'a [*const E],
+    pub ahead: &'a [*const u8],
+    pub element: PhantomData<E>,
 }
 
 impl<E: Element> Weighted<'_, E> {
@@ -287,8 +295,8 @@ impl<E: Element> Weighted<'_, E> {
             while token < tokens.end {
                 let page = token / PAGE_TOKENS;
                 let stop = tokens.end.min((page + 1) * PAGE_TOKENS);
-                let values = *self.values.get_unchecked(page);
-                let ahead = *self.ahead.get_unchecked(page);
+                let values = self.values.get_unchecked(page).cast::<E>();
+                let ahead = self.ahead.get_unchecked(page).cast::<E>();
                 while token < stop {
                     let at = token % PAGE_TOKENS * self.head_dim + column;
                     let value = values.add(at);

@@ -1,10 +1,10 @@
 //! One task of attention: a block of query rows over a run of chunks.
 
 use super::plan::Item;
-use super::product::{Element, SCORE_STRIDE, Scores, Weighted};
+use super::product::{SCORE_STRIDE, Scores, Weighted, scale_weights};
 use super::softmax::{Partial, Weigh, merge};
 use super::{CHUNK_PAGES, CHUNK_TOKENS, Call};
-use crate::kv::PAGE_TOKENS;
+use crate::kv::{Element, KvElement, KvLayer, PAGE_TOKENS, with_element};
 use crate::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -53,7 +53,7 @@ impl Workspace {
 }
 
 /// Computes an [`Item`].
-pub(super) struct Tile<'a, E> {
+pub(super) struct Tile<'a> {
     call: &'a Call<'a>,
     item: &'a Item,
     workspace: &'a mut Workspace,
@@ -61,14 +61,16 @@ pub(super) struct Tile<'a, E> {
     head_dim: usize,
     /// `head_dim` rounded up to whole vectors.
     stride: usize,
-    element: PhantomData<E>,
+    keys: KvElement,
+    values: KvElement,
 }
 
-impl<'a, E: Element> Tile<'a, E> {
-    pub fn new(call: &'a Call<'a>, item: &'a Item, workspace: &'a mut Workspace) -> Tile<'a, E> {
+impl<'a> Tile<'a> {
+    pub fn new(call: &'a Call<'a>, item: &'a Item, workspace: &'a mut Workspace) -> Tile<'a> {
         let head_dim = call.attention.head_dim;
         let stride = head_dim.next_multiple_of(LANES);
-        Tile { call, item, workspace, group: call.attention.group(), head_dim, stride, element: PhantomData }
+        let KvLayer { keys, values, .. } = call.cache.layer(call.layer);
+        Tile { call, item, workspace, group: call.attention.group(), head_dim, stride, keys, values }
     }
 
     fn rows(&self) -> usize {
@@ -106,7 +108,7 @@ impl<'a, E: Element> Tile<'a, E> {
     }
 
     /// Where keys and values of the chunk's visible pages lie.
-    fn pages(&self, chunk: usize) -> ChunkPages<E> {
+    fn pages(&self, chunk: usize) -> ChunkPages {
         let visible = self.visible_pages(chunk);
         let mut pages = ChunkPages::EMPTY;
         for page in visible.clone() {
@@ -128,13 +130,10 @@ impl<'a, E: Element> Tile<'a, E> {
     }
 
     /// Keys and values of one page of a chunk.
-    fn page(&self, chunk: usize, page: usize) -> (*const E, *const E) {
+    fn page(&self, chunk: usize, page: usize) -> (*const u8, *const u8) {
         let Call { cache, layer, .. } = *self.call;
         let number = self.call.sequences[self.item.sequence].pages[chunk * CHUNK_PAGES + page];
-        (
-            cache.keys(layer, number, self.item.kv_head).cast(),
-            cache.values(layer, number, self.item.kv_head).cast(),
-        )
+        (cache.keys(layer, number, self.item.kv_head), cache.values(layer, number, self.item.kv_head))
     }
 
     /// Scores, weights and weighted values of one chunk, into the workspace's `chunk` and `partials`.
@@ -142,15 +141,7 @@ impl<'a, E: Element> Tile<'a, E> {
     fn chunk<S: Simd>(&mut self, simd: S, chunk: usize) {
         let rows = self.rows();
         let pages = self.pages(chunk);
-        let scores = Scores {
-            queries: &self.workspace.queries,
-            rows,
-            head_dim: self.head_dim,
-            keys: &pages.keys,
-            ahead: &pages.after_keys,
-        };
-        // SAFETY: `pages` holds, for visible pages, pointers to keys inside the cache.
-        unsafe { scores.compute(simd, self.visible_pages(chunk), &mut self.workspace.scores) };
+        with_element!(self.keys, E => self.scores::<S, E>(simd, chunk, &pages));
         let weigh = Weigh::new(simd, self.call.attention.scale, self.call.attention.softcap);
         for row in 0..rows {
             let visible = self.visible(row / self.group, chunk);
@@ -158,24 +149,62 @@ impl<'a, E: Element> Tile<'a, E> {
             self.workspace.chunk[row] =
                 if visible.is_empty() { Partial::EMPTY } else { weigh.row(simd, scores, visible) };
         }
+        with_element!(self.values, E => self.sums::<S, E>(simd, chunk, &pages));
+    }
+
+    /// Scores of all rows against the chunk's visible pages.
+    #[inline(always)]
+    fn scores<S: Simd, E: Element>(&mut self, simd: S, chunk: usize, pages: &ChunkPages) {
+        let scores = Scores::<E> {
+            queries: &self.workspace.queries,
+            rows: self.rows(),
+            head_dim: self.head_dim,
+            keys: &pages.keys,
+            ahead: &pages.after_keys,
+            element: PhantomData,
+        };
+        // SAFETY: `pages` holds, for visible pages, pointers to keys inside the cache, and `E` is their type.
+        unsafe { scores.compute(simd, self.visible_pages(chunk), &mut self.workspace.scores) };
+    }
+
+    /// Weighted values of one chunk, from weights to `partials`.
+    #[inline(always)]
+    fn sums<S: Simd, E: Element>(&mut self, simd: S, chunk: usize, pages: &ChunkPages) {
+        let rows = self.rows();
+        if E::SCALED {
+            let visible = self.visible_pages(chunk);
+            for weights in self.workspace.scores[..rows * SCORE_STRIDE].chunks_exact_mut(SCORE_STRIDE) {
+                // SAFETY: as for `Weighted`. What a row does not see is scaled too, and never used.
+                unsafe {
+                    scale_weights::<S, E>(simd, &pages.values, self.head_dim, visible.clone(), weights);
+                }
+            }
+        }
         self.workspace.partials[..rows * self.stride].fill(0.0);
         let tokens_per_block = (BLOCK_ROWS / self.group).max(1);
         for first in (0..self.item.rows.len()).step_by(tokens_per_block) {
             let block = first..self.item.rows.len().min(first + tokens_per_block);
-            self.add_values(simd, chunk, &pages, block);
+            self.add_values::<S, E>(simd, chunk, pages, block);
         }
     }
 
     /// Adds the weighted values that a block of query rows sees. What all of them see is added in one pass; before and after it each
     /// query row adds what it sees alone. A masked position is never multiplied: it may hold anything, NaN included.
     #[inline(always)]
-    fn add_values<S: Simd>(&mut self, simd: S, chunk: usize, pages: &ChunkPages<E>, block: Range<usize>) {
-        let weighted = Weighted {
+    fn add_values<S: Simd, E: Element>(
+        &mut self,
+        simd: S,
+        chunk: usize,
+        pages: &ChunkPages,
+        block: Range<usize>,
+    ) {
+        let weighted = Weighted::<E> {
             weights: &self.workspace.scores,
             head_dim: self.head_dim,
             stride: self.stride,
             values: &pages.values,
             ahead: &pages.after_values,
+            element: PhantomData,
         };
         // Both bounds ascend with the query row.
         let start = self.visible(block.end - 1, chunk).start;
@@ -226,7 +255,7 @@ impl<'a, E: Element> Tile<'a, E> {
     }
 }
 
-impl<E: Element> Kernel for Tile<'_, E> {
+impl Kernel for Tile<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -280,17 +309,17 @@ impl Kernel for Merge<'_> {
 }
 
 /// Pointers to a chunk's visible pages (null for the others).
-struct ChunkPages<E> {
-    keys: [*const E; CHUNK_PAGES],
-    values: [*const E; CHUNK_PAGES],
+struct ChunkPages {
+    keys: [*const u8; CHUNK_PAGES],
+    values: [*const u8; CHUNK_PAGES],
     /// What to fetch while a page's keys are used.
-    after_keys: [*const E; CHUNK_PAGES],
+    after_keys: [*const u8; CHUNK_PAGES],
     /// What to fetch while a page's values are used; null for nothing.
-    after_values: [*const E; CHUNK_PAGES],
+    after_values: [*const u8; CHUNK_PAGES],
 }
 
-impl<E> ChunkPages<E> {
-    const EMPTY: ChunkPages<E> = {
+impl ChunkPages {
+    const EMPTY: ChunkPages = {
         let nothing = [std::ptr::null(); CHUNK_PAGES];
         ChunkPages { keys: nothing, values: nothing, after_keys: nothing, after_values: nothing }
     };
