@@ -135,7 +135,8 @@ def without_a_prefix_cache(_: Path, **options: Any) -> Seen:
 
 
 def preempted(_: Path, **options: Any) -> Seen:
-    page_bytes = 16 * model_info().kv_bytes_per_token * (2 if options.get("dtype") == "float32" else 1)
+    kept = "float32" if options.get("dtype") == "float32" else options.get("kv_cache_dtype", "auto")
+    page_bytes = 16 * model_info(kv_cache_dtype=kept).kv_bytes_per_token
     with LLM(**options, max_model_len=400, kv_cache_memory_bytes=26 * page_bytes) as llm, company(llm):
         found: Seen = [[] for _ in ALL]
         # The last in line are robbed first, and get more turns to be.
@@ -194,10 +195,15 @@ WAYS: list[Callable[..., Seen]] = [
     guessed_by_lookup,
     guessed_by_a_draft_model,
 ]
-KINDS: list[dict[str, Any]] = [{}, {"dtype": "float32"}, {"kv_cache_dtype": "bfloat16"}]
+KINDS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "float32": {"dtype": "float32"},
+    "int8": {"kv_cache_dtype": "int8"},
+    "bfloat16 and fp8": {"kv_cache_dtype": {"key": "bfloat16", "value": "fp8"}},
+}
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "auto")
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
 def kind(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Seen]:
     """How numbers are kept, and what each request gives alone, in an engine of its own, on one thread."""
     alone: Seen = []
