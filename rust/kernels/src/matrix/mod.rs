@@ -57,6 +57,7 @@ impl Layout {
             Format::Bf16 => Layout::Bf16,
             Format::Q8_0 => Layout::Int8,
             Format::Q4_0 => Layout::Int4,
+            _ => Layout::F32, // exact values
         }
     }
 
