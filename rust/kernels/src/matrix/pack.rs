@@ -1,7 +1,7 @@
 //! From rows as they lie in a file to panels, in parallel, straight into the final buffer.
 
-use super::{Layout, PackedMatrix};
-use crate::quant::{BlockQ4_0, BlockQ8_0, dequantize};
+use super::{Layout, PackedMatrix, coded};
+use crate::quant::{BlockQ4_0, BlockQ8_0};
 use crate::simd::LANES;
 use crate::{Format, KernelError, Pool};
 use std::sync::Mutex;
@@ -32,7 +32,7 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
     let weights = matrix.weights.as_mut_slice().chunks_exact_mut(panel_bytes);
     let mut scales = matrix.scales.as_mut_slice().chunks_exact_mut(scale_bytes.max(1));
     // One lock per panel costs nothing beside packing it, and keeps this file free of `unsafe`.
-    let format = matrix.format;
+    let block = (matrix.format.block_len(), matrix.format.block_bytes());
     let panels: Vec<_> = (weights.zip(rows.chunks(LANES)))
         .map(|(weights, rows)| Mutex::new((weights, scales.next().unwrap_or_default(), rows)))
         .collect();
@@ -40,25 +40,14 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
         let mut panel = panels[panel].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (weights, scales, rows) = &mut *panel;
         match layout {
-            Layout::F32 if format != Format::F32 => {
-                let exact: Vec<Vec<u8>> = rows.iter().map(|row| dequantized(format, row)).collect();
-                let rows: Vec<&[u8]> = exact.iter().map(Vec::as_slice).collect();
-                interleave::<4>(&rows, weights);
-            }
             Layout::F32 => interleave::<4>(rows, weights),
             Layout::F16 => interleave::<2>(rows, weights),
             Layout::Bf16 => interleave_pairs(rows, weights),
             Layout::Int8 => pack_int8(rows, weights, scales),
             Layout::Int4 => pack_int4(rows, weights, scales),
+            Layout::Coded(format) => coded::pack(format, block, rows, weights, scales),
         }
     });
-}
-
-/// A row's exact values, as bytes of `f32`.
-fn dequantized(format: Format, row: &[u8]) -> Vec<u8> {
-    let mut values = vec![0.0; row.len() / format.block_bytes() * format.block_len()];
-    dequantize(format, row, &mut values);
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// Bytes of a row that are read at a time: with 16 rows, source and destination stay in the L1 cache.

@@ -68,7 +68,6 @@ pub(crate) enum Scales {
 /// A format of groups.
 #[derive(Debug)]
 pub(crate) struct Grouped {
-    #[allow(dead_code)] // for layouts that keep the codes
     pub(crate) codes: Codes,
     pub(crate) scales: Scales,
     /// A power of two that scales are multiplied with.

@@ -31,7 +31,7 @@ mod q8_0;
 mod tq1_0;
 mod tq2_0;
 
-use grouped::Grouped;
+pub(crate) use grouped::{Codes, Group, Grouped, Scales};
 pub(crate) use q4_0::BlockQ4_0;
 pub(crate) use q8_0::BlockQ8_0;
 
@@ -153,6 +153,14 @@ impl Format {
         self.description().quantize.is_some()
     }
 
+    /// What groups of it hold; none for floats, Q8_0 and Q4_0.
+    pub(crate) const fn as_grouped(self) -> Option<&'static Grouped> {
+        match self.description().values {
+            Values::By(_) => None,
+            Values::Grouped(format) => Some(format),
+        }
+    }
+
     /// Its name in GGUF.
     pub const fn name(self) -> &'static str {
         self.description().name
@@ -220,6 +228,42 @@ pub(crate) fn sample_values(count: usize) -> Vec<f32> {
         (f64::from(state as i32) / f64::from(1 << 29) / f64::from(1 << (state / 256 % 8))) as f32
     };
     (0..count).map(|_| next()).collect()
+}
+
+/// Rows of `columns` weights in a format: quantized values, or random codes whose units lie around 1 / 64.
+#[cfg(test)]
+pub(crate) fn sample_rows(format: Format, rows: usize, columns: usize) -> Vec<Vec<u8>> {
+    if format.is_writable() {
+        let values = sample_values(rows * columns + 17);
+        let row = |index: usize| {
+            let mut bytes = Vec::new();
+            quantize(format, &values[17 + index * columns..][..columns], &mut bytes);
+            bytes
+        };
+        return (0..rows).map(row).collect();
+    }
+    let row_bytes = format.row_bytes(columns).expect("whole blocks");
+    let bytes: Vec<u8> = sample_values(rows * row_bytes).iter().map(|value| value.to_bits() as u8).collect();
+    // Where blocks have half-precision numbers: the position of their upper bytes.
+    let upper: &[usize] = match format {
+        Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[1, 3],
+        Format::Q2_K => &[81, 83],
+        Format::Q3_K => &[109],
+        Format::Q6_K => &[209],
+        Format::TQ1_0 => &[53],
+        Format::TQ2_0 => &[65],
+        Format::IQ1_M => &[55],
+        Format::MXFP4 => &[],
+        _ => &[1],
+    };
+    let mut out: Vec<Vec<u8>> = bytes.chunks(row_bytes).map(<[u8]>::to_vec).collect();
+    for block in out.iter_mut().flat_map(|row| row.chunks_mut(format.block_bytes())) {
+        upper.iter().for_each(|&at| block[at] = block[at] & 0x83 | 0x24);
+        if format == Format::MXFP4 {
+            block[0] = 120 + block[0] % 4;
+        }
+    }
+    out
 }
 
 /// FNV-1a, 64 bits.
