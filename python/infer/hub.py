@@ -46,7 +46,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REACH_SECONDS = 10.0  # how long the hub may take to list a repository's files
 # Which GGUF file is taken when the repository holds several and none is named: the most exact of the small ones first.
-PREFERRED_QUANTS = ("Q8_0", "Q4_0", "BF16", "F16", "F32")
+PREFERRED_QUANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "BF16", "F16", "F32")
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*)(?::(?P<quant>[\w.-]+))?")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)

@@ -1,5 +1,5 @@
 //! Speed of `linear`: GB/s of weights and GFLOP/s, per layout, instruction set and number of rows, beside the speed of
-//! plain reading. `cargo run --release -p infer-kernels --example linear_speed -- [threads] [rows] [columns]`
+//! plain reading. `cargo run --release -p infer-kernels --example linear_speed -- [threads] [rows] [columns] [format ...]`
 
 #![allow(clippy::print_stdout)] // it is a command
 
@@ -9,14 +9,17 @@ use infer_kernels::{
 use std::hint::black_box;
 use std::time::Instant;
 
-const LAYOUTS: [(Format, Precision); 7] = [
-    (Format::F32, Precision::Auto),
-    (Format::F16, Precision::Auto),
-    (Format::Bf16, Precision::Auto),
-    (Format::Q8_0, Precision::Auto),
-    (Format::Q4_0, Precision::Auto),
-    (Format::Q8_0, Precision::Exact),
-    (Format::Q4_0, Precision::Exact),
+/// What is measured when no format is named; formats of one layout are alike.
+const FORMATS: [Format; 9] = [
+    Format::F32,
+    Format::F16,
+    Format::Bf16,
+    Format::Q8_0,
+    Format::Q4_0,
+    Format::Q4_K,
+    Format::Q5_K,
+    Format::Q6_K,
+    Format::IQ4_XS,
 ];
 
 /// Least seconds of many runs.
@@ -46,7 +49,13 @@ fn read_speed(context: &Context) -> f64 {
 fn matrix(context: &Context, format: Format, rows: usize, columns: usize) -> PackedMatrix {
     let values: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
     let mut row = Vec::new();
-    quantize(format, &values, &mut row);
+    if format.is_writable() {
+        quantize(format, &values, &mut row);
+    } else {
+        // Random codes, and scales between 0 and 1.
+        let bytes = format.row_bytes(columns).expect("whole blocks");
+        row.extend((0..bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x3b));
+    }
     PackedMatrix::pack(&context.pool, format, columns, &vec![&row[..]; rows]).expect("memory")
 }
 
@@ -62,6 +71,8 @@ fn main() {
         std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
     let get = |index: usize, default: usize| arguments.get(index).copied().unwrap_or(default);
     let (threads, rows, columns) = (get(0, 2), get(1, 2048), get(2, 2048));
+    let named: Vec<Format> = std::env::args().filter_map(|name| Format::from_name(&name)).collect();
+    let formats = if named.is_empty() { FORMATS.to_vec() } else { named };
     let isas = match std::env::var_os("INFER_ISA") {
         Some(_) => vec![Isa::from_env().expect("INFER_ISA")],
         None => Isa::available().into_iter().filter(|&isa| isa != Isa::Scalar).collect(),
@@ -74,7 +85,9 @@ fn main() {
             isa.name(),
             read_speed(&context)
         );
-        for (format, precision) in LAYOUTS {
+        let exact = formats.iter().filter(|format| format.block_len() > 1);
+        let exact: Vec<_> = exact.map(|&format| (format, Precision::Exact)).collect();
+        for (format, precision) in formats.iter().map(|&format| (format, Precision::Auto)).chain(exact) {
             let weights = matrices(&context, format, rows, columns);
             let pack = least(|| drop(black_box(matrix(&context, format, rows, columns))));
             print!(

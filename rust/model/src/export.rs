@@ -55,9 +55,13 @@ pub fn export_gguf(
             _ if from.contains("embed_tokens") || from.contains("lm_head") => formats.embedding,
             _ => formats.matrices,
         };
+        let Some(stored) = tensor_type(format) else {
+            let expected = "a format that this project can quantize to, such as Q8_0 or Q4_0";
+            return Err(ModelError::config("format", format.name(), expected));
+        };
         let mut bytes = Vec::new();
         quantize(format, &data, &mut bytes);
-        writer.tensor(to, tensor_type(format), &shape, bytes).map_err(bad)?;
+        writer.tensor(to, stored, &shape, bytes).map_err(bad)?;
     }
     Ok(writer.finish())
 }
@@ -127,12 +131,8 @@ fn paired(data: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {
     (0..rows).flat_map(|row| data[source(row) * columns..][..columns].iter().copied()).collect()
 }
 
-fn tensor_type(format: Format) -> TensorType {
-    match format {
-        Format::F32 => TensorType::F32,
-        Format::F16 => TensorType::F16,
-        Format::Bf16 => TensorType::Bf16,
-        Format::Q8_0 => TensorType::Q8_0,
-        Format::Q4_0 => TensorType::Q4_0,
-    }
+/// The file's name of a format; none for those that can only be read.
+fn tensor_type(format: Format) -> Option<TensorType> {
+    let named = |stored: &TensorType| stored.name() == format.name();
+    TensorType::ALL.iter().copied().find(named).filter(|_| format.is_writable())
 }

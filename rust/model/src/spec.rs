@@ -140,7 +140,7 @@ impl ModelSpec {
         })?;
         if let Some(quantization) = config.object("quantization_config")? {
             let method = quantization.text(&["quant_method"])?.unwrap_or("unnamed");
-            let expected = "a checkpoint that is not quantized, or a GGUF file in Q8_0 or Q4_0";
+            let expected = "a checkpoint that is not quantized, or a quantized GGUF file";
             return Err(ModelError::config("quantization_config.quant_method", method, expected));
         }
         Self::read(arch, config)

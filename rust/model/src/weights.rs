@@ -7,7 +7,6 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-use infer_formats::TensorType;
 use infer_kernels::{Format, PackedMatrix, Pool, dequantize};
 
 use crate::checkpoint::{Checkpoint, Tensor};
@@ -50,19 +49,11 @@ struct Source<'a> {
 
 /// The kernels' name of a tensor's type.
 pub(crate) fn format_of(tensor: Tensor<'_>) -> Result<Format, ModelError> {
-    Ok(match tensor.info.tensor_type {
-        TensorType::F32 => Format::F32,
-        TensorType::F16 => Format::F16,
-        TensorType::Bf16 => Format::Bf16,
-        TensorType::Q8_0 => Format::Q8_0,
-        TensorType::Q4_0 => Format::Q4_0,
-        other => {
-            return Err(ModelError::TensorType {
-                name: tensor.info.name.clone(),
-                found: other.name().to_owned(),
-                known: "F32, F16, BF16, Q8_0, Q4_0".to_owned(),
-            });
-        }
+    let name = tensor.info.tensor_type.name();
+    Format::from_name(name).ok_or_else(|| ModelError::TensorType {
+        name: tensor.info.name.clone(),
+        found: name.to_owned(),
+        known: Format::ALL.iter().map(|format| format.name()).collect::<Vec<_>>().join(", "),
     })
 }
 

@@ -70,6 +70,24 @@ impl<'a> FloatTiles<'a> {
     }
 }
 
+/// What a layout of integers wants beside 8-bit activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rounding {
+    /// What sums of bytes are multiplied with: what must be added to the layout's bytes to make them integers.
+    pub(crate) weight_offset: i32,
+    /// One sum for each half of a group, instead of one for both.
+    pub(crate) halves: bool,
+    /// Sums of the activations as well.
+    pub(crate) totals: bool,
+}
+
+impl Rounding {
+    /// Sums per group.
+    fn parts(self) -> usize {
+        if self.halves { 2 } else { 1 }
+    }
+}
+
 /// Tiles of 8-bit integers.
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTiles<'a> {
@@ -79,6 +97,8 @@ pub(crate) struct IntegerTiles<'a> {
     bytes: &'a [[u8; GROUP]],
     scales: &'a [f32],
     offsets: &'a [i32],
+    totals: &'a [f32],
+    rounding: Rounding,
 }
 
 /// One of them. Everything is (groups, width of the tile).
@@ -88,8 +108,10 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) bytes: &'a [[u8; GROUP]],
     /// Scales of every row and group.
     pub(crate) scales: &'a [f32],
-    /// Sums of the bytes of every row and group, times what the layout asked for.
+    /// Sums of the bytes of every row and group, times what the layout asked for: (groups, parts, width).
     pub(crate) offsets: &'a [i32],
+    /// Sums of the activations, if the layout asked for them, else nothing: (groups, parts, width).
+    pub(crate) totals: &'a [f32],
 }
 
 impl<'a> IntegerTiles<'a> {
@@ -97,10 +119,13 @@ impl<'a> IntegerTiles<'a> {
     #[inline(always)]
     pub(crate) fn tile(&self, tile: usize) -> IntegerTile<'a> {
         let (start, len) = (self.tiles.first(tile) * self.groups, self.tiles.width(tile) * self.groups);
+        let parts = self.rounding.parts();
+        let totals = if self.rounding.totals { start * parts..(start + len) * parts } else { 0..0 };
         IntegerTile {
             bytes: &self.bytes[start..][..len],
             scales: &self.scales[start..][..len],
-            offsets: &self.offsets[start..][..len],
+            offsets: &self.offsets[start * parts..][..len * parts],
+            totals: &self.totals[totals],
         }
     }
 }
@@ -113,6 +138,7 @@ pub(crate) struct Activations {
     bytes: Vec<[u8; GROUP]>,
     scales: Vec<f32>,
     offsets: Vec<i32>,
+    totals: Vec<f32>,
 }
 
 pub(super) fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
@@ -144,28 +170,35 @@ impl Activations {
         FloatTiles { tiles, groups, values: &self.values }
     }
 
-    /// The rows as tiles of 8-bit integers, with `weight_offset` times the sums of their groups.
+    /// The rows as tiles of 8-bit integers, with the sums that the layout wants.
     pub(crate) fn quantize(
         &mut self,
         context: &Context,
         input: Rows<'_>,
-        weight_offset: i32,
+        rounding: Rounding,
     ) -> IntegerTiles<'_> {
         let tiles = Tiles::new(context.isa, input.rows());
         let groups = input.width() / GROUP;
         let len = tiles.padded_rows() * groups;
         let bytes = SharedSlice::new(at_least(&mut self.bytes, len));
         let scales = SharedSlice::new(at_least(&mut self.scales, len));
-        let offsets = SharedSlice::new(at_least(&mut self.offsets, len));
+        let parts = rounding.parts();
+        let offsets = SharedSlice::new(at_least(&mut self.offsets, len * parts));
+        let share = if rounding.totals { parts } else { 0 };
+        let totals = SharedSlice::new(at_least(&mut self.totals, len * share));
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let (bytes, scales, offsets) = unsafe {
-                (bytes.part_mut(start, len), scales.part_mut(start, len), offsets.part_mut(start, len))
+            let (bytes, scales) = unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len)) };
+            // SAFETY: the same.
+            let (offsets, totals) = unsafe {
+                (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * share, len * share))
             };
-            context.isa.dispatch(QuantizeTile { input, tiles, tile, weight_offset, bytes, scales, offsets });
+            let kernel = QuantizeTile { input, tiles, tile, rounding, bytes, scales, offsets, totals };
+            context.isa.dispatch(kernel);
         });
-        IntegerTiles { tiles, groups, bytes: &self.bytes, scales: &self.scales, offsets: &self.offsets }
+        let (scales, offsets, totals) = (&self.scales, &self.offsets, &self.totals);
+        IntegerTiles { tiles, groups, bytes: &self.bytes, scales, offsets, totals, rounding }
     }
 }
 
@@ -184,39 +217,64 @@ struct QuantizeTile<'a> {
     input: Rows<'a>,
     tiles: Tiles,
     tile: usize,
-    weight_offset: i32,
+    rounding: Rounding,
     bytes: &'a mut [[u8; GROUP]],
     scales: &'a mut [f32],
     offsets: &'a mut [i32],
+    totals: &'a mut [f32],
 }
 
 impl Kernel for QuantizeTile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(mut self, simd: S) {
         let (width, rows) = (self.tiles.width(self.tile), self.tiles.rows(self.tile));
         for lane in 0..rows {
             let row = self.input.row(self.tiles.first(self.tile) + lane);
             for (group, values) in row.as_chunks::<GROUP>().0.iter().enumerate() {
                 let at = group * width + lane;
-                let (scale, total) = quantize_group(simd, values, &mut self.bytes[at]);
-                (self.scales[at], self.offsets[at]) = (scale, self.weight_offset * total);
+                let (scale, sums) = quantize_group(simd, values, &mut self.bytes[at]);
+                self.scales[at] = scale;
+                if self.rounding.halves {
+                    self.sums(simd, scale, 2 * group * width + lane, sums.0);
+                    self.sums(simd, scale, (2 * group + 1) * width + lane, sums.1);
+                } else {
+                    self.sums(simd, scale, at, simd.add_i32(sums.0, sums.1));
+                }
             }
         }
         for lane in rows..width {
             for at in (lane..self.bytes.len()).step_by(width) {
-                (self.bytes[at], self.scales[at], self.offsets[at]) = ([0; GROUP], 0.0, 0);
+                (self.bytes[at], self.scales[at]) = ([0; GROUP], 0.0);
             }
+            self.offsets.iter_mut().skip(lane).step_by(width).for_each(|offset| *offset = 0);
+            self.totals.iter_mut().skip(lane).step_by(width).for_each(|total| *total = 0.0);
         }
     }
 }
 
-/// Rounds 32 values to multiples of a scale that makes the greatest magnitude 127; gives that scale and the sum of
-/// the bytes. A NaN or infinity makes the scale one, so that it reaches the result; magnitudes below 127 / `f32::MAX`
+impl QuantizeTile<'_> {
+    /// Notes what follows from the bytes' sums per lane.
+    #[inline(always)]
+    fn sums<S: Simd>(&mut self, simd: S, scale: f32, at: usize, lanes: S::I32) {
+        let sum = simd.reduce_sum_i32(lanes);
+        self.offsets[at] = self.rounding.weight_offset * sum;
+        if self.rounding.totals {
+            self.totals[at] = scale * sum as f32;
+        }
+    }
+}
+
+/// Rounds 32 values to multiples of a scale that makes the greatest magnitude 127; gives that scale and the bytes
+/// of each half. A NaN or infinity makes the scale one, so that it reaches the result; magnitudes below 127 / `f32::MAX`
 /// vanish.
 #[inline(always)]
-fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [u8; GROUP]) -> (f32, i32) {
+fn quantize_group<S: Simd>(
+    simd: S,
+    values: &[f32; GROUP],
+    bytes: &mut [u8; GROUP],
+) -> (f32, (S::I32, S::I32)) {
     let (low, high) = halves(values);
     let (low, high) = (simd.load(low), simd.load(high));
     // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
@@ -225,7 +283,7 @@ fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [u8; GROU
     let inverse = 127.0 / greatest;
     if !(greatest.is_finite() && inverse.is_finite()) {
         *bytes = [0; GROUP];
-        return (greatest / 127.0, 0);
+        return (greatest / 127.0, (simd.splat_i32(0), simd.splat_i32(0)));
     }
     let inverse = simd.splat(inverse);
     let (low, high) = (simd.to_i32(simd.mul(low, inverse)), simd.to_i32(simd.mul(high, inverse)));
@@ -234,7 +292,7 @@ fn quantize_group<S: Simd>(simd: S, values: &[f32; GROUP], bytes: &mut [u8; GROU
     simd.store_low_bytes(high, &mut high_bytes);
     bytes[..LANES].copy_from_slice(&low_bytes);
     bytes[LANES..].copy_from_slice(&high_bytes);
-    (greatest / 127.0, simd.reduce_sum_i32(simd.add_i32(low, high)))
+    (greatest / 127.0, (low, high))
 }
 
 #[inline(always)]
@@ -261,6 +319,8 @@ mod tests {
     use crate::Pool;
     use crate::quant::sample_values;
 
+    const ROUNDING: Rounding = Rounding { weight_offset: -8, halves: false, totals: false };
+
     #[test]
     fn quantizing_equals_the_oracle() {
         let (rows, groups) = (7, 3);
@@ -270,7 +330,7 @@ mod tests {
             let context = Context { isa, pool: Pool::shared(2).unwrap() };
             let mut memory = Activations::default();
             let tiles =
-                memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), -8);
+                memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), ROUNDING);
             for row in 0..rows {
                 let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
                 let index = row / tiles.tiles.full;
@@ -299,7 +359,7 @@ mod tests {
                 }
                 values[13] = special;
                 let mut memory = Activations::default();
-                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP), -8).tile(0);
+                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP), ROUNDING).tile(0);
                 assert_eq!(tile.scales[0].is_finite(), finite, "{special}");
                 assert_eq!(tile.bytes[0][13], if special == f32::MAX { 127 } else { 0 });
             }

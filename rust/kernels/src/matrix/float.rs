@@ -1,7 +1,9 @@
 //! Panels times `f32` activations: weights are unpacked exactly.
 
-use super::{FloatTiles, GROUP, Layout, Output, PackedMatrix};
+use super::{FloatTiles, GROUP, Layout, Output, PackedMatrix, coded};
+use crate::quant::Grouped;
 use crate::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// How far ahead of the weights being used others are asked for, in bytes. The hardware alone does not overlap
@@ -108,6 +110,33 @@ impl FloatLayout for Int4 {
     }
 }
 
+/// A layout's way to blocks of `f32`.
+trait BlockLayout: Copy {
+    /// Unpacks some groups of a panel: (columns, 16).
+    fn unpack_block<S: Simd>(
+        self,
+        simd: S,
+        weight: &PackedMatrix,
+        panel: usize,
+        block: Range<usize>,
+        values: &mut [[f32; LANES]; BLOCK * GROUP],
+    );
+}
+
+impl BlockLayout for &Grouped {
+    #[inline(always)]
+    fn unpack_block<S: Simd>(
+        self,
+        simd: S,
+        weight: &PackedMatrix,
+        panel: usize,
+        block: Range<usize>,
+        values: &mut [[f32; LANES]; BLOCK * GROUP],
+    ) {
+        coded::unpack_groups(simd, self, weight, panel, block, values);
+    }
+}
+
 /// Some panels times all tiles.
 pub(crate) struct FloatLinear<'a> {
     /// The weights.
@@ -131,6 +160,7 @@ impl Kernel for FloatLinear<'_> {
             Layout::Bf16 => self.tiles::<S, Bf16>(simd),
             Layout::Int8 => self.choose::<S, Int8>(simd),
             Layout::Int4 => self.choose::<S, Int4>(simd),
+            Layout::Coded(format) => self.unpacked(simd, format),
         }
     }
 }
@@ -140,7 +170,7 @@ impl FloatLinear<'_> {
     #[inline(always)]
     fn choose<S: Simd, L: FloatLayout>(&self, simd: S) {
         if self.input.tiles.count() >= UNPACK_TILES {
-            self.unpacked::<S, L>(simd)
+            self.unpacked(simd, PhantomData::<L>)
         } else {
             self.tiles::<S, L>(simd)
         }
@@ -206,13 +236,13 @@ impl FloatLinear<'_> {
     /// Unpacks a block of columns of a panel, multiplies it with every tile, keeping sums in the output between
     /// blocks.
     #[inline(always)]
-    fn unpacked<S: Simd, L: FloatLayout>(&self, simd: S) {
+    fn unpacked<S: Simd>(&self, simd: S, layout: impl BlockLayout) {
         let groups = self.weight.groups();
         for panel in self.panels.clone() {
             for first in (0..groups).step_by(BLOCK) {
                 let block = first..groups.min(first + BLOCK);
                 let mut values = [[0.0; LANES]; BLOCK * GROUP];
-                unpack_block::<S, L>(simd, self.weight, panel, block.clone(), &mut values);
+                layout.unpack_block(simd, self.weight, panel, block.clone(), &mut values);
                 for tile in 0..self.input.tiles.count() {
                     match self.input.tiles.width(tile) {
                         1 => self.part::<S, 1>(simd, panel, tile, block.clone(), &values),
@@ -295,27 +325,29 @@ fn multiply<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
     }
 }
 
-/// Unpacks some groups of a panel: (columns, 16).
-#[inline(always)]
-fn unpack_block<S: Simd, L: FloatLayout>(
-    simd: S,
-    weight: &PackedMatrix,
-    panel: usize,
-    block: Range<usize>,
-    values: &mut [[f32; LANES]; BLOCK * GROUP],
-) {
-    let group_bytes = weight.layout().group_bytes();
-    let weights = &weight.weights(panel..panel + 1)[block.start * group_bytes..block.end * group_bytes];
-    for (group, weights) in weights.chunks_exact(group_bytes).enumerate() {
-        let scale = match L::SCALED {
-            true => simd.load_f16(&weight.scales(panel..panel + 1)[block.start + group]),
-            false => simd.splat(0.0),
-        };
-        for (step, weights) in weights.chunks_exact(64).enumerate() {
-            // SAFETY: these are 64 bytes.
-            let unpacked = unsafe { L::unpack(simd, weights.as_ptr(), scale) };
-            for i in 0..L::COLUMNS {
-                simd.store(unpacked[i], &mut values[group * GROUP + step * L::COLUMNS + i]);
+impl<L: FloatLayout> BlockLayout for PhantomData<L> {
+    #[inline(always)]
+    fn unpack_block<S: Simd>(
+        self,
+        simd: S,
+        weight: &PackedMatrix,
+        panel: usize,
+        block: Range<usize>,
+        values: &mut [[f32; LANES]; BLOCK * GROUP],
+    ) {
+        let group_bytes = weight.layout().group_bytes();
+        let weights = &weight.weights(panel..panel + 1)[block.start * group_bytes..block.end * group_bytes];
+        for (group, weights) in weights.chunks_exact(group_bytes).enumerate() {
+            let scale = match L::SCALED {
+                true => simd.load_f16(&weight.scales(panel..panel + 1)[block.start + group]),
+                false => simd.splat(0.0),
+            };
+            for (step, weights) in weights.chunks_exact(64).enumerate() {
+                // SAFETY: these are 64 bytes.
+                let unpacked = unsafe { L::unpack(simd, weights.as_ptr(), scale) };
+                for i in 0..L::COLUMNS {
+                    simd.store(unpacked[i], &mut values[group * GROUP + step * L::COLUMNS + i]);
+                }
             }
         }
     }

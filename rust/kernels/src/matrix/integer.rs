@@ -67,7 +67,9 @@ impl Kernel for IntegerLinear<'_> {
         match self.weight.layout() {
             Layout::Int8 => self.panels::<S, Int8, 512>(simd),
             Layout::Int4 => self.panels::<S, Int4, 256>(simd),
-            Layout::F32 | Layout::F16 | Layout::Bf16 => unreachable!("a layout without integers"),
+            Layout::F32 | Layout::F16 | Layout::Bf16 | Layout::Coded(_) => {
+                unreachable!("a layout of another kernel")
+            }
         }
     }
 }

@@ -11,10 +11,12 @@
 //! | Bf16 | two columns: low halves the even one, high halves the odd one | |
 //! | Int8 | four columns, offset by 128, a lane's four side by side | a half-precision scale per row and 32 columns |
 //! | Int4 | eight columns, offset by 8: four in the low nibbles, the next four in the high ones | the same |
+//! | Coded | 32 columns in 256 to 384 bytes, see `coded` | scales and minima as the format has them |
 
 mod activations;
 mod bfloat;
 mod buffer;
+mod coded;
 mod float;
 mod integer;
 mod output;
@@ -24,12 +26,14 @@ mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
-pub(crate) use activations::{Activations, FloatTiles, IntegerTiles};
+pub(crate) use activations::{Activations, FloatTiles, IntegerTiles, Rounding};
 pub(crate) use bfloat::BfloatLinear;
+pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
 
+use crate::quant::Grouped;
 use crate::simd::LANES;
 use crate::{Format, KernelError, Pool};
 use buffer::Buffer;
@@ -42,39 +46,62 @@ compile_error!("panels are read as little-endian numbers");
 pub(crate) const GROUP: usize = 32;
 
 /// How the weights of a panel lie. See the [module](self).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Layout {
     F32,
     F16,
     Bf16,
     Int8,
     Int4,
+    Coded(&'static Grouped),
 }
 
 impl Layout {
     /// The layout that computes with `format`.
     fn of(format: Format) -> Layout {
+        if let Some(grouped) = format.as_grouped() {
+            return Layout::Coded(grouped);
+        }
         match format {
             Format::F32 => Layout::F32,
             Format::F16 => Layout::F16,
             Format::Bf16 => Layout::Bf16,
             Format::Q8_0 => Layout::Int8,
             Format::Q4_0 => Layout::Int4,
+            _ => unreachable!("{} has neither groups nor a layout", format.name()),
         }
     }
 
-    /// Minus the offset of weights that can be multiplied with activations of 8 bits; none for other layouts.
-    pub(crate) const fn weight_offset(self) -> Option<i32> {
+    /// What a layout of integers wants beside activations of 8 bits; none for layouts without integers.
+    pub(crate) fn rounding(self) -> Option<Rounding> {
+        let whole = |weight_offset| Some(Rounding { weight_offset, halves: false, totals: false });
         match self {
             Layout::F32 | Layout::F16 | Layout::Bf16 => None,
-            Layout::Int8 => Some(-128),
-            Layout::Int4 => Some(-8),
+            Layout::Int8 => whole(-128),
+            Layout::Int4 => whole(-8),
+            Layout::Coded(format) => Some(Rounding {
+                weight_offset: coded::offset(format.codes),
+                halves: coded::has_halves(format.scales),
+                totals: coded::has_minima(format.scales),
+            }),
+        }
+    }
+
+    /// What units of scales are multiplied with.
+    pub(crate) const fn scale_factor(self) -> f32 {
+        match self {
+            Layout::Coded(format) => format.factor,
+            _ => 1.0,
         }
     }
 
     /// Bytes of scales per panel and group.
     const fn scale_bytes(self) -> usize {
-        if self.weight_offset().is_some() { LANES * 2 } else { 0 }
+        match self {
+            Layout::F32 | Layout::F16 | Layout::Bf16 => 0,
+            Layout::Int8 | Layout::Int4 => LANES * 2,
+            Layout::Coded(format) => coded::scale_bytes(format.scales),
+        }
     }
 
     /// Bytes of 32 columns of a panel.
@@ -84,6 +111,7 @@ impl Layout {
             Layout::F16 | Layout::Bf16 => GROUP * LANES * 2,
             Layout::Int8 => GROUP * LANES,
             Layout::Int4 => GROUP * LANES / 2,
+            Layout::Coded(format) => coded::group_bytes(format.codes),
         }
     }
 }
@@ -96,7 +124,7 @@ pub struct PackedMatrix {
     rows: usize,
     columns: usize,
     weights: Buffer, // (panels, panel_bytes)
-    scales: Buffer,  // (panels, groups, 16) of f16 for integer layouts, else nothing
+    scales: Buffer,  // (panels, groups, 16) of f16 for Int8 and Int4, records for Coded, else nothing
 }
 
 impl PackedMatrix {
@@ -173,7 +201,14 @@ impl PackedMatrix {
         &self.weights.as_slice()[panels.start * bytes..panels.end * bytes]
     }
 
-    /// The scales of some panels of an integer layout, as f16 bits: (panels, groups, 16).
+    /// The scales of a panel in the coded layout.
+    #[inline]
+    pub(crate) fn scale_bytes(&self, panel: usize) -> &[u8] {
+        let bytes = self.groups() * self.layout.scale_bytes();
+        &self.scales.as_slice()[panel * bytes..][..bytes]
+    }
+
+    /// The scales of some panels in Int8 or Int4, as f16 bits: (panels, groups, 16).
     #[inline]
     pub(crate) fn scales(&self, panels: Range<usize>) -> &[[u16; LANES]] {
         let groups = self.groups();

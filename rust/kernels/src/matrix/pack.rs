@@ -1,6 +1,6 @@
 //! From rows as they lie in a file to panels, in parallel, straight into the final buffer.
 
-use super::{Layout, PackedMatrix};
+use super::{Layout, PackedMatrix, coded};
 use crate::quant::{BlockQ4_0, BlockQ8_0};
 use crate::simd::LANES;
 use crate::{Format, KernelError, Pool};
@@ -32,6 +32,7 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
     let weights = matrix.weights.as_mut_slice().chunks_exact_mut(panel_bytes);
     let mut scales = matrix.scales.as_mut_slice().chunks_exact_mut(scale_bytes.max(1));
     // One lock per panel costs nothing beside packing it, and keeps this file free of `unsafe`.
+    let block = (matrix.format.block_len(), matrix.format.block_bytes());
     let panels: Vec<_> = (weights.zip(rows.chunks(LANES)))
         .map(|(weights, rows)| Mutex::new((weights, scales.next().unwrap_or_default(), rows)))
         .collect();
@@ -44,6 +45,7 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
             Layout::Bf16 => interleave_pairs(rows, weights),
             Layout::Int8 => pack_int8(rows, weights, scales),
             Layout::Int4 => pack_int4(rows, weights, scales),
+            Layout::Coded(format) => coded::pack(format, block, rows, weights, scales),
         }
     });
 }

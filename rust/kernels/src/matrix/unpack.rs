@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{GROUP, Layout, PackedMatrix};
+use super::{GROUP, Layout, PackedMatrix, coded};
 use crate::simd::LANES;
 
 impl PackedMatrix {
@@ -19,6 +19,9 @@ impl PackedMatrix {
         );
         let (panel, lane) = (row / LANES, row % LANES);
         let weights = self.weights(panel..panel + 1);
+        if let Layout::Coded(format) = self.layout {
+            return coded::unpack_lane(format, weights, self.scale_bytes(panel), lane, out);
+        }
         let half = |column: usize| [2 * column, 2 * column + 1].map(|at| weights[at]);
         let scale =
             |column: usize| f16::from_bits(self.scales(panel..panel + 1)[column / GROUP][lane]).to_f32();
@@ -38,6 +41,7 @@ impl PackedMatrix {
                     let nibble = if column % 8 < 4 { byte & 15 } else { byte >> 4 };
                     scale(column) * (i32::from(nibble) - 8) as f32
                 }
+                Layout::Coded(_) => unreachable!("unpacked above"),
             };
         }
     }
@@ -45,23 +49,16 @@ impl PackedMatrix {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Format, PackedMatrix, Pool, dequantize, quantize};
+    use crate::quant::sample_rows;
+    use crate::{Format, PackedMatrix, Pool, dequantize};
 
     #[test]
     fn rows_come_back_bit_for_bit() {
         let pool = Pool::new(2).expect("threads");
-        for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0] {
-            for columns in [32, 96, if format.block_len() == 1 { 37 } else { 64 }] {
-                let value = |index: usize| ((index * 2_654_435_761) % 1009) as f32 / 300.0 - 1.7;
-                let rows: Vec<Vec<u8>> = (0..35)
-                    .map(|row| {
-                        let values: Vec<f32> =
-                            (0..columns).map(|column| value(row * columns + column)).collect();
-                        let mut bytes = Vec::new();
-                        quantize(format, &values, &mut bytes);
-                        bytes
-                    })
-                    .collect();
+        for &format in Format::ALL {
+            let block = format.block_len();
+            for columns in if block == 1 { [32, 96, 37] } else { [block, 3 * block, 4 * block] } {
+                let rows = sample_rows(format, 35, columns);
                 let slices: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
                 let matrix = PackedMatrix::pack(&pool, format, columns, &slices).expect("packs");
                 for (row, bytes) in rows.iter().enumerate() {

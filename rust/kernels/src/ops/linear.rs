@@ -4,7 +4,7 @@
 //! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
 //! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set.
 
-use crate::matrix::{BfloatLinear, FloatLinear, IntegerLinear, Layout, Output, PackedMatrix};
+use crate::matrix::{BfloatLinear, CodedLinear, FloatLinear, IntegerLinear, Layout, Output, PackedMatrix};
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
 
@@ -49,11 +49,12 @@ pub fn linear(
     let other_way = cfg!(feature = "planted") && input.rows() > 1;
     let precision = if other_way { Precision::Exact } else { precision };
     let output = Output { rows: output.share(), bias };
-    let weight_offset = weight.layout().weight_offset().filter(|_| precision == Precision::Auto);
-    if let Some(weight_offset) = weight_offset {
-        let input = scratch.activations.quantize(context, input, weight_offset);
-        over_panels(context, weight, output.rows.rows(), |panels| {
-            context.isa.dispatch(IntegerLinear { weight, input, output, panels });
+    let rounding = weight.layout().rounding().filter(|_| precision == Precision::Auto);
+    if let Some(rounding) = rounding {
+        let input = scratch.activations.quantize(context, input, rounding);
+        over_panels(context, weight, output.rows.rows(), |panels| match weight.layout() {
+            Layout::Coded(_) => context.isa.dispatch(CodedLinear { weight, input, output, panels }),
+            _ => context.isa.dispatch(IntegerLinear { weight, input, output, panels }),
         });
     } else if rounds_to_bf16(context.isa, weight.layout(), precision) {
         let input = scratch.activations.pair(context, input);
@@ -70,7 +71,7 @@ pub fn linear(
 
 /// Whether activations are rounded to bfloat16, as the weights are.
 fn rounds_to_bf16(isa: Isa, layout: Layout, precision: Precision) -> bool {
-    isa.has_bf16_dots() && layout == Layout::Bf16 && precision == Precision::Auto
+    isa.has_bf16_dots() && matches!(layout, Layout::Bf16) && precision == Precision::Auto
 }
 
 /// Hands out chunks of panels: small enough to end together, large enough to stream.
@@ -100,31 +101,84 @@ fn linear_ref(
     bias: Option<&[f32]>,
     precision: Precision,
 ) -> Vec<f32> {
-    let integer = precision == Precision::Auto && format.block_len() == 32;
+    let integer = precision == Precision::Auto && format.block_len() > 1;
     let rounded = crate::matrix::round_ref(input);
     let one = |(index, row): (usize, &&[u8])| {
-        let mut weights = vec![0.0; input.len()];
-        crate::dequantize(format, row, &mut weights);
-        let mut sum = 0.0_f32;
-        if integer {
-            for group in 0..input.len() / 32 {
-                let scale_bytes = &row[group * format.block_bytes()..][..2];
-                let scale = half::f16::from_le_bytes([scale_bytes[0], scale_bytes[1]]).to_f32();
-                let columns = group * 32..group * 32 + 32;
-                // Weights divided by their scale are integers again.
-                let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
-                sum = exact.mul_add(scale * rounded[group * 32].1, sum);
-            }
-        } else if isa.has_bf16_dots() && format == crate::Format::Bf16 && precision == Precision::Auto {
-            for (weights, values) in weights.chunks(2).zip(input.chunks(2)) {
-                for (weight, value) in weights.iter().zip(values).rev() {
-                    sum = weight.mul_add(half::bf16::from_f32(*value).to_f32(), sum);
+        let sum = match (integer, format.as_grouped()) {
+            (true, Some(grouped)) => grouped_ref(format, grouped, row, &rounded),
+            (true, None) => integer_ref(format, row, &rounded),
+            (false, _) => {
+                let mut weights = vec![0.0; input.len()];
+                crate::dequantize(format, row, &mut weights);
+                match isa.has_bf16_dots() && format == crate::Format::Bf16 && precision == Precision::Auto {
+                    true => bf16_ref(&weights, input),
+                    false => chain(weights.iter().zip(input)),
                 }
             }
-        } else {
-            sum = weights.iter().zip(input).fold(0.0, |sum, (weight, value)| weight.mul_add(*value, sum));
-        }
+        };
         sum + bias.map_or(0.0, |bias| bias[index])
     };
     rows.iter().enumerate().map(one).collect()
+}
+
+#[cfg(test)]
+fn chain<'a>(terms: impl Iterator<Item = (&'a f32, &'a f32)>) -> f32 {
+    terms.fold(0.0, |sum, (weight, value)| weight.mul_add(*value, sum))
+}
+
+/// Two columns at a time, the odd one first.
+#[cfg(test)]
+fn bf16_ref(weights: &[f32], input: &[f32]) -> f32 {
+    let rounded: Vec<f32> = input.iter().map(|value| half::bf16::from_f32(*value).to_f32()).collect();
+    let pairs = weights.chunks(2).zip(rounded.chunks(2));
+    chain(pairs.flat_map(|(weights, values)| weights.iter().zip(values).rev()))
+}
+
+/// A row of Q8_0 or Q4_0 times one of rounded activations, each with its scale.
+#[cfg(test)]
+fn integer_ref(format: crate::Format, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
+    let mut weights = vec![0.0; rounded.len()];
+    crate::dequantize(format, row, &mut weights);
+    let mut sum = 0.0_f32;
+    for group in 0..rounded.len() / 32 {
+        let scale_bytes = &row[group * format.block_bytes()..][..2];
+        let scale = half::f16::from_le_bytes([scale_bytes[0], scale_bytes[1]]).to_f32();
+        let columns = group * 32..group * 32 + 32;
+        // Weights divided by their scale are integers again.
+        let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
+        sum = exact.mul_add(scale * rounded[group * 32].1, sum);
+    }
+    sum
+}
+
+/// The same for a format of groups.
+#[cfg(test)]
+fn grouped_ref(
+    format: crate::Format,
+    grouped: &crate::quant::Grouped,
+    row: &[u8],
+    rounded: &[(f32, f32)],
+) -> f32 {
+    use crate::quant::Scales;
+    let halves =
+        matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
+    let parts = if halves { 2 } else { 1 };
+    let per_block = format.block_len() / 32;
+    let mut sum = 0.0_f32;
+    for (index, rounded) in rounded.chunks(32).enumerate() {
+        let block = &row[index / per_block * format.block_bytes()..][..format.block_bytes()];
+        let group = (grouped.group)(block, index % per_block);
+        let (scales, minima) = (grouped.scales_of(&group), grouped.minima_of(&group));
+        for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
+            let integers = group.integers[part * 32 / parts..].iter();
+            let exact: f32 = integers.zip(rounded).map(|(&weight, value)| f32::from(weight) * value.0).sum();
+            let scale = rounded[0].1;
+            sum = exact.mul_add(scales[part] * scale, sum);
+            if grouped.has_minimum() {
+                let total: f32 = rounded.iter().map(|value| value.0).sum();
+                sum = minima[part].mul_add(scale * total, sum);
+            }
+        }
+    }
+    sum
 }

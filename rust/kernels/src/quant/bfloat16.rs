@@ -1,10 +1,15 @@
 //! BF16: the upper half of IEEE 754 single precision, little-endian; rounding to nearest even.
 
-use super::Description;
+use super::{Description, Values};
 use half::bf16;
 
-pub(super) const DESCRIPTION: Description =
-    Description { name: "BF16", block_len: 1, block_bytes: 2, dequantize, quantize };
+pub(super) const DESCRIPTION: Description = Description {
+    name: "BF16",
+    block_len: 1,
+    block_bytes: 2,
+    values: Values::By(dequantize),
+    quantize: Some(quantize),
+};
 
 fn dequantize(bytes: &[u8], out: &mut [f32]) {
     for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {

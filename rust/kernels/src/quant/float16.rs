@@ -1,10 +1,15 @@
 //! F16: IEEE 754 half precision, little-endian; rounding to nearest even.
 
-use super::Description;
+use super::{Description, Values};
 use half::f16;
 
-pub(super) const DESCRIPTION: Description =
-    Description { name: "F16", block_len: 1, block_bytes: 2, dequantize, quantize };
+pub(super) const DESCRIPTION: Description = Description {
+    name: "F16",
+    block_len: 1,
+    block_bytes: 2,
+    values: Values::By(dequantize),
+    quantize: Some(quantize),
+};
 
 fn dequantize(bytes: &[u8], out: &mut [f32]) {
     for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {

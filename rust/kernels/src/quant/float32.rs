@@ -1,9 +1,14 @@
 //! F32: IEEE 754 single precision, little-endian.
 
-use super::Description;
+use super::{Description, Values};
 
-pub(super) const DESCRIPTION: Description =
-    Description { name: "F32", block_len: 1, block_bytes: 4, dequantize, quantize };
+pub(super) const DESCRIPTION: Description = Description {
+    name: "F32",
+    block_len: 1,
+    block_bytes: 4,
+    values: Values::By(dequantize),
+    quantize: Some(quantize),
+};
 
 fn dequantize(bytes: &[u8], out: &mut [f32]) {
     for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {

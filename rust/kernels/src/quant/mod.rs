@@ -1,13 +1,37 @@
 //! Weight formats: one file each, with the format's block, its exact dequantization, its quantizer and their tests.
 //!
 //! Both directions are bit-equal to ggml's reference functions (`dequantize_row_*`, `quantize_row_*_ref`).
+//! `tests/quant.rs` compares every format with the blocks and values that `tests/kernels/generate_quant.py` wrote.
 
 mod bfloat16;
 mod float16;
 mod float32;
+mod grids;
+mod grouped;
+mod iq1_m;
+mod iq1_s;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+mod iq4_nl;
+mod iq4_xs;
+mod mxfp4;
+mod q2_k;
+mod q3_k;
 mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
+mod tq1_0;
+mod tq2_0;
 
+pub(crate) use grouped::{Codes, Group, Grouped, Scales};
 pub(crate) use q4_0::BlockQ4_0;
 pub(crate) use q8_0::BlockQ8_0;
 
@@ -16,34 +40,124 @@ struct Description {
     name: &'static str,
     block_len: usize,
     block_bytes: usize,
-    dequantize: fn(&[u8], &mut [f32]),
-    quantize: fn(&[f32], &mut Vec<u8>),
+    values: Values,
+    /// Where we have a quantizer.
+    quantize: Option<Quantize>,
 }
 
-/// A weight format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(non_camel_case_types)] // the formats' own names
-pub enum Format {
+/// Appends values as blocks.
+type Quantize = fn(&[f32], &mut Vec<u8>);
+
+/// How a format is dequantized.
+enum Values {
+    By(fn(&[u8], &mut [f32])),
+    Grouped(&'static Grouped),
+}
+
+impl Description {
+    /// A format of groups, which we read only.
+    const fn grouped(
+        name: &'static str,
+        block_len: usize,
+        block_bytes: usize,
+        format: &'static Grouped,
+    ) -> Description {
+        Description { name, block_len, block_bytes, values: Values::Grouped(format), quantize: None }
+    }
+}
+
+/// Makes the enum, the list of it and the way to descriptions from one row per format.
+macro_rules! formats {
+    ($($(#[$meta:meta])* $variant:ident $module:ident;)*) => {
+        /// A weight format.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[allow(non_camel_case_types)] // the formats' own names
+        pub enum Format {
+            $($(#[$meta])* $variant,)*
+        }
+
+        impl Format {
+            /// Every format.
+            pub const ALL: &'static [Format] = &[$(Format::$variant),*];
+
+            const fn description(self) -> &'static Description {
+                match self {
+                    $(Format::$variant => &$module::DESCRIPTION,)*
+                }
+            }
+        }
+    };
+}
+
+formats! {
     /// IEEE 754 single precision.
-    F32,
+    F32 float32;
     /// IEEE 754 half precision.
-    F16,
+    F16 float16;
     /// The upper half of single precision.
-    Bf16,
+    Bf16 bfloat16;
     /// 8-bit integers, one half-precision scale per 32 weights.
-    Q8_0,
+    Q8_0 q8_0;
     /// 4-bit integers, one half-precision scale per 32 weights.
-    Q4_0,
+    Q4_0 q4_0;
+    /// 4-bit integers, one half-precision scale and minimum per 32 weights.
+    Q4_1 q4_1;
+    /// 5-bit integers, one half-precision scale per 32 weights.
+    Q5_0 q5_0;
+    /// 5-bit integers, one half-precision scale and minimum per 32 weights.
+    Q5_1 q5_1;
+    /// 2-bit integers, a 4-bit scale and minimum per 16 weights.
+    Q2_K q2_k;
+    /// 3-bit integers, a 6-bit scale per 16 weights.
+    Q3_K q3_k;
+    /// 4-bit integers, a 6-bit scale and minimum per 32 weights.
+    Q4_K q4_k;
+    /// 5-bit integers, a 6-bit scale and minimum per 32 weights.
+    Q5_K q5_k;
+    /// 6-bit integers, an 8-bit scale per 16 weights.
+    Q6_K q6_k;
+    /// Indices into a grid of ternary vectors, a 3-bit scale per 32 weights.
+    IQ1_S iq1_s;
+    /// The same, a scale per 16 weights.
+    IQ1_M iq1_m;
+    /// Indices into a grid of 256 vectors of eight, a 4-bit scale per 32 weights.
+    IQ2_XXS iq2_xxs;
+    /// Indices into a grid of 512 vectors of eight, a 4-bit scale per 16 weights.
+    IQ2_XS iq2_xs;
+    /// Indices into a grid of 1024 vectors of eight, a 4-bit scale per 16 weights.
+    IQ2_S iq2_s;
+    /// Indices into a grid of 256 vectors of four, a 4-bit scale per 32 weights.
+    IQ3_XXS iq3_xxs;
+    /// Indices into a grid of 512 vectors of four, a 4-bit scale per 32 weights.
+    IQ3_S iq3_s;
+    /// 4-bit indices into 16 integers, one half-precision scale per 32 weights.
+    IQ4_NL iq4_nl;
+    /// The same, a 6-bit scale per 32 weights.
+    IQ4_XS iq4_xs;
+    /// Ternary, five weights in a byte.
+    TQ1_0 tq1_0;
+    /// Ternary, four weights in a byte.
+    TQ2_0 tq2_0;
+    /// 4-bit floats, a power of two per 32 weights.
+    MXFP4 mxfp4;
 }
 
 impl Format {
-    const fn description(self) -> &'static Description {
-        match self {
-            Format::F32 => &float32::DESCRIPTION,
-            Format::F16 => &float16::DESCRIPTION,
-            Format::Bf16 => &bfloat16::DESCRIPTION,
-            Format::Q8_0 => &q8_0::DESCRIPTION,
-            Format::Q4_0 => &q4_0::DESCRIPTION,
+    /// The format of this name in GGUF.
+    pub fn from_name(name: &str) -> Option<Format> {
+        Format::ALL.iter().copied().find(|format| format.name() == name)
+    }
+
+    /// Whether [`quantize`] can write it.
+    pub const fn is_writable(self) -> bool {
+        self.description().quantize.is_some()
+    }
+
+    /// What groups of it hold; none for floats, Q8_0 and Q4_0.
+    pub(crate) const fn as_grouped(self) -> Option<&'static Grouped> {
+        match self.description().values {
+            Values::By(_) => None,
+            Values::Grouped(format) => Some(format),
         }
     }
 
@@ -84,18 +198,24 @@ pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
         out.len(),
         format.name()
     );
-    (format.description().dequantize)(bytes, out);
+    match format.description().values {
+        Values::By(dequantize) => dequantize(bytes, out),
+        Values::Grouped(grouped) => grouped.dequantize(format.block_len(), format.block_bytes(), bytes, out),
+    }
 }
 
 /// Appends `values`, rounded to `format`.
 ///
 /// # Panics
-/// When `values` are not a whole number of blocks.
+/// When `values` are not a whole number of blocks, or the format cannot be written ([`Format::is_writable`]).
 pub fn quantize(format: Format, values: &[f32], out: &mut Vec<u8>) {
     let bytes = format.row_bytes(values.len());
     assert!(bytes.is_some(), "{} values are no whole number of {} blocks", values.len(), format.name());
     out.reserve(bytes.unwrap_or(0));
-    (format.description().quantize)(values, out);
+    match format.description().quantize {
+        Some(quantize) => quantize(values, out),
+        None => panic!("there is no quantizer for {}", format.name()),
+    }
 }
 
 /// Values between -4 and 4 with many magnitudes, the same in every run and in the scripts that made the expected
@@ -110,6 +230,42 @@ pub(crate) fn sample_values(count: usize) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
+/// Rows of `columns` weights in a format: quantized values, or random codes whose units lie around 1 / 64.
+#[cfg(test)]
+pub(crate) fn sample_rows(format: Format, rows: usize, columns: usize) -> Vec<Vec<u8>> {
+    if format.is_writable() {
+        let values = sample_values(rows * columns + 17);
+        let row = |index: usize| {
+            let mut bytes = Vec::new();
+            quantize(format, &values[17 + index * columns..][..columns], &mut bytes);
+            bytes
+        };
+        return (0..rows).map(row).collect();
+    }
+    let row_bytes = format.row_bytes(columns).expect("whole blocks");
+    let bytes: Vec<u8> = sample_values(rows * row_bytes).iter().map(|value| value.to_bits() as u8).collect();
+    // Where blocks have half-precision numbers: the position of their upper bytes.
+    let upper: &[usize] = match format {
+        Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[1, 3],
+        Format::Q2_K => &[81, 83],
+        Format::Q3_K => &[109],
+        Format::Q6_K => &[209],
+        Format::TQ1_0 => &[53],
+        Format::TQ2_0 => &[65],
+        Format::IQ1_M => &[55],
+        Format::MXFP4 => &[],
+        _ => &[1],
+    };
+    let mut out: Vec<Vec<u8>> = bytes.chunks(row_bytes).map(<[u8]>::to_vec).collect();
+    for block in out.iter_mut().flat_map(|row| row.chunks_mut(format.block_bytes())) {
+        upper.iter().for_each(|&at| block[at] = block[at] & 0x83 | 0x24);
+        if format == Format::MXFP4 {
+            block[0] = 120 + block[0] % 4;
+        }
+    }
+    out
+}
+
 /// FNV-1a, 64 bits.
 #[cfg(test)]
 fn hash(bytes: &[u8]) -> u64 {
@@ -122,12 +278,10 @@ fn hash(bytes: &[u8]) -> u64 {
 mod tests {
     use super::*;
 
-    const ALL: [Format; 5] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0];
-
     #[test]
     fn quantizing_what_was_dequantized_changes_nothing() {
         let values = sample_values(4096);
-        for format in ALL {
+        for format in Format::ALL.iter().copied().filter(|format| format.is_writable()) {
             let (mut once, mut twice) = (Vec::new(), Vec::new());
             quantize(format, &values, &mut once);
             let mut exact = vec![0.0; values.len()];

@@ -1,11 +1,16 @@
 //! Q4_0: blocks of 32 weights, each `(nibble - 8) * scale`. Byte `i` holds weight `i` in its low nibble and weight
 //! `i + 16` in its high one.
 
-use super::Description;
+use super::{Description, Values};
 use half::f16;
 
-pub(super) const DESCRIPTION: Description =
-    Description { name: "Q4_0", block_len: 32, block_bytes: 18, dequantize, quantize };
+pub(super) const DESCRIPTION: Description = Description {
+    name: "Q4_0",
+    block_len: 32,
+    block_bytes: 18,
+    values: Values::By(dequantize),
+    quantize: Some(quantize),
+};
 
 /// A block, as it lies in a file.
 #[derive(Clone, Copy)]

@@ -1,10 +1,15 @@
 //! Q8_0: blocks of 32 weights, each `quant * scale`, with quants in -127..=127 (a file may also hold -128).
 
-use super::Description;
+use super::{Description, Values};
 use half::f16;
 
-pub(super) const DESCRIPTION: Description =
-    Description { name: "Q8_0", block_len: 32, block_bytes: 34, dequantize, quantize };
+pub(super) const DESCRIPTION: Description = Description {
+    name: "Q8_0",
+    block_len: 32,
+    block_bytes: 34,
+    values: Values::By(dequantize),
+    quantize: Some(quantize),
+};
 
 /// A block, as it lies in a file.
 #[derive(Clone, Copy)]

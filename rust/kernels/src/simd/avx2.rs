@@ -51,6 +51,40 @@ impl Avx2 {
         })
     }
 
+    /// Per 32-bit lane the sum of four products of weights offset by 128 with activations.
+    #[inline(always)]
+    fn offset_products(self, weights: I32, activations: i32) -> I32 {
+        hardware!({
+            let (flip, four) = (_mm256_set1_epi8(-128), _mm256_set1_epi32(activations));
+            let (low, high) = (_mm256_xor_si256(weights.0, flip), _mm256_xor_si256(weights.1, flip));
+            (
+                self.byte_products(low, _mm256_abs_epi8(low), four),
+                self.byte_products(high, _mm256_abs_epi8(high), four),
+            )
+        })
+    }
+
+    /// Adds sums of two products of unsigned weights with activations to 16-bit lanes.
+    #[inline(always)]
+    fn add_pairs(self, pairs: I32, weights: I32, activations: i32) -> I32 {
+        hardware!({
+            let four = _mm256_set1_epi32(activations);
+            (
+                _mm256_add_epi16(pairs.0, _mm256_maddubs_epi16(weights.0, four)),
+                _mm256_add_epi16(pairs.1, _mm256_maddubs_epi16(weights.1, four)),
+            )
+        })
+    }
+
+    /// Sums of neighbouring 16-bit lanes.
+    #[inline(always)]
+    fn join_pairs(self, pairs: I32) -> I32 {
+        hardware!({
+            let ones = _mm256_set1_epi16(1);
+            (_mm256_madd_epi16(pairs.0, ones), _mm256_madd_epi16(pairs.1, ones))
+        })
+    }
+
     /// [`Simd::dot_nibbles`] of the 8 lanes that begin at byte `at` of each 64. Both halves at once would need more
     /// registers than there are.
     #[inline(always)]
@@ -368,6 +402,44 @@ impl Simd for Avx2 {
             sums[t] = (low[t], high[t]);
         }
         sums
+    }
+
+    #[inline(always)]
+    fn dot<const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[I32; N],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        let mut sums = [self.splat_i32(0); T];
+        for t in 0..T {
+            if BITS == 8 {
+                for (i, &weights) in weights.iter().enumerate() {
+                    let four = four(&rows[t], first + i);
+                    sums[t] = self.add_i32(sums[t], self.offset_products(weights, four));
+                }
+            } else {
+                sums[t] = self.splat_i32(offsets[t]);
+                // As many products as stay below 2^15: 2 * 127 times 8 * 15, 4 * 31 or 2 * 63.
+                let span = if BITS == 4 { 8 } else { 4 >> (BITS - 5) };
+                for (chunk, weights) in weights.chunks(span).enumerate() {
+                    let mut pairs = self.splat_i32(0);
+                    for (i, &weights) in weights.iter().enumerate() {
+                        pairs = self.add_pairs(pairs, weights, four(&rows[t], first + chunk * span + i));
+                    }
+                    sums[t] = self.add_i32(sums[t], self.join_pairs(pairs));
+                }
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], indices: I32) -> I32 {
+        hardware!({
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            (_mm256_shuffle_epi8(table, indices.0), _mm256_shuffle_epi8(table, indices.1))
+        })
     }
 
     #[inline(always)]

@@ -309,6 +309,33 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
         dot_bf16_in_two(self, sums, weights, pair)
     }
+    #[inline(always)]
+    fn dot<const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[__m512i; N],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [__m512i; T] {
+        let mut sums = [self.splat_i32(0); T];
+        for t in 0..T {
+            sums[t] = self.splat_i32(offsets[t]);
+        }
+        for (i, &weights) in weights.iter().enumerate() {
+            for t in 0..T {
+                let four = self.splat_i32(four(&rows[t], first + i));
+                sums[t] = hardware!(_mm512_dpbusd_epi32(sums[t], weights, four));
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], indices: __m512i) -> __m512i {
+        hardware!({
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, indices)
+        })
+    }
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {

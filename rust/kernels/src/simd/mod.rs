@@ -308,6 +308,21 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn dot_bf16(self, sums: Self::F32, weights: Self::I32, pair: u32) -> Self::F32 {
         dot_bf16_in_two(self, sums, weights, pair)
     }
+    /// Exact sums of products of the bytes of `weights`, four per lane and vector, with as many activations of each of `T`
+    /// rows, from the four at `first` on.
+    ///
+    /// `BITS` is 4, 5 or 6: bytes are unsigned numbers of so many bits, and sums begin with `offsets`; or 8: bytes are offset
+    /// by 128 (0 stands for -128, which does not occur), and `offsets` are -128 times the sum of the activations, which are
+    /// signed bytes in -127..=127.
+    fn dot<const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[Self::I32; N],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [Self::I32; T];
+    /// Replaces every byte, all of them below 16, by that of the table.
+    fn lookup(self, table: &[u8; 16], indices: Self::I32) -> Self::I32;
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);

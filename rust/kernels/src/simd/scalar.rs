@@ -278,5 +278,30 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn dot<const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[Self::I32; N],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [Self::I32; T] {
+        std::array::from_fn(|t| {
+            let mut sums = [if BITS == 8 { 0 } else { offsets[t] }; LANES];
+            for (i, weights) in weights.iter().enumerate() {
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    let bytes = weights.to_le_bytes();
+                    let signed = bytes.map(|byte| if BITS == 8 { byte ^ 0x80 } else { byte } as i8);
+                    *sum += dot4(signed, &rows[t][(first + i) * 4..]);
+                }
+            }
+            sums
+        })
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], indices: Self::I32) -> Self::I32 {
+        map(indices, |four| i32::from_le_bytes(four.to_le_bytes().map(|index| table[usize::from(index)])))
+    }
+
+    #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
 }

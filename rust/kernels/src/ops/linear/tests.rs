@@ -1,10 +1,9 @@
 //! Every instruction set, layout and precision against the oracle, bit for bit, over awkward shapes.
 
 use super::{Precision, linear, linear_ref};
-use crate::quant::sample_values;
-use crate::{Context, Format, Isa, KernelError, PackedMatrix, Pool, Rows, RowsMut, Scratch, quantize};
+use crate::quant::{sample_rows, sample_values};
+use crate::{Context, Format, Isa, KernelError, PackedMatrix, Pool, Rows, RowsMut, Scratch};
 
-const FORMATS: [Format; 5] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4_0];
 const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Auto];
 
 struct Weight {
@@ -16,13 +15,7 @@ struct Weight {
 
 impl Weight {
     fn new(format: Format, rows: usize, columns: usize) -> Weight {
-        let values = sample_values(rows * columns + 17);
-        let row = |index: usize| {
-            let mut bytes = Vec::new();
-            quantize(format, &values[17 + index * columns..][..columns], &mut bytes);
-            bytes
-        };
-        Weight { format, columns, rows: (0..rows).map(row).collect(), bias: sample_values(rows) }
+        Weight { format, columns, rows: sample_rows(format, rows, columns), bias: sample_values(rows) }
     }
 
     fn slices(&self) -> Vec<&[u8]> {
@@ -79,8 +72,12 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 fn every_isa_layout_and_shape_equals_the_oracle() {
     for isa in Isa::available() {
         let context = context(isa, 2);
-        for format in FORMATS {
-            let columns: &[usize] = if format.block_len() == 1 { &[1, 7, 33, 320] } else { &[32, 288] };
+        for &format in Format::ALL {
+            let columns: &[usize] = match format.block_len() {
+                1 => &[1, 7, 33, 320],
+                32 => &[32, 288],
+                _ => &[256, 768],
+            };
             for (&columns, rows) in
                 columns.iter().flat_map(|columns| [1, 16, 37, 80].map(|rows| (columns, rows)))
             {
@@ -101,7 +98,7 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
 
 #[test]
 fn close_to_double_precision() {
-    for format in FORMATS {
+    for &format in Format::ALL {
         let weight = Weight::new(format, 48, 2048);
         let inputs = sample_values(3 * 2048);
         for (precision, tolerance) in PRECISIONS.into_iter().zip([2e-6, 6e-3]) {
@@ -123,15 +120,16 @@ fn close_to_double_precision() {
 
 #[test]
 fn a_row_does_not_depend_on_its_company_or_the_threads() {
-    for format in FORMATS {
-        let weight = Weight::new(format, 100, 544);
-        let inputs = sample_values(41 * 544);
+    for &format in Format::ALL {
+        let columns = if format.block_len() == 256 { 512 } else { 544 };
+        let weight = Weight::new(format, 100, columns);
+        let inputs = sample_values(41 * columns);
         for isa in Isa::available() {
             for precision in PRECISIONS {
                 let together = bits(&weight.compute(&context(isa, 1), &inputs, precision, true));
                 assert_eq!(together, bits(&weight.compute(&context(isa, 3), &inputs, precision, true)));
                 for position in [0, 1, 6, 8, 39, 40] {
-                    let alone = &inputs[position * 544..(position + 1) * 544];
+                    let alone = &inputs[position * columns..(position + 1) * columns];
                     let alone = bits(&weight.compute(&context(isa, 2), alone, precision, true));
                     assert_eq!(alone[0], together[position], "{isa:?} {format:?} {precision:?} {position}");
                 }
@@ -142,16 +140,26 @@ fn a_row_does_not_depend_on_its_company_or_the_threads() {
 
 #[test]
 fn extremes_of_the_integer_layouts() {
-    // The greatest sums: all weights -128 or -8 (nibble 0), or nibble 15, all activations +-127.
-    for (format, fill) in
-        [(Format::Q8_0, 0x80), (Format::Q8_0, 0x7f), (Format::Q4_0, 0x00), (Format::Q4_0, 0xff)]
-    {
-        let mut row = vec![fill; format.row_bytes(64).unwrap()];
+    // The greatest sums: all weights of the smallest or greatest code, all activations +-127.
+    for (format, fill, scale_at) in [
+        (Format::Q8_0, 0x80, 0),
+        (Format::Q8_0, 0x7f, 0),
+        (Format::Q4_0, 0x00, 0),
+        (Format::Q4_0, 0xff, 0),
+        (Format::Q5_0, 0x00, 0),
+        (Format::Q5_0, 0xff, 0),
+        (Format::Q6_K, 0xff, 208),
+        (Format::TQ2_0, 0xff, 64),
+        (Format::IQ4_NL, 0x00, 0),
+        (Format::IQ4_NL, 0xff, 0),
+    ] {
+        let columns = format.block_len().max(64);
+        let mut row = vec![fill; format.row_bytes(columns).unwrap()];
         for block in row.chunks_mut(format.block_bytes()) {
-            block[..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
+            block[scale_at..][..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
         }
-        let weight = Weight { format, columns: 64, rows: vec![row; 20], bias: vec![0.0; 20] };
-        for input in [[3.0; 64], [-3.0; 64]] {
+        let weight = Weight { format, columns, rows: vec![row; 20], bias: vec![0.0; 20] };
+        for input in [vec![3.0; columns], vec![-3.0; columns]] {
             let expected = weight.reference(Isa::Scalar, &input, Precision::Auto, false);
             for isa in Isa::available() {
                 let got = weight.compute(&context(isa, 1), &input, Precision::Auto, false);
@@ -163,9 +171,10 @@ fn extremes_of_the_integer_layouts() {
 
 #[test]
 fn a_nan_is_not_lost() {
-    for format in FORMATS {
-        let weight = Weight::new(format, 20, 64);
-        let mut input = sample_values(64);
+    for &format in Format::ALL {
+        let columns = format.block_len().max(64);
+        let weight = Weight::new(format, 20, columns);
+        let mut input = sample_values(columns);
         input[40] = f32::NAN;
         for isa in Isa::available() {
             for precision in PRECISIONS {
