@@ -123,15 +123,18 @@ pub(super) fn word(bytes: &[u8], at: usize) -> u16 {
 
 /// 32 nibbles in 16 bytes: the low halves first, then the high ones.
 pub(super) fn nibbles(bytes: &[u8]) -> [u8; GROUP] {
+    let bytes = &bytes[..16];
     std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
 }
 
 /// Those of group `index` where 32 bytes hold a group in their low halves, and the next in the high ones.
 pub(super) fn paired_nibbles(bytes: &[u8], index: usize) -> [u8; GROUP] {
-    std::array::from_fn(|i| bytes[index / 2 * GROUP + i] >> (4 * (index % 2)) & 15)
+    let (bytes, shift) = (&bytes[index / 2 * GROUP..][..GROUP], 4 * (index % 2));
+    std::array::from_fn(|i| bytes[i] >> shift & 15)
 }
 
 /// 2-bit numbers of group `index` where 32 bytes hold four groups, the first in the lowest bits.
 pub(super) fn quarters(bytes: &[u8], index: usize) -> [u8; GROUP] {
-    std::array::from_fn(|i| bytes[index / 4 * GROUP + i] >> (2 * (index % 4)) & 3)
+    let (bytes, shift) = (&bytes[index / 4 * GROUP..][..GROUP], 2 * (index % 4));
+    std::array::from_fn(|i| bytes[i] >> shift & 3)
 }

@@ -11,9 +11,9 @@ static FORMAT: Grouped =
 
 fn group(block: &[u8], index: usize) -> Group {
     let (step, drop) = scale_and_minimum(&block[4..], index);
-    let low = paired_nibbles(&block[48..], index);
+    let (low, high) = (paired_nibbles(&block[48..], index), &block[16..48]);
     Group {
-        integers: std::array::from_fn(|i| (low[i] | (block[16 + i] >> index & 1) << 4) as i8),
+        integers: std::array::from_fn(|i| (low[i] | (high[i] >> index & 1) << 4) as i8),
         scale: word(block, 0),
         minimum: word(block, 2),
         steps: [step; 2],

@@ -66,9 +66,30 @@ impl Kernel for Everything {
         ] {
             keep(value);
         }
+        for value in products(s, w, &row) {
+            let mut lanes = [0; LANES];
+            s.store_i32(value, &mut lanes);
+            out.push(lanes);
+        }
         out.extend(narrow(s, a, w));
         out
     }
+}
+
+/// Dot products of every width, and a lookup.
+#[inline(always)]
+fn products<S: Simd>(s: S, w: S::I32, row: &[u8; 32]) -> [S::I32; 6] {
+    let four = s.and_i32(w, s.splat_i32(0x0f0f_0f0f));
+    let five = s.and_i32(w, s.splat_i32(0x1f1f_1f1f));
+    let six = s.and_i32(w, s.splat_i32(0x3f3f_3f3f));
+    let table = std::array::from_fn(|i| row[i] ^ row[i + 16]);
+    let found = s.lookup(&table, four);
+    let total: i32 = row[4..12].iter().map(|&i| i32::from(i as i8)).sum();
+    let [of_four] = s.dot::<8, 1, 4>(&[four; 8], &[*row], 0, &[11]);
+    let [of_five, again] = s.dot::<8, 2, 5>(&[five; 8], &[*row; 2], 0, &[-5; 2]);
+    let [of_six] = s.dot::<3, 1, 6>(&[six; 3], &[*row], 4, &[0]);
+    let [of_eight] = s.dot::<2, 1, 8>(&[found; 2], &[*row], 1, &[-128 * total]);
+    [found, of_four, of_five, again, of_six, of_eight]
 }
 
 #[inline(always)]

@@ -99,36 +99,39 @@ pub(super) fn pack(
     weights: &mut [u8],
     scales: &mut [u8],
 ) {
-    let codes = code_of_integers(format.codes);
+    let book = code_of_integers(format.codes);
     let groups_per_block = block.0 / GROUP;
     for (index, weights) in weights.chunks_exact_mut(group_bytes(format.codes)).enumerate() {
         for (lane, row) in rows.iter().enumerate() {
             let bytes = &row[index / groups_per_block * block.1..][..block.1];
             let group = (format.group)(bytes, index % groups_per_block);
-            let code = group.integers.map(|integer| codes[usize::from(integer as u8)]);
-            write_codes(&code, upper_bits(format.codes), lane, weights);
+            let codes = encode(format.codes, &book, group.integers);
+            write_codes(&codes, upper_bits(format.codes), lane, weights);
             write_scales(format.scales, &group, index, lane, scales);
         }
     }
 }
 
-/// The code of each integer, indexed by its bits.
+/// The code of each integer of a book, indexed by its bits.
 fn code_of_integers(codes: Codes) -> [u8; 256] {
     let mut all = [0; 256];
-    match codes {
-        Codes::Nibbles(_) | Codes::Five(_) | Codes::Six(_) => {
-            let shift = offset(codes) as i8;
-            for code in 0..1 << (4 + upper_bits(codes)) {
-                all[usize::from((code as i8 + shift) as u8)] = code;
-            }
-        }
-        Codes::Book(integers) => {
-            for (code, &integer) in integers.iter().enumerate().rev() {
-                all[usize::from(integer as u8)] = code as u8;
-            }
+    if let Codes::Book(integers) = codes {
+        for (code, &integer) in integers.iter().enumerate().rev() {
+            all[usize::from(integer as u8)] = code as u8;
         }
     }
     all
+}
+
+/// The codes of integers.
+#[inline]
+fn encode(codes: Codes, book: &[u8; 256], integers: [i8; GROUP]) -> [u8; GROUP] {
+    match codes {
+        Codes::Nibbles(offset) | Codes::Five(offset) | Codes::Six(offset) => {
+            integers.map(|integer| integer.wrapping_add(offset) as u8)
+        }
+        Codes::Book(_) => integers.map(|integer| book[usize::from(integer as u8)]),
+    }
 }
 
 fn write_codes(codes: &[u8; GROUP], upper: usize, lane: usize, weights: &mut [u8]) {
