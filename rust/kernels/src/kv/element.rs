@@ -3,8 +3,13 @@
 //! The 8-bit types keep a scale in f32 beside their numbers, made from the greatest magnitude that shares it. Rounding happens once, when a
 //! row is written, and looks at that row and head alone, so what is stored never depends on neighbours or on when they were written.
 //!
-//! Of int8, a key has a scale for each 32 dimensions (one large dimension then takes precision from its neighbours alone) and a value
-//! one for each head. E4M3 has an exponent in every number; its scale, one for each head, keeps the greatest from overflowing.
+//! What shares a scale was measured on the bundled model (head_dim 64), as mean divergence from f32 in nats per token
+//! (`benches/results/kv-divergence-tinylm*.json`):
+//!
+//! * int8 keys: 32 dimensions, 1.2e-4. One scale for the head gave 2.2e-4 and would save 3 % of the bytes: after rotation, a key has a few
+//!   large dimensions, and they should take precision from few neighbours.
+//! * int8 values: the head, 3.6e-5, well below what keys cost already.
+//! * E4M3: the head, 3.2e-3. Without a scale it was 5.2e-3, and values beyond 448 would be cut.
 
 use super::e4m3;
 use crate::simd::{LANES, Simd};
