@@ -95,7 +95,7 @@ def main() -> None:
     for kind in arguments.quantized:
         source, path = (arguments.out / f"llama-1b-shape-{name.lower()}.gguf" for name in ("BF16", kind))
         if not path.exists():
-            subprocess.run([arguments.llama_quantize, source, path, kind], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([arguments.llama_quantize, source, path, kind], check=True, capture_output=True)
         print(path)
 
 
