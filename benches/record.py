@@ -10,7 +10,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -56,6 +59,20 @@ def origin() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "machine": machine(),
     }
+
+
+def plot(path: Path, draw: Callable[[Any], None]) -> None:
+    """A picture of what `draw` does to a matplotlib `Axes`, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    draw(axes)
+    axes.set_title(path.stem)
+    axes.grid(alpha=0.3)
+    axes.figure.savefig(path)
 
 
 def save(folder: Path, name: str, result: dict[str, Any]) -> Path:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from record import RESULTS, origin, save
+from record import RESULTS, origin, plot, save
 
 from infer import LLM, SamplingParams
 
@@ -157,21 +157,13 @@ def run(arguments: argparse.Namespace, trace: list[Entry], plain: bool) -> dict[
     return figures(served, counters)
 
 
-def plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
+def draw(axes: Any, results: dict[str, dict[str, Any]]) -> None:
     """How many requests had their first token after how long."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed: no plot")
-        return
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name, result in results.items():
         waits = sorted(result["times_to_first_token"])
         axes.plot(waits, [(place + 1) / len(waits) for place in range(len(waits))], label=name)
-    axes.set(xscale="log", xlabel="time to first token, seconds", ylabel="share of requests", title=path.stem)
-    axes.grid(alpha=0.3)
+    axes.set(xscale="log", xlabel="time to first token, seconds", ylabel="share of requests")
     axes.legend()
-    axes.figure.savefig(path)
 
 
 def main() -> None:
@@ -207,7 +199,7 @@ def main() -> None:
         **origin(),
     }
     path = save(RESULTS, f"replay-{arguments.trace.name.partition('.')[0]}", result)
-    plot(path.with_suffix(".svg"), best)
+    plot(path.with_suffix(".svg"), lambda axes: draw(axes, best))
     for name, one in best.items():
         first, gap, others = one["time_to_first_token"], one["inter_token_latency"], one["others_time_to_first_token"]
         print(

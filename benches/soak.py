@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from record import RESULTS, origin, save
+from record import RESULTS, origin, plot, save
 
 from infer import LLM, InferError, SamplingParams
 
@@ -162,17 +162,10 @@ def another_engine() -> None:
         llm.generate("Once", SamplingParams(max_tokens=4), use_tqdm=False)
 
 
-def plot(path: Path, samples: list[dict[str, float]]) -> None:
+def draw(axes: Any, samples: list[dict[str, float]]) -> None:
     """Memory over time."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    axes = Figure(figsize=(7, 3), layout="constrained").subplots()
     axes.plot([one["seconds"] / 60 for one in samples], [one["resident"] / 2**20 for one in samples])
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None), title=path.stem)
-    axes.grid(alpha=0.3)
-    axes.figure.savefig(path)
+    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
 
 
 def main() -> None:
@@ -224,7 +217,7 @@ def main() -> None:
         **source,
     }
     path = save(RESULTS, "soak", result)
-    plot(path.with_suffix(".svg"), samples)
+    plot(path.with_suffix(".svg"), lambda axes: draw(axes, samples))
     print(
         f"{users.deeds} deeds in {arguments.minutes} minutes, {len(users.failures)} failures; "
         f"{level(samples, 1) / 2**20:.1f} MiB resident in the second quarter, {growth / 2**20:+.1f} in the last"

@@ -19,10 +19,10 @@ from infer._core import InferError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BUNDLED", "BUNDLED_DRAFT", "Hub", "resolve"]
+__all__ = ["BUNDLED", "DRAFTS", "Hub", "resolve"]
 
 BUNDLED = Path(__file__).parent / "bundled" / "tinylm.gguf"
-BUNDLED_DRAFT = BUNDLED.with_name("tinylm-draft.gguf")  # guesses for it
+DRAFTS = {BUNDLED: BUNDLED.with_name("tinylm-draft.gguf")}  # models that bring one that guesses for them
 
 # Everything that is read beside the weights; absent ones are simply not there.
 SMALL_FILES = frozenset(

@@ -73,8 +73,8 @@ def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: A
     if method is None:
         raise InferError('speculative_config: \'method\' is needed, "ngram" or "draft_model"')
     draft = config.get("model")
-    if draft is None and method == "draft_model" and target == hub.BUNDLED:
-        draft = hub.BUNDLED_DRAFT
+    if draft is None and method == "draft_model":
+        draft = hub.DRAFTS.get(target)
     lookup_max = config.get("prompt_lookup_max", 4)
     return (
         method,

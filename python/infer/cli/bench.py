@@ -34,11 +34,12 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill and decode in tokens per second."""
+    types = kv_types(kv_cache_dtype)
     with LLM(
         model,
         threads=threads,
         dtype=dtype,
-        kv_cache_dtype=kv_types(kv_cache_dtype),
+        kv_cache_dtype=types,
         max_num_seqs=batch,
         max_num_batched_tokens=max(512, batch),
         enable_prefix_caching=False,
@@ -57,7 +58,7 @@ def bench(
             "isa": system_info()["isa"],
             "threads": llm.threads,
             "dtype": dtype,
-            "kv_cache_dtype": kv_types(kv_cache_dtype),
+            "kv_cache_dtype": types,
             "kv_bytes_per_token": llm.info.kv_bytes_per_token,
             "prompt_tokens": prompt_length,
             "generate_tokens": completion_length,

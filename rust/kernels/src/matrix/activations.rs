@@ -5,6 +5,7 @@
 //! its own lane, in the order of the columns.
 
 use super::GROUP;
+use super::bfloat::Pair;
 use crate::rows::SharedSlice;
 use crate::simd::{Kernel, LANES, Simd};
 use crate::{Context, Isa, Rows};
@@ -44,7 +45,7 @@ impl Tiles {
     }
 
     /// Rows of all tiles, those of zeros included.
-    pub(super) fn padded_rows(self) -> usize {
+    fn padded_rows(self) -> usize {
         match self.count() {
             0 => 0,
             count => (count - 1) * self.full + self.width(count - 1),
@@ -52,21 +53,36 @@ impl Tiles {
     }
 }
 
-/// Tiles of `f32`: (tiles, groups * 32 columns, rows of the tile).
+/// Tiles of values that stand for one column or a few: (tiles, depth, rows of the tile).
 #[derive(Clone, Copy)]
-pub(crate) struct FloatTiles<'a> {
+pub(crate) struct RowTiles<'a, V> {
     /// How rows are cut.
     pub(crate) tiles: Tiles,
-    groups: usize,
-    values: &'a [f32],
+    /// Values of a row: those of whole groups.
+    depth: usize,
+    values: &'a [V],
 }
 
-impl<'a> FloatTiles<'a> {
-    /// The values of a tile: (columns, width).
+impl<'a, V> RowTiles<'a, V> {
+    /// The values of a tile: (depth, width).
     #[inline(always)]
-    pub(crate) fn tile(&self, tile: usize) -> &'a [f32] {
-        let columns = self.groups * GROUP;
-        &self.values[self.tiles.first(tile) * columns..][..self.tiles.width(tile) * columns]
+    pub(crate) fn tile(&self, tile: usize) -> &'a [V] {
+        &self.values[self.tiles.first(tile) * self.depth..][..self.tiles.width(tile) * self.depth]
+    }
+}
+
+/// What a row is laid out as.
+pub(super) trait Value: Copy + Default + Send + Sync {
+    /// Columns that a value stands for.
+    const COLUMNS: usize;
+    /// The values of a row.
+    fn of(row: &[f32]) -> impl Iterator<Item = Self>;
+}
+
+impl Value for f32 {
+    const COLUMNS: usize = 1;
+    fn of(row: &[f32]) -> impl Iterator<Item = f32> {
+        row.iter().copied()
     }
 }
 
@@ -134,14 +150,14 @@ impl<'a> IntegerTiles<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
     values: Vec<f32>,
-    pub(super) pairs: Vec<u32>,
+    pairs: Vec<Pair>,
     bytes: Vec<[u8; GROUP]>,
     scales: Vec<f32>,
     offsets: Vec<i32>,
     totals: Vec<f32>,
 }
 
-pub(super) fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
+fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
     if vector.len() < len {
         vector.resize(len, T::default());
     }
@@ -150,24 +166,13 @@ pub(super) fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &m
 
 impl Activations {
     /// The rows as tiles of `f32`.
-    pub(crate) fn interleave(&mut self, context: &Context, input: Rows<'_>) -> FloatTiles<'_> {
-        let tiles = Tiles::new(context.isa, input.rows());
-        let groups = input.width().div_ceil(GROUP);
-        let columns = groups * GROUP;
-        let values = at_least(&mut self.values, tiles.padded_rows() * columns);
-        let shared = SharedSlice::new(values);
-        context.pool.run(tiles.count(), |tile| {
-            let width = tiles.width(tile);
-            // SAFETY: tiles are disjoint.
-            let values = unsafe { shared.part_mut(tiles.first(tile) * columns, width * columns) };
-            match width {
-                1 => interleave::<1>(input, tiles, tile, values),
-                2 => interleave::<2>(input, tiles, tile, values),
-                4 => interleave::<4>(input, tiles, tile, values),
-                _ => interleave::<8>(input, tiles, tile, values),
-            }
-        });
-        FloatTiles { tiles, groups, values: &self.values }
+    pub(crate) fn interleave(&mut self, context: &Context, input: Rows<'_>) -> RowTiles<'_, f32> {
+        side_by_side(&mut self.values, context, input)
+    }
+
+    /// The rows as tiles of pairs of bfloat16.
+    pub(crate) fn pair(&mut self, context: &Context, input: Rows<'_>) -> RowTiles<'_, Pair> {
+        side_by_side(&mut self.pairs, context, input)
     }
 
     /// The rows as tiles of 8-bit integers, with the sums that the layout wants.
@@ -202,14 +207,34 @@ impl Activations {
     }
 }
 
-fn interleave<const WIDTH: usize>(input: Rows<'_>, tiles: Tiles, tile: usize, values: &mut [f32]) {
+/// Cuts rows into tiles; columns that are missing in the last group are zeros.
+fn side_by_side<'a, V: Value>(memory: &'a mut Vec<V>, context: &Context, input: Rows<'_>) -> RowTiles<'a, V> {
+    let tiles = Tiles::new(context.isa, input.rows());
+    let depth = input.width().div_ceil(GROUP) * GROUP / V::COLUMNS;
+    let shared = SharedSlice::new(at_least(memory, tiles.padded_rows() * depth));
+    context.pool.run(tiles.count(), |tile| {
+        let width = tiles.width(tile);
+        // SAFETY: tiles are disjoint.
+        let values = unsafe { shared.part_mut(tiles.first(tile) * depth, width * depth) };
+        match width {
+            1 => interleave::<V, 1>(input, tiles, tile, values),
+            2 => interleave::<V, 2>(input, tiles, tile, values),
+            4 => interleave::<V, 4>(input, tiles, tile, values),
+            _ => interleave::<V, 8>(input, tiles, tile, values),
+        }
+    });
+    RowTiles { tiles, depth, values: memory }
+}
+
+fn interleave<V: Value, const WIDTH: usize>(input: Rows<'_>, tiles: Tiles, tile: usize, values: &mut [V]) {
     let values = values.as_chunks_mut::<WIDTH>().0;
-    let rows = tiles.rows(tile);
     for lane in 0..WIDTH {
-        let row = if lane < rows { input.row(tiles.first(tile) + lane) } else { &[] };
-        let (present, missing) = values.split_at_mut(row.len());
-        present.iter_mut().zip(row).for_each(|(out, value)| out[lane] = *value);
-        missing.iter_mut().for_each(|out| out[lane] = 0.0);
+        let row = if lane < tiles.rows(tile) { input.row(tiles.first(tile) + lane) } else { &[] };
+        let mut slots = values.iter_mut();
+        for (value, slot) in V::of(row).zip(slots.by_ref()) {
+            slot[lane] = value;
+        }
+        slots.for_each(|slot| slot[lane] = V::default());
     }
 }
 

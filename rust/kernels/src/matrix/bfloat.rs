@@ -1,18 +1,40 @@
 //! Panels of bfloat16 times activations rounded to bfloat16, for instruction sets that multiply pairs of them. A sum is one chain over
 //! the columns: two at a time, the odd one first, each addition rounded to `f32`.
 
+use super::activations::Value;
 use super::float::AHEAD;
-use super::pairs::PairTiles;
-use super::{GROUP, Output, PackedMatrix};
+use super::{GROUP, Output, PackedMatrix, RowTiles};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
+
+/// Two columns of a row rounded to bfloat16: the even one in the low half.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pair(u32);
+
+impl Value for Pair {
+    const COLUMNS: usize = 2;
+    fn of(row: &[f32]) -> impl Iterator<Item = Pair> {
+        let (pairs, last) = row.as_chunks::<2>();
+        let whole = pairs.iter().map(|&[even, odd]| Pair(round(even) >> 16 | round(odd) & 0xffff_0000));
+        whole.chain(last.iter().map(|&even| Pair(round(even) >> 16)))
+    }
+}
+
+/// The bits of the nearest bfloat16, ties to even, in the high half; what the low half holds is no part of it. A NaN stays one.
+/// (`half` gives the same with branches, which costs a prompt of bfloat16 weights 4 % of its speed.)
+#[inline(always)]
+fn round(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x40_0000 } else { nearest }
+}
 
 /// Some panels times all tiles.
 pub(crate) struct BfloatLinear<'a> {
     /// The weights, in the layout Bf16.
     pub(crate) weight: &'a PackedMatrix,
     /// The input rows.
-    pub(crate) input: PairTiles<'a>,
+    pub(crate) input: RowTiles<'a, Pair>,
     /// Where results go.
     pub(crate) output: Output<'a>,
     /// Which panels.
@@ -64,7 +86,7 @@ fn multiply<S: Simd, const T: usize, const P: usize>(
     simd: S,
     weights: &[u8],
     steps: usize,
-    input: &[u32],
+    input: &[Pair],
 ) -> [[S::F32; T]; P] {
     let input = &input.as_chunks::<T>().0[..steps];
     assert!(weights.len() >= P * steps * 64);
@@ -76,9 +98,25 @@ fn multiply<S: Simd, const T: usize, const P: usize>(
             // SAFETY: checked above.
             let words = unsafe { simd.load_bytes(at) };
             for t in 0..T {
-                sums[p][t] = simd.dot_bf16(sums[p][t], words, pairs[t]);
+                sums[p][t] = simd.dot_bf16(sums[p][t], words, pairs[t].0);
             }
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    #[test]
+    fn rounding_equals_the_library() {
+        let specials = [0.0, -0.0, f32::NAN, f32::INFINITY, f32::MAX, f32::MIN_POSITIVE, 1e-40];
+        let edges = (0..4000_u32).map(|n| f32::from_bits(0x3f80_0000 + n * 0x1fff));
+        for value in specials.into_iter().chain(edges) {
+            let (own, expected) = ((round(value) >> 16) as u16, bf16::from_f32(value));
+            assert!(own == expected.to_bits() || value.is_nan() && bf16::from_bits(own).is_nan(), "{value}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Panels times `f32` activations: weights are unpacked exactly.
 
-use super::{FloatTiles, GROUP, Layout, Output, PackedMatrix, coded};
+use super::{GROUP, Layout, Output, PackedMatrix, RowTiles, coded};
 use crate::quant::Grouped;
 use crate::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
@@ -142,7 +142,7 @@ pub(crate) struct FloatLinear<'a> {
     /// The weights.
     pub(crate) weight: &'a PackedMatrix,
     /// The input rows.
-    pub(crate) input: FloatTiles<'a>,
+    pub(crate) input: RowTiles<'a, f32>,
     /// Where results go.
     pub(crate) output: Output<'a>,
     /// Which panels.

@@ -21,18 +21,18 @@ mod float;
 mod integer;
 mod output;
 mod pack;
-mod pairs;
 mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
-pub(crate) use activations::{Activations, FloatTiles, IntegerTiles, Rounding};
+pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles};
 pub(crate) use bfloat::BfloatLinear;
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
 
+pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;
 use crate::simd::LANES;
 use crate::{Format, KernelError, Pool};
@@ -41,9 +41,6 @@ use std::ops::Range;
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("panels are read as little-endian numbers");
-
-/// Columns that share a scale, in layouts that have scales, and the unit of every kernel's loop.
-pub(crate) const GROUP: usize = 32;
 
 /// How the weights of a panel lie. See the [module](self).
 #[derive(Clone, Copy, Debug)]
@@ -81,8 +78,8 @@ impl Layout {
             Layout::Int4 => whole(-8),
             Layout::Coded(format) => Some(Rounding {
                 weight_offset: coded::offset(format.codes),
-                halves: coded::has_halves(format.scales),
-                totals: coded::has_minima(format.scales),
+                halves: format.scales.has_halves(),
+                totals: format.scales.has_minima(),
             }),
         }
     }

@@ -174,7 +174,7 @@ fn grouped_ref(
             let exact: f32 = integers.zip(rounded).map(|(&weight, value)| f32::from(weight) * value.0).sum();
             let scale = rounded[0].1;
             sum = exact.mul_add(scales[part] * scale, sum);
-            if grouped.has_minimum() {
+            if grouped.scales.has_minima() {
                 let total: f32 = rounded.iter().map(|value| value.0).sum();
                 sum = minima[part].mul_add(scale * total, sum);
             }

@@ -6,7 +6,7 @@
 
 use half::{bf16, f16};
 
-/// Weights that share a scale, at most: a group's halves may have their own.
+/// Weights that share a scale, at most: a group's halves may have their own. Also the unit of every kernel's loop over columns.
 pub(crate) const GROUP: usize = 32;
 
 /// 32 weights: weight `i` is `integers[i] * scale`, plus the minimum where the format has one, and both are those of
@@ -65,6 +65,18 @@ pub(crate) enum Scales {
     StepsDrops { halves: bool },
 }
 
+impl Scales {
+    /// Whether the halves of a group have their own.
+    pub(crate) const fn has_halves(self) -> bool {
+        matches!(self, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true })
+    }
+
+    /// Whether groups have minima.
+    pub(crate) const fn has_minima(self) -> bool {
+        matches!(self, Scales::HalfMinimum | Scales::StepsDrops { .. })
+    }
+}
+
 /// A format of groups.
 #[derive(Debug)]
 pub(crate) struct Grouped {
@@ -77,11 +89,6 @@ pub(crate) struct Grouped {
 }
 
 impl Grouped {
-    /// Whether groups have minima.
-    pub(crate) const fn has_minimum(&self) -> bool {
-        matches!(self.scales, Scales::HalfMinimum | Scales::StepsDrops { .. })
-    }
-
     /// The scale of each half of a group.
     pub(crate) fn scales_of(&self, group: &Group) -> [f32; 2] {
         let unit = match self.scales {
@@ -110,7 +117,7 @@ impl Grouped {
             let (scales, minima) = (self.scales_of(&group), self.minima_of(&group));
             for (i, (out, integer)) in out.iter_mut().zip(group.integers).enumerate() {
                 let product = scales[i / 16] * f32::from(integer);
-                *out = if self.has_minimum() { product + minima[i / 16] } else { product };
+                *out = if self.scales.has_minima() { product + minima[i / 16] } else { product };
             }
         }
     }

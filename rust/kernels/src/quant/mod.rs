@@ -31,7 +31,7 @@ mod q8_0;
 mod tq1_0;
 mod tq2_0;
 
-pub(crate) use grouped::{Codes, Group, Grouped, Scales};
+pub(crate) use grouped::{Codes, GROUP, Group, Grouped, Scales};
 pub(crate) use q4_0::BlockQ4_0;
 pub(crate) use q8_0::BlockQ8_0;
 

@@ -308,6 +308,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn dot_bf16(self, sums: Self::F32, weights: Self::I32, pair: u32) -> Self::F32 {
         dot_bf16_in_two(self, sums, weights, pair)
     }
+
     /// Exact sums of products of the bytes of `weights`, four per lane and vector, with as many activations of each of `T`
     /// rows, from the four at `first` on.
     ///

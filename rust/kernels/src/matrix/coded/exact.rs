@@ -2,7 +2,7 @@
 
 use super::super::{GROUP, PackedMatrix};
 use super::kernel::{Book, Five, Nibbles, Six, Unpack, load_scales};
-use super::{drop_at, group_bytes, has_halves, has_minima, offset, record, step_at, table, upper_bits};
+use super::{drop_at, group_bytes, offset, record, step_at, table, upper_bits};
 use crate::quant::{Codes, Grouped, Scales};
 use crate::simd::{LANES, Simd};
 use half::{bf16, f16};
@@ -45,7 +45,7 @@ fn unpack<S: Simd, U: Unpack>(
             let byte = simd.shift_right(steps[column / 4], 8 * (column % 4) as u32);
             let integer = simd.add_i32(simd.and_i32(byte, simd.splat_i32(255)), offset);
             let mut exact = simd.mul(own.scales[column / 16], simd.to_f32(integer));
-            if has_minima(format.scales) {
+            if format.scales.has_minima() {
                 exact = simd.add(exact, own.minima[column / 16]);
             }
             simd.store(exact, value);
@@ -66,7 +66,7 @@ pub(in super::super) fn unpack_lane(
         let (own, minima) = lane_scales(format.scales, format.factor, scales, group, lane);
         for (column, value) in out.iter_mut().enumerate() {
             let product = own[column / 16] * integer(format.codes, weights, column, lane) as f32;
-            *value = if has_minima(format.scales) { product + minima[column / 16] } else { product };
+            *value = if format.scales.has_minima() { product + minima[column / 16] } else { product };
         }
     }
 }
@@ -96,9 +96,9 @@ fn lane_scales(kind: Scales, factor: f32, panel: &[u8], group: usize, lane: usiz
         Scales::Brain => bf16::from_bits(bits(0)).to_f32(),
         _ => f16::from_bits(bits(0)).to_f32() * factor,
     };
-    let minimum = if has_minima(kind) { f16::from_bits(bits(2 * LANES)).to_f32() } else { 0.0 };
+    let minimum = if kind.has_minima() { f16::from_bits(bits(2 * LANES)).to_f32() } else { 0.0 };
     let of_half = |half: usize| {
-        let own = if has_halves(kind) { half } else { 0 };
+        let own = if kind.has_halves() { half } else { 0 };
         let count = |at: usize| f32::from(record[at + lane] as i8);
         let scale = step_at(kind, group % span, own).map_or(unit, |at| unit * count(at));
         let minimum = drop_at(kind, group % span, own).map_or(minimum, |at| minimum * -count(at));

@@ -4,7 +4,7 @@
 use super::super::activations::IntegerTile;
 use super::super::float::AHEAD;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
-use super::{drop_at, group_bytes, has_halves, has_minima, record, step_at, table};
+use super::{drop_at, group_bytes, record, step_at, table};
 use crate::quant::{Codes, Scales};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
@@ -156,10 +156,10 @@ pub(super) fn load_scales<S: Simd>(
         Scales::Brain => simd.load_bf16(words(record, 0)),
         _ => simd.mul(simd.load_f16(words(record, 0)), simd.splat(factor)),
     };
-    let minimum = if has_minima(kind) { simd.load_f16(words(record, 2 * LANES)) } else { simd.splat(0.0) };
+    let minimum = if kind.has_minima() { simd.load_f16(words(record, 2 * LANES)) } else { simd.splat(0.0) };
     let (mut scales, mut minima) = ([unit; 2], [minimum; 2]);
     for half in 0..2 {
-        let own = if has_halves(kind) { half } else { 0 };
+        let own = if kind.has_halves() { half } else { 0 };
         if let Some(at) = step_at(kind, group % span, own) {
             scales[half] = simd.mul(unit, simd.to_f32(simd.load_i8(bytes_at(record, at))));
         }
@@ -298,7 +298,7 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize>(
     let factor = weight.layout().scale_factor();
     let (rows, row_scales) = (tile.bytes.as_chunks::<T>().0, tile.scales.as_chunks::<T>().0);
     let (offsets, totals) = (tile.offsets.as_chunks::<T>().0, tile.totals.as_chunks::<T>().0);
-    let parts = if has_halves(K::SCALES) { 2 } else { 1 };
+    let parts = if K::SCALES.has_halves() { 2 } else { 1 };
     let mut sums = [simd.splat(0.0); T];
     for (group, weights) in weights.chunks_exact(U::BYTES).enumerate() {
         for line in 0..U::BYTES / 64 {
@@ -317,7 +317,7 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize>(
             for t in 0..T {
                 let scale = simd.mul(own.scales[part], simd.splat(row_scales[group][t]));
                 sums[t] = simd.mul_add(simd.to_f32(exact[t]), scale, sums[t]);
-                if has_minima(K::SCALES) {
+                if K::SCALES.has_minima() {
                     sums[t] = simd.mul_add(own.minima[part], simd.splat(totals[at][t]), sums[t]);
                 }
             }

@@ -51,16 +51,6 @@ const fn parts(halves: bool) -> usize {
     if halves { 2 } else { 1 }
 }
 
-/// Whether the halves of a group have their own scales.
-pub(super) const fn has_halves(scales: Scales) -> bool {
-    matches!(scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true })
-}
-
-/// Whether groups have minima.
-pub(super) const fn has_minima(scales: Scales) -> bool {
-    matches!(scales, Scales::HalfMinimum | Scales::StepsDrops { .. })
-}
-
 /// What must be added to codes to make them integers again.
 pub(super) const fn offset(codes: Codes) -> i32 {
     match codes {
@@ -153,10 +143,10 @@ fn write_scales(kind: Scales, group: &crate::quant::Group, index: usize, lane: u
     let (span, bytes) = record(kind);
     let record = &mut scales[index / span * bytes..][..bytes];
     record[2 * lane..][..2].copy_from_slice(&group.scale.to_le_bytes());
-    if has_minima(kind) {
+    if kind.has_minima() {
         record[2 * (LANES + lane)..][..2].copy_from_slice(&group.minimum.to_le_bytes());
     }
-    for half in 0..parts(has_halves(kind)) {
+    for half in 0..parts(kind.has_halves()) {
         if let Some(at) = step_at(kind, index % span, half) {
             record[at + lane] = group.steps[half] as u8;
         }
