@@ -2,20 +2,20 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infer_engine::{Driver, EngineConfig, MonotonicClock, Speculation, Tier};
+use infer_engine::{Driver, EngineConfig, Handover, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions};
+use infer_model::{Checkpoint, KvTypes, ModelSpec};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
-use crate::device::CpuDevice;
+use crate::backend::{Backend, Outside};
 use crate::error::refusal;
 use crate::info::ModelInfo;
-use crate::memory::{CachePlan, CacheRequest, free_memory, plan_cache};
+use crate::memory::{CachePlan, CacheRequest, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
@@ -38,6 +38,8 @@ pub struct Settings {
     pub speculation: Option<Speculation>,
     /// The model that guesses.
     pub draft: Option<PathBuf>,
+    /// Loaded models of an executor that computes instead of this process's CPU.
+    pub outside: Option<Outside>,
     pub offload: Option<Offload>,
     pub cache_events: bool,
     pub trace: bool,
@@ -52,6 +54,8 @@ pub struct Offload {
 /// A loaded model and its engine.
 pub struct Loaded {
     pub driver: Driver,
+    /// Where an executor outside finds its work.
+    pub handover: Option<Arc<Handover>>,
     pub store: Option<Arc<Store>>,
     /// The identity of this model's pages outside this process.
     pub namespace: [u8; 32],
@@ -84,78 +88,41 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types)?;
-    let options = LoadOptions {
-        threads: Some(settings.threads),
-        precision: settings.precision,
-        mmap: settings.mmap,
-        kv_types: settings.kv_types.clone(),
-    };
-    let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
+    let kv_types = settings.outside.as_ref().map_or(&settings.kv_types, |outside| outside.model.kv_types());
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), kv_types)?;
+    let backend = Backend::new(settings, &checkpoint)?;
     drop(checkpoint);
-    let mut draft = settings.draft.as_deref().map(|path| load_draft(path, &options, &model)).transpose()?;
-    let page_bytes = model.page_bytes() + draft.as_ref().map_or(0, CpuModel::page_bytes);
+    let page_bytes = backend.page_bytes();
     let request = CacheRequest {
         page_bytes,
         page_tokens: PAGE_TOKENS,
-        max_positions: model.spec().max_positions,
+        max_positions: backend.spec().max_positions,
         max_num_seqs: settings.max_num_seqs,
         max_model_len: settings.max_model_len,
         memory_bytes: settings.kv_cache_memory_bytes,
     };
-    let plan = plan_cache(&request, free_memory())?;
-    let mut config = engine_config(settings, &plan, &model, text.as_ref());
+    let plan = plan_cache(&request, backend.budget())?;
+    let mut config = engine_config(settings, &plan, backend.spec(), text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
-    for model in [Some(&mut model), draft.as_mut()].into_iter().flatten() {
-        model.allocate_cache(plan.pages).map_err(|error| error.to_string())?;
-    }
-    let namespace = namespace(&model, draft.as_ref());
+    let namespace = backend.namespace();
     let store =
         settings.offload.as_ref().map(|offload| open_store(offload, namespace, page_bytes)).transpose()?;
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
     let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);
-    let clock = Arc::new(MonotonicClock::new());
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let device = CpuDevice { model, draft };
-    let driver = Driver::start(config, device, tier, clock).map_err(|error| error.to_string())?;
+    let (driver, handover) = backend.start(config, tier)?;
     let text = text.map(Arc::new);
-    Ok(Loaded { driver, store, namespace, page_bytes, text, info, threads: settings.threads, began })
-}
-
-/// Loads the model that guesses for `target`.
-fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
-    let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    // Layers are numbered in the model alone: all of the draft's have the types that were wished for.
-    let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
-    let options = LoadOptions { kv_types, ..options.clone() };
-    let draft = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
-    let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
-    if own != wanted {
-        return Err(format!(
-            "speculative_config[\"model\"]: {} has a vocabulary of {own} tokens and the model one of {wanted}; a draft model needs the \
-             same vocabulary",
-            path.display()
-        ));
-    }
-    let (own, wanted) = (draft.spec().max_positions, target.spec().max_positions);
-    if own < wanted {
-        return Err(format!(
-            "speculative_config[\"model\"]: {} was trained for {own} positions and the model for {wanted}; a draft model needs at \
-             least as many",
-            path.display()
-        ));
-    }
-    Ok(draft)
-}
-
-/// What pages belong to: the models that computed them.
-fn namespace(model: &CpuModel, draft: Option<&CpuModel>) -> [u8; 32] {
-    let mut namespace = model.fingerprint();
-    if let Some(draft) = draft {
-        let guess = draft.fingerprint();
-        namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
-    }
-    namespace
+    Ok(Loaded {
+        driver,
+        handover,
+        store,
+        namespace,
+        page_bytes,
+        text,
+        info,
+        threads: settings.threads,
+        began,
+    })
 }
 
 fn open_store(offload: &Offload, namespace: [u8; 32], page_bytes: usize) -> Result<Arc<Store>, String> {
@@ -176,10 +143,9 @@ fn random_key() -> [u8; 32] {
 fn engine_config(
     settings: &Settings,
     plan: &CachePlan,
-    model: &CpuModel,
+    spec: &ModelSpec,
     text: Option<&TextModel>,
 ) -> EngineConfig {
-    let spec = model.spec();
     EngineConfig {
         pages: plan.pages,
         page_tokens: PAGE_TOKENS,

@@ -3,6 +3,9 @@
 //! Without a wish, the cache gets what `max_num_seqs` sequences of full length need, but at most 1 GiB, or more if a single sequence
 //! needs it, and never more than half of what the machine has free once the weights are there. Pages are touched as they are first
 //! used, so a small workload stays small.
+//!
+//! On a device of its own memory the same, but for the 1 GiB: there is nobody else to leave room for, so the cache gets up to nine
+//! tenths of what is free.
 
 use std::fs;
 
@@ -19,6 +22,32 @@ pub struct CacheRequest {
     pub memory_bytes: Option<u64>,
 }
 
+/// Where the cache will be, and how many bytes are free there.
+#[derive(Clone, Copy)]
+pub enum Budget {
+    /// This machine's memory, if the system says what is free.
+    Host(Option<u64>),
+    /// A device's own.
+    Device(u64),
+}
+
+impl Budget {
+    /// The most that a cache gets unless told otherwise, when a single sequence of full length takes `one` bytes.
+    fn usual(self, one: u64) -> u64 {
+        match self {
+            Self::Host(free) => USUAL_BYTES.max(one).min(free.map_or(u64::MAX, |free| free / 2)),
+            Self::Device(free) => free / 10 * 9,
+        }
+    }
+
+    fn describe(self) -> String {
+        match self {
+            Self::Host(free) => format!("half of the free memory ({} bytes)", free.unwrap_or(0) / 2),
+            Self::Device(free) => format!("the device's free memory ({free} bytes)"),
+        }
+    }
+}
+
 /// What was settled.
 #[derive(Debug, PartialEq, Eq)]
 pub struct CachePlan {
@@ -29,11 +58,11 @@ pub struct CachePlan {
 /// Slots are numbered in 32 bits.
 const MAX_PAGES: u64 = 1 << 28;
 
-/// Settles pages and the longest sequence. `free` is the machine's free memory in bytes, if known.
+/// Settles pages and the longest sequence.
 ///
 /// # Errors
 /// Names the argument that cannot be met and what would be possible.
-pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan, String> {
+pub fn plan_cache(request: &CacheRequest, budget: Budget) -> Result<CachePlan, String> {
     let page_bytes = request.page_bytes.max(1) as u64;
     let pages_for = |tokens: usize| tokens.div_ceil(request.page_tokens) as u64;
     let longest = request.max_model_len.unwrap_or(request.max_positions);
@@ -45,11 +74,19 @@ pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan
     }
     let wanted = pages_for(longest).saturating_mul(request.max_num_seqs as u64);
     let pages = match request.memory_bytes {
-        Some(bytes) => bytes / page_bytes,
+        Some(bytes) => {
+            if let Budget::Device(free) = budget
+                && bytes > free
+            {
+                return Err(format!(
+                    "kv_cache_memory_bytes = {bytes} is more than the device has free, {free} bytes"
+                ));
+            }
+            bytes / page_bytes
+        }
         None => {
             let one = pages_for(longest).saturating_mul(page_bytes);
-            let half = free.map_or(u64::MAX, |free| free / 2);
-            wanted.min(USUAL_BYTES.max(one).min(half) / page_bytes)
+            wanted.min(budget.usual(one) / page_bytes)
         }
     };
     let pages = pages.min(MAX_PAGES) as usize;
@@ -57,7 +94,7 @@ pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan
     if room == 0 {
         let source = match request.memory_bytes {
             Some(bytes) => format!("kv_cache_memory_bytes = {bytes}"),
-            None => format!("half of the free memory ({} bytes)", free.unwrap_or(0) / 2),
+            None => budget.describe(),
         };
         return Err(format!(
             "{source} holds not even one page of {} tokens, which takes {page_bytes} bytes",

@@ -36,6 +36,27 @@ pub struct BatchSequence {
     pub drafted: usize,
 }
 
+impl Batch {
+    /// The rows that the draft model has not computed yet; none of their logits are wanted, and no page is copied.
+    #[must_use]
+    pub fn not_drafted(&self) -> Self {
+        let mut rest = Self::default();
+        for sequence in self.sequences.iter().filter(|sequence| sequence.drafted < sequence.rows) {
+            let rows = sequence.rows - sequence.drafted;
+            let first = sequence.first_row + sequence.drafted;
+            rest.sequences.push(BatchSequence {
+                first_row: rest.tokens.len(),
+                rows,
+                first_position: sequence.first_position + sequence.drafted,
+                drafted: 0,
+                ..sequence.clone()
+            });
+            rest.tokens.extend_from_slice(&self.tokens[first..first + rows]);
+        }
+        rest
+    }
+}
+
 /// What a sequence contributes to the step in flight.
 #[derive(Debug, Clone)]
 pub(crate) struct Scheduled {

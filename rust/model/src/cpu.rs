@@ -53,7 +53,8 @@ impl CpuModel {
         let kv_layers = options.kv_types.layers(&checkpoint.spec)?;
         let interpreter = Interpreter::load(checkpoint, Context::new(threads)?, options.precision)?;
         // After the load, which leaves the files' pages in memory.
-        let fingerprint = fingerprint::of(checkpoint, options.precision, &kv_layers, interpreter.context.isa);
+        let fingerprint =
+            fingerprint::of(checkpoint, options.precision, &kv_layers, interpreter.context.isa.name());
         Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
     }
 

@@ -268,7 +268,7 @@ fn lookup(loader: &Loader<'_>, role: Role, rows: usize) -> Result<LookupTable, M
 }
 
 /// The matrix of the head, if it is the embedding too.
-fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
+pub(crate) fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
     let is_head = |key: &MatrixKey| key.parts.len() == 1 && key.parts[0].role == Role::Head;
     if spec.tied { program.matrices.iter().position(is_head) } else { None }
 }

@@ -6,6 +6,7 @@
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
+//! * `blueprint.rs`: program and weights for backends outside of this crate.
 //! * `export.rs`: a checkpoint as a quantized GGUF file.
 //! * `fingerprint.rs`: the identity of cached keys and values.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
@@ -14,6 +15,7 @@
 
 mod arch;
 mod batch;
+mod blueprint;
 mod checkpoint;
 mod config;
 mod cpu;
@@ -37,6 +39,7 @@ mod weights;
 
 pub use arch::ARCHITECTURES;
 pub use batch::{Batch, BatchSequence, NO_PAGE};
+pub use blueprint::{Blueprint, PlainType};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};

@@ -1,0 +1,122 @@
+"""One model's steps from the engine's work to logits in host memory: padding, graphs, copies.
+
+Steps of decoding, in which every row's logits are wanted and sequences have a few rows each, are padded to one of a few sizes; each size is
+captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and replayed
+from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
+from infer.gpu.executor import Launch
+from infer.gpu.memory import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from infer._core import Work
+    from infer.gpu.device import Device
+    from infer.gpu.executor import Executor
+
+MOST_GRAPH_ROWS = 512
+
+
+def padded(count: int) -> int:
+    """Return the size that a count of rows or sequences is padded to: 1, 2, 4, 8, then multiples of 8, from 64 on of 16, from 256 on of 32."""
+    for size in (1, 2, 4, 8):
+        if count <= size:
+            return size
+    step = 8 if count <= 64 else 16 if count <= 256 else 32
+    return -(-count // step) * step
+
+
+class Runner:
+    """Runs one model.
+
+    Parameters
+    ----------
+    device, executor
+        The device, and the model on it.
+    rows, sequences, pages
+        The most rows and sequences of a step, and pages of a sequence.
+    logit_rows, vocabulary
+        The most rows whose logits a step gives, and their width.
+    long_context_row
+        First row of the tables of cosines and sines that long contexts use.
+    graphs
+        Whether to capture graphs.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        executor: Executor,
+        rows: int,
+        sequences: int,
+        pages: int,
+        logit_rows: int,
+        vocabulary: int,
+        long_context_row: int,
+        graphs: bool,
+    ) -> None:
+        self._device, self._executor = device, executor
+        self.pages = executor.pages
+        self._sequences = sequences
+        self._plan = Plan(device, rows, sequences, pages, long_context_row)
+        self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
+        self._most_graph_rows = min(MOST_GRAPH_ROWS, logit_rows, rows) if graphs else 0
+        self._graphs: dict[tuple[int, int], Callable[[], None] | None] = {}
+
+    def enqueue(self, work: Work) -> NDArray[np.float32]:
+        """Enqueue a step; returns where its logits, (logit rows, vocabulary), will be once the device is synchronized."""
+        rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
+        size = self._graph_size(work)
+        if size is None:
+            self._plan.send(work, rows, sequences)
+            self._executor.forward(self._launch(work, rows, sequences, wanted))
+        else:
+            self._plan.send(work, *size)
+            self._decode(work, size)
+        host: NDArray[np.float32] = self._host_logits[:wanted]
+        if wanted:
+            self._device.download(host, self._executor.logits(wanted).pointer)
+        return host
+
+    def _graph_size(self, work: Work) -> tuple[int, int] | None:
+        """Return the padded rows and sequences of a step that a graph is made for: whole decoding steps that are not too large."""
+        rows, sequences = work.rows, work.sequences
+        if work.logit_rows != rows or rows > self._most_graph_rows or self._is_plain(work) or not self._only_decodes(work):
+            return None
+        size = padded(rows), padded(sequences)
+        return size if size[0] <= self._most_graph_rows and size[1] <= self._sequences else None
+
+    def _is_plain(self, work: Work) -> bool:
+        return work.decode_pieces(CHUNK_PAGES, DECODE_ROWS) > self._executor.plans.size.items
+
+    def _only_decodes(self, work: Work) -> bool:
+        return work.most_rows <= DECODE_ROWS
+
+    def _launch(self, work: Work, rows: int, sequences: int, wanted: int) -> Launch:
+        inputs, logit_rows = self._plan.inputs(rows, sequences), self._plan.logit_rows(rows)
+        return Launch(inputs, rows, wanted, logit_rows, self._only_decodes(work), self._is_plain(work))
+
+    def _decode(self, work: Work, size: tuple[int, int]) -> None:
+        """Enqueue a decoding step of a padded size."""
+        rows, sequences = size
+
+        def run() -> None:
+            self._executor.forward(self._launch(work, rows, sequences, rows))
+
+        if size not in self._graphs:
+            self._graphs[size] = None
+            run()
+            return
+        graph = self._graphs[size]
+        if graph is None:
+            graph = self._graphs[size] = self._device.capture(run)
+        graph()
