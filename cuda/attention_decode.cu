@@ -9,7 +9,14 @@
 #include "mma.cuh"
 #include "attention.cuh"
 
-constexpr int WARPS = 4;
+#ifndef DECODE_WARPS
+#define DECODE_WARPS 4
+#endif
+#ifndef DECODE_BLOCKS
+#define DECODE_BLOCKS 3 // for each multiprocessor
+#endif
+
+constexpr int WARPS = DECODE_WARPS;
 constexpr int PARTS = (GROUP + 7) / 8;               // of 8 packed rows
 constexpr int ROWS = PARTS * 8;
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
@@ -252,7 +259,7 @@ DEVICE bool is_last(int *counter, int count, Shared &shared) {
 
 // queries, output: (rows, heads * HEAD_DIM), queries aligned to 16 bytes. partials: (items, kv_heads, ROWS, PARTIAL) floats; counters:
 // (items, kv_heads) ints that are 0 before and after. Launch: any grid, WARPS warps.
-BOUNDED_KERNEL(THREADS, PARTS == 1 && HEAD_DIM <= 128 ? 3 : 1)
+BOUNDED_KERNEL(THREADS, PARTS == 1 && HEAD_DIM <= 128 ? DECODE_BLOCKS : 1)
 attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const VALUE_TYPE *values, const float *key_scales,
                      const float *value_scales, const float *sinks, const Item *items, const int *counts, const int *page_table,
                      float *partials, int *counters, int query_stride, int output_stride, int page_stride, int kv_heads, int window,

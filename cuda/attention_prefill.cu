@@ -18,15 +18,6 @@ struct Stage {
     float key_scales[PAGES][PAGE_TOKENS], value_scales[PAGES][PAGE_TOKENS];
 };
 
-DEVICE void copy_16(void *to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-DEVICE void copy_4(void *to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
-}
-DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DEVICE void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
 struct Source {
     const u8 *keys, *values;
     const float *key_scales, *value_scales;

@@ -144,6 +144,23 @@ template <int V, class E> DEVICE void store(E *to, const float (&values)[V]) {
     }
 }
 
+// ---- asynchronous copies to shared memory, by each thread for itself; a group is what was started since the last one ended
+
+// Copies 16 bytes past L1, or clears them.
+DEVICE void copy_16(void *to, const void *from, bool exists = true) {
+    const u32 place = u32(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+DEVICE void copy_4(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the last N groups of this thread are there.
+template <int N> DEVICE void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 // ---- reductions, each in one fixed order
 
 DEVICE float warp_sum(float value) {

@@ -4,6 +4,9 @@
 #ifndef VECTOR
 #define VECTOR 1
 #endif
+#ifndef GATE
+#define GATE T
+#endif
 constexpr int V = VECTOR;
 
 // First column of this thread, or `width` and beyond if it has none.
@@ -24,8 +27,8 @@ KERNEL add(T *destination, const T *source, int destination_stride, int source_s
     store<V>(destination, sum);
 }
 
-// destination += sigmoid(gate) * source; gate is (rows, 1).
-KERNEL add_gated(T *destination, const T *source, const T *gate, int destination_stride, int source_stride, int gate_stride,
+// destination += sigmoid(gate) * source; gate is (rows, 1), of type GATE.
+KERNEL add_gated(T *destination, const T *source, const GATE *gate, int destination_stride, int source_stride, int gate_stride,
                  int width) {
     let_next_start();
     wait_for_previous();

@@ -3,7 +3,8 @@
 // A block owns TILES tiles of 16 weight rows; its eight warps share out the columns in steps of 64, and their sums are added in order at
 // the end. So a result depends on its input row and the weights alone, not on the other rows. Weights go from memory straight into the
 // registers of the matrix instructions, 16 bytes a lane, DEPTH steps ahead; the first steps are read before the kernel waits for its
-// predecessor, so memory never idles between kernels. Input rows come from the caches.
+// predecessor, so memory never idles between kernels. Each warp copies its columns of the input rows (and the norm's factors) to a ring in
+// shared memory, as many steps ahead: read directly, their latency in every step held up the weights.
 //
 // NORM 1: input rows are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the end, when
 // the sum of squares is known. EPILOGUE: 0 stores, 1 adds to the output, 2 takes the first half of the weight's rows as gates of the
@@ -19,7 +20,7 @@
 #define TILES 1
 #endif
 #ifndef DEPTH
-#define DEPTH (8 / TILES / int(sizeof(WEIGHT)))
+#define DEPTH ((sizeof(WEIGHT) == 1 ? 6 : 4) / TILES)
 #endif
 #ifndef EPILOGUE
 #define EPILOGUE 0
@@ -114,27 +115,52 @@ struct Reader {
     }
 };
 
+// A warp's ring of input rows: DEPTH steps of (rows, STEP) and of the norm's STEP factors.
 struct Input {
     const bf16 *first; // row 0
     const float *norm;
-    int stride, rows, columns, g, t;
+    u8 *ring;
+    int stride, rows, columns, lane, g, t;
+
+    DEVICE u8 *slot(int turn) const { return ring + turn * (rows * STEP * 2 + NORM * STEP * 4); }
+
+    // Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
+    DEVICE int place(int token, int eight) const {
+        const int order = sizeof(WEIGHT) == 1 ? eight % 2 * 4 + eight / 2 : eight;
+        return token * STEP * 2 + (order ^ (token % 2 * 4)) * 16;
+    }
+
+    // Starts copying a step's columns; what lies beyond the row becomes zeros.
+    DEVICE void copy(int number, int turn) const {
+        u8 *to = slot(turn);
+        for (int i = lane; i < rows * (STEP / 8); i += WARP) {
+            const int token = i / (STEP / 8), eight = i % (STEP / 8), column = number * STEP + eight * 8;
+            copy_16(to + place(token, eight), first + size_t(token) * stride + (column < columns ? column : 0), column < columns);
+        }
+        if (NORM && lane < STEP / 4) {
+            const int column = number * STEP + lane * 4;
+            copy_16(to + rows * STEP * 2 + lane * 16, norm + (column < columns ? column : 0), column < columns);
+        }
+        end_group();
+    }
+
+    DEVICE uint4 read(int turn, int token, int eight, float &squares) const {
+        if (token >= rows) return make_uint4(0, 0, 0, 0);
+        uint4 values = *reinterpret_cast<const uint4 *>(slot(turn) + place(token, eight));
+        if (NORM) normalise(values, reinterpret_cast<const float *>(slot(turn) + rows * STEP * 2) + eight * 8, squares);
+        return values;
+    }
 
     // Multiplies a step's weights.
-    DEVICE void operator()(const Step &step, int number, Sums &sums) const {
+    DEVICE void multiply(const Step &step, int turn, Sums &sums) const {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const int column = number * STEP + i * (STEP / LOADS) + t * SPAN;
 #pragma unroll
             for (int eight = 0; eight < SPAN / 8; eight++) {
                 uint4 values[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
-                    const int token = part * 8 + g, at = column + eight * 8;
-                    values[part] = make_uint4(0, 0, 0, 0);
-                    if (token < rows && at < columns) {
-                        values[part] = *reinterpret_cast<const uint4 *>(first + size_t(token) * stride + at);
-                        if (NORM) normalise(values[part], norm + at, sums.squares[part]);
-                    }
+                    values[part] = read(turn, part * 8 + g, i * 4 + t * (SPAN / 8) + eight, sums.squares[part]);
                 }
 #pragma unroll
                 for (int quad = 0; quad < 2; quad++) {
@@ -198,7 +224,8 @@ struct Ending {
 };
 
 // input (rows, columns), columns a multiple of 8, or 16 for 8-bit weights; weight (weight_rows, columns), both aligned to 16 bytes; scales (weight_rows) for 8-bit
-// weights, else null; bias (weight_rows) may be null. Launch: grid (ceil(outputs / OUTPUTS)), WARPS warps.
+// weights, else null; bias (weight_rows) may be null. Launch: grid (ceil(outputs / OUTPUTS)), WARPS warps, WARPS * DEPTH *
+// (rows * STEP * 2 + NORM * STEP * 4) bytes of dynamic shared memory.
 BOUNDED_KERNEL(WARPS * WARP, 2)
 linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const float *scales, const float *norm,
                   OUTPUT *output, int input_stride, int output_stride, int rows, int weight_rows, int columns, float add,
@@ -221,14 +248,22 @@ linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const 
     for (int i = 0; i < DEPTH; i++) read(ring[i], warp + i * WARPS);
     let_next_start();
     wait_for_previous();
-    const Input multiply = {input, norm, input_stride, rows, columns, g, t};
+    extern __shared__ uint4 dynamic[];
+    u8 *own = reinterpret_cast<u8 *>(dynamic) + warp * DEPTH * (rows * STEP * 2 + NORM * STEP * 4);
+    const Input inputs = {input, norm, own, input_stride, rows, columns, lane, g, t};
     Sums sums = {};
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) inputs.copy(warp + i * WARPS, i);
     for (int base = warp; base < steps; base += DEPTH * WARPS) {
 #pragma unroll
         for (int i = 0; i < DEPTH; i++) {
             const int number = base + i * WARPS;
-            if (number < steps) multiply(ring[i], number, sums);
+            wait_group<DEPTH - 1>();
+            __syncwarp();
+            if (number < steps) inputs.multiply(ring[i], i, sums);
             read(ring[i], number + DEPTH * WARPS);
+            __syncwarp();
+            inputs.copy(number + DEPTH * WARPS, i);
         }
     }
     publish(sums, warp, g, t, shared);

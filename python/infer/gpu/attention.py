@@ -9,6 +9,8 @@ from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Row
 from infer.gpu.rows import RowOperations, element_macros
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from infer.gpu.kernels import Kernels
 
 CHUNK_PAGES = 16
@@ -19,6 +21,7 @@ DECODE_ROWS = 8
 
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
+DECODE_WARPS = 4
 DECODE_BLOCKS = 3  # per multiprocessor
 
 
@@ -47,13 +50,24 @@ class PlanSize:
     heads: int
     kv_heads: int
     head_dim: int
+    most_items: int = 0
+    """A limit that the caller sees to (``step_items``), 0 for none: all sequences are rarely long at once."""
 
     @property
     def items(self) -> int:
         """Pieces of decode attention."""
         chunks = -(-self.length // (CHUNK_PAGES * PAGE_TOKENS))
         tiles = min(self.rows, self.sequences * -(-DECODE_ROWS // decode_tokens(self.heads // self.kv_heads)))
-        return tiles * chunks
+        return min(tiles * chunks, self.most_items or tiles * chunks)
+
+    def step_items(self, sequences: Iterable[tuple[int, int]], window: int) -> int:
+        """Return the pieces that a step needs, for its sequences as (first position, rows)."""
+        chunk, tokens, count = CHUNK_PAGES * PAGE_TOKENS, decode_tokens(self.heads // self.kv_heads), 0
+        for first, rows in sequences:
+            if 0 < rows <= DECODE_ROWS:
+                begin = max(0, first + 1 - window) if window else 0
+                count += -(-rows // tokens) * ((first + rows - 1) // chunk - begin // chunk + 1)
+        return count
 
     @property
     def tiles(self) -> int:
@@ -90,6 +104,8 @@ class AttentionPlan:
     """Tokens that a row sees, its own included; 0 for all."""
     only_decode: bool
     """No sequence has more than DECODE_ROWS rows, now and whenever the captured graph is replayed."""
+    plain: bool = False
+    """Attend plainly: for a step that needs more than ``size.items``."""
 
     @property
     def items(self) -> int:
@@ -174,19 +190,20 @@ class AttentionOperations(RowOperations):
 
         ``softcap`` 0 is none; ``sinks`` is f32 (heads), scores that have no value, or 0. Padded rows are left as they are.
         """
-        if not is_fast(queries, output, layer):
+        if plan.plain or not is_fast(queries, output, layer):
             self.attend_plainly(inputs, plan, queries, output, layer, scale, softcap, sinks)
             return
         heads = queries.width // layer.head_dim
         macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES}
+        warps = {"DECODE_WARPS": DECODE_WARPS, "DECODE_BLOCKS": DECODE_BLOCKS}
         pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
         shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)
         rows = (queries.pointer, output.pointer)
-        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros)
+        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **warps)
         partials = plan.scratch + plan.size.counter_bytes
         lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
         blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
-        decode(self.stream, (blocks,), 128, (*rows, *pages, *lists, *shape))
+        decode(self.stream, (blocks,), DECODE_WARPS * 32, (*rows, *pages, *lists, *shape))
         if plan.only_decode:
             return
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)

@@ -16,7 +16,6 @@ from infer._core import InferError
 
 PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-STATIC_LIMIT = 48 * 1024
 SIGNATURE = re.compile(r"^(?:KERNEL|BOUNDED_KERNEL\([^\n]*\))\s+(\w+)\(([^)]*)\)", re.MULTILINE)
 CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q"}
 
@@ -80,7 +79,7 @@ class Kernel:
         self._attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, b"", 1, b"")
         self._config = _Config(attributes=ctypes.pointer(self._attribute), attribute_count=int(dependent))
         self._config_pointer = ctypes.byref(self._config)
-        self._shared_limit = STATIC_LIMIT
+        self._shared_limit = 0
 
     def __call__(
         self, stream: int, grid: tuple[int, ...], threads: int, arguments: tuple[int | float, ...], shared: int = 0

@@ -120,7 +120,9 @@ class LinearOperations(RowOperations):
         per_block = 16 if epilogue == GATED else 16 * tiles
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
-        kernel(self.stream, (-(-outputs // per_block),), WARPS * 32, (*pointers, *shape, add, epsilon))
+        depth = (6 if weight.type == "e4m3" else 4) // tiles  # steps of 64 columns, as in the source
+        shared = WARPS * depth * (source.rows * 128 + (256 if norm else 0))
+        kernel(self.stream, (-(-outputs // per_block),), WARPS * 32, (*pointers, *shape, add, epsilon), shared)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
@@ -153,8 +155,8 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
 
 
 def stream_tiles(rows: int, weight_rows: int, epilogue: int, multiprocessors: int) -> int:
-    """Return how many tiles of 16 weight rows a block takes: two read input rows half as often, if blocks are enough."""
+    """Return how many tiles of 16 weight rows a block takes: as many as let all run at once, or two."""
     if epilogue == GATED:
         return 2
-    enough = weight_rows >= 32 * 4 * multiprocessors if rows <= 8 else weight_rows >= 16 * multiprocessors
-    return 2 if enough else 1
+    resident = 2 * multiprocessors * 16  # rows of blocks of one tile that run at once
+    return 2 if weight_rows > resident or (rows > 8 and weight_rows >= resident // 2) else 1

@@ -134,11 +134,12 @@ class RowOperations:
         self._over_columns("elementwise.cu", "add", destination, destination.width, v, arguments)
 
     def add_gated(self, destination: Rows, source: Rows, gate: Rows) -> None:
-        """``destination += sigmoid(gate) * source``; gate is (rows, 1)."""
+        """``destination += sigmoid(gate) * source``; gate is (rows, 1), "bf16" or "f32"."""
         v = vector(destination.width, destination, source)
         pointers = (destination.pointer, source.pointer, gate.pointer)
         strides = (destination.stride, source.stride, gate.stride, destination.width)
-        self._over_columns("elementwise.cu", "add_gated", destination, destination.width, v, (*pointers, *strides))
+        kind = c_type(gate.dtype)
+        self._over_columns("elementwise.cu", "add_gated", destination, destination.width, v, (*pointers, *strides), GATE=kind)
 
     def scale(self, rows: Rows, factor: float) -> None:
         """``rows *= factor``."""
