@@ -311,6 +311,9 @@ def inspect(path: str | PathLike[str], *, kv_cache_dtype: str | Mapping[str, Any
 def system_info() -> dict[str, Any]:
     """This machine as the core sees it: ``isa`` in use, ``available_isas``, ``threads`` (default count)."""
 
+def kernel_sources() -> dict[str, str]:
+    """The sources of the GPU kernels, by file name."""
+
 @final
 class Engine:
     """A loaded model and the thread that runs requests on it. Takes a folder or a ``.gguf``; hub ids are resolved in Python."""

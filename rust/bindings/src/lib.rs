@@ -24,6 +24,7 @@ mod params;
 mod ready;
 mod request;
 mod settings;
+mod sources;
 mod tier;
 mod tokenizer;
 mod vocabulary;
@@ -51,6 +52,8 @@ mod _core {
     use crate::ready::ReadyQueue;
     #[pymodule_export]
     use crate::request::{Request, RequestMetrics, Update};
+    #[pymodule_export]
+    use crate::sources::kernel_sources;
     #[pymodule_export]
     use crate::tokenizer::Tokenizer;
     #[pymodule_export]

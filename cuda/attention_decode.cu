@@ -1,0 +1,312 @@
+// Attention of few query rows over long paged keys and values, at the speed of reading them once: decoding, and verifying drafts.
+//
+// Operands are swapped: tokens are the 16 rows of the matrix instruction, packed query rows its 8 columns. Keys and values go from memory
+// into registers (kv.cuh says why that works), weights of the softmax cross from one product to the other by a transposing move. A block
+// takes one chunk of positions for one key/value head; its warps take pages in turn, and their results are merged in order. If a tile has
+// several chunks, the block that finishes last merges them, in ascending order whoever it is.
+#include "common.cuh"
+#include "kv.cuh"
+#include "mma.cuh"
+#include "attention.cuh"
+
+#ifndef DECODE_WARPS
+#define DECODE_WARPS 4
+#endif
+#ifndef DECODE_BLOCKS
+#define DECODE_BLOCKS 3 // for each multiprocessor
+#endif
+
+constexpr int WARPS = DECODE_WARPS;
+constexpr int PARTS = (GROUP + 7) / 8;               // of 8 packed rows
+constexpr int ROWS = PARTS * 8;
+constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
+constexpr int PARTIAL = HEAD_DIM + 2;                // in global memory: the sums, the greatest score, the sum of weights
+constexpr int THREADS = WARPS * WARP;
+
+struct Page {
+    uint4 keys[KEY_UNITS][2], values[VALUE_UNITS];
+    float key_scales[2], value_scales[2];
+};
+
+struct Running {
+    float greatest[PARTS][2], total[PARTS][2], sums[PARTS][DIM_TILES][4];
+};
+
+struct Shared {
+    float sums[WARPS][ROWS][STRIDE], greatest[WARPS][ROWS], total[WARPS][ROWS];
+    int is_last;
+};
+
+struct Pages {
+    const u8 *keys, *values;
+    const float *key_scales, *value_scales;
+    const int *table;
+    int kv_head, kv_heads, g, t;
+    u64 policy;
+
+    DEVICE size_t part(int number) const { return size_t(table[number]) * kv_heads + kv_head; }
+
+    DEVICE void read_keys(Page &page, int number) const {
+        const size_t index = part(number);
+        const u8 *from = keys + index * PAGE_BYTES_OF_KEYS + t * 16;
+#pragma unroll
+        for (int unit = 0; unit < KEY_UNITS; unit++) {
+            page.keys[unit][0] = load_stream(from + unit * 1024 + lower_token(g) * 64, policy);
+            page.keys[unit][1] = load_stream(from + unit * 1024 + upper_token(g) * 64, policy);
+        }
+        if constexpr (sizeof(KEY_TYPE) == 1) {
+            page.key_scales[0] = key_scales[index * PAGE_TOKENS + lower_token(g)];
+            page.key_scales[1] = key_scales[index * PAGE_TOKENS + upper_token(g)];
+        }
+    }
+
+    DEVICE void read_values(Page &page, int number) const {
+        const size_t index = part(number);
+        const u8 *from = values + index * PAGE_BYTES_OF_VALUES + g * 64 + t * 16;
+#pragma unroll
+        for (int unit = 0; unit < VALUE_UNITS; unit++) page.values[unit] = load_stream(from + unit * 512, policy);
+        if constexpr (sizeof(VALUE_TYPE) == 1) {
+            page.value_scales[0] = value_scales[index * PAGE_TOKENS + lower_token(g)];
+            page.value_scales[1] = value_scales[index * PAGE_TOKENS + upper_token(g)];
+        }
+    }
+};
+
+// Scores of a page's tokens, and from them weights in place; the running greatest scores are raised first.
+DEVICE void weigh(const Page &page, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int begin, bool masked, int g,
+                  int t, float (&weights)[PARTS][4], Running &own) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float(&s)[4] = weights[part];
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+#pragma unroll
+        for (int unit = 0; unit < KEY_UNITS; unit++) {
+#pragma unroll
+            for (int step = 0; step < KEY_STEPS; step++) {
+                u32 a[4];
+                key_step(page.keys[unit][0], step, a[0], a[2]);
+                key_step(page.keys[unit][1], step, a[1], a[3]);
+                const int at = (unit * KEY_STEPS + step) * 2;
+                mma(s, a[0], a[1], a[2], a[3], query[part][at], query[part][at + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s[i] = score(sizeof(KEY_TYPE) == 1 ? s[i] * page.key_scales[i / 2] : s[i]);
+            const int position = begin + (i < 2 ? lower_token(g) : upper_token(g));
+            if (masked && !score.visible(position, part * 8 + 2 * t + i % 2)) s[i] = -INFINITE;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float greatest = fmaxf(s[i], s[i + 2]);
+#pragma unroll
+            for (int step = 4; step < WARP; step *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(ALL_LANES, greatest, step));
+            greatest = fmaxf(greatest, own.greatest[part][i]);
+            const float shrink = exp2f(own.greatest[part][i] - greatest);
+            own.greatest[part][i] = greatest;
+            s[i] = exp2f(s[i] - greatest);
+            s[i + 2] = exp2f(s[i + 2] - greatest);
+            own.total[part][i] = own.total[part][i] * shrink + s[i] + s[i + 2];
+#pragma unroll
+            for (int tile = 0; tile < DIM_TILES; tile++) own.sums[part][tile][i] *= shrink, own.sums[part][tile][i + 2] *= shrink;
+        }
+    }
+}
+
+DEVICE void add_values(const Page &page, const float (&weights)[PARTS][4], Running &own) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const float(&w)[4] = weights[part];
+        const float lower = sizeof(VALUE_TYPE) == 1 ? page.value_scales[0] : 1.0f;
+        const float upper = sizeof(VALUE_TYPE) == 1 ? page.value_scales[1] : 1.0f;
+        const u32 b0 = transposed(pack_bf16(w[0] * lower, w[1] * lower)), b1 = transposed(pack_bf16(w[2] * upper, w[3] * upper));
+#pragma unroll
+        for (int unit = 0; unit < VALUE_UNITS; unit++) {
+#pragma unroll
+            for (int tile = 0; tile < VALUE_TILES; tile++) {
+                u32 first[2], second[2];
+                value_tile(page.values[unit], tile, first, second);
+                mma(own.sums[part][unit * VALUE_TILES + tile], first[0], second[0], first[1], second[1], b0, b1);
+            }
+        }
+    }
+}
+
+// Clears what the values of a page hold beyond its `valid` tokens, and their scales.
+DEVICE void blank_page(Page &page, int valid, int g, int t) {
+#pragma unroll
+    for (int unit = 0; unit < VALUE_UNITS; unit++) blank(page.values[unit], valid - 4 * t);
+    if (lower_token(g) >= valid) page.value_scales[0] = 0.0f;
+    if (upper_token(g) >= valid) page.value_scales[1] = 0.0f;
+}
+
+// One warp's share of a chunk: pages `number`, `number + WARPS`, ... below `end`.
+DEVICE void run_pages(const Pages &pages, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int rows, int number, int end,
+                      Page &page, Running &own) {
+    for (; number < end; number += WARPS) {
+        const int begin = number * PAGE_TOKENS, next = number + WARPS;
+        float weights[PARTS][4];
+        weigh(page, query, score, begin, !score.all_visible(begin, begin + PAGE_TOKENS, rows), pages.g, pages.t, weights, own);
+        const int valid = score.first_position + rows - begin;
+        if (valid < PAGE_TOKENS) blank_page(page, valid, pages.g, pages.t);
+        if (next < end) pages.read_keys(page, next);
+        add_values(page, weights, own);
+        if (next < end) pages.read_values(page, next);
+    }
+}
+
+DEVICE void publish(const Running &own, int warp, int g, int t, Shared &shared) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = part * 8 + 2 * t + i;
+            float total = own.total[part][i];
+#pragma unroll
+            for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+            if (g == 0) shared.greatest[warp][row] = own.greatest[part][i], shared.total[warp][row] = total;
+#pragma unroll
+            for (int tile = 0; tile < DIM_TILES; tile++) {
+                *reinterpret_cast<float2 *>(&shared.sums[warp][row][tile_dim(tile, g)]) =
+                    make_float2(own.sums[part][tile][i], own.sums[part][tile][i + 2]);
+            }
+        }
+    }
+}
+
+// A merged result of several partial ones: `count` of them, which at(i) gives as (greatest score, sum of weights, value).
+template <class At> DEVICE void merge(int count, At at, float &greatest, float &total, float &value) {
+    greatest = LOWEST, total = 0.0f, value = 0.0f;
+    for (int i = 0; i < count; i++) greatest = fmaxf(greatest, at(i).x);
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+        const float3 one = at(i);
+        const float factor = exp2f(one.x - greatest);
+        total = fmaf(factor, one.y, total);
+        value = fmaf(factor, one.z, value);
+    }
+}
+
+struct Result {
+    bf16 *output;
+    const float *sinks;
+    int stride, kv_head;
+
+    DEVICE void operator()(const Item &item, int row, int dim, float greatest, float total, float value) const {
+        const int head = kv_head * GROUP + row % GROUP;
+        if (sinks) {
+            const float sink = sinks[head] * LOG2E, most = fmaxf(greatest, sink), factor = exp2f(greatest - most);
+            total = total * factor + exp2f(sink - most);
+            value *= factor;
+        }
+        output[size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim] = from_float<bf16>(value / total);
+    }
+};
+
+// What merging needs: where this block's partial results lie among those of its tile.
+struct Merger {
+    const Shared &shared;
+    float *partials; // (items, kv_heads, ROWS, PARTIAL)
+    int index, kv_head, kv_heads;
+
+    DEVICE float *partial(int item, int row) const { return partials + ((size_t(item) * kv_heads + kv_head) * ROWS + row) * PARTIAL; }
+
+    // Merges the warps' results: into the output if they are all of them, else into the item's partial result.
+    DEVICE void warps(const Item &item, const Result &result) const {
+        for (int i = threadIdx.x; i < item.rows * GROUP * HEAD_DIM; i += THREADS) {
+            const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
+            float greatest, total, value;
+            merge(WARPS, [&](int w) { return make_float3(shared.greatest[w][row], shared.total[w][row], shared.sums[w][row][dim]); },
+                  greatest, total, value);
+            if (item.chunks == 1) {
+                result(item, row, dim, greatest, total, value);
+            } else {
+                float *own = partial(index, row);
+                own[dim] = value;
+                if (dim == 0) own[HEAD_DIM] = greatest, own[HEAD_DIM + 1] = total;
+            }
+        }
+    }
+
+    // Merges the chunks' results into the output.
+    DEVICE void chunks(const Item &item, const Result &result, int first) const {
+        const size_t step = size_t(kv_heads) * ROWS * PARTIAL;
+        for (int i = threadIdx.x; i < item.rows * GROUP * HEAD_DIM; i += THREADS) {
+            const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
+            const float *begin = partial(first, row);
+            float greatest, total, value;
+            merge(item.chunks, [&](int chunk) {
+                const float *one = begin + chunk * step;
+                return make_float3(__ldcg(one + HEAD_DIM), __ldcg(one + HEAD_DIM + 1), __ldcg(one + dim));
+            }, greatest, total, value);
+            result(item, row, dim, greatest, total, value);
+        }
+    }
+};
+
+// Whether this block is the last of `count` to come here; then the counter is 0 again. What others wrote before is visible.
+DEVICE bool is_last(int *counter, int count, Shared &shared) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.is_last = atomicAdd(counter, 1) == count - 1;
+        if (shared.is_last) *counter = 0;
+    }
+    __syncthreads();
+    if (shared.is_last) __threadfence();
+    return shared.is_last;
+}
+
+// queries, output: (rows, heads * HEAD_DIM), queries aligned to 16 bytes. partials: (items, kv_heads, ROWS, PARTIAL) floats; counters:
+// (items, kv_heads) ints that are 0 before and after. Launch: any grid, WARPS warps.
+BOUNDED_KERNEL(THREADS, PARTS == 1 && HEAD_DIM <= 128 ? DECODE_BLOCKS : 1)
+attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const VALUE_TYPE *values, const float *key_scales,
+                     const float *value_scales, const float *sinks, const Item *items, const int *counts, const int *page_table,
+                     float *partials, int *counters, int query_stride, int output_stride, int page_stride, int kv_heads, int window,
+                     float scale, float softcap) {
+    __shared__ Shared shared;
+    const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    let_next_start();
+    const int work_end = counts[0] * kv_heads;
+    bool waited = false;
+    for (int work = blockIdx.x; work < work_end; work += gridDim.x) {
+        const int index = work / kv_heads, kv_head = work % kv_heads;
+        const Item item = items[index];
+        const Score score = {scale, softcap, window, item.first_position};
+        const Pages pages = {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales,
+                             page_table + size_t(item.sequence) * page_stride, kv_head, kv_heads, g, t, streaming_policy()};
+        const int begin = max(item.chunk * CHUNK_PAGES, first_visible(item.first_position, window) / PAGE_TOKENS);
+        const int end = min((item.chunk + 1) * CHUNK_PAGES, (item.first_position + item.rows - 1) / PAGE_TOKENS + 1);
+        // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
+        const int number = begin + (warp - begin % WARPS + WARPS) % WARPS;
+        // Pages whose tokens are all older than this step's may be read before its keys and values are stored.
+        const bool is_old = (number + 1) * PAGE_TOKENS <= item.first_position;
+        Page page;
+        if (number < end && is_old) pages.read_keys(page, number), pages.read_values(page, number);
+        if (!waited) wait_for_previous();
+        waited = true;
+        if (number < end && !is_old) pages.read_keys(page, number), pages.read_values(page, number);
+        u32 query[PARTS][HEAD_DIM / 8];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
+            const bf16 *from = queries + size_t(item.first_row + row / GROUP) * query_stride + head * HEAD_DIM;
+            query_operand(from, t, row < item.rows * GROUP, query[part]);
+        }
+        Running own = {};
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
+        run_pages(pages, query, score, item.rows, number, end, page, own);
+        publish(own, warp, g, t, shared);
+        __syncthreads();
+        const Result result = {output, sinks, output_stride, kv_head};
+        const Merger merger = {shared, partials, index, kv_head, kv_heads};
+        merger.warps(item, result);
+        if (item.chunks > 1) {
+            const int first = index - (item.chunk - item.first_chunk);
+            if (is_last(counters + size_t(first) * kv_heads + kv_head, item.chunks, shared)) merger.chunks(item, result, first);
+        }
+        __syncthreads();
+    }
+    if (!waited) wait_for_previous();
+}

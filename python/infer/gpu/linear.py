@@ -1,0 +1,162 @@
+"""Products of rows with weight matrices: which kernel runs, and how it is launched.
+
+Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in; more go to
+cuBLASLt; what neither takes, for its type, shape or alignment, to the plain kernel (cuda/linear.cu).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, Rows, Weight, c_type
+from infer.gpu.blas import Blas, can_multiply
+from infer.gpu.rows import RowOperations, element_macros, vector
+
+if TYPE_CHECKING:
+    from infer.gpu.kernels import Kernels
+
+STREAM_ROWS = 16
+"""Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
+
+STORE, ADD, GATED = 0, 1, 2
+WARPS = 8
+
+
+class LinearOperations(RowOperations):
+    """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream."""
+
+    def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
+        super().__init__(kernels, stream)
+        self._blas = Blas(workspace, workspace_bytes)
+
+    def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
+        """``output = source * weight^T + bias``."""
+        if source.rows == 0:
+            return
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, STORE)
+        elif can_multiply(source, weight, output):
+            self._blas.product(self.stream, source, weight, output)
+            if weight.bias:
+                self._add_bias(output, weight.bias, 1.0)
+        else:
+            self._linear_plainly(source, output, weight, 0.0)
+
+    def linear_add(self, source: Rows, destination: Rows, weight: Weight, scale: float = 1.0) -> None:
+        """``destination += scale * (source * weight^T + bias)``."""
+        if source.rows == 0:
+            return
+        if can_stream(source, destination, weight):
+            self._stream(source, destination, weight, ADD, add=scale)
+        elif can_multiply(source, weight, destination):
+            self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
+            if weight.bias:
+                self._add_bias(destination, weight.bias, scale)
+        else:
+            self._linear_plainly(source, destination, weight, scale)
+
+    def linear_gated(self, source: Rows, output: Rows, weight: Weight, activation: str, scratch: Rows) -> None:
+        """``output = activation(gate) * up``, where the weight's rows are the gate's and then up's.
+
+        ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
+        """
+        width = weight.rows // 2
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, GATED, activation=activation)
+            return
+        self.linear(source, scratch.part(0, weight.rows), weight)
+        self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
+
+    def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
+        """``output = rms_norm(source) * weight^T + bias``; ``norm`` is the norm's weight, ``scratch`` as wide as the source."""
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, STORE, norm=norm, epsilon=epsilon)
+            return
+        self.norm(source, scratch, "rms", epsilon, norm)
+        self.linear(scratch, output, weight)
+
+    def norm_linear_gated(
+        self,
+        source: Rows,
+        output: Rows,
+        weight: Weight,
+        activation: str,
+        norm: int,
+        epsilon: float,
+        normed: Rows,
+        scratch: Rows,
+    ) -> None:
+        """``linear_gated`` of ``rms_norm(source)``; ``normed`` is working memory as wide as the source."""
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, GATED, norm=norm, epsilon=epsilon, activation=activation)
+            return
+        self.norm(source, normed, "rms", epsilon, norm)
+        self.linear_gated(normed, output, weight, activation, scratch)
+
+    def _stream(
+        self,
+        source: Rows,
+        output: Rows,
+        weight: Weight,
+        epilogue: int,
+        add: float = 1.0,
+        norm: int = 0,
+        epsilon: float = 0.0,
+        activation: str = "silu",
+    ) -> None:
+        tiles = stream_tiles(source.rows, weight.rows, epilogue, self.kernels.multiprocessors)
+        kernel = self.kernels.get(
+            "linear_stream.cu",
+            "linear_stream",
+            TOKENS=8 if source.rows <= 8 else 16,
+            TILES=tiles,
+            EPILOGUE=epilogue,
+            NORM=int(norm != 0),
+            WEIGHT=c_type(weight.type),
+            OUTPUT=c_type(output.dtype),
+            ACTIVATION=ACTIVATIONS.index(activation),
+        )
+        outputs = weight.rows // 2 if epilogue == GATED else weight.rows
+        per_block = 16 if epilogue == GATED else 16 * tiles
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
+        shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
+        depth = (6 if weight.type == "e4m3" else 4) // tiles  # steps of 64 columns, as in the source
+        shared = WARPS * depth * (source.rows * 128 + (256 if norm else 0))
+        kernel(self.stream, (-(-outputs // per_block),), WARPS * 32, (*pointers, *shape, add, epsilon), shared)
+
+    def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
+        v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
+        kernel = self.kernels.get(
+            "linear.cu",
+            "linear",
+            VECTOR=v,
+            WEIGHT=c_type(weight.type),
+            OUTPUT=c_type(output.dtype),
+            **element_macros(source.dtype),
+        )
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, output.pointer)
+        shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns, weight.group or weight.columns)
+        kernel(self.stream, (-(-weight.rows // WARPS), -(-source.rows // 4)), WARPS * 32, (*pointers, *shape, add))
+
+    def _add_bias(self, output: Rows, bias: int, scale: float) -> None:
+        v = vector(output.width, output) if bias % 16 == 0 else 1
+        arguments = (output.pointer, bias, output.stride, output.width, scale)
+        self._over_columns("elementwise.cu", "add_bias", output, output.width, v, arguments)
+
+
+def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
+    """Return whether the streaming kernel takes this product."""
+    whole = 16 // ELEMENT_BYTES[weight.type]
+    aligned = weight.columns % max(whole, 8) == 0 and source.stride % 8 == 0
+    aligned = aligned and weight.pointer % 16 == 0 and source.pointer % 16 == 0
+    types = source.dtype == "bf16" and weight.type in ("bf16", "e4m3") and output.dtype in ("bf16", "f32")
+    one_scale = weight.type == "bf16" or weight.group in (0, weight.columns)
+    return 0 < source.rows <= STREAM_ROWS and aligned and types and one_scale
+
+
+def stream_tiles(rows: int, weight_rows: int, epilogue: int, multiprocessors: int) -> int:
+    """Return how many tiles of 16 weight rows a block takes: as many as let all run at once, or two."""
+    if epilogue == GATED:
+        return 2
+    resident = 2 * multiprocessors * 16  # rows of blocks of one tile that run at once
+    return 2 if weight_rows > resident or (rows > 8 and weight_rows >= resident // 2) else 1
