@@ -5,6 +5,9 @@
 #ifndef GROUP
 #define GROUP 1
 #endif
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
 #ifndef CHUNK_PAGES
 #define CHUNK_PAGES 16
 #endif
@@ -100,8 +103,8 @@ struct Score {
     int window, first_position;
 
     DEVICE float operator()(float product) const {
-        const float score = product * scale;
-        return (softcap > 0.0f ? softcap * tanhf(score / softcap) : score) * LOG2E;
+        if constexpr (SOFTCAP) return softcap * tanhf(product * scale / softcap) * LOG2E;
+        return product * (scale * LOG2E);
     }
 
     DEVICE bool visible(int position, int row) const {
@@ -114,5 +117,12 @@ struct Score {
         return end - 1 <= first_position && (window == 0 || begin > first_position + rows - 1 - window);
     }
 };
+
+// A sum of weights and a factor of the values, once a score that has no value (a sink) has joined in. Scores are powers of two.
+DEVICE float join_sink(float sink, float greatest, float &total) {
+    const float most = fmaxf(greatest, sink * LOG2E), factor = exp2_fast(greatest - most);
+    total = total * factor + exp2_fast(sink * LOG2E - most);
+    return factor;
+}
 
 DEVICE int first_visible(int position, int window) { return window > 0 ? max(0, position + 1 - window) : 0; }

@@ -10,17 +10,17 @@
 #include "attention.cuh"
 
 #ifndef DECODE_WARPS
-#define DECODE_WARPS 4
+#define DECODE_WARPS 8
 #endif
 #ifndef DECODE_BLOCKS
-#define DECODE_BLOCKS 3 // for each multiprocessor
+#define DECODE_BLOCKS 2 // for each multiprocessor
 #endif
 
 constexpr int WARPS = DECODE_WARPS;
 constexpr int PARTS = (GROUP + 7) / 8;               // of 8 packed rows
 constexpr int ROWS = PARTS * 8;
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
-constexpr int PARTIAL = HEAD_DIM + 2;                // in global memory: the sums, the greatest score, the sum of weights
+constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
 constexpr int THREADS = WARPS * WARP;
 
 struct Page {
@@ -34,6 +34,7 @@ struct Running {
 
 struct Shared {
     float sums[WARPS][ROWS][STRIDE], greatest[WARPS][ROWS], total[WARPS][ROWS];
+    float factors[WARPS][ROWS], all_greatest[ROWS], all_total[ROWS];
     int is_last;
 };
 
@@ -102,10 +103,10 @@ DEVICE void weigh(const Page &page, const u32 (&query)[PARTS][HEAD_DIM / 8], con
 #pragma unroll
             for (int step = 4; step < WARP; step *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(ALL_LANES, greatest, step));
             greatest = fmaxf(greatest, own.greatest[part][i]);
-            const float shrink = exp2f(own.greatest[part][i] - greatest);
+            const float shrink = exp2_fast(own.greatest[part][i] - greatest);
             own.greatest[part][i] = greatest;
-            s[i] = exp2f(s[i] - greatest);
-            s[i + 2] = exp2f(s[i + 2] - greatest);
+            s[i] = exp2_fast(s[i] - greatest);
+            s[i + 2] = exp2_fast(s[i + 2] - greatest);
             own.total[part][i] = own.total[part][i] * shrink + s[i] + s[i + 2];
 #pragma unroll
             for (int tile = 0; tile < DIM_TILES; tile++) own.sums[part][tile][i] *= shrink, own.sums[part][tile][i + 2] *= shrink;
@@ -174,72 +175,85 @@ DEVICE void publish(const Running &own, int warp, int g, int t, Shared &shared) 
     }
 }
 
-// A merged result of several partial ones: `count` of them, which at(i) gives as (greatest score, sum of weights, value).
-template <class At> DEVICE void merge(int count, At at, float &greatest, float &total, float &value) {
-    greatest = LOWEST, total = 0.0f, value = 0.0f;
-    for (int i = 0; i < count; i++) greatest = fmaxf(greatest, at(i).x);
-#pragma unroll 4
-    for (int i = 0; i < count; i++) {
-        const float3 one = at(i);
-        const float factor = exp2f(one.x - greatest);
-        total = fmaf(factor, one.y, total);
-        value = fmaf(factor, one.z, value);
-    }
+DEVICE void add_scaled(float4 &sum, float factor, const float4 &values) {
+    sum.x = fmaf(factor, values.x, sum.x), sum.y = fmaf(factor, values.y, sum.y);
+    sum.z = fmaf(factor, values.z, sum.z), sum.w = fmaf(factor, values.w, sum.w);
 }
 
+// Finds how much each warp's sums count, row by row.
+DEVICE void weigh_warps(Shared &shared) {
+    const int row = threadIdx.x;
+    if (row >= ROWS) return;
+    float greatest = LOWEST, total = 0.0f;
+    for (int warp = 0; warp < WARPS; warp++) greatest = fmaxf(greatest, shared.greatest[warp][row]);
+    for (int warp = 0; warp < WARPS; warp++) {
+        const float factor = exp2_fast(shared.greatest[warp][row] - greatest);
+        shared.factors[warp][row] = factor;
+        total = fmaf(factor, shared.total[warp][row], total);
+    }
+    shared.all_greatest[row] = greatest, shared.all_total[row] = total;
+}
+
+// Where results go, and where this block's partial ones lie among those of its tile.
 struct Result {
     bf16 *output;
     const float *sinks;
-    int stride, kv_head;
-
-    DEVICE void operator()(const Item &item, int row, int dim, float greatest, float total, float value) const {
-        const int head = kv_head * GROUP + row % GROUP;
-        if (sinks) {
-            const float sink = sinks[head] * LOG2E, most = fmaxf(greatest, sink), factor = exp2f(greatest - most);
-            total = total * factor + exp2f(sink - most);
-            value *= factor;
-        }
-        output[size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim] = from_float<bf16>(value / total);
-    }
-};
-
-// What merging needs: where this block's partial results lie among those of its tile.
-struct Merger {
-    const Shared &shared;
     float *partials; // (items, kv_heads, ROWS, PARTIAL)
-    int index, kv_head, kv_heads;
+    int stride, index, kv_head, kv_heads;
 
     DEVICE float *partial(int item, int row) const { return partials + ((size_t(item) * kv_heads + kv_head) * ROWS + row) * PARTIAL; }
 
+    DEVICE void write(const Item &item, int row, int dim, float greatest, float total, const float4 &sums) const {
+        const int head = kv_head * GROUP + row % GROUP;
+        float factor = 1.0f;
+        if (sinks) factor = join_sink(sinks[head], greatest, total);
+        factor /= total;
+        bf16 *to = output + size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim;
+        *reinterpret_cast<uint2 *>(to) = make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
+    }
+
     // Merges the warps' results: into the output if they are all of them, else into the item's partial result.
-    DEVICE void warps(const Item &item, const Result &result) const {
-        for (int i = threadIdx.x; i < item.rows * GROUP * HEAD_DIM; i += THREADS) {
+    DEVICE void merge_warps(const Item &item, const Shared &shared) const {
+        for (int i = threadIdx.x * 4; i < item.rows * GROUP * HEAD_DIM; i += THREADS * 4) {
             const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
-            float greatest, total, value;
-            merge(WARPS, [&](int w) { return make_float3(shared.greatest[w][row], shared.total[w][row], shared.sums[w][row][dim]); },
-                  greatest, total, value);
+            float4 sums = {};
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) {
+                add_scaled(sums, shared.factors[warp][row], *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
+            }
             if (item.chunks == 1) {
-                result(item, row, dim, greatest, total, value);
+                write(item, row, dim, shared.all_greatest[row], shared.all_total[row], sums);
             } else {
                 float *own = partial(index, row);
-                own[dim] = value;
-                if (dim == 0) own[HEAD_DIM] = greatest, own[HEAD_DIM + 1] = total;
+                *reinterpret_cast<float4 *>(own + dim) = sums;
+                if (dim == 0) own[HEAD_DIM] = shared.all_greatest[row], own[HEAD_DIM + 1] = shared.all_total[row];
             }
         }
     }
 
-    // Merges the chunks' results into the output.
-    DEVICE void chunks(const Item &item, const Result &result, int first) const {
+    // Merges the results of all chunks into the output, a warp a row: first the greatest score and the sum of weights, then the values.
+    DEVICE void merge_chunks(const Item &item, int first) const {
         const size_t step = size_t(kv_heads) * ROWS * PARTIAL;
-        for (int i = threadIdx.x; i < item.rows * GROUP * HEAD_DIM; i += THREADS) {
-            const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
+        const int lane = threadIdx.x % WARP;
+        for (int row = threadIdx.x / WARP; row < item.rows * GROUP; row += WARPS) {
             const float *begin = partial(first, row);
-            float greatest, total, value;
-            merge(item.chunks, [&](int chunk) {
-                const float *one = begin + chunk * step;
-                return make_float3(__ldcg(one + HEAD_DIM), __ldcg(one + HEAD_DIM + 1), __ldcg(one + dim));
-            }, greatest, total, value);
-            result(item, row, dim, greatest, total, value);
+            float greatest = LOWEST, total = 0.0f;
+            for (int chunk = lane; chunk < item.chunks; chunk += WARP) greatest = fmaxf(greatest, __ldcg(begin + chunk * step + HEAD_DIM));
+            greatest = warp_max(greatest);
+            for (int chunk = lane; chunk < item.chunks; chunk += WARP) {
+                const float *one = begin + chunk * step + HEAD_DIM;
+                total = fmaf(exp2_fast(__ldcg(one) - greatest), __ldcg(one + 1), total);
+            }
+            total = warp_sum(total);
+            for (int dim = lane * 4; dim < HEAD_DIM; dim += WARP * 4) {
+                float4 sums = {};
+#pragma unroll 8
+                for (int chunk = 0; chunk < item.chunks; chunk++) {
+                    const float *one = begin + chunk * step;
+                    add_scaled(sums, exp2_fast(__ldcg(one + HEAD_DIM) - greatest), __ldcg(reinterpret_cast<const float4 *>(one + dim)));
+                }
+                write(item, row, dim, greatest, total, sums);
+            }
         }
     }
 };
@@ -299,12 +313,13 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
         run_pages(pages, query, score, item.rows, number, end, page, own);
         publish(own, warp, g, t, shared);
         __syncthreads();
-        const Result result = {output, sinks, output_stride, kv_head};
-        const Merger merger = {shared, partials, index, kv_head, kv_heads};
-        merger.warps(item, result);
+        weigh_warps(shared);
+        __syncthreads();
+        const Result result = {output, sinks, partials, output_stride, index, kv_head, kv_heads};
+        result.merge_warps(item, shared);
         if (item.chunks > 1) {
             const int first = index - (item.chunk - item.first_chunk);
-            if (is_last(counters + size_t(first) * kv_heads + kv_head, item.chunks, shared)) merger.chunks(item, result, first);
+            if (is_last(counters + size_t(first) * kv_heads + kv_head, item.chunks, shared)) result.merge_chunks(item, first);
         }
         __syncthreads();
     }

@@ -98,12 +98,12 @@ struct Warp {
             for (int i = 0; i < PAGES * 4; i++) most = fmaxf(most, scores[i / 4][i / 2 % 2][row * 2 + i % 2]);
             most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
             most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-            const float shrink = exp2f(greatest[row] - most);
+            const float shrink = exp2_fast(greatest[row] - most);
             greatest[row] = most;
 #pragma unroll
             for (int i = 0; i < PAGES * 4; i++) {
                 float &s = scores[i / 4][i / 2 % 2][row * 2 + i % 2];
-                s = exp2f(s - most);
+                s = exp2_fast(s - most);
                 sum += s;
             }
             total[row] = total[row] * shrink + sum;
@@ -156,11 +156,7 @@ struct Warp {
             all += __shfl_xor_sync(ALL_LANES, all, 2);
             if (row >= tile.rows * GROUP) continue;
             float factor = 1.0f;
-            if (sinks) {
-                const float sink = sinks[head] * LOG2E, most = fmaxf(greatest[half], sink);
-                factor = exp2f(greatest[half] - most);
-                all = all * factor + exp2f(sink - most);
-            }
+            if (sinks) factor = join_sink(sinks[head], greatest[half], all);
             factor /= all;
             bf16 *to = output + size_t(tile.first_row + row / GROUP) * output_stride + head * HEAD_DIM;
 #pragma unroll

@@ -99,6 +99,13 @@ DEVICE u32 pack_bf16(float first, float second) {
     return result;
 }
 
+// 2^x, within 2 ulp; 0 for minus infinity.
+DEVICE float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 

@@ -21,8 +21,8 @@ DECODE_ROWS = 8
 
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
-DECODE_WARPS = 4
-DECODE_BLOCKS = 3  # per multiprocessor
+DECODE_WARPS = 8
+DECODE_BLOCKS = 2  # per multiprocessor
 
 
 def packed_rows(group: int) -> int:
@@ -88,7 +88,7 @@ class PlanSize:
     def scratch_bytes(self) -> int:
         """Bytes of working memory, shared by all layers."""
         rows = packed_rows(self.heads // self.kv_heads)
-        return self.counter_bytes + self.items * self.kv_heads * rows * (self.head_dim + 2) * 4
+        return self.counter_bytes + self.items * self.kv_heads * rows * (self.head_dim + 4) * 4
 
 
 @dataclass(frozen=True)
@@ -194,16 +194,18 @@ class AttentionOperations(RowOperations):
             self.attend_plainly(inputs, plan, queries, output, layer, scale, softcap, sinks)
             return
         heads = queries.width // layer.head_dim
-        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES}
-        warps = {"DECODE_WARPS": DECODE_WARPS, "DECODE_BLOCKS": DECODE_BLOCKS}
+        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES, "SOFTCAP": int(softcap > 0)}
+        wide = layer.head_dim > 128 or heads // layer.kv_heads > 8  # whose partial sums would not fit shared memory
+        warps = DECODE_WARPS // 2 if wide else DECODE_WARPS
+        sizes = {"DECODE_WARPS": warps, "DECODE_BLOCKS": DECODE_BLOCKS}
         pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
         shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)
         rows = (queries.pointer, output.pointer)
-        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **warps)
+        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
         partials = plan.scratch + plan.size.counter_bytes
         lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
         blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
-        decode(self.stream, (blocks,), DECODE_WARPS * 32, (*rows, *pages, *lists, *shape))
+        decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
         if plan.only_decode:
             return
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)

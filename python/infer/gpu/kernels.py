@@ -66,6 +66,7 @@ class Kernels:
         runtime.free(0)  # makes the device's context current in this thread
         self.capability = properties["major"] * 10 + properties["minor"]
         self.multiprocessors = int(properties["multiProcessorCount"])
+        self.shared_limit = int(properties["sharedMemPerBlockOptin"])
         self.architecture = architecture_name(properties["major"], properties["minor"])
         self._driver_version = runtime.driverGetVersion()
         self._sources = dict(sources)

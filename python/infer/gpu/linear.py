@@ -19,7 +19,8 @@ STREAM_ROWS = 16
 """Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
 
 STORE, ADD, GATED = 0, 1, 2
-WARPS = 8
+WARPS = 8  # of the plain kernel
+TILE = 16  # weight rows of a matrix instruction
 
 
 class LinearOperations(RowOperations):
@@ -104,25 +105,30 @@ class LinearOperations(RowOperations):
         epsilon: float = 0.0,
         activation: str = "silu",
     ) -> None:
-        tiles = stream_tiles(source.rows, weight.rows, epilogue, self.kernels.multiprocessors)
+        few, processors = source.rows <= 8, self.kernels.multiprocessors
+        tiles = 2 if epilogue == GATED or not few or weight.rows > 2 * processors * TILE else 1
+        outputs = weight.rows // 2 if epilogue == GATED else weight.rows
+        blocks = -(-outputs // (TILE if epilogue == GATED else TILE * tiles))
+        warps = 16 if blocks <= processors else 8
+        shared = stream_shared_bytes(warps, tiles, few, norm != 0, weight.type)
+        if shared > self.kernels.shared_limit:
+            warps, shared = 8, stream_shared_bytes(8, tiles, few, norm != 0, weight.type)
         kernel = self.kernels.get(
             "linear_stream.cu",
             "linear_stream",
-            TOKENS=8 if source.rows <= 8 else 16,
+            TOKENS=8 if few else 16,
             TILES=tiles,
+            WARPS=warps,
             EPILOGUE=epilogue,
             NORM=int(norm != 0),
             WEIGHT=c_type(weight.type),
             OUTPUT=c_type(output.dtype),
             ACTIVATION=ACTIVATIONS.index(activation),
         )
-        outputs = weight.rows // 2 if epilogue == GATED else weight.rows
-        per_block = 16 if epilogue == GATED else 16 * tiles
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
-        depth = (6 if weight.type == "e4m3" else 4) // tiles  # steps of 64 columns, as in the source
-        shared = WARPS * depth * (source.rows * 128 + (256 if norm else 0))
-        kernel(self.stream, (-(-outputs // per_block),), WARPS * 32, (*pointers, *shape, add, epsilon), shared)
+        grid = min(blocks, processors * (16 // warps))
+        kernel(self.stream, (grid,), warps * 32, (*pointers, *shape, add, epsilon), shared)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
@@ -154,9 +160,8 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     return 0 < source.rows <= STREAM_ROWS and aligned and types and one_scale
 
 
-def stream_tiles(rows: int, weight_rows: int, epilogue: int, multiprocessors: int) -> int:
-    """Return how many tiles of 16 weight rows a block takes: as many as let all run at once, or two."""
-    if epilogue == GATED:
-        return 2
-    resident = 2 * multiprocessors * 16  # rows of blocks of one tile that run at once
-    return 2 if weight_rows > resident or (rows > 8 and weight_rows >= resident // 2) else 1
+def stream_shared_bytes(warps: int, tiles: int, few: bool, has_norm: bool, weight_type: str) -> int:
+    """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cu."""
+    tokens, step = 8 if few else 16, 128 // ELEMENT_BYTES[weight_type]
+    ring = (4 // tiles) * (tokens * step * 2 + (step * 4 if has_norm else 0))
+    return warps * (ring + 2 * 4 * (tiles * TILE * (tokens + 1) + tokens))
