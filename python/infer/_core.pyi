@@ -478,6 +478,10 @@ class Work:
     @property
     def logit_rows(self) -> int: ...
     @property
+    def greedy(self) -> list[bool]:
+        """For each row whose logits are wanted, whether only the largest one matters."""
+
+    @property
     def most_pages(self) -> int:
         """Pages of the sequence that has the most."""
 
@@ -514,7 +518,12 @@ class WorkLink:
     def next_work(self, timeout: float | None = None) -> Work | None:
         """Wait for work; None when there will be no more."""
 
-    def finish_logits(self, work: Work, logits: NDArray[np.float32]) -> None: ...
+    def finish_rows(self, work: Work, logits: NDArray[np.float32], choices: NDArray[np.int32] | None = None) -> None:
+        """Answer "forward" and "draft": the logits of the wanted rows; or, with ``choices``, the tokens of greedy rows, of the others alone.
+
+        A choice is the lowest id of the largest logit, or -1 where a logit is NaN or infinite or none is finite.
+        """
+
     def finish_page(self, work: Work, page: NDArray[np.uint8]) -> None: ...
     def finish(self, work: Work) -> None: ...
     def fail(self, work: Work, message: str) -> None: ...

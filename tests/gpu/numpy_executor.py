@@ -216,6 +216,11 @@ class NumpyOperations:
             weights /= weights.sum(-1, keepdims=True)
             matrix(output)[row] = np.einsum("hgp,phd->hgd", weights, values).reshape(-1)
 
+    def argmax(self, logits: Rows, chosen: int, scratch: int) -> None:
+        values = matrix(logits)
+        bad = ~(values < np.inf).all(-1) | ~np.isfinite(values.max(-1, initial=-np.inf))
+        view(chosen, (logits.rows,), np.int32)[:] = np.where(bad, -1, values.argmax(-1))
+
     def gated_activation(self, gate: Rows, up: Rows, output: Rows, name: str) -> None:
         matrix(output)[:] = activate(name, matrix(gate)) * matrix(up)
 
@@ -260,6 +265,78 @@ class NumpyOperations:
                     middle = activate(activation, both[:width]) * both[width:]
                     total += share * (weight_of(down, expert).astype(np.float64) @ middle + bias_of(down, expert))
             y[row] = total
+
+
+    # ---- what fused steps are, in terms of others
+
+    def add_norm(
+        self, hidden: Rows, branch: Rows, scale: float, output: Rows, kind: str, epsilon: float, weight: int, bias: int = 0
+    ) -> None:
+        self.add(hidden, branch, scale)
+        self.norm(hidden, output, kind, epsilon, weight, bias)
+
+    def linear_add(self, source: Rows, destination: Rows, weight: Weight, scale: float = 1.0) -> None:
+        matrix(destination)[:] += np.float32(scale) * (matrix(source) @ weight_of(weight).T + bias_of(weight))
+
+    def linear_gated(self, source: Rows, output: Rows, weight: Weight, activation: str, scratch: Rows) -> None:
+        self.linear(source, scratch, weight)
+        width = weight.rows // 2
+        self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
+
+    def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
+        self.norm(source, scratch, "rms", epsilon, norm)
+        self.linear(scratch, output, weight)
+
+    def norm_linear_gated(
+        self,
+        source: Rows,
+        output: Rows,
+        weight: Weight,
+        activation: str,
+        norm: int,
+        epsilon: float,
+        normed: Rows,
+        scratch: Rows,
+    ) -> None:
+        self.norm(source, normed, "rms", epsilon, norm)
+        self.linear_gated(normed, output, weight, activation, scratch)
+
+    def rope_write_kv(
+        self,
+        inputs: StepInputs,
+        qkv: Rows,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable | None,
+        query_norm: int = 0,
+        key_norm: int = 0,
+        epsilon: float = 0.0,
+    ) -> None:
+        queries, width = heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        keys, values = qkv.part(queries, width), qkv.part(queries + width, width)
+        for rows, count, norm in ((qkv.part(0, queries), heads, query_norm), (keys, layer.kv_heads, key_norm)):
+            if norm:
+                self.norm(rows, rows, "rms", epsilon, norm, groups=count)
+            if table:
+                self.rope(inputs, rows, count, table)
+        self.write_kv(inputs, keys, values, layer)
+        matrix(keys)[:] = matrix(values)[:] = np.nan  # nobody may read them afterwards
+
+    def qkv(
+        self,
+        inputs: StepInputs,
+        source: Rows,
+        qkv: Rows,
+        weight: Weight,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable,
+        norm: int,
+        epsilon: float,
+        scratch: Rows,
+    ) -> None:
+        self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
+        self.rope_write_kv(inputs, qkv, layer, heads, table)
 
 
 def key_pages(layer: KvLayer) -> NDArray[Any]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, Routes, Rows
 from infer.gpu.attention import CHUNK_PAGES, AttentionPlan, PlanSize
+from infer.gpu.fused import FusedSteps, fuse
 from infer.gpu.memory import Buffers, KvPages
+from infer.gpu.operations import ARGMAX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +58,7 @@ class AttentionPlans:
         }
 
 
-class Executor:
+class Executor(FusedSteps):
     """One model on one device.
 
     Parameters
@@ -67,6 +69,8 @@ class Executor:
         The program and its loaded weights.
     rows, sequences, logit_rows
         The most of each that a step may have.
+    fused
+        Merge neighbouring steps for which there is one kernel.
 
     Attributes
     ----------
@@ -86,14 +90,19 @@ class Executor:
         rows: int,
         sequences: int,
         logit_rows: int,
+        fused: bool = True,
     ) -> None:
         self._device, self._model = device, model
         self._operations, self._weights = operations, weights
         self._constants = model.constants
         self._buffers = Buffers(device, model, rows, logit_rows)
         self._logits = model.logits
-        self._steps = [(getattr(self, kind), fields) for kind, fields in model.steps]
-        self._body = next(place for place, (kind, _) in enumerate(model.steps) if kind == "select")
+        steps = fuse(model.steps, weights, self._constants["heads"]) if fused else model.steps
+        self._steps = [(getattr(self, kind), fields) for kind, fields in steps]
+        self._body = next(place for place, (kind, _) in enumerate(steps) if kind == "select")
+        self._choices = device.allocate(logit_rows * 4)
+        self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
+        device.clear(self._scratch, logit_rows * ARGMAX_BYTES)
         self._rows_and_sequences = rows, sequences
         self._expert_memory(device, model, rows)
         self._attention: dict[int, AttentionPlan] = {}
@@ -119,6 +128,15 @@ class Executor:
     def logits(self, rows: int) -> Rows:
         """Return where the logits of the wanted rows will be."""
         return self._buffers.rows(self._logits, rows)
+
+    def choose(self, launch: Launch) -> None:
+        """Enqueue the choice of each wanted row's largest logit, after `forward`."""
+        self._operations.argmax(self.logits(launch.logit_rows), self._choices, self._scratch)
+
+    @property
+    def choices(self) -> int:
+        """Where the choices will be: int32 (logit rows)."""
+        return self._choices
 
     def forward(self, launch: Launch) -> None:
         """Enqueue all steps."""

@@ -3,10 +3,15 @@
 Steps of decoding, in which every row's logits are wanted and sequences have a few rows each, are padded to one of a few sizes; each size is
 captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and replayed
 from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
+
+Rows that want nothing but their largest logit get it chosen on the device: of a vocabulary of 128,256 a row of logits is half a megabyte to
+copy, and more work to look through on the host than a step takes on the device.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
@@ -33,6 +38,21 @@ def padded(count: int) -> int:
             return size
     step = 8 if count <= 64 else 16 if count <= 256 else 32
     return -(-count // step) * step
+
+
+@dataclass
+class Outcome:
+    """What a step gives, in pinned memory that the next step overwrites."""
+
+    logits: NDArray[np.float32]
+    """Of the rows that are not greedy, one after the other."""
+    _choices: NDArray[np.int32] | None
+    _greedy: list[bool]
+
+    @property
+    def choices(self) -> NDArray[np.int32] | None:
+        """The tokens of greedy rows; None where there are none."""
+        return None if self._choices is None else self._choices[self._greedy]
 
 
 class Runner:
@@ -69,23 +89,41 @@ class Runner:
         self._sequences = sequences
         self._plan = Plan(device, rows, sequences, pages, long_context_row)
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
+        self._host_choices = device.pinned((logit_rows,), "int32")
         self._most_graph_rows = min(MOST_GRAPH_ROWS, logit_rows, rows) if graphs else 0
         self._graphs: dict[tuple[int, int], Callable[[], None] | None] = {}
 
-    def enqueue(self, work: Work) -> NDArray[np.float32]:
-        """Enqueue a step; returns where its logits, (logit rows, vocabulary), will be once the device is synchronized."""
+    def enqueue(self, work: Work) -> Outcome:
+        """Enqueue a step; returns where its outcome will be once the device is synchronized."""
         rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
+        greedy = work.greedy
         size = self._graph_size(work)
         if size is None:
+            launch = self._launch(work, rows, sequences, wanted)
             self._plan.send(work, rows, sequences)
-            self._executor.forward(self._launch(work, rows, sequences, wanted))
+            self._executor.forward(launch)
+            if any(greedy):
+                self._executor.choose(launch)
         else:
             self._plan.send(work, *size)
             self._decode(work, size)
-        host: NDArray[np.float32] = self._host_logits[:wanted]
-        if wanted:
-            self._device.download(host, self._executor.logits(wanted).pointer)
-        return host
+        return self._collect(greedy)
+
+    def _collect(self, greedy: list[bool]) -> Outcome:
+        """Enqueue copies of what is wanted: choices of all rows if of any, logits of those that are not greedy, one after the other."""
+        place = 0
+        logits = self._executor.logits(len(greedy))
+        for one, run in groupby(range(len(greedy)), key=lambda row: greedy[row]):
+            if not one:
+                numbers = list(run)
+                part = self._host_logits[place : place + len(numbers)]
+                self._device.download(part, logits.pointer + 4 * logits.stride * numbers[0])
+                place += len(numbers)
+        choices = None
+        if place < len(greedy):
+            choices = self._host_choices[: len(greedy)]
+            self._device.download(choices, self._executor.choices)
+        return Outcome(self._host_logits[:place], choices, greedy)
 
     def _graph_size(self, work: Work) -> tuple[int, int] | None:
         """Return the padded rows and sequences of a step that a graph is made for: whole decoding steps that are not too large."""
@@ -110,7 +148,9 @@ class Runner:
         rows, sequences = size
 
         def run() -> None:
-            self._executor.forward(self._launch(work, rows, sequences, rows))
+            launch = self._launch(work, rows, sequences, rows)
+            self._executor.forward(launch)
+            self._executor.choose(launch)
 
         if size not in self._graphs:
             self._graphs[size] = None

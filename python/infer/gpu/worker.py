@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from infer._core import Work, WorkLink
     from infer.gpu.device import Device
+    from infer.gpu.runner import Outcome
 
 __all__ = ["Worker", "open_engine"]
 
@@ -93,9 +94,7 @@ class Worker:
         elif kind == "draft":
             if self._draft is None:
                 raise InferError("this engine has no draft model")
-            logits = self._draft.enqueue(work)
-            self._device.synchronize()
-            self._link.finish_logits(work, logits)
+            self._finish(work, self._draft.enqueue(work))
         elif kind == "export":
             self._link.finish_page(work, self._read(work.page))
         else:
@@ -108,9 +107,11 @@ class Worker:
                 runner.pages.copy(source, target)
         if self._draft is not None and (rest := work.not_drafted()).rows:
             self._draft.enqueue(rest)
-        logits = self._target.enqueue(work)
+        self._finish(work, self._target.enqueue(work))
+
+    def _finish(self, work: Work, outcome: Outcome) -> None:
         self._device.synchronize()
-        self._link.finish_logits(work, logits)
+        self._link.finish_rows(work, outcome.logits, outcome.choices)
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]

@@ -55,12 +55,21 @@ impl WorkLink {
         })
     }
 
-    /// Answer "forward" and "draft": (logit rows, vocabulary).
-    fn finish_logits(&self, py: Python<'_>, work: &Work, logits: PyReadonlyArray2<'_, f32>) -> PyResult<()> {
+    /// Answer "forward" and "draft": logits (rows, vocabulary) of all wanted rows; or with `choices`, the tokens of the greedy ones, of the
+    /// others alone.
+    #[pyo3(signature = (work, logits, choices=None))]
+    fn finish_rows(
+        &self,
+        py: Python<'_>,
+        work: &Work,
+        logits: PyReadonlyArray2<'_, f32>,
+        choices: Option<PyReadonlyArray1<'_, i32>>,
+    ) -> PyResult<()> {
         guarded(|| {
             let logits = logits.as_slice().map_err(refusal)?;
             let logits = py.detach(|| logits.to_vec());
-            self.answer(work, Ok(Answer::Logits(logits)))
+            let choices = choices.as_ref().map(|choices| choices.as_slice().map_err(refusal)).transpose()?;
+            self.answer(work, Ok(Answer::Rows { logits, choices: choices.unwrap_or_default().to_vec() }))
         })
     }
 
@@ -132,6 +141,14 @@ impl Work {
     #[getter]
     fn logit_rows(&self) -> PyResult<usize> {
         Ok(self.batch()?.logit_rows.len())
+    }
+
+    /// For each of them, whether only its largest logit matters; all False for "draft".
+    #[getter]
+    fn greedy(&self) -> PyResult<Vec<bool>> {
+        let batch = self.batch()?;
+        let none = || vec![false; batch.logit_rows.len()];
+        Ok(if batch.greedy.is_empty() { none() } else { batch.greedy.clone() })
     }
 
     /// Pages of the sequence that has the most.

@@ -35,8 +35,13 @@ pub enum Work {
 /// What an executor answers.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
-    /// To [`Work::Forward`] and [`Work::Draft`]: (logit_rows, vocabulary).
-    Logits(Vec<f32>),
+    /// To [`Work::Forward`] and [`Work::Draft`].
+    Rows {
+        /// (rows, vocabulary), of all rows or of those that were not chosen from.
+        logits: Vec<f32>,
+        /// As [`Device::take_choices`].
+        choices: Vec<i32>,
+    },
     /// To [`Work::Export`].
     Page(Vec<u8>),
     /// To [`Work::Import`].
@@ -152,18 +157,22 @@ pub struct Closed;
 /// A device whose executor is elsewhere.
 pub struct OutsideDevice {
     handover: Arc<Handover>,
+    choices: Vec<i32>,
 }
 
 impl OutsideDevice {
     /// A device that hands its work over there.
     #[must_use]
     pub fn new(handover: Arc<Handover>) -> Self {
-        Self { handover }
+        Self { handover, choices: Vec::new() }
     }
 
-    fn logits(&self, work: Work, logits: &mut Vec<f32>) -> Result<(), String> {
+    fn rows(&mut self, work: Work, logits: &mut Vec<f32>) -> Result<(), String> {
         match self.handover.ask(work)? {
-            Answer::Logits(computed) => *logits = computed,
+            Answer::Rows { logits: computed, choices } => {
+                *logits = computed;
+                self.choices = choices;
+            }
             other => return Err(mistaken(&other)),
         }
         Ok(())
@@ -172,11 +181,15 @@ impl OutsideDevice {
 
 impl Device for OutsideDevice {
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        self.logits(Work::Forward(batch.clone()), logits)
+        self.rows(Work::Forward(batch.clone()), logits)
+    }
+
+    fn take_choices(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.choices)
     }
 
     fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        self.logits(Work::Draft(batch.clone()), logits)
+        self.rows(Work::Draft(batch.clone()), logits)
     }
 
     fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
@@ -205,7 +218,7 @@ impl Drop for OutsideDevice {
 
 fn mistaken(answer: &Answer) -> String {
     let kind = match answer {
-        Answer::Logits(_) => "logits",
+        Answer::Rows { .. } => "logits",
         Answer::Page(_) => "a page",
         Answer::Done => "that it is done",
     };

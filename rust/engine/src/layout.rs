@@ -131,6 +131,7 @@ mod tests {
             tokens: vec![7, 8, 9],
             sequences: vec![sequence(0, 1, 5, &[u32::MAX, 3], true), sequence(1, 2, 3, &[2, 6], false)],
             logit_rows: vec![0, 2],
+            greedy: Vec::new(),
         }
     }
 

@@ -14,6 +14,10 @@ use infer_engine::{
 
 const LONG: Duration = Duration::from_secs(20);
 
+fn rows(logits: Vec<f32>) -> Answer {
+    Answer::Rows { logits, choices: Vec::new() }
+}
+
 /// Does the work on a thread of its own, as often as allowed, and stops then with a reason.
 fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize) -> JoinHandle<usize> {
     std::thread::spawn(move || {
@@ -27,10 +31,10 @@ fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize) -> Jo
             let mut page = Vec::new();
             let answer = match &*ticket.work {
                 Work::Forward(batch) => {
-                    device.forward(batch, &mut logits).map(|()| Answer::Logits(std::mem::take(&mut logits)))
+                    device.forward(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
                 }
                 Work::Draft(batch) => {
-                    device.draft(batch, &mut logits).map(|()| Answer::Logits(std::mem::take(&mut logits)))
+                    device.draft(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
                 }
                 Work::Export(number) => {
                     device.export_page(*number, &mut page).map(|()| Answer::Page(std::mem::take(&mut page)))
