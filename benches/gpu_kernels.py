@@ -201,8 +201,7 @@ def decode_step(bench: Bench, shape: Shape, kind: str, rows: int, rate: float) -
     def step() -> None:
         ops.attention_plan(inputs, plan)
         for first, second, third, fourth, layer in weights:
-            ops.norm_linear(hidden, qkv, first, norm, 1e-5, normed)
-            ops.rope_write_kv(inputs, qkv, layer, shape.heads, table)
+            ops.qkv(inputs, hidden, qkv, first, layer, shape.heads, table, norm, 1e-5, normed)
             ops.attend(inputs, plan, qkv.part(0, shape.heads * dim), attended, layer, dim**-0.5)
             ops.linear_add(attended, hidden, second)
             ops.norm_linear_gated(hidden, inner, third, "silu", norm, 1e-5, normed, both)

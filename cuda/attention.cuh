@@ -9,7 +9,7 @@
 #define SOFTCAP 0
 #endif
 #ifndef CHUNK_PAGES
-#define CHUNK_PAGES 16
+#define CHUNK_PAGES 32
 #endif
 
 constexpr float LOWEST = -1e30f; // a greatest score of nothing: differences to it stay finite
@@ -38,8 +38,6 @@ constexpr int VALUE_TILES = 2 / sizeof(VALUE_TYPE);             // tiles of 16 d
 constexpr int DIM_TILES = HEAD_DIM / 16;
 constexpr int PAGE_BYTES_OF_KEYS = PAGE_TOKENS * HEAD_DIM * sizeof(KEY_TYPE);
 constexpr int PAGE_BYTES_OF_VALUES = PAGE_TOKENS * HEAD_DIM * sizeof(VALUE_TYPE);
-
-DEVICE u32 word_of(const uint4 &value, int i) { return i == 0 ? value.x : i == 1 ? value.y : i == 2 ? value.z : value.w; }
 
 // The keys of step `step` of a read: two registers of neighbouring pairs of dimensions.
 DEVICE void key_step(const uint4 &words, int step, u32 &first, u32 &second) {

@@ -10,7 +10,7 @@
 #include "attention.cuh"
 
 #ifndef DECODE_WARPS
-#define DECODE_WARPS 8
+#define DECODE_WARPS 6
 #endif
 #ifndef DECODE_BLOCKS
 #define DECODE_BLOCKS 2 // for each multiprocessor
@@ -271,57 +271,81 @@ DEVICE bool is_last(int *counter, int count, Shared &shared) {
     return shared.is_last;
 }
 
-// queries, output: (rows, heads * HEAD_DIM), queries aligned to 16 bytes. partials: (items, kv_heads, ROWS, PARTIAL) floats; counters:
-// (items, kv_heads) ints that are 0 before and after. Launch: any grid, WARPS warps.
+// A block's piece of work, and a warp's share of it: pages `number`, `number + WARPS`, ... below `end`.
+struct Work {
+    Item item;
+    Pages pages;
+    int index, number, end;
+
+    DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
+        index = work / pages.kv_heads;
+        item = items[index];
+        pages.kv_head = work % pages.kv_heads;
+        pages.table = page_table + size_t(item.sequence) * page_stride;
+        const int begin = max(item.chunk * CHUNK_PAGES, first_visible(item.first_position, window) / PAGE_TOKENS);
+        end = min((item.chunk + 1) * CHUNK_PAGES, (item.first_position + item.rows - 1) / PAGE_TOKENS + 1);
+        // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
+        number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
+    }
+
+    DEVICE void read(Page &page) const {
+        if (number < end) pages.read_keys(page, number), pages.read_values(page, number);
+    }
+
+    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
+    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position; }
+};
+
+// queries, output: (rows, heads * HEAD_DIM), queries aligned to 16 bytes, output to 8. partials: (items, kv_heads, ROWS, PARTIAL) floats;
+// counters: (items, kv_heads) ints that are 0 before and after. Launch: any grid, WARPS warps.
 BOUNDED_KERNEL(THREADS, PARTS == 1 && HEAD_DIM <= 128 ? DECODE_BLOCKS : 1)
 attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const VALUE_TYPE *values, const float *key_scales,
-                     const float *value_scales, const float *sinks, const Item *items, const int *counts, const int *page_table,
-                     float *partials, int *counters, int query_stride, int output_stride, int page_stride, int kv_heads, int window,
-                     float scale, float softcap) {
+                 const float *value_scales, const float *sinks, const Item *items, const int *counts, const int *page_table,
+                 float *partials, int *counters, int query_stride, int output_stride, int page_stride, int kv_heads, int window,
+                 float scale, float softcap) {
     __shared__ Shared shared;
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     let_next_start();
     const int work_end = counts[0] * kv_heads;
-    bool waited = false;
-    for (int work = blockIdx.x; work < work_end; work += gridDim.x) {
-        const int index = work / kv_heads, kv_head = work % kv_heads;
-        const Item item = items[index];
-        const Score score = {scale, softcap, window, item.first_position};
-        const Pages pages = {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales,
-                             page_table + size_t(item.sequence) * page_stride, kv_head, kv_heads, g, t, streaming_policy()};
-        const int begin = max(item.chunk * CHUNK_PAGES, first_visible(item.first_position, window) / PAGE_TOKENS);
-        const int end = min((item.chunk + 1) * CHUNK_PAGES, (item.first_position + item.rows - 1) / PAGE_TOKENS + 1);
-        // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
-        const int number = begin + (warp - begin % WARPS + WARPS) % WARPS;
-        // Pages whose tokens are all older than this step's may be read before its keys and values are stored.
-        const bool is_old = (number + 1) * PAGE_TOKENS <= item.first_position;
-        Page page;
-        if (number < end && is_old) pages.read_keys(page, number), pages.read_values(page, number);
-        if (!waited) wait_for_previous();
-        waited = true;
-        if (number < end && !is_old) pages.read_keys(page, number), pages.read_values(page, number);
+    Work next = {{}, {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales, page_table, 0,
+                      kv_heads, g, t, streaming_policy()}, 0, 0, 0};
+    Page page;
+    int number = blockIdx.x;
+    if (number < work_end) next.take(items, number, page_table, page_stride, window);
+    if (number < work_end && next.is_old()) next.read(page);
+    wait_for_previous();
+    if (number < work_end && !next.is_old()) next.read(page);
+    while (number < work_end) {
+        const Work work = next;
+        const int kv_head = work.pages.kv_head;
+        const Score score = {scale, softcap, window, work.item.first_position};
         u32 query[PARTS][HEAD_DIM / 8];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
-            const bf16 *from = queries + size_t(item.first_row + row / GROUP) * query_stride + head * HEAD_DIM;
-            query_operand(from, t, row < item.rows * GROUP, query[part]);
+            const bf16 *from = queries + size_t(work.item.first_row + row / GROUP) * query_stride + head * HEAD_DIM;
+            query_operand(from, t, row < work.item.rows * GROUP, query[part]);
         }
         Running own = {};
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
-        run_pages(pages, query, score, item.rows, number, end, page, own);
+        run_pages(work.pages, query, score, work.item.rows, work.number, work.end, page, own);
+        // The next piece's first page is read while the results of this one are merged.
+        number += gridDim.x;
+        if (number < work_end) {
+            next.take(items, number, page_table, page_stride, window);
+            next.read(page);
+        }
         publish(own, warp, g, t, shared);
         __syncthreads();
         weigh_warps(shared);
         __syncthreads();
-        const Result result = {output, sinks, partials, output_stride, index, kv_head, kv_heads};
-        result.merge_warps(item, shared);
-        if (item.chunks > 1) {
-            const int first = index - (item.chunk - item.first_chunk);
-            if (is_last(counters + size_t(first) * kv_heads + kv_head, item.chunks, shared)) result.merge_chunks(item, first);
+        const Result result = {output, sinks, partials, output_stride, work.index, kv_head, kv_heads};
+        result.merge_warps(work.item, shared);
+        if (work.item.chunks > 1) {
+            const int first = work.index - (work.item.chunk - work.item.first_chunk);
+            if (is_last(counters + size_t(first) * kv_heads + kv_head, work.item.chunks, shared)) result.merge_chunks(work.item, first);
         }
         __syncthreads();
     }
-    if (!waited) wait_for_previous();
 }

@@ -153,10 +153,15 @@ template <int V, class E> DEVICE void store(E *to, const float (&values)[V]) {
 
 // ---- asynchronous copies to shared memory, by each thread for itself; a group is what was started since the last one ended
 
-// Copies 16 bytes past L1, or clears them.
-DEVICE void copy_16(void *to, const void *from, bool exists = true) {
+// Copies 16 bytes past L1.
+DEVICE void copy_16(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+// Copies 16 bytes that this multiprocessor reads again, or clears them.
+DEVICE void copy_16_cached(void *to, const void *from, bool exists) {
     const u32 place = u32(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 
 DEVICE void copy_4(void *to, const void *from) {

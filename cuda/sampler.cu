@@ -24,7 +24,7 @@ KERNEL argmax(const float *logits, int *chosen, Best *scratch, int stride, int w
     wait_for_previous();
     logits += size_t(blockIdx.y) * stride;
     u64 best = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < width; i += gridDim.x * THREADS) best = max(best, key_of(logits[i], i));
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));

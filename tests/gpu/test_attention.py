@@ -171,6 +171,36 @@ def test_rotation_and_storing(dtype: str, style: str, dim: int, pairs: int, has_
         assert np.isnan(pages).all(), "a slot that belongs to no row was written"
 
 
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+@pytest.mark.parametrize("rows", [1, 8, 13, 20])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (3, 1, 80), (32, 8, 128)])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_product_with_rotation_and_storing(kind: str, rows: int, heads: int, kv_heads: int, dim: int, has_norm: bool) -> None:
+    """Fused to one kernel or not: queries, keys and values of the product."""
+    gpu, width = device(), (heads + 2 * kv_heads) * dim
+    angles, weight, factors, bias = normal(300, dim // 2) * 3, normal(width, 256) / 8, normal(256), normal(width)
+    turns = np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+    table, inputs = RopeTable(gpu.put(turns), dim // 2), gpu.inputs([(250, rows)], padding=1, pages=20)
+    x, layer = normal(rows + 1, 256), gpu.kv_layer(20, kv_heads, dim, "f32", "f32")
+    source, qkv, scratch = gpu.rows(x, "bf16"), gpu.blank(rows + 1, width, "bf16"), gpu.blank(rows + 1, 256, "bf16")
+    scales = abs(normal(width, 1)) + 0.5 if kind == "e4m3" else 1.0
+    more = {"scales": gpu.vector(scales), "group": 256} if kind == "e4m3" else {}
+    pointer = gpu.vector(factors) if has_norm else 0
+    packed = gpu.weight(weight, kind, bias, **more)
+    gpu.ops.qkv(inputs, source, qkv, packed, layer, heads, table, pointer, 1e-5, scratch)
+    exact = rounded(x, "bf16")
+    exact = norm(exact, "rms", 1, 1e-5, factors, None) if has_norm else exact
+    product = (exact @ (rounded(weight, kind) * scales).T + bias).reshape(rows + 1, -1, dim)
+    expected = rotate(product, turns[gpu.ints(inputs.positions, rows + 1)].astype(np.float64), "half")
+    assert error(gpu.read(qkv.part(0, heads * dim)), expected[:, :heads].reshape(rows + 1, -1)) < 8e-3
+    slots = gpu.ints(inputs.slots, rows + 1)[:rows]
+    for pointer, wanted in ((layer.keys, expected[:rows, heads:-kv_heads]), (layer.values, product[:rows, -kv_heads:])):
+        pages = gpu.ints(pointer, 20 * kv_heads * PAGE_TOKENS * dim, np.float32).reshape(20, kv_heads, PAGE_TOKENS, dim)
+        assert error(pages[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS].astype(np.float64), wanted) < 8e-3
+        pages[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS] = np.nan
+        assert np.isnan(pages).all(), "a slot that belongs to no row was written"
+
+
 def rotate(heads: np.ndarray, turns: np.ndarray, style: str) -> np.ndarray:
     """Rotate (rows, heads, dim) by (rows, pairs, 2)."""
     pairs, output = turns.shape[1], heads.copy()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from infer.gpu.kernels import Kernels
 
-CHUNK_PAGES = 16
+CHUNK_PAGES = 32
 """Pages whose scores are weighed together when decoding; part of the result's last bits, never a function of the batch."""
 
 DECODE_ROWS = 8
@@ -21,7 +21,7 @@ DECODE_ROWS = 8
 
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
-DECODE_WARPS = 8
+DECODE_WARPS = 6
 DECODE_BLOCKS = 2  # per multiprocessor
 
 
@@ -196,7 +196,7 @@ class AttentionOperations(RowOperations):
         heads = queries.width // layer.head_dim
         macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES, "SOFTCAP": int(softcap > 0)}
         wide = layer.head_dim > 128 or heads // layer.kv_heads > 8  # whose partial sums would not fit shared memory
-        warps = DECODE_WARPS // 2 if wide else DECODE_WARPS
+        warps = 4 if wide else DECODE_WARPS
         sizes = {"DECODE_WARPS": warps, "DECODE_BLOCKS": DECODE_BLOCKS}
         pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
         shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from infer.gpu.attention import AttentionOperations
 from infer.gpu.experts import ExpertOperations
 from infer.gpu.linear import LinearOperations
 
@@ -12,12 +11,12 @@ if TYPE_CHECKING:
     from infer.gpu.arrays import Rows
     from infer.gpu.kernels import Kernels
 
-ARGMAX_PARTS = 16
+ARGMAX_PARTS = 64
 ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
 
-class Operations(LinearOperations, AttentionOperations, ExpertOperations):
+class Operations(LinearOperations, ExpertOperations):
     """Operations on one device and stream. They only enqueue, allocate nothing, and may be captured into a graph.
 
     ``workspace`` is device memory for products, used by one operation after the other.
