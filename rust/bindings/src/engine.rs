@@ -21,11 +21,11 @@ use crate::outside::{OutsideArgs, read_outside};
 use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
-use crate::request::{Request, fill};
+use crate::request::{Request, empty_logits, fill};
 use crate::settings::{
     MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_speculation, salt, seconds, thread_count,
 };
-use crate::tier::{read_session, write_session};
+use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, encode};
 use crate::wait::{deadline, interruptible, wait_until};
 use crate::work::WorkLink;
@@ -227,14 +227,7 @@ impl Engine {
             let rows = ids.len();
             let submit = || driver.submit(ids.into(), RequestKind::Logits, None, SubmitOptions::default());
             let handle = py.detach(submit).map_err(engine_error)?;
-            // Through Python, which reports a lack of memory as an exception.
-            let kwargs = PyDict::new(py);
-            kwargs.set_item("dtype", "float32")?;
-            let empty = py.import("numpy")?.getattr("empty")?;
-            let made = empty.call(((rows, self.config.vocabulary),), Some(&kwargs));
-            let array = made
-                .map_err(|error| refusal(format!("logits of {rows} tokens do not fit in memory: {error}")))?;
-            let array = array.cast_into::<PyArray2<f32>>()?;
+            let array = empty_logits(py, rows, self.config.vocabulary)?;
             fill(py, &handle, &array)?;
             Ok(array)
         })
@@ -263,13 +256,7 @@ impl Engine {
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
             let (salt, namespace) = (salt(cache_salt)?, self.namespace);
-            interruptible(py, "infer-session", move || {
-                let pages = driver.export_session(&ids, salt).map_err(|error| error.to_string())?;
-                if pages.is_empty() {
-                    return Err("token_ids: nothing of this prompt is in the cache".to_owned());
-                }
-                write_session(&path, namespace, pages)
-            })
+            interruptible(py, "infer-session", move || save_session(&driver, &path, &ids, salt, namespace))
         })
     }
 
@@ -286,10 +273,7 @@ impl Engine {
             let path = path.get("path", "a path")?;
             let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
             interruptible(py, "infer-session", move || {
-                let pages = read_session(&path, namespace, page_bytes)?;
-                let tokens = pages.iter().flat_map(|page| page.name.tokens.iter().copied()).collect();
-                let cached = driver.import_session(pages, salt).map_err(|error| error.to_string())?;
-                Ok((tokens, cached))
+                load_session(&driver, &path, salt, namespace, page_bytes)
             })
         })
     }

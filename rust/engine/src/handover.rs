@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use crate::batch::Batch;
 use crate::device::Device;
 
-/// How long a side looks before it sleeps.
-const GLANCE: Duration = Duration::from_micros(50);
+/// How long a side looks before it sleeps: about as long as the other takes between steps of decoding.
+const GLANCE: Duration = Duration::from_micros(200);
 
 /// What an executor is to do. Pages of the draft model, if there is one, have the same numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
