@@ -9,8 +9,8 @@ first token:    time of a call that generates one token from a prompt of 2,048
 start:          from a path to a model that is ready; and to its first token
 
 Prompts are fresh random token ids, decoding is greedy and ignores the end of text, nothing is shared between prompts; medians of
-`--rounds`. Joules come from the GPU's own counter, over everything it did in the call. Weights are random, which changes nothing but the
-text. Results go to `benches/results/gpu-*.json`.
+`--rounds`. Joules come from the GPU's own counter, over everything it did in the call. Weights are random, which changes
+nothing but the text. Results go to `benches/results/gpu-*.json`.
 """
 
 from __future__ import annotations

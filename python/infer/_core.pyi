@@ -416,7 +416,13 @@ class DeviceModel:
     """A checked model as a backend in Python gets it: its program, and its weights in plain numbers, one at a time."""
 
     def __new__(
-        cls, path: str | PathLike[str], *, backend: str, dtype: str = "auto", kv_cache_dtype: str | Mapping[str, Any] = "auto", mmap: bool = True
+        cls,
+        path: str | PathLike[str],
+        *,
+        backend: str,
+        dtype: str = "auto",
+        kv_cache_dtype: str | Mapping[str, Any] = "auto",
+        mmap: bool = True,
     ) -> DeviceModel: ...
     @property
     def element(self) -> Literal["f32", "bf16"]:
@@ -504,8 +510,10 @@ class Work:
         """The rows that a draft model has not computed yet."""
 
     def write_rows(self, rows: int, sequences: int, long_context_row: int, out: NDArray[np.int32]) -> None:
-        """Write tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows) each, then the sequences'
-        first rows, (sequences + 1), one after the other; see rust/engine/src/layout.rs.
+        """Write the arrays of a step's rows, padded to so many rows and sequences.
+
+        One after the other: tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows)
+        each, then the sequences' first rows, (sequences + 1). See rust/engine/src/layout.rs.
         """
 
     def write_pages(self, table: NDArray[np.int32]) -> None:

@@ -1,6 +1,7 @@
 """Where a model is computed: what `LLM(device=...)` starts.
 
-"auto" is the CPU: a program that worked on one machine shall not need other software, or give other bits, because the next has a GPU.
+"auto" is the CPU: a program that worked on one machine shall not need other software, or give other bits, because the next has
+a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def start(device: str, path: Path, *, enforce_eager: bool, **settings: Any) -> t
         raise InferError(f"device: {device!r} is unknown; use 'auto', 'cpu' or 'cuda'")
     if not isinstance(enforce_eager, bool):
         raise InferError(f"enforce_eager must be True or False, got {enforce_eager!r}")
-    for name, usual in zip(("max_num_seqs", "max_num_batched_tokens"), STEP_SIZES["cuda" if device == "cuda" else "cpu"], strict=True):
+    usual_sizes = STEP_SIZES["cuda" if device == "cuda" else "cpu"]
+    for name, usual in zip(("max_num_seqs", "max_num_batched_tokens"), usual_sizes, strict=True):
         settings[name] = usual if settings[name] is None else settings[name]
     if device != "cuda":
         return Engine(path, **settings), None

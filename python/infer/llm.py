@@ -62,10 +62,10 @@ class LLM(Sessions):
         Compute the common beginning of prompts once.
     kv_cache_dtype
         How keys and values are kept: "float32", "float16", "bfloat16", "int8", "fp8" (E4M3), or "auto", which is float16 (on a
-        GPU bfloat16), and float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not given is "auto");
-        with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the end. The 8-bit
-        types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in accuracy. A draft
-        model gets the same types in all of its layers. A GPU keeps no 8-bit types.
+        GPU bfloat16), and float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not
+        given is "auto"); with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the
+        end. The 8-bit types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in
+        accuracy. A draft model gets the same types in all of its layers. A GPU keeps no 8-bit types.
     kv_cache_memory_bytes
         Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free (on a GPU,
         nine tenths of what its memory has free).

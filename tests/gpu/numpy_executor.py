@@ -1,7 +1,7 @@
 """The GPU path without a GPU: a device whose memory is this process's, and the kernels' operations in numpy over raw pointers.
 
-Everything above the kernels runs on it as it stands (program, weights, pages, plan, graphs, thread, engine), so CI tests it all; and the GPU
-is tested against the same operations. Weights and buffers are f32 here (`dtype="float32"`); norms, softmax and
+Everything above the kernels runs on it as it stands (program, weights, pages, plan, graphs, thread, engine), so CI tests it
+all; and the GPU is tested against the same operations. Weights and buffers are f32 here (`dtype="float32"`); norms, softmax and
 attention are taken in float64.
 """
 
@@ -173,7 +173,8 @@ class NumpyOperations:
         values = matrix(rows)
         x = values.reshape(inputs.rows, heads, -1).copy()
         pairs = table.pairs
-        first, second = (slice(0, pairs), slice(pairs, 2 * pairs)) if table.style == "half" else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+        halves, interleaved = (slice(pairs), slice(pairs, 2 * pairs)), (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+        first, second = halves if table.style == "half" else interleaved
         a, b = x[..., first].copy(), x[..., second].copy()
         x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
         values[:] = x.reshape(inputs.rows, -1)
@@ -265,7 +266,6 @@ class NumpyOperations:
                     middle = activate(activation, both[:width]) * both[width:]
                     total += share * (weight_of(down, expert).astype(np.float64) @ middle + bias_of(down, expert))
             y[row] = total
-
 
     # ---- what fused steps are, in terms of others
 

@@ -1,8 +1,8 @@
 """One GPU: its memory, one stream, copies and graphs. The only file of this room that talks to CuPy besides kernels.py.
 
-Memory is taken with plain allocations and given back when the device is closed. Everything is enqueued on one stream, so what is written
-before is seen by what comes after, and one `synchronize` per step is all the waiting there is. `tests/gpu/host_device.py` has a twin over
-host memory, with which the whole room is tested where there is no GPU.
+Memory is taken with plain allocations and given back when the device is closed. Everything is enqueued on one stream, so what
+is written before is seen by what comes after, and one `synchronize` per step is all the waiting there is.
+`tests/gpu/numpy_executor.py` has a twin over host memory, with which the whole room is tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def require() -> Any:
     if count == 0:
         raise InferError("device: 'cuda' finds no NVIDIA GPU; use device='cpu'")
     if version < LEAST_DRIVER:
-        raise InferError(f"device: 'cuda' needs a driver for CUDA 12 or later, this one is for {version // 1000}; update the driver")
+        found = f"this one is for {version // 1000}"
+        raise InferError(f"device: 'cuda' needs a driver for CUDA 12 or later, {found}; update the driver")
     properties = runtime.getDeviceProperties(runtime.getDevice())
     capability = properties["major"] * 10 + properties["minor"]
     if capability < LEAST_CAPABILITY:
@@ -80,7 +81,8 @@ class Device:
             pointer = int(self._runtime.malloc(max(size, 256)))
         except self._runtime.CUDARuntimeError as error:
             free = self.free_bytes()
-            raise InferError(f"the GPU cannot give {size} bytes, it has {free} free ({error}); free memory or use a smaller model") from error
+            advice = "free memory, or use a smaller model, cache or max_num_batched_tokens"
+            raise InferError(f"the GPU cannot give {size} bytes, it has {free} free; {advice} ({error})") from error
         self._blocks.append(pointer)
         return pointer
 

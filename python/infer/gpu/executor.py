@@ -1,7 +1,8 @@
 """The program's steps on the device: one method per kind of step, named as the variant of `Step` in rust/model/src/step.rs.
 
-A method only enqueues; it reads what rows there are from the `Launch` at hand. Nothing is allocated after construction, so whatever a
-launch enqueues can be captured into a graph and replayed: contents of the step's arrays change, addresses and counts do not.
+A method only enqueues; it reads what rows there are from the `Launch` at hand. Nothing is allocated after construction, so
+whatever a launch enqueues can be captured into a graph and replayed: contents of the step's arrays change, addresses and counts
+do not.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, Routes, Rows
+from infer.gpu.arrays import ELEMENT_BYTES, Routes, Rows
 from infer.gpu.attention import CHUNK_PAGES, AttentionPlan, PlanSize
 from infer.gpu.fused import FusedSteps, fuse
 from infer.gpu.memory import Buffers, KvPages
@@ -161,7 +162,14 @@ class Executor(FusedSteps):
         self._operations.add_position(launch.inputs, self._weights.positions, self._rows(launch, rows))
 
     def norm(
-        self, launch: Launch, input: Place, output: Place, kind: str, groups: int, epsilon: float, weight: int  # noqa: A002
+        self,
+        launch: Launch,
+        input: Place,
+        output: Place,
+        kind: str,
+        groups: int,
+        epsilon: float,
+        weight: int,
     ) -> None:
         """Normalise groups of columns."""
         pointer, bias, length = self._weights.vectors[weight]
@@ -169,7 +177,7 @@ class Executor(FusedSteps):
         per_group = groups > 1 and length == source.width
         self._operations.norm(source, target, kind, epsilon, pointer, bias, groups, per_group)
 
-    def linear(self, launch: Launch, input: Place, output: Place, weight: int) -> None:  # noqa: A002
+    def linear(self, launch: Launch, input: Place, output: Place, weight: int) -> None:
         """Multiply by a matrix, and add its bias."""
         self._operations.linear(self._rows(launch, input), self._rows(launch, output), self._weights.matrices[weight])
 
@@ -196,7 +204,8 @@ class Executor(FusedSteps):
 
     def gated_activation(self, launch: Launch, gate: Place, up: Place, output: Place, activation: str) -> None:
         """``activation(gate) * up``."""
-        self._operations.gated_activation(self._rows(launch, gate), self._rows(launch, up), self._rows(launch, output), activation)
+        first, second, target = (self._rows(launch, place) for place in (gate, up, output))
+        self._operations.gated_activation(first, second, target, activation)
 
     def activation(self, launch: Launch, rows: Place, activation: str) -> None:
         """Apply a function to every value."""
@@ -219,7 +228,7 @@ class Executor(FusedSteps):
     def experts(
         self,
         launch: Launch,
-        input: Place,  # noqa: A002
+        input: Place,
         output: Place,
         gate_up: list[int],
         down: list[int],
@@ -232,7 +241,7 @@ class Executor(FusedSteps):
         source, target = self._rows(launch, input), self._rows(launch, output)
         self._operations.experts(source, target, self._routes, stacks[gate_up[0]], stacks[down[0]], activation, inner)
 
-    def select(self, launch: Launch, input: Place, output: Place) -> None:  # noqa: A002
+    def select(self, launch: Launch, input: Place, output: Place) -> None:
         """Keep only the rows whose logits are wanted."""
         source = self._rows(launch, input)
         launch.rows = launch.logit_rows

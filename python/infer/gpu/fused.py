@@ -1,8 +1,8 @@
 """Fused steps: what neighbouring steps become where one kernel does the work of several, and the methods that enqueue them.
 
-`fuse` rewrites a program in passes, each a pattern of neighbours. A buffer that a fused kernel no longer writes must not be read by any later
-step before something else has filled it; `is_dead` sees to that, so no pattern knows families. Programs stay the shared truth: with
-`fused=False` the executor runs them as they are, and the tests compare the two.
+`fuse` rewrites a program in passes, each a pattern of neighbours. A buffer that a fused kernel no longer writes must not be
+read by any later step before something else has filled it; `is_dead` sees to that, so no pattern knows families. Programs stay
+the shared truth: with `fused=False` the executor runs them as they are, and the tests compare the two.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _merge_qkv(first: Step, second: Step, later: list[Step], weights: Weights) -
     fields = second[1]
     if fields["rope"] is None or fields["query_norm"] is not None:
         return None
-    kept = ("input", "weight", "norm", "epsilon", "normed")
-    return "norm_qkv", {**{name: first[1][name] for name in kept}, **{name: fields[name] for name in ("qkv", "layer", "rope", "style")}}
+    product = {name: first[1][name] for name in ("input", "weight", "norm", "epsilon", "normed")}
+    return "norm_qkv", {**product, **{name: fields[name] for name in ("qkv", "layer", "rope", "style")}}
 
 
 def _merge_add_norm(first: Step, second: Step, later: list[Step], weights: Weights) -> Step | None:
@@ -175,7 +175,7 @@ def _attention(steps: list[Step], later: list[Step], weights: Weights, heads: in
         target = own.get("rows") if kind == "rope" else own.get("output")
         if kind not in ("norm", "rope") or target not in (queries, keys) or (kind, target) in found:
             break
-        if kind == "norm" and (("rope", target) not in found or not _is_head_norm(own, weights)):
+        if kind == "norm" and (("rope", target) not in found or not _is_head_norm(own, weights, start // heads)):
             return None
         found[kind, target] = own
         count += 1
@@ -198,11 +198,11 @@ def _attention(steps: list[Step], later: list[Step], weights: Weights, heads: in
     )
 
 
-def _is_head_norm(fields: dict[str, Any], weights: Weights) -> bool:
+def _is_head_norm(fields: dict[str, Any], weights: Weights, head_dim: int) -> bool:
     """Whether a norm is a root mean square in place, with one weight for all heads."""
     _, bias, length = weights.vectors[fields["weight"]]
-    per_head = fields["input"][2] // fields["groups"]
-    return fields["input"] == fields["output"] and fields["kind"] == "rms" and not bias and length == per_head
+    per_head = fields["input"][2] // fields["groups"] == head_dim == length
+    return fields["input"] == fields["output"] and fields["kind"] == "rms" and not bias and per_head
 
 
 class FusedSteps:
@@ -236,20 +236,33 @@ class FusedSteps:
         pointer, bias, _ = self._weights.vectors[weight]
         self._operations.add_norm(total, branch, scale, self._rows(launch, output), kind, epsilon, pointer, bias)
 
-    def linear_add(self, launch: Launch, input: Place, destination: Place, weight: int, scale: float) -> None:  # noqa: A002
+    def linear_add(self, launch: Launch, input: Place, destination: Place, weight: int, scale: float) -> None:
         """``destination += scale * (input times a matrix)``."""
         source, target = self._rows(launch, input), self._rows(launch, destination)
         self._operations.linear_add(source, target, self._weights.matrices[weight], scale)
 
     def linear_gated(
-        self, launch: Launch, input: Place, output: Place, weight: int, activation: str, scratch: Place  # noqa: A002
+        self,
+        launch: Launch,
+        input: Place,
+        output: Place,
+        weight: int,
+        activation: str,
+        scratch: Place,
     ) -> None:
         """A gated activation of two products."""
         source, target, both = (self._rows(launch, place) for place in (input, output, scratch))
         self._operations.linear_gated(source, target, self._weights.matrices[weight], activation, both)
 
     def norm_linear(
-        self, launch: Launch, input: Place, output: Place, weight: int, norm: int, epsilon: float, normed: Place  # noqa: A002
+        self,
+        launch: Launch,
+        input: Place,
+        output: Place,
+        weight: int,
+        norm: int,
+        epsilon: float,
+        normed: Place,
     ) -> None:
         """A product of normed rows."""
         source, target, scratch = (self._rows(launch, place) for place in (input, output, normed))
@@ -259,7 +272,7 @@ class FusedSteps:
     def norm_linear_gated(
         self,
         launch: Launch,
-        input: Place,  # noqa: A002
+        input: Place,
         output: Place,
         weight: int,
         activation: str,
@@ -293,7 +306,7 @@ class FusedSteps:
     def norm_qkv(
         self,
         launch: Launch,
-        input: Place,  # noqa: A002
+        input: Place,
         qkv: Place,
         weight: int,
         norm: int,

@@ -91,8 +91,8 @@ class Plan:
 class KvPages:
     """Pages of keys and values of all layers.
 
-    A layer's keys are (pages, kv_heads, PAGE_TOKENS, head_dim), and so are its values. A page read out is layer after layer its keys, then its
-    values, in the layer's types.
+    A layer's keys are (pages, kv_heads, PAGE_TOKENS, head_dim), and so are its values. A page read out is layer after layer its
+    keys, then its values, in the layer's types.
     """
 
     def __init__(self, device: Device, model: DeviceModel, pages: int) -> None:

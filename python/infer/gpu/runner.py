@@ -1,11 +1,11 @@
 """One model's steps from the engine's work to logits in host memory: padding, graphs, copies.
 
-Steps of decoding, in which every row's logits are wanted and sequences have a few rows each, are padded to one of a few sizes; each size is
-captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and replayed
-from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
+Steps of decoding, in which every row's logits are wanted and sequences have a few rows each, are padded to one of a few sizes;
+each size is captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and
+replayed from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
 
-Rows that want nothing but their largest logit get it chosen on the device: of a vocabulary of 128,256 a row of logits is half a megabyte to
-copy, and more work to look through on the host than a step takes on the device.
+Rows that want nothing but their largest logit get it chosen on the device: of a vocabulary of 128,256 a row of logits is half a
+megabyte to copy, and more work to look through on the host than a step takes on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_GRAPH_ROWS = 512
 
 
 def padded(count: int) -> int:
-    """Return the size that a count of rows or sequences is padded to: 1, 2, 4, 8, then multiples of 8, from 64 on of 16, from 256 on of 32."""
+    """Return the size that a count of rows or sequences is padded to: a power of two up to 8, then a multiple of 8, 16 or 32."""
     for size in (1, 2, 4, 8):
         if count <= size:
             return size
@@ -110,7 +110,7 @@ class Runner:
         return self._collect(greedy)
 
     def _collect(self, greedy: list[bool]) -> Outcome:
-        """Enqueue copies of what is wanted: choices of all rows if of any, logits of those that are not greedy, one after the other."""
+        """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not greedy."""
         place = 0
         logits = self._executor.logits(len(greedy))
         for one, run in groupby(range(len(greedy)), key=lambda row: greedy[row]):
@@ -126,7 +126,7 @@ class Runner:
         return Outcome(self._host_logits[:place], choices, greedy)
 
     def _graph_size(self, work: Work) -> tuple[int, int] | None:
-        """Return the padded rows and sequences of a step that a graph is made for: whole decoding steps that are not too large."""
+        """Return the padded rows and sequences of a step that a graph is made for: a decoding step that is not too large."""
         rows, sequences = work.rows, work.sequences
         if work.logit_rows != rows or rows > self._most_graph_rows or self._is_plain(work) or not self._only_decodes(work):
             return None

@@ -1,8 +1,9 @@
 """The thread that does an engine's work on a device, and how the two are opened together.
 
-The engine never calls Python: it lays its work on a desk (rust/engine/src/handover.rs), from which this thread takes it. The thread keeps
-the device and the models alive, but not the engine: when that is closed or dropped there is no more work, and the thread gives the
-memory back and ends. Whatever goes wrong here ends requests with a sentence; nothing waits for a thread that is gone.
+The engine never calls Python: it lays its work on a desk (rust/engine/src/handover.rs), from which this thread takes it. The
+thread keeps the device and the models alive, but not the engine: when that is closed or dropped there is no more work, and the
+thread gives the memory back and ends. Whatever goes wrong here ends requests with a sentence; nothing waits for a thread that
+is gone.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ use crate::settings::{
 };
 use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, encode};
-use crate::wait::{deadline, interruptible, wait_until};
+use crate::wait::{deadline, interruptible, is_exiting, wait_until};
 use crate::work::WorkLink;
 
 const CLOSED: &str = "this LLM is closed";
@@ -386,11 +386,6 @@ impl Drop for Engine {
             driver.close();
         }
     }
-}
-
-fn is_exiting(py: Python<'_>) -> bool {
-    let asked = py.import("sys").and_then(|sys| sys.call_method0("is_finalizing")?.extract());
-    asked.unwrap_or(true)
 }
 
 fn lock_store(store: &Mutex<Option<Arc<Store>>>) -> std::sync::MutexGuard<'_, Option<Arc<Store>>> {
