@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from infer.gpu.device import Device
 
 ROW_ARRAYS = 6  # tokens, positions, slots, rope rows, row's sequence, logit rows
+SMALL_TABLES = 1 << 18  # bytes of page tables that are sooner copied whole than by columns
 KV_TYPES = ("f32", "bf16", "f16")
 
 
@@ -85,7 +86,11 @@ class Plan:
         work.write_rows(rows, sequences, self._long_context_row, own)
         work.write_pages(self._table)
         self._device.upload(self._pointer, own)
-        self._device.upload_columns(self._table_pointer, self._table, work.sequences, work.most_pages)
+        tables = self._table[: work.sequences]
+        if tables.nbytes <= SMALL_TABLES:
+            self._device.upload(self._table_pointer, tables)
+        else:
+            self._device.upload_columns(self._table_pointer, self._table, len(tables), work.most_pages)
 
 
 class KvPages:
