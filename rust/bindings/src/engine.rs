@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyString};
 use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
 use crate::error::{engine_error, guarded, refusal};
-use crate::info::{MAX_NUM_SEQS, ModelInfo};
+use crate::info::{MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, ModelInfo};
 use crate::kv::read_kv_types;
 use crate::load::{Loaded, Settings, default_threads, load, precision};
 use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
@@ -56,7 +56,7 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
-        max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
+        max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true),
         kv_cache_dtype=None, kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
         max_waiting=None, priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None,
         kv_offload=None, kv_events=Arg::of(false), trace=Arg::of(false)

@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use crate::error::{guarded, refusal};
 use crate::kv::read_kv_types;
 use crate::load::default_threads;
-use crate::memory::{CacheRequest, free_memory, plan_cache};
+use crate::memory::{CacheLayout, CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
 use crate::wait::interruptible;
 
@@ -53,19 +53,27 @@ pub struct ModelInfo {
 /// `LLM`'s default.
 pub const MAX_NUM_SEQS: usize = 64;
 
+/// `LLM`'s default.
+pub const MAX_NUM_BATCHED_TOKENS: usize = 512;
+
 /// Bytes of a page in these types, and the tokens that the default budget holds once the weights are there.
 fn cache_budget(spec: &ModelSpec, weight_bytes: u64, kv_types: &KvTypes) -> Result<(usize, usize), String> {
+    let page_bytes = kv_types.page_bytes(spec).map_err(|error| error.to_string())?;
+    let local_bytes = kv_types.local_page_bytes(spec).map_err(|error| error.to_string())?;
+    let (full, local) = CacheLayout::of(spec, None).kinds(page_bytes, local_bytes);
     let request = CacheRequest {
-        page_bytes: kv_types.page_bytes(spec).map_err(|error| error.to_string())?,
+        full,
+        local,
         page_tokens: PAGE_TOKENS,
         max_positions: spec.max_positions,
         max_num_seqs: MAX_NUM_SEQS,
+        max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
         max_model_len: None,
         memory_bytes: None,
     };
     let free = free_memory().map(|free| free.saturating_sub(weight_bytes));
     let pages = plan_cache(&request, free).map_or(0, |plan| plan.pages);
-    Ok((request.page_bytes, pages * PAGE_TOKENS))
+    Ok((page_bytes, pages * PAGE_TOKENS))
 }
 
 impl ModelInfo {

@@ -33,6 +33,7 @@ fn main() -> Result<(), ModelError> {
             rows: tokens.len(),
             first_position,
             pages: &pages,
+            local_pages: &[],
             long_context: false,
         };
         let last = [tokens.len() as u32 - 1];

@@ -1,15 +1,16 @@
 //! A packed program and its steps: one `match` arm per kind of step.
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, Format, KvCache, Norm, PAGE_TOKENS, Precision, RopeStyle,
-    activation_in_place, add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place,
-    rope_in_place, scale_in_place, softcap_in_place,
+    Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
+    add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place, rope_in_place,
+    scale_in_place, softcap_in_place,
 };
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
+use crate::kv::KvCaches;
 use crate::memory::Memory;
 use crate::program::MatrixKey;
 use crate::rope::RopeTable;
@@ -107,7 +108,7 @@ impl Interpreter {
     }
 
     /// One step. The match is exhaustive on purpose: a new kind of step must be given its meaning here.
-    pub fn step(&self, step: &Step, batch: &Batch<'_>, cache: &mut KvCache, memory: &mut Memory) {
+    pub fn step(&self, step: &Step, batch: &Batch<'_>, caches: &mut KvCaches, memory: &mut Memory) {
         let context = &self.context;
         match step {
             Step::Embed { output, scale } => self.embed(*output, *scale, batch, memory),
@@ -135,10 +136,12 @@ impl Interpreter {
             Step::Rope { rows, heads, rope, style } => self.rope(*rows, *heads, *rope, *style, memory),
             Step::WriteKv { keys, values, layer } => {
                 let (keys, values) = (memory.rows(*keys, &self.program), memory.rows(*values, &self.program));
-                cache.write(context, *layer, keys, values, &memory.slots);
+                let slots = &memory.slots[usize::from(caches.place(*layer).local)];
+                let (cache, index) = caches.layer_mut(*layer);
+                cache.write(context, index, keys, values, slots);
             }
             Step::Attend { queries, output, layer, window } => {
-                self.attend(*queries, *output, *layer, *window, batch, cache, memory);
+                self.attend(*queries, *output, *layer, *window, batch, caches, memory);
             }
             Step::GatedActivation { gate, up, output, activation } => {
                 let up = *up;
@@ -233,7 +236,7 @@ impl Interpreter {
         layer: usize,
         window: Option<usize>,
         batch: &Batch<'_>,
-        cache: &KvCache,
+        caches: &KvCaches,
         memory: &mut Memory,
     ) {
         let spec = &self.spec;
@@ -245,6 +248,8 @@ impl Interpreter {
             window,
             softcap: spec.attention_softcap,
         };
+        let local = caches.place(layer).local;
+        let (cache, index) = caches.layer(layer);
         let sequences: Vec<AttentionRows<'_>> = batch
             .sequences
             .iter()
@@ -252,11 +257,12 @@ impl Interpreter {
                 first_row: sequence.first_row,
                 rows: sequence.rows,
                 first_position: sequence.first_position,
-                pages: &sequence.pages[..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
+                pages: &sequence.table(local)
+                    [..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
             })
             .collect();
         memory.map(&self.program, queries, output, |scratch, queries, output| {
-            attention(&self.context, &parameters, cache, layer, &sequences, queries, output, scratch);
+            attention(&self.context, &parameters, cache, index, &sequences, queries, output, scratch);
         });
     }
 }

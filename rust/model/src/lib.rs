@@ -43,7 +43,7 @@ pub use cpu::{CpuModel, LoadOptions};
 pub use error::ModelError;
 pub use export::{ExportFormats, export_gguf};
 pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
-pub use kv::KvTypes;
+pub use kv::{KvPage, KvTypes};
 pub use program::{Buffer, MatrixKey, Program, VectorKey};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::{FeedForward, LayerSpec, ModelSpec, QkNormSpec};

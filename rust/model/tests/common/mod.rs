@@ -88,6 +88,7 @@ pub fn logits(model: &mut CpuModel, tokens: &[u32], chunk: usize, long_context: 
             rows: part.len(),
             first_position: index * chunk,
             pages: &pages,
+            local_pages: &[],
             long_context,
         };
         let rows: Vec<u32> = (0..part.len() as u32).collect();
