@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use infer_formats::{
@@ -42,6 +43,20 @@ impl FileBytes {
             Self::Mapped(map) => map,
             Self::Read(bytes) => bytes,
         }
+    }
+
+    /// Lets go of the memory that a part of a mapping takes; a later look reads it from the file again.
+    fn release(&self, part: &Range<usize>) {
+        #[cfg(unix)]
+        if let Self::Mapped(map) = self {
+            // SAFETY: the mapping is of a file and only read, so what is dropped can be read again.
+            #[allow(unsafe_code)]
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, part.start, part.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = part;
     }
 }
 
@@ -111,6 +126,17 @@ impl Checkpoint {
         let (file, info) = self.tensors.get(name)?;
         let bytes = self.files[*file].bytes().get(info.range.clone())?;
         Some(Tensor { info, bytes })
+    }
+
+    /// Says that these bytes of some tensor were read for the last time, most likely: a model is then never in memory twice.
+    pub(crate) fn release(&self, bytes: &[u8]) {
+        let first = bytes.as_ptr().addr();
+        for file in &self.files {
+            let start = file.bytes().as_ptr().addr();
+            if (start..start + file.bytes().len()).contains(&first) {
+                file.release(&(first - start..first - start + bytes.len()));
+            }
+        }
     }
 
     /// All tensors, in no order.

@@ -38,6 +38,7 @@ pub(crate) fn of(checkpoint: &Checkpoint, precision: Precision, kv_layers: &[KvL
         field(&mut hasher, format!("{:?} {:?}", info.tensor_type, info.shape).as_bytes());
         if let Some(tensor) = checkpoint.tensor(&info.name) {
             contents(&mut hasher, tensor.bytes);
+            checkpoint.release(tensor.bytes);
         }
     }
     hasher.finalize().into()

@@ -1,5 +1,7 @@
 //! A packed program and its steps: one `match` arm per kind of step.
 
+use std::cmp::Reverse;
+
 use infer_kernels::{
     Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
     add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place, rope_in_place,
@@ -72,7 +74,13 @@ impl Interpreter {
             true => Ok(None),
             false => loader.matrix(key, &context.pool).map(Some),
         };
-        let matrices = program.matrices.iter().map(matrix).collect::<Result<_, _>>()?;
+        // The largest first: while it is packed it is in memory twice, beside nothing else.
+        let mut order: Vec<usize> = (0..program.matrices.len()).collect();
+        order.sort_by_key(|&index| Reverse(program.matrices[index].weights()));
+        let mut matrices: Vec<Option<Matrix>> = program.matrices.iter().map(|_| None).collect();
+        for index in order {
+            matrices[index] = matrix(&program.matrices[index])?;
+        }
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
         let embedding = match tied_head(&spec, &program) {
             Some(matrix) => LookupTable::Packed { matrix },

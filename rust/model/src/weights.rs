@@ -147,6 +147,11 @@ impl<'a> Loader<'a> {
             })
             .collect();
         let packed = PackedMatrix::pack(pool, format, key.columns, &rows)?;
+        for source in &sources {
+            if let Cow::Borrowed(bytes) = source.table.bytes {
+                self.checkpoint.release(bytes);
+            }
+        }
         Ok(Matrix { packed, bias: joined_bias(&sources) })
     }
 
