@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infer import LLM, InferError, SamplingParams, __version__, system_info
-from infer.cli.common import DtypeOption, JsonOption, KvCacheDtypeOption, ModelOption, ThreadsOption, kv_types, print_json
+from infer.cli.common import (
+    DtypeOption,
+    JsonOption,
+    KvCacheDtypeOption,
+    ModelOption,
+    QuantizationOption,
+    ThreadsOption,
+    kv_types,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +41,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -41,6 +51,7 @@ def bench(
         model,
         threads=threads,
         dtype=dtype,
+        quantization=quantization,
         kv_cache_dtype=types,
         max_num_seqs=batch,
         max_num_batched_tokens=max(512, batch),

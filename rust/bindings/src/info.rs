@@ -1,10 +1,9 @@
 //! What a model and a machine are.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use infer_kernels::{Isa, PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, KvTypes, ModelSpec};
+use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -25,7 +24,7 @@ pub struct ModelInfo {
     container: &'static str,
     /// Its name in Hugging Face's form.
     architecture: &'static str,
-    /// The storage type of most weight bytes.
+    /// The storage type of most weight bytes, or the way in which the weights are rounded.
     quantization: &'static str,
     /// Number of weights.
     parameters: u64,
@@ -88,23 +87,17 @@ impl ModelInfo {
         checkpoint: &Checkpoint,
         text: Option<&TextModel>,
         kv_types: &KvTypes,
+        quantization: Option<&Quantization>,
     ) -> Result<Self, String> {
         let spec = &checkpoint.spec;
-        let mut bytes_of = BTreeMap::<&str, u64>::new();
-        let (mut parameters, mut weight_bytes) = (0, 0);
-        for tensor in checkpoint.tensors() {
-            let bytes = tensor.range.len() as u64;
-            *bytes_of.entry(tensor.tensor_type.name()).or_default() += bytes;
-            weight_bytes += bytes;
-            parameters += tensor.shape.iter().product::<usize>() as u64;
-        }
-        let most = bytes_of.iter().max_by_key(|(_, bytes)| **bytes);
+        let parameters = checkpoint.tensors().map(|tensor| tensor.elements() as u64).sum();
+        let weight_bytes = checkpoint.weight_bytes();
         let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes, kv_types)?;
         Ok(Self {
             path: checkpoint.path().display().to_string(),
             container: if checkpoint.is_gguf() { "gguf" } else { "safetensors" },
             architecture: spec.architecture(),
-            quantization: most.map_or("none", |(name, _)| name),
+            quantization: quantization.map_or(checkpoint.storage(), Quantization::name),
             parameters,
             weight_bytes,
             layers: spec.layers.len(),
@@ -170,7 +163,7 @@ pub fn inspect(
         interruptible(py, "infer-load", move || {
             let checkpoint = Checkpoint::open(&path, true).map_err(|error| error.to_string())?;
             let text = TextModel::of_checkpoint(&checkpoint)?;
-            ModelInfo::new(&checkpoint, text.as_ref(), &kv_types)
+            ModelInfo::new(&checkpoint, text.as_ref(), &kv_types, None)
         })
     })
 }

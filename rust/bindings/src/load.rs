@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use infer_engine::{Driver, EngineConfig, LocalLayers, MonotonicClock, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions};
+use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions, Quantization};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
@@ -24,6 +24,7 @@ pub struct Settings {
     pub path: PathBuf,
     pub precision: Precision,
     pub kv_types: KvTypes,
+    pub quantization: Option<&'static Quantization>,
     pub threads: usize,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: usize,
@@ -84,12 +85,13 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types)?;
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types, settings.quantization)?;
     let options = LoadOptions {
         threads: Some(settings.threads),
         precision: settings.precision,
         mmap: settings.mmap,
         kv_types: settings.kv_types.clone(),
+        quantization: settings.quantization,
     };
     let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     drop(checkpoint);
@@ -135,9 +137,9 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
 /// Loads the model that guesses for `target`.
 fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
     let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    // Layers are numbered in the model alone: all of the draft's have the types that were wished for.
+    // Layers are numbered in the model alone: all of the draft's have the types that were wished for. It is computed as it is stored.
     let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
-    let options = LoadOptions { kv_types, ..options.clone() };
+    let options = LoadOptions { kv_types, quantization: None, ..options.clone() };
     let draft = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
     if own != wanted {

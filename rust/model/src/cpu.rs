@@ -11,7 +11,7 @@ use crate::interpreter::Interpreter;
 use crate::kv::{KvCaches, KvPage, KvTypes, windowed};
 use crate::memory::Memory;
 use crate::step::Step;
-use crate::{ModelError, ModelSpec, Program};
+use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// How to load and compute.
 #[derive(Debug, Clone)]
@@ -24,6 +24,8 @@ pub struct LoadOptions {
     pub mmap: bool,
     /// How keys and values are stored.
     pub kv_types: KvTypes,
+    /// How weights are rounded that the files store as floats.
+    pub quantization: Option<&'static Quantization>,
 }
 
 /// A model in memory.
@@ -39,7 +41,7 @@ impl CpuModel {
     /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts: no file stays mapped.
     ///
     /// # Errors
-    /// Whatever is wrong with the checkpoint, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
+    /// Whatever is wrong with the checkpoint, rounding where it is quantized already, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         Self::from_checkpoint(&Checkpoint::open(path, options.mmap)?, options)
     }
@@ -51,9 +53,12 @@ impl CpuModel {
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, ModelError> {
         let threads = options.threads.unwrap_or_else(default_threads).max(1);
         let kv_layers = options.kv_types.layers(&checkpoint.spec)?;
-        let interpreter = Interpreter::load(checkpoint, Context::new(threads)?, options.precision)?;
+        let quantization = checkpoint.rounding(options.quantization)?;
+        let interpreter =
+            Interpreter::load(checkpoint, quantization, Context::new(threads)?, options.precision)?;
         // After the load, which leaves the files' pages in memory.
-        let fingerprint = fingerprint::of(checkpoint, options.precision, &kv_layers, interpreter.context.isa);
+        let fingerprint =
+            fingerprint::of(checkpoint, quantization, options.precision, &kv_layers, interpreter.context.isa);
         Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
     }
 

@@ -18,7 +18,7 @@ use crate::program::MatrixKey;
 use crate::rope::RopeTable;
 use crate::step::{Role, Slice, Step};
 use crate::weights::{Loader, Matrix, Vector};
-use crate::{ModelError, ModelSpec, Program};
+use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// Rows that are looked up: embeddings and learned positions.
 enum LookupTable {
@@ -64,15 +64,20 @@ pub(crate) struct Interpreter {
 }
 
 impl Interpreter {
-    /// Writes the program, fuses what is stored alike, and packs all weights.
-    pub fn load(checkpoint: &Checkpoint, context: Context, precision: Precision) -> Result<Self, ModelError> {
+    /// Writes the program, fuses what is stored alike, and packs all weights, rounded if that is wished for.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        quantization: Option<&'static Quantization>,
+        context: Context,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
         let spec = checkpoint.spec.clone();
-        let loader = Loader::new(checkpoint);
+        let loader = Loader::new(checkpoint, quantization);
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         let matrix = |key: &MatrixKey| match key.parts.is_empty() {
             true => Ok(None),
-            false => loader.matrix(key, &context.pool).map(Some),
+            false => loader.matrix(key, &context).map(Some),
         };
         // The largest first: while it is packed it is in memory twice, beside nothing else.
         let mut order: Vec<usize> = (0..program.matrices.len()).collect();
@@ -84,10 +89,10 @@ impl Interpreter {
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
         let embedding = match tied_head(&spec, &program) {
             Some(matrix) => LookupTable::Packed { matrix },
-            None => lookup(&loader, Role::Embedding, spec.vocabulary)?,
+            None => lookup(&loader, &context, Role::Embedding, spec.vocabulary)?,
         };
         let positions = match spec.arch.positions {
-            Positions::Learned => Some(lookup(&loader, Role::Position, spec.max_positions)?),
+            Positions::Learned => Some(lookup(&loader, &context, Role::Position, spec.max_positions)?),
             Positions::Rope(_) => None,
         };
         loader.check_all_read()?;
@@ -275,8 +280,13 @@ impl Interpreter {
     }
 }
 
-fn lookup(loader: &Loader<'_>, role: Role, rows: usize) -> Result<LookupTable, ModelError> {
-    let table = loader.table(role, rows)?;
+fn lookup(
+    loader: &Loader<'_>,
+    context: &Context,
+    role: Role,
+    rows: usize,
+) -> Result<LookupTable, ModelError> {
+    let table = loader.table(role, rows, context)?;
     let row_bytes = table.row_bytes();
     Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
 }
