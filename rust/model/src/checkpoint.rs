@@ -216,7 +216,7 @@ impl Checkpoint {
 
     fn open_folder(path: &Path, mmap: bool) -> Result<Self, ModelError> {
         let config = Config::parse(&read_small(&path.join("config.json"))?)?;
-        let is_packed = packed::check(&config)?;
+        let method = packed::method(&config)?;
         let quantization = config.text(&[QUANTIZATION_FIELD])?.map(Quantization::from_name).transpose()?;
         let mut spec = ModelSpec::from_config(&config)?;
         let generation = path.join("generation_config.json");
@@ -243,9 +243,9 @@ impl Checkpoint {
             checkpoint.add(&file, bytes, parsed.tensors)?;
         }
         checkpoint.normalise_prefix();
-        if is_packed {
+        if let Some(method) = method {
             let Self { files, tensors, scales, .. } = &mut checkpoint;
-            *scales = packed::combine(tensors, |file, info| info.bytes(files.get(file)?.bytes()))?;
+            *scales = (method.combine)(tensors, &|file, info| info.bytes(files.get(file)?.bytes()))?;
         }
         Ok(checkpoint)
     }

@@ -16,15 +16,28 @@ use crate::{Config, ModelError};
 /// A file's number and a tensor of it, by name.
 type Tensors = HashMap<String, (usize, TensorInfo)>;
 
+/// The scales of packed tensors, by name.
+pub(crate) type AllScales = HashMap<String, Scales>;
+
+/// What a tensor of a file holds.
+type Bytes<'a> = &'a dyn Fn(usize, &TensorInfo) -> Option<&'a [u8]>;
+
 /// A method of `quantization_config`.
-struct Method {
+pub(crate) struct Method {
     /// `quant_method`.
     name: &'static str,
     /// Refuses what we cannot compute.
     check: fn(&Config) -> Result<(), ModelError>,
+    /// Puts the tensors together that stand for one weight: `Tensors` then has the weight by its usual name, and the result its
+    /// scales. Refuses tensors that are missing or do not fit each other, and integers of a kind that we do not compute.
+    pub combine: fn(&mut Tensors, Bytes<'_>) -> Result<AllScales, ModelError>,
 }
 
-const METHODS: &[Method] = &[Method { name: "compressed-tensors", check: compressed_tensors }];
+const METHODS: &[Method] = &[Method {
+    name: "compressed-tensors",
+    check: check_compressed_tensors,
+    combine: combine_compressed_tensors,
+}];
 
 /// Where the scales of a packed tensor lie, and how both read.
 #[derive(Debug, Clone)]
@@ -81,12 +94,12 @@ fn half(number: f32) -> Option<[u8; 2]> {
     (half.to_f32() == number).then(|| half.to_le_bytes())
 }
 
-/// Whether `config.json` says that weights are packed.
+/// The method by which weights are packed, if `config.json` says that they are.
 ///
 /// # Errors
 /// A method, or details of one, that we do not read.
-pub(crate) fn check(config: &Config) -> Result<bool, ModelError> {
-    let Some(quantization) = config.object("quantization_config")? else { return Ok(false) };
+pub(crate) fn method(config: &Config) -> Result<Option<&'static Method>, ModelError> {
+    let Some(quantization) = config.object("quantization_config")? else { return Ok(None) };
     let name = quantization.text(&["quant_method"])?.unwrap_or("unnamed");
     let Some(method) = METHODS.iter().find(|method| method.name == name) else {
         let known = METHODS.iter().map(|method| format!("`{}`", method.name)).collect::<Vec<_>>().join(", ");
@@ -94,10 +107,10 @@ pub(crate) fn check(config: &Config) -> Result<bool, ModelError> {
         return Err(ModelError::config("quantization_config.quant_method", name, expected));
     };
     (method.check)(&quantization)?;
-    Ok(true)
+    Ok(Some(method))
 }
 
-fn compressed_tensors(config: &Config) -> Result<(), ModelError> {
+fn check_compressed_tensors(config: &Config) -> Result<(), ModelError> {
     let wrong = |field: &str, value: String, expected: &str| {
         Err(ModelError::config(&format!("quantization_config.{field}"), value, expected))
     };
@@ -129,15 +142,7 @@ fn compressed_tensors(config: &Config) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Puts the tensors together that stand for one weight: `tensors` then has the weight by its usual name, and the result its scales.
-/// `bytes` gives what a tensor holds.
-///
-/// # Errors
-/// Tensors that are missing or do not fit each other, or integers of a kind that we do not compute.
-pub(crate) fn combine<'a>(
-    tensors: &mut Tensors,
-    bytes: impl Fn(usize, &TensorInfo) -> Option<&'a [u8]>,
-) -> Result<HashMap<String, Scales>, ModelError> {
+fn combine_compressed_tensors(tensors: &mut Tensors, bytes: Bytes<'_>) -> Result<AllScales, ModelError> {
     let mut found = HashMap::new();
     let names: Vec<String> =
         tensors.keys().filter(|name| name.ends_with(".weight_packed")).cloned().collect();
