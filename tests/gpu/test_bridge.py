@@ -222,6 +222,8 @@ print(next(stream).text)
 def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
     with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
         open_host(kv_cache_dtype="int8")
+    with pytest.raises(InferError, match="quantization must be None with device='cuda', got 'int8'"):
+        open_host(quantization="int8")
     with pytest.raises(InferError, match="max_num_seqs must be at least 1, got 0"):
         open_host(max_num_seqs=0)
     with pytest.raises(InferError, match="enforce_eager must be True or False"):

@@ -200,6 +200,8 @@ def _open(device: Device, path: Path, graphs: bool, settings: dict[str, Any]) ->
         least = settings[name]
         if least is not None and (not isinstance(least, int) or least < 1):
             raise InferError(f"{name} must be at least 1, got {least!r}")
+    if settings["quantization"] is not None:
+        raise InferError(f"quantization must be None with device='cuda', got {settings['quantization']!r}")
     speculation = settings["speculation"]
     paths = [path] if speculation is None or speculation[4] is None else [path, speculation[4]]
     options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap")}

@@ -8,7 +8,7 @@ use infer_model::{Blueprint, Checkpoint, CpuModel, KvTypes, LoadOptions, ModelSp
 
 use crate::device::CpuDevice;
 use crate::load::Settings;
-use crate::memory::{Budget, free_memory};
+use crate::memory::{Budget, CacheLayout, free_memory};
 
 /// Models of an executor outside, and the bytes that its device has free for their keys and values.
 #[derive(Clone)]
@@ -35,6 +35,7 @@ impl Backend {
                     precision: settings.precision,
                     mmap: settings.mmap,
                     kv_types: settings.kv_types.clone(),
+                    quantization: settings.quantization,
                 };
                 let model =
                     CpuModel::from_checkpoint(checkpoint, &options).map_err(|error| error.to_string())?;
@@ -79,6 +80,26 @@ impl Backend {
         }
     }
 
+    /// Bytes of a page in layers that see only a window, the draft model's included.
+    pub fn local_page_bytes(&self) -> usize {
+        match self {
+            Self::Cpu { model, draft } => {
+                model.local_page_bytes() + draft.as_ref().map_or(0, |draft| draft.local_page_bytes())
+            }
+            Self::Outside(_) => 0,
+        }
+    }
+
+    /// What layers see. An executor outside keeps all layers in the same pages: what windows left behind is given up only where every
+    /// layer has one.
+    pub fn layout(&self) -> CacheLayout {
+        let layout = CacheLayout::of(self.spec(), self.draft_spec());
+        match self {
+            Self::Cpu { .. } => layout,
+            Self::Outside(_) => CacheLayout { local: None, ..layout },
+        }
+    }
+
     /// Where pages are, and how much is free there.
     pub fn budget(&self) -> Budget {
         match self {
@@ -115,7 +136,11 @@ impl Backend {
             Self::Cpu { mut model, draft } => {
                 let mut draft = draft.map(|draft| *draft);
                 for model in [Some(&mut *model), draft.as_mut()].into_iter().flatten() {
-                    model.allocate_cache(config.pages).map_err(|error| error.to_string())?;
+                    let allocated = match &config.local {
+                        Some(local) => model.allocate_split_cache(config.pages, local.pages),
+                        None => model.allocate_cache(config.pages),
+                    };
+                    allocated.map_err(|error| error.to_string())?;
                 }
                 let device = CpuDevice { model: *model, draft };
                 Ok((Driver::start(config, device, tier, clock).map_err(failed)?, None))
@@ -132,9 +157,9 @@ impl Backend {
 /// Loads the model that guesses.
 fn load_draft(path: &Path, options: &LoadOptions) -> Result<CpuModel, String> {
     let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    // Layers are numbered in the model alone: all of the draft's have the types that were wished for.
+    // Layers are numbered in the model alone: all of the draft's have the types that were wished for. It is computed as it is stored.
     let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
-    let options = LoadOptions { kv_types, ..options.clone() };
+    let options = LoadOptions { kv_types, quantization: None, ..options.clone() };
     CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())
 }
 

@@ -21,6 +21,7 @@ mod metrics;
 mod outside;
 mod owned;
 mod params;
+mod quantize;
 mod ready;
 mod request;
 mod settings;
@@ -48,6 +49,8 @@ mod _core {
     use crate::outside::DeviceModel;
     #[pymodule_export]
     use crate::params::SamplingParams;
+    #[pymodule_export]
+    use crate::quantize::quantize;
     #[pymodule_export]
     use crate::ready::ReadyQueue;
     #[pymodule_export]

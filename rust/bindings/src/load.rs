@@ -6,16 +6,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infer_engine::{Driver, EngineConfig, Handover, Speculation, Tier};
+use infer_engine::{Driver, EngineConfig, Handover, LocalLayers, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, KvTypes, ModelSpec};
+use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, Outside};
 use crate::error::refusal;
 use crate::info::ModelInfo;
-use crate::memory::{CachePlan, CacheRequest, plan_cache};
+use crate::memory::{CacheLayout, CachePlan, CacheRequest, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
@@ -24,6 +24,7 @@ pub struct Settings {
     pub path: PathBuf,
     pub precision: Precision,
     pub kv_types: KvTypes,
+    pub quantization: Option<&'static Quantization>,
     pub threads: usize,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: usize,
@@ -88,21 +89,28 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let kv_types = settings.outside.as_ref().map_or(&settings.kv_types, |outside| outside.model.kv_types());
-    let info = ModelInfo::new(&checkpoint, text.as_ref(), kv_types)?;
+    let (kv_types, quantization) = match &settings.outside {
+        Some(outside) => (outside.model.kv_types(), None),
+        None => (&settings.kv_types, settings.quantization),
+    };
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), kv_types, quantization)?;
     let backend = Backend::new(settings, &checkpoint)?;
     drop(checkpoint);
     let page_bytes = backend.page_bytes();
+    let layout = backend.layout();
+    let (full, local) = layout.kinds(page_bytes, backend.local_page_bytes());
     let request = CacheRequest {
-        page_bytes,
+        full,
+        local,
         page_tokens: PAGE_TOKENS,
         max_positions: backend.spec().max_positions,
         max_num_seqs: settings.max_num_seqs,
+        max_num_batched_tokens: settings.max_num_batched_tokens,
         max_model_len: settings.max_model_len,
         memory_bytes: settings.kv_cache_memory_bytes,
     };
     let plan = plan_cache(&request, backend.budget())?;
-    let mut config = engine_config(settings, &plan, backend.spec(), text.as_ref());
+    let mut config = engine_config(settings, &plan, layout, backend.spec(), text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
     let namespace = backend.namespace();
     let store =
@@ -143,6 +151,7 @@ fn random_key() -> [u8; 32] {
 fn engine_config(
     settings: &Settings,
     plan: &CachePlan,
+    layout: CacheLayout,
     spec: &ModelSpec,
     text: Option<&TextModel>,
 ) -> EngineConfig {
@@ -161,7 +170,8 @@ fn engine_config(
         max_waiting: settings.max_waiting,
         patience: settings.patience,
         step_time_target: settings.step_time_target,
-        window: spec.page_window(),
+        window: layout.window,
+        local: layout.local.zip(plan.local_pages).map(|(window, pages)| LocalLayers { window, pages }),
         speculation: settings.speculation.clone(),
         digest_key: [0; 32],
         cache_events: settings.cache_events,

@@ -171,14 +171,14 @@ impl Work {
     /// Pages to copy before anything is computed, one after the other: (from, to).
     #[getter]
     fn copies(&self) -> PyResult<Vec<(u32, u32)>> {
-        Ok(self.batch()?.copies.clone())
+        Ok(self.batch()?.copies.iter().map(|(from, to)| (from.page, to.page)).collect())
     }
 
     /// The page to export or import.
     #[getter]
     fn page(&self) -> PyResult<u32> {
         match *self.ticket.work {
-            infer_engine::Work::Export(page) | infer_engine::Work::Import(page, _) => Ok(page),
+            infer_engine::Work::Export(page) | infer_engine::Work::Import(page, _) => Ok(page.page),
             _ => Err(refusal("only \"export\" and \"import\" have a page")),
         }
     }

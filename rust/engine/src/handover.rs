@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::device::Device;
+use crate::tables::PageRef;
 
 /// How long a side looks before it sleeps: about as long as the other takes between steps of decoding.
 const GLANCE: Duration = Duration::from_micros(200);
@@ -27,9 +28,9 @@ pub enum Work {
     /// As [`Device::draft`].
     Draft(Batch),
     /// As [`Device::export_page`].
-    Export(u32),
+    Export(PageRef),
     /// As [`Device::import_page`].
-    Import(u32, Vec<u8>),
+    Import(PageRef, Vec<u8>),
 }
 
 /// What an executor answers.
@@ -192,7 +193,7 @@ impl Device for OutsideDevice {
         self.rows(Work::Draft(batch.clone()), logits)
     }
 
-    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+    fn export_page(&mut self, page: PageRef, bytes: &mut Vec<u8>) -> Result<(), String> {
         match self.handover.ask(Work::Export(page))? {
             Answer::Page(contents) => *bytes = contents,
             other => return Err(mistaken(&other)),
@@ -200,7 +201,7 @@ impl Device for OutsideDevice {
         Ok(())
     }
 
-    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+    fn import_page(&mut self, page: PageRef, bytes: &[u8]) -> Result<(), String> {
         match self.handover.ask(Work::Import(page, bytes.to_vec()))? {
             Answer::Done => Ok(()),
             other => Err(mistaken(&other)),

@@ -123,6 +123,7 @@ mod tests {
             rows,
             first_position,
             pages: pages.to_vec(),
+            local_pages: Vec::new(),
             long_context,
             drafted: 0,
         };

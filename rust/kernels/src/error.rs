@@ -46,6 +46,12 @@ pub enum KernelError {
         /// What would be right.
         expected: String,
     },
+    /// A weight cannot be rounded.
+    #[error("a weight is not finite, or greater than 65504 in magnitude, and cannot be rounded to {format}")]
+    Weight {
+        /// Name of the format.
+        format: &'static str,
+    },
     /// A key-value cache cannot be made as asked.
     #[error("{0}")]
     Cache(String),

@@ -71,21 +71,21 @@ impl Blueprint {
         let kv_layers = kv_types.layers(&checkpoint.spec)?;
         let mut program = Program::new(&checkpoint.spec);
         program.fuse(|_, _| true);
-        let loader = Loader::new(&checkpoint);
+        let loader = Loader::new(&checkpoint, None);
         for key in program.matrices.iter().filter(|key| !key.parts.is_empty()) {
             loader.sources(key)?;
         }
         program.vectors.iter().try_for_each(|key| loader.vector(key).map(drop))?;
-        loader.table(Role::Embedding, checkpoint.spec.vocabulary)?;
+        loader.stored_table(Role::Embedding, checkpoint.spec.vocabulary)?;
         if has_positions(&checkpoint.spec) {
-            loader.table(Role::Position, checkpoint.spec.max_positions)?;
+            loader.stored_table(Role::Position, checkpoint.spec.max_positions)?;
         }
         loader.check_all_read()?;
         let precision = match element {
             PlainType::F32 => Precision::Exact,
             PlainType::Bf16 => Precision::Auto,
         };
-        let fingerprint = fingerprint::of(&checkpoint, precision, &kv_layers, backend);
+        let fingerprint = fingerprint::of(&checkpoint, None, precision, &kv_layers, backend);
         Ok(Self { checkpoint, program, kv_types, kv_layers, element, fingerprint })
     }
 
@@ -169,7 +169,7 @@ impl Blueprint {
     ) -> Result<(), ModelError> {
         let (rows, columns) = self.matrix_shape(matrix);
         let (mut skipped, mut rest) = (self.check_rows(rows, columns, first, out)?.start, out);
-        for source in Loader::new(&self.checkpoint).sources(&self.program.matrices[matrix])? {
+        for source in Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])? {
             let all: Vec<&[u8]> = source.rows().collect();
             let own = &all[skipped.min(all.len())..];
             let own = &own[..own.len().min(rest.len() / (columns * self.element.bytes()))];
@@ -189,7 +189,7 @@ impl Blueprint {
     /// # Panics
     /// If there is no such matrix.
     pub fn matrix_bias(&self, matrix: usize) -> Result<Option<Vec<f32>>, ModelError> {
-        let sources = Loader::new(&self.checkpoint).sources(&self.program.matrices[matrix])?;
+        let sources = Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])?;
         Ok(joined_bias(&sources))
     }
 
@@ -219,7 +219,7 @@ impl Blueprint {
             return Err(ModelError::Request(format!("this model has no table of the role {role:?}")));
         };
         let range = self.check_rows(rows, columns, first, out)?;
-        let table = Loader::new(&self.checkpoint).table(role, rows)?;
+        let table = Loader::new(&self.checkpoint, None).stored_table(role, rows)?;
         let all: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes().max(1)).collect();
         convert(table.format, &all[range], columns, self.element, threads, out);
         Ok(())
@@ -233,7 +233,7 @@ impl Blueprint {
     /// # Panics
     /// If there is no such vector.
     pub fn vector(&self, vector: usize) -> Result<(Vec<f32>, Option<Vec<f32>>), ModelError> {
-        let found = Loader::new(&self.checkpoint).vector(&self.program.vectors[vector])?;
+        let found = Loader::new(&self.checkpoint, None).vector(&self.program.vectors[vector])?;
         Ok((found.weight, found.bias))
     }
 

@@ -77,6 +77,7 @@ fn backends_do_not_share_pages() {
         precision: infer_kernels::Precision::Exact,
         mmap: true,
         kv_types: KvTypes::all(KvElement::F32),
+        quantization: None,
     };
     let cpu = CpuModel::load(&golden("llama"), &options).expect("a golden model");
     let model = open("llama", PlainType::F32);

@@ -251,6 +251,7 @@ struct QuantizeTile<'a> {
 
 impl Kernel for QuantizeTile<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {

@@ -13,6 +13,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -22,6 +24,8 @@ use crate::KernelError;
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
 pub use scalar::Scalar;
 
 /// Lanes of a virtual vector.
@@ -32,6 +36,12 @@ pub const LANES: usize = 16;
 pub enum Isa {
     /// Portable code.
     Scalar,
+    /// aarch64 with NEON, which all of them have.
+    Neon,
+    /// The same with DotProd.
+    NeonDotprod,
+    /// The same with I8MM.
+    NeonI8mm,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
@@ -44,17 +54,23 @@ pub enum Isa {
 pub trait Kernel {
     /// What it returns.
     type Output;
+    /// Whether it multiplies bytes. What does not is compiled once for all instruction sets that differ in nothing else.
+    const MULTIPLIES_BYTES: bool = true;
     /// Computes. Implementations must be `#[inline(always)]`, and so must everything they call with `simd`.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 7] =
+        [Isa::Scalar, Isa::Neon, Isa::NeonDotprod, Isa::NeonI8mm, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
 
     /// Its name, as in `INFER_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::NeonDotprod => "neon_dotprod",
+            Isa::NeonI8mm => "neon_i8mm",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
@@ -70,6 +86,14 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::<0>::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => Neon::<1>::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => Neon::<2>::detect().is_some(),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => false,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
@@ -91,7 +115,7 @@ impl Isa {
         Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
     }
 
-    /// The one that the environment variable `INFER_ISA` (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces, else the best one.
+    /// The one that the environment variable `INFER_ISA` (a [name](Isa::name)) forces, else the best one.
     ///
     /// # Errors
     /// When the variable names no instruction set, or one that this machine lacks.
@@ -127,6 +151,22 @@ impl Isa {
     pub fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             Isa::Scalar => kernel.run(Scalar),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod if K::MULTIPLIES_BYTES => {
+                Neon::<1>::detect().expect("DotProd is absent").enter(kernel)
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm if K::MULTIPLIES_BYTES => {
+                Neon::<2>::detect().expect("I8MM is absent").enter(kernel)
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => {
+                Neon::<0>::detect().expect("NEON is absent").enter(kernel)
+            }
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => {
+                panic!("{} is absent: this is no aarch64 machine", self.name())
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().expect("AVX2, FMA and F16C are absent").enter(kernel),
             #[cfg(target_arch = "x86_64")]
@@ -310,7 +350,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     }
 
     /// Exact sums of products of the bytes of `weights`, four per lane and vector, with as many activations of each of `T`
-    /// rows, from the four at `first` on.
+    /// rows, from the four at `first` on. `N` is 4 or 8, and `first` a multiple of 4.
     ///
     /// `BITS` is 4, 5 or 6: bytes are unsigned numbers of so many bits, and sums begin with `offsets`; or 8: bytes are offset
     /// by 128 (0 stands for -128, which does not occur), and `offsets` are -128 times the sum of the activations, which are
@@ -339,6 +379,7 @@ fn dot_bf16_in_two<S: Simd>(simd: S, sums: S::F32, weights: S::I32, pair: u32) -
 }
 
 /// Four activations as one number, to be broadcast.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn four(row: &[u8; 32], index: usize) -> i32 {
     i32::from_le_bytes(row.as_chunks::<4>().0[index])

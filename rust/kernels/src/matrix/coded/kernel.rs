@@ -202,6 +202,7 @@ macro_rules! kinds {
 
 kinds! {
     Half = Scales::Half;
+    Shared = Scales::Shared;
     Brain = Scales::Brain;
     HalfMinimum = Scales::HalfMinimum;
     Steps = Scales::Steps { halves: false };
@@ -232,6 +233,7 @@ impl Kernel for CodedLinear<'_> {
         let (halves, steps) = (Scales::Steps { halves: true }, Scales::Steps { halves: false });
         match (format.codes, format.scales) {
             (Codes::Nibbles(_), Scales::Half) => self.panels::<S, Nibbles, Half>(simd, table),
+            (Codes::Nibbles(_), Scales::Shared) => self.panels::<S, Nibbles, Shared>(simd, table),
             (Codes::Nibbles(_), Scales::HalfMinimum) => self.panels::<S, Nibbles, HalfMinimum>(simd, table),
             (Codes::Nibbles(_), Scales::StepsDrops { halves: false }) => {
                 self.panels::<S, Nibbles, StepsDrops>(simd, table);

@@ -41,6 +41,7 @@ pub(super) const fn scale_bytes(scales: Scales) -> usize {
 const fn record(scales: Scales) -> (usize, usize) {
     match scales {
         Scales::Half | Scales::Brain => (1, 2 * LANES),
+        Scales::Shared => (4, 2 * LANES),
         Scales::HalfMinimum => (1, 4 * LANES),
         Scales::Steps { halves } => (SPAN, 2 * LANES + SPAN * LANES * parts(halves)),
         Scales::StepsDrops { halves } => (SPAN, 4 * LANES + SPAN * 2 * LANES * parts(halves)),
@@ -161,7 +162,7 @@ const fn step_at(kind: Scales, group: usize, half: usize) -> Option<usize> {
     match kind {
         Scales::Steps { halves } => Some(2 * LANES + (group * parts(halves) + half) * LANES),
         Scales::StepsDrops { halves } => Some(4 * LANES + (group * 2 * parts(halves) + half) * LANES),
-        Scales::Half | Scales::Brain | Scales::HalfMinimum => None,
+        Scales::Half | Scales::Shared | Scales::Brain | Scales::HalfMinimum => None,
     }
 }
 
