@@ -34,8 +34,7 @@ struct Running {
 
 struct Shared {
     float sums[WARPS][ROWS][STRIDE], greatest[WARPS][ROWS], total[WARPS][ROWS];
-    float factors[WARPS][ROWS], all_greatest[ROWS], all_total[ROWS];
-    int is_last;
+    bool is_last;
 };
 
 struct Pages {
@@ -47,8 +46,8 @@ struct Pages {
 
     DEVICE size_t part(int number) const { return size_t(table[number]) * kv_heads + kv_head; }
 
-    DEVICE void read_keys(Page &page, int number) const {
-        const size_t index = part(number);
+    // `index` is the page's part() for the head.
+    DEVICE void read_keys(Page &page, size_t index) const {
         const u8 *from = keys + index * PAGE_BYTES_OF_KEYS + t * 16;
 #pragma unroll
         for (int unit = 0; unit < KEY_UNITS; unit++) {
@@ -61,8 +60,7 @@ struct Pages {
         }
     }
 
-    DEVICE void read_values(Page &page, int number) const {
-        const size_t index = part(number);
+    DEVICE void read_values(Page &page, size_t index) const {
         const u8 *from = values + index * PAGE_BYTES_OF_VALUES + g * 64 + t * 16;
 #pragma unroll
         for (int unit = 0; unit < VALUE_UNITS; unit++) page.values[unit] = load_stream(from + unit * 512, policy);
@@ -146,13 +144,14 @@ DEVICE void run_pages(const Pages &pages, const u32 (&query)[PARTS][HEAD_DIM / 8
                       Page &page, Running &own) {
     for (; number < end; number += WARPS) {
         const int begin = number * PAGE_TOKENS, next = number + WARPS;
+        const size_t index = next < end ? pages.part(next) : 0;
         float weights[PARTS][4];
         weigh(page, query, score, begin, !score.all_visible(begin, begin + PAGE_TOKENS, rows), pages.g, pages.t, weights, own);
         const int valid = score.first_position + rows - begin;
         if (valid < PAGE_TOKENS) blank_page(page, valid, pages.g, pages.t);
-        if (next < end) pages.read_keys(page, next);
+        if (next < end) pages.read_keys(page, index);
         add_values(page, weights, own);
-        if (next < end) pages.read_values(page, next);
+        if (next < end) pages.read_values(page, index);
     }
 }
 
@@ -180,20 +179,6 @@ DEVICE void add_scaled(float4 &sum, float factor, const float4 &values) {
     sum.z = fmaf(factor, values.z, sum.z), sum.w = fmaf(factor, values.w, sum.w);
 }
 
-// Finds how much each warp's sums count, row by row.
-DEVICE void weigh_warps(Shared &shared) {
-    const int row = threadIdx.x;
-    if (row >= ROWS) return;
-    float greatest = LOWEST, total = 0.0f;
-    for (int warp = 0; warp < WARPS; warp++) greatest = fmaxf(greatest, shared.greatest[warp][row]);
-    for (int warp = 0; warp < WARPS; warp++) {
-        const float factor = exp2_fast(shared.greatest[warp][row] - greatest);
-        shared.factors[warp][row] = factor;
-        total = fmaf(factor, shared.total[warp][row], total);
-    }
-    shared.all_greatest[row] = greatest, shared.all_total[row] = total;
-}
-
 // Where results go, and where this block's partial ones lie among those of its tile.
 struct Result {
     bf16 *output;
@@ -217,22 +202,28 @@ struct Result {
         for (int i = threadIdx.x * 4; i < item.rows * GROUP * HEAD_DIM; i += THREADS * 4) {
             const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
             float4 sums = {};
+            float greatest = LOWEST, total = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) greatest = fmaxf(greatest, shared.greatest[warp][row]);
 #pragma unroll
             for (int warp = 0; warp < WARPS; warp++) {
-                add_scaled(sums, shared.factors[warp][row], *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
+                const float factor = exp2_fast(shared.greatest[warp][row] - greatest);
+                total = fmaf(factor, shared.total[warp][row], total);
+                add_scaled(sums, factor, *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
             }
             if (item.chunks == 1) {
-                write(item, row, dim, shared.all_greatest[row], shared.all_total[row], sums);
+                write(item, row, dim, greatest, total, sums);
             } else {
                 float *own = partial(index, row);
                 *reinterpret_cast<float4 *>(own + dim) = sums;
-                if (dim == 0) own[HEAD_DIM] = shared.all_greatest[row], own[HEAD_DIM + 1] = shared.all_total[row];
+                if (dim == 0) own[HEAD_DIM] = greatest, own[HEAD_DIM + 1] = total;
             }
         }
     }
 
     // Merges the results of all chunks into the output, a warp a row: first the greatest score and the sum of weights, then the values.
-    DEVICE void merge_chunks(const Item &item, int first) const {
+    DEVICE void merge_chunks(const Item &item) const {
+        const int first = index - (item.chunk - item.first_chunk);
         const size_t step = size_t(kv_heads) * ROWS * PARTIAL;
         const int lane = threadIdx.x % WARP;
         for (int row = threadIdx.x / WARP; row < item.rows * GROUP; row += WARPS) {
@@ -258,24 +249,45 @@ struct Result {
     }
 };
 
-// Whether this block is the last of `count` to come here; then the counter is 0 again. What others wrote before is visible.
-DEVICE bool is_last(int *counter, int count, Shared &shared) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        shared.is_last = atomicAdd(counter, 1) == count - 1;
+// A piece whose partial result is written, and which may have been the last of its tile: whoever comes last merges the tile's chunks. The
+// answer is asked for at once and looked at when the next piece is done, so that nobody waits for it.
+struct Pending {
+    Item item;
+    Result result;
+    int *counter;
+    int arrived; // before this one; thread 0 knows
+    bool exists;
+
+    // Asks, after a barrier behind the writing of the partial result.
+    DEVICE void ask(const Item &own, const Result &own_result, int *counters) {
+        exists = own.chunks > 1;
+        if (!exists) return;
+        item = own, result = own_result;
+        counter = counters + size_t(result.index - (item.chunk - item.first_chunk)) * result.kv_heads + result.kv_head;
+        if (threadIdx.x == 0) asm volatile("atom.release.gpu.global.add.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+    }
+
+    // Leaves the answer in shared memory, before a barrier.
+    DEVICE void tell(Shared &shared) const {
+        if (threadIdx.x > 0) return;
+        shared.is_last = exists && arrived == item.chunks - 1;
         if (shared.is_last) *counter = 0;
     }
-    __syncthreads();
-    if (shared.is_last) __threadfence();
-    return shared.is_last;
-}
+
+    // Merges if this was the last piece, after that barrier.
+    DEVICE void merge(const Shared &shared) const {
+        if (!shared.is_last) return;
+        __threadfence(); // what others wrote is visible now
+        result.merge_chunks(item);
+    }
+};
 
 // A block's piece of work, and a warp's share of it: pages `number`, `number + WARPS`, ... below `end`.
 struct Work {
     Item item;
     Pages pages;
     int index, number, end;
+    size_t first; // part of the first page
 
     DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
         index = work / pages.kv_heads;
@@ -286,10 +298,11 @@ struct Work {
         end = min((item.chunk + 1) * CHUNK_PAGES, (item.first_position + item.rows - 1) / PAGE_TOKENS + 1);
         // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
         number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
+        first = number < end ? pages.part(number) : 0;
     }
 
     DEVICE void read(Page &page) const {
-        if (number < end) pages.read_keys(page, number), pages.read_values(page, number);
+        if (number < end) pages.read_keys(page, first), pages.read_values(page, first);
     }
 
     // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
@@ -308,15 +321,18 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
     let_next_start();
     const int work_end = counts[0] * kv_heads;
     Work next = {{}, {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales, page_table, 0,
-                      kv_heads, g, t, streaming_policy()}, 0, 0, 0};
+                      kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0};
     Page page;
+    Pending pending = {};
     int number = blockIdx.x;
     if (number < work_end) next.take(items, number, page_table, page_stride, window);
     if (number < work_end && next.is_old()) next.read(page);
     wait_for_previous();
     if (number < work_end && !next.is_old()) next.read(page);
-    while (number < work_end) {
+    for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
+        number += gridDim.x;
+        if (number < work_end) next.take(items, number, page_table, page_stride, window);
         const int kv_head = work.pages.kv_head;
         const Score score = {scale, softcap, window, work.item.first_position};
         u32 query[PARTS][HEAD_DIM / 8];
@@ -331,21 +347,17 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
         run_pages(work.pages, query, score, work.item.rows, work.number, work.end, page, own);
         // The next piece's first page is read while the results of this one are merged.
-        number += gridDim.x;
-        if (number < work_end) {
-            next.take(items, number, page_table, page_stride, window);
-            next.read(page);
-        }
+        if (number < work_end) next.read(page);
         publish(own, warp, g, t, shared);
-        __syncthreads();
-        weigh_warps(shared);
+        pending.tell(shared);
         __syncthreads();
         const Result result = {output, sinks, partials, output_stride, work.index, kv_head, kv_heads};
         result.merge_warps(work.item, shared);
-        if (work.item.chunks > 1) {
-            const int first = work.index - (work.item.chunk - work.item.first_chunk);
-            if (is_last(counters + size_t(first) * kv_heads + kv_head, work.item.chunks, shared)) result.merge_chunks(work.item, first);
-        }
+        pending.merge(shared);
         __syncthreads();
+        pending.ask(work.item, result, counters);
     }
+    pending.tell(shared);
+    __syncthreads();
+    pending.merge(shared);
 }

@@ -6,8 +6,8 @@
 #include "mma.cuh"
 #include "linear_stream.cuh"
 
-static_assert(TILES == 2, "16 dimensions and those that they pair with");
-constexpr int HALF = HEAD_DIM / 2, UNITS_OF_HEAD = HALF / 16;
+static_assert(PAIRED, "dimensions are combined with those that they pair with");
+constexpr int HALF = HEAD_DIM / 2, UNITS_OF_HEAD = HALF / OUTPUTS;
 static_assert(HEAD_DIM % 32 == 0 && sizeof(KEY_TYPE) > 1 && sizeof(VALUE_TYPE) > 1, "rope_write_kv takes the others");
 
 // Where rotated queries, keys and values go.
@@ -34,22 +34,22 @@ struct Places {
 };
 
 // As linear_stream; weight is ((heads + 2 * kv_heads) * HEAD_DIM, columns), output (rows, heads * HEAD_DIM and more), table (table rows,
-// HALF) of (cosine, sine). Launch: any grid of up to weight_rows / 32 blocks, WARPS warps, dynamic shared memory as linear_stream.
+// HALF) of (cosine, sine). Launch: any grid of up to weight_rows / (2 * OUTPUTS) blocks, WARPS warps, dynamic shared memory as linear_stream.
 BOUNDED_KERNEL(WARPS * WARP, 16 / WARPS)
 linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const float *scales, const float *norm, bf16 *output,
             KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const float2 *table, const int *rope_rows, const int *slots,
             int input_stride, int output_stride, int rows, int columns, int heads, int kv_heads, int all_slots, float epsilon) {
     extern __shared__ uint4 dynamic[];
     const int units = (heads + 2 * kv_heads) * UNITS_OF_HEAD;
-    const Product product = {input, weight, norm, input_stride, rows, units * 32, columns, units, HALF};
+    const Product product = {input, weight, scales, norm, input_stride, rows, (heads + 2 * kv_heads) * HEAD_DIM, columns, units, HALF};
     const Ending ending = {bias, scales, columns, epsilon};
     const Places places = {output, key_pages, value_pages, slots, output_stride, heads, kv_heads, all_slots};
-    const auto first_row = [](int unit) { return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * 16; };
+    const auto first_row = [](int unit) { return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * OUTPUTS; };
     stream(product, dynamic, first_row, [&](const Shared &shared, int unit) {
-        for (int i = threadIdx.x; i < 16 * rows; i += WARPS * WARP) {
-            const int place = i % 16, token = i / 16, head = unit / UNITS_OF_HEAD, dim = unit % UNITS_OF_HEAD * 16 + place;
-            const int row = first_row(unit) + place;
-            const float a = ending(shared, place, token, row), b = ending(shared, place + 16, token, row + HALF);
+        for (int i = threadIdx.x; i < OUTPUTS * rows; i += WARPS * WARP) {
+            const int place = i % OUTPUTS, token = i / OUTPUTS, head = unit / UNITS_OF_HEAD;
+            const int dim = unit % UNITS_OF_HEAD * OUTPUTS + place, row = first_row(unit) + place;
+            const float a = ending(shared, place, 0, token, row), b = ending(shared, place, 1, token, row + HALF);
             float2 angle = make_float2(1.0f, 0.0f);
             if (head < heads + kv_heads) angle = table[size_t(rope_rows[token]) * HALF + dim];
             places.store(token, head, dim, a * angle.x - b * angle.y);

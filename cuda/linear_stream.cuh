@@ -28,6 +28,12 @@
 #ifndef WARPS
 #define WARPS 8
 #endif
+#ifndef GROUPED
+#define GROUPED 0 // 1: 8-bit weights have a scale for each row and STEP columns, not one for the row
+#endif
+#ifndef PAIRED
+#define PAIRED 0 // 1: the second 8 rows of a tile are not the next ones but those that are combined with the first (gates, rotation)
+#endif
 
 constexpr int PARTS = TOKENS / 8;           // of 8 tokens, the width of one matrix instruction
 constexpr int STEP = 128 / sizeof(WEIGHT);  // columns
@@ -36,8 +42,12 @@ constexpr int RUN = STEP / LOADS / 4;      // columns of one such load
 constexpr int EIGHTS = STEP / 8;            // 16 bytes of an input row each, in a step
 constexpr int SLOT = TOKENS * STEP * 2 + NORM * STEP * 4; // bytes of a step in the ring
 
+constexpr int ROWS = PAIRED ? 8 : 16;       // neighbouring weight rows of a tile
+constexpr int OUTPUTS = ROWS * TILES;       // of a unit
+
 struct Step {
     uint4 words[TILES][2][LOADS];
+    float scales[TILES][2]; // of GROUPED weights
 };
 
 // The sums of one warp, and what they need at the end.
@@ -83,17 +93,19 @@ DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
 
 struct Reader {
     const u8 *rows[TILES][2]; // the lane's rows of the weight
+    const float *scales[TILES][2]; // and of its scales
     int columns, t;
     u64 policy;
 
-    // Points at the rows of another tile; `second` is how far the next tile's rows are.
-    DEVICE void move(const WEIGHT *weight, int first, int second, int weight_rows, int g) {
+    // Points at the rows of another unit; `second` is how far the rows are that a tile's first 8 rows are combined with.
+    DEVICE void move(const WEIGHT *weight, const float *all_scales, int first, int second, int weight_rows, int g) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int row = min(first + tile * second + half * 8 + g, weight_rows - 1);
+                const int row = min(first + tile * ROWS + half * (PAIRED ? second : 8) + g, weight_rows - 1);
                 rows[tile][half] = reinterpret_cast<const u8 *>(weight + size_t(row) * columns) + t * 16;
+                if (GROUPED) scales[tile][half] = all_scales + size_t(row) * ((columns + STEP - 1) / STEP);
             }
         }
     }
@@ -108,6 +120,7 @@ struct Reader {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     step.words[tile][half][i] = make_uint4(0, 0, 0, 0);
+                    if (GROUPED && i == 0) step.scales[tile][half] = number * STEP < columns ? __ldg(scales[tile][half] + number) : 0.0f;
                     if (inside) step.words[tile][half][i] = load_stream(rows[tile][half] + column * int(sizeof(WEIGHT)), policy);
                 }
             }
@@ -153,7 +166,9 @@ struct Input {
     }
 
     // Multiplies a step's weights.
-    DEVICE void multiply(const Step &step, int turn, Sums &sums) const {
+    DEVICE void multiply(const Step &step, int turn, Sums &all) const {
+        Sums sums = {}; // of this step, where it has a scale of its own
+        if (!GROUPED) sums = all;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
 #pragma unroll
@@ -184,6 +199,18 @@ struct Input {
                 }
             }
         }
+        if (!GROUPED) {
+            all = sums;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < TILES * PARTS * 4; i++) {
+            const int tile = i / (PARTS * 4), part = i / 4 % PARTS;
+            float &sum = all.values[tile][part][i % 4];
+            sum = fmaf(step.scales[tile][i % 4 / 2], sums.values[tile][part][i % 4], sum);
+        }
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) all.squares[part] += sums.squares[part];
     }
 };
 
@@ -217,14 +244,16 @@ struct Ending {
     int columns;
     float epsilon;
 
-    DEVICE float operator()(const Shared &shared, int place, int token, int row) const {
+    // `output` counts within the unit; `second` 1 takes the row that it is combined with.
+    DEVICE float operator()(const Shared &shared, int output, int second, int token, int row) const {
+        const int place = PAIRED ? output / 8 * 16 + second * 8 + output % 8 : output;
         float sum = 0.0f, square = 0.0f;
         for (int warp = 0; warp < WARPS; warp++) sum += shared.sums[warp][place][token];
         if (NORM) {
             for (int warp = 0; warp < WARPS; warp++) square += shared.squares[warp][token];
             sum *= 1.0f / sqrtf(square / columns + epsilon);
         }
-        if (sizeof(WEIGHT) == 1) sum *= scales[row];
+        if (sizeof(WEIGHT) == 1 && !GROUPED) sum *= scales[row];
         return bias ? sum + bias[row] : sum;
     }
 };
@@ -233,22 +262,22 @@ struct Ending {
 struct Product {
     const bf16 *input;
     const WEIGHT *weight;
-    const float *norm;
+    const float *scales, *norm;
     int input_stride, rows, weight_rows, columns;
-    int units, second; // units in all; from one tile's first row to the next one's
+    int units, second; // units in all; from a row to the one that it is combined with
 };
 
 // Runs this block's units: first_row(unit) is the weight's row that the first tile begins with, finish(shared, unit) takes the sums of all
 // warps, by all threads. `dynamic` is two of Shared and the warps' rings: WARPS * DEPTH * SLOT bytes.
 template <class FirstRow, class Finish>
 DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, Finish finish) {
-    const auto [input, weight, norm, input_stride, rows, weight_rows, columns, units, second] = product;
+    const auto [input, weight, scales, norm, input_stride, rows, weight_rows, columns, units, second] = product;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int steps = (columns + STEP - 1) / STEP;
     Shared *memory = reinterpret_cast<Shared *>(dynamic); // two, taken in turns
-    Reader read = {{}, columns, t, streaming_policy()};
+    Reader read = {{}, {}, columns, t, streaming_policy()};
     int unit = blockIdx.x;
-    read.move(weight, first_row(unit), second, weight_rows, g);
+    read.move(weight, scales, first_row(unit), second, weight_rows, g);
     Step ring[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) read(ring[i], warp + i * WARPS);
@@ -269,7 +298,7 @@ DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, F
             if (next - warp >= steps) {
                 // The rows of the next unit; beyond the last, nothing is read.
                 next = next_unit < units ? warp : steps;
-                if (next_unit < units) read.move(weight, first_row(next_unit), second, weight_rows, g);
+                if (next_unit < units) read.move(weight, scales, first_row(next_unit), second, weight_rows, g);
             }
 #pragma unroll
             for (int i = 0; i < DEPTH; i++) {

@@ -78,6 +78,7 @@ CUDA_TWINS = {
     "attention_prefill": "rust/kernels/src/ops/attention/mod.rs",
     "experts": "rust/model/src/experts.rs",
     "kv": "rust/kernels/src/kv.rs",
+    "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",
     "rows": "rust/model/src/interpreter.rs",
     "sampler": "rust/engine/src/sampler.rs",

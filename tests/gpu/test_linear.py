@@ -12,12 +12,13 @@ SHAPES = ((64, 64), (100, 200), (33, 8), (4096, 512), (1000, 4096), (48, 11008),
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 40])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["same", "f32", "e4m3"])
+@pytest.mark.parametrize("kind", ["same", "f32", "e4m3", "e4m3 by 128"])
 def test_linear(dtype: str, rows: int, shape: tuple[int, int], kind: str) -> None:
     gpu, x, w, bias = device(), normal(rows, shape[1]), normal(*shape) / 8, normal(shape[0])
-    kind = dtype if kind == "same" else kind
-    scales = abs(normal(shape[0], 1)) + 0.5
-    more = {"scales": gpu.vector(scales), "group": shape[1]} if kind == "e4m3" else {}
+    kind, group = dtype if kind == "same" else kind.split()[0], 128 if "128" in kind else shape[1]
+    scales = abs(normal(shape[0], -(-shape[1] // group))) + 0.5
+    more = {"scales": gpu.vector(scales), "group": group} if kind == "e4m3" else {}
+    scales = scales.repeat(group, 1)[:, : shape[1]]
     weight = gpu.weight(w, kind, bias, **more)
     exact = rounded(w, kind) * (scales if more else 1.0)
     source, output = gpu.rows(x, dtype, shape[1] + 8), gpu.blank(rows, shape[0], dtype, -(-shape[0] // 8) * 8)
@@ -29,7 +30,8 @@ def test_linear(dtype: str, rows: int, shape: tuple[int, int], kind: str) -> Non
     assert error(gpu.read(output), before + 0.5 * (product + bias)) < TOLERANCE[dtype]
     logits = gpu.blank(rows, shape[0], "f32")
     gpu.ops.linear(source, logits, weight)
-    assert error(gpu.read(logits), product + bias) < 2e-5
+    unpacked = kind == "e4m3" and rows > 16  # weights times scales are rounded to bfloat16
+    assert error(gpu.read(logits), product + bias) < (3e-3 if unpacked else 2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

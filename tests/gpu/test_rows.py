@@ -141,3 +141,41 @@ def test_argmax(width: int) -> None:
         expected = values.argmax(1)
         expected[[3, 4, 5]] = -1
         assert gpu.ints(chosen, 9).tolist() == expected.tolist()
+
+
+def uniform(seed: int, position: int) -> float:
+    """Philox4x32-10 as in rust/engine/src/random.rs."""
+    state, key = [position & 0xFFFFFFFF, position >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        first, second = 0xD2511F53 * state[0], 0xCD9E8D57 * state[2]
+        state = [(second >> 32) ^ state[1] ^ key[0], second & 0xFFFFFFFF, (first >> 32) ^ state[3] ^ key[1], first & 0xFFFFFFFF]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return ((state[1] << 32 | state[0]) >> 11) / 2**53
+
+
+@pytest.mark.parametrize("width", [7, 1024, 32000, 128256])
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_sample(width: int, min_p: float) -> None:
+    """The token at which the running sum of weights exceeds the draw, to within rounding of the sums."""
+    gpu, count = device(), 24
+    logits = (2 * normal(count, width)).astype(np.float32)
+    logits[1, 2] = np.nan
+    logits[2] = -np.inf
+    logits[3, : width // 2] = -np.inf
+    temperatures = np.where(np.arange(count) % 5 == 4, 0.0, 0.3 + random.random(count))
+    inverse = np.array([1 / t if t else 0.0 for t in temperatures], np.float32)
+    seeds, positions = random.integers(0, 1 << 63, count, np.uint64), random.integers(0, 1 << 40, count, np.uint64)
+    chosen, limits = gpu.zeros(count * 4), gpu.vector(np.full(count, min_p))
+    gpu.ops.sample(gpu.rows(logits, "f32"), gpu.put(inverse), limits, gpu.put(seeds), gpu.put(positions), chosen)
+    result = gpu.ints(chosen, count)
+    assert result[1] == result[2] == -1
+    for row in set(range(count)) - {1, 2}:
+        if temperatures[row] == 0:
+            assert result[row] == logits[row].argmax()
+            continue
+        weights = np.exp((logits[row].astype(np.float64) - logits[row].max()) * inverse[row])
+        weights[weights < min_p * (1 - 1e-6)] = 0
+        sums, draw = np.cumsum(weights), uniform(int(seeds[row]), int(positions[row]))
+        assert weights[result[row]] > 0
+        near = 1e-5 * sums[-1]
+        assert sums[result[row]] - weights[result[row]] - near <= draw * sums[-1] <= sums[result[row]] + near

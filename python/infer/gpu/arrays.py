@@ -54,9 +54,9 @@ class Weight:
     bias: int = 0
     """f32 (rows), or (experts, rows); 0 for none."""
     scales: int = 0
-    """f32 (rows, columns / group) for 8-bit types, else 0."""
+    """f32 (rows, ceil(columns / group)) for 8-bit types, else 0."""
     group: int = 0
-    """Columns that share a scale."""
+    """Columns that share a scale: 0 for all of a row, else a multiple of 8; 128 is streamed."""
     experts: int = 1
 
 

@@ -19,6 +19,7 @@ CHUNK_PAGES = 32
 DECODE_ROWS = 8
 """Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
 
+PREFILL_PAGES = 2
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
 DECODE_WARPS = 6
@@ -211,7 +212,8 @@ class AttentionOperations(RowOperations):
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
         arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)
-        prefill(self.stream, (min(most, plan.size.tiles), layer.kv_heads), 256, arguments, prefill_shared_bytes(layer))
+        threads = 256 if layer.head_dim > 128 else 128
+        prefill(self.stream, (min(most, plan.size.tiles), layer.kv_heads), threads, arguments, prefill_shared_bytes(layer))
 
     def attend_plainly(
         self,
@@ -248,7 +250,7 @@ def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
 
 
 def prefill_shared_bytes(layer: KvLayer) -> int:
-    """Return the shared memory of a prefill block: two stages of pages and their scales, as in cuda/attention_prefill.cu."""
-    pages = 2 if layer.head_dim > 128 else 4
+    """Return the shared memory of a prefill block, as in cuda/attention_prefill.cu: queries, two stages of pages and scales."""
     elements = PAGE_TOKENS * layer.head_dim * (ELEMENT_BYTES[layer.key_type] + ELEMENT_BYTES[layer.value_type])
-    return 2 * pages * (elements + 2 * PAGE_TOKENS * 4)
+    queries = PREFILL_ROWS * -(-layer.head_dim // 64) * 64 * 2
+    return queries + 2 * PREFILL_PAGES * (elements + 2 * PAGE_TOKENS * 4)

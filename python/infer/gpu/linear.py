@@ -6,12 +6,13 @@ cuBLASLt; what neither takes, for its type, shape or alignment, to the plain ker
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight, c_type
 from infer.gpu.attention import AttentionOperations, kv_macros
 from infer.gpu.blas import Blas, can_multiply
-from infer.gpu.rows import element_macros, vector
+from infer.gpu.rows import THREADS, element_macros, vector
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 STREAM_ROWS = 16
 """Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
 
+BLAS_BYTES = 32 << 20
+UNPACKED_ROWS = 64
+"""Weight rows that are unpacked at a time are a multiple of this."""
+
 STORE, ADD, GATED = 0, 1, 2
 WARPS = 8  # of the plain kernel
-TILE = 16  # weight rows of a matrix instruction
 
 
 class _Launch(NamedTuple):
@@ -34,11 +38,16 @@ class _Launch(NamedTuple):
 
 
 class LinearOperations(AttentionOperations):
-    """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream."""
+    """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
+
+    cuBLASLt has the first BLAS_BYTES of it; in the rest, 8-bit weights are unpacked for many rows, as many at a time as fit.
+    """
 
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
         super().__init__(kernels, stream)
-        self._blas = Blas(workspace, workspace_bytes)
+        blas_bytes = min(workspace_bytes, BLAS_BYTES)
+        self._blas = Blas(workspace, blas_bytes)
+        self._unpacked, self._unpacked_bytes = workspace + blas_bytes, workspace_bytes - blas_bytes
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """``output = source * weight^T + bias``."""
@@ -50,6 +59,8 @@ class LinearOperations(AttentionOperations):
             self._blas.product(self.stream, source, weight, output)
             if weight.bias:
                 self._add_bias(output, weight.bias, 1.0)
+        elif self._can_unpack(source, output, weight):
+            self._unpacked_product(source, output, weight, 1.0, 0.0)
         else:
             self._linear_plainly(source, output, weight, 0.0)
 
@@ -63,6 +74,8 @@ class LinearOperations(AttentionOperations):
             self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
             if weight.bias:
                 self._add_bias(destination, weight.bias, scale)
+        elif self._can_unpack(source, destination, weight):
+            self._unpacked_product(source, destination, weight, scale, 1.0)
         else:
             self._linear_plainly(source, destination, weight, scale)
 
@@ -157,14 +170,15 @@ class LinearOperations(AttentionOperations):
 
     def _launch(self, outputs: int, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
         """Choose how a streaming product runs."""
-        few, processors = rows <= 8, self.kernels.multiprocessors
-        tiles, warps = stream_tiles(outputs, few, epilogue, processors)
-        blocks = -(-outputs // (TILE if epilogue == GATED else TILE * tiles))
-        shared = stream_shared_bytes(warps, tiles, few, has_norm, weight.type)
+        processors, paired = self.kernels.multiprocessors, epilogue == GATED
+        blocks = -(-outputs // (8 if paired else 16))
+        warps = stream_warps(blocks, weight.columns * ELEMENT_BYTES[weight.type], processors)
+        tokens = 8 if rows <= 8 else 16
+        shared = stream_shared_bytes(warps, tokens, has_norm, weight.type)
         if shared > self.kernels.shared_limit:
-            warps, shared = 8, stream_shared_bytes(8, tiles, few, has_norm, weight.type)
-        macros: dict[str, int | str] = {"TOKENS": 8 if few else 16, "TILES": tiles, "WARPS": warps}
-        macros |= {"NORM": int(has_norm), "WEIGHT": c_type(weight.type)}
+            warps, shared = 8, stream_shared_bytes(8, tokens, has_norm, weight.type)
+        macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
+        macros |= {"WEIGHT": c_type(weight.type), "GROUPED": int(0 < weight.group < weight.columns)}
         return _Launch(macros, min(blocks, processors * (16 // warps)), warps, shared)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
@@ -181,6 +195,29 @@ class LinearOperations(AttentionOperations):
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns, weight.group or weight.columns)
         kernel(self.stream, (-(-weight.rows // WARPS), -(-source.rows // 4)), WARPS * 32, (*pointers, *shape, add))
 
+    def _can_unpack(self, source: Rows, output: Rows, weight: Weight) -> bool:
+        fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * 2 and weight.columns % 8 == 0
+        return (
+            source.rows > STREAM_ROWS
+            and weight.type == "e4m3"
+            and fits
+            and can_multiply(source, replace(weight, type="bf16"), output)
+        )
+
+    def _unpacked_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
+        group = weight.group or weight.columns
+        kernel = self.kernels.get("linear.cu", "dequantize", VECTOR=8, WEIGHT=c_type(weight.type))
+        step = self._unpacked_bytes // (weight.columns * 2) // UNPACKED_ROWS * UNPACKED_ROWS
+        for first in range(0, weight.rows, step):
+            rows = min(step, weight.rows - first)
+            pointer, scales = weight.pointer + first * weight.columns, weight.scales + first * -(-weight.columns // group) * 4
+            grid = (-(-weight.columns // (THREADS * 8)), rows)
+            kernel(self.stream, grid, THREADS, (pointer, scales, self._unpacked, weight.columns, group))
+            part = replace(weight, pointer=self._unpacked, rows=rows, type="bf16")
+            self._blas.product(self.stream, source, part, output.part(first, rows), alpha, beta)
+        if weight.bias:
+            self._add_bias(output, weight.bias, alpha)
+
     def _add_bias(self, output: Rows, bias: int, scale: float) -> None:
         v = vector(output.width, output) if bias % 16 == 0 else 1
         arguments = (output.pointer, bias, output.stride, output.width, scale)
@@ -193,8 +230,8 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     aligned = weight.columns % max(whole, 8) == 0 and source.stride % 8 == 0
     aligned = aligned and weight.pointer % 16 == 0 and source.pointer % 16 == 0
     types = source.dtype == "bf16" and weight.type in ("bf16", "e4m3") and output.dtype in ("bf16", "f32")
-    one_scale = weight.type == "bf16" or weight.group in (0, weight.columns)
-    return 0 < source.rows <= STREAM_ROWS and aligned and types and one_scale
+    scales = weight.type == "bf16" or weight.group in (0, 128, weight.columns)
+    return 0 < source.rows <= STREAM_ROWS and aligned and types and scales
 
 
 def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
@@ -203,18 +240,17 @@ def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
     return whole and "e4m3" not in (layer.key_type, layer.value_type)
 
 
-def stream_tiles(outputs: int, few: bool, epilogue: int, processors: int) -> tuple[int, int]:
-    """Return the tiles that a block takes at a time, and its warps.
+def stream_warps(blocks: int, row_bytes: int, processors: int) -> int:
+    """Return the warps of a block: 8, with two blocks on a multiprocessor, or 16 where that leaves fewer idle in the last round.
 
-    Two tiles halve the reading of input rows, if blocks are enough without; where they are few, each has more warps.
+    It changes the order of sums, so it must not depend on the number of rows. Short rows are not worth 16 warps.
     """
-    tiles = 2 if epilogue == GATED or not few or outputs > 2 * processors * TILE else 1
-    blocks = -(-outputs // (TILE if epilogue == GATED else TILE * tiles))
-    return tiles, 16 if blocks <= processors else 8
+    busy = {warps: blocks / (-(-blocks * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
+    return 16 if row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
 
 
-def stream_shared_bytes(warps: int, tiles: int, few: bool, has_norm: bool, weight_type: str) -> int:
-    """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cu."""
-    tokens, step = 8 if few else 16, 128 // ELEMENT_BYTES[weight_type]
-    ring = (4 // tiles) * (tokens * step * 2 + (step * 4 if has_norm else 0))
-    return warps * (ring + 2 * 4 * (tiles * TILE * (tokens + 1) + tokens))
+def stream_shared_bytes(warps: int, tokens: int, has_norm: bool, weight_type: str) -> int:
+    """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cuh."""
+    step = 128 // ELEMENT_BYTES[weight_type]
+    ring = 4 * (tokens * step * 2 + (step * 4 if has_norm else 0))
+    return warps * (ring + 2 * 4 * (16 * (tokens + 1) + tokens))

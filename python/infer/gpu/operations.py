@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from infer._core import InferError
 from infer.gpu.experts import ExpertOperations
 from infer.gpu.linear import LinearOperations
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from infer.gpu.arrays import Rows
     from infer.gpu.kernels import Kernels
 
+MOST_VOCABULARY = 1 << 19
 ARGMAX_PARTS = 64
 ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
@@ -24,6 +26,20 @@ class Operations(LinearOperations, ExpertOperations):
 
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
         LinearOperations.__init__(self, kernels, stream, workspace, workspace_bytes)
+
+    def sample(self, logits: Rows, inverse_temperatures: int, min_ps: int, seeds: int, positions: int, chosen: int) -> None:
+        """``chosen[row]`` = a token drawn as on the CPU, by temperature and min_p; the largest if the inverse temperature is 0.
+
+        f32 (rows): ``min(1 / temperature, largest float)``, or 0 for greedy, and min_p; u64 (rows): the completion's seed, and
+        the position of the token that is drawn. Rows of NaN or +inf, or without anything finite, give -1.
+        """
+        if logits.width > MOST_VOCABULARY:
+            raise InferError(
+                f"a vocabulary of {logits.width} tokens is more than the {MOST_VOCABULARY} that the GPU path samples from"
+            )
+        kernel = self.kernels.get("sampler.cu", "sample")
+        arguments = (logits.pointer, inverse_temperatures, min_ps, seeds, positions, chosen, logits.stride, logits.width)
+        kernel(self.stream, (logits.rows,), 1024, arguments)
 
     def argmax(self, logits: Rows, chosen: int, scratch: int) -> None:
         """``chosen[row]`` = id of the largest logit, the lowest among equals; -1 if a NaN or +inf is there, or nothing finite.
