@@ -495,9 +495,12 @@ class Work:
     def sequences(self) -> int: ...
     @property
     def logit_rows(self) -> int: ...
-    @property
-    def greedy(self) -> list[bool]:
-        """For each row whose logits are wanted, whether only the largest one matters."""
+    def write_draws(self, rows: int, out: NDArray[np.uint8]) -> list[bool]:
+        """Write what rows are drawn with, and return which of the wanted rows are, all False for "draft".
+
+        One after the other, (rows) each: seeds and positions (64-bit integers), inverse temperatures and ``min_p`` (float32).
+        An inverse temperature of 0 takes the largest logit, the lowest id among equals; the draw is that of rust/engine/src/sampler.rs.
+        """
 
     @property
     def most_pages(self) -> int:
@@ -539,9 +542,9 @@ class WorkLink:
         """Wait for work; None when there will be no more."""
 
     def finish_rows(self, work: Work, logits: NDArray[np.float32], choices: NDArray[np.int32] | None = None) -> None:
-        """Answer "forward" and "draft": the logits of the wanted rows; or, with ``choices``, the tokens of greedy rows, of the others alone.
+        """Answer "forward" and "draft": the logits of the wanted rows; or, with ``choices``, the tokens of drawn rows, of the others alone.
 
-        A choice is the lowest id of the largest logit, or -1 where a logit is NaN or infinite or none is finite.
+        A choice is -1 where a logit is NaN or infinite or none is finite.
         """
 
     def finish_page(self, work: Work, page: NDArray[np.uint8]) -> None: ...

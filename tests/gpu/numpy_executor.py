@@ -59,6 +59,27 @@ def activate(name: str, x: NDArray[Any]) -> NDArray[Any]:
     return positive if name == "relu" else positive**2
 
 
+def uniform(seed: int, position: int) -> float:
+    """Philox4x32-10: the number in [0, 1) that the core draws for the token at a position."""
+    key, word = [seed & 0xFFFFFFFF, seed >> 32], 0xFFFFFFFF
+    state = [position & word, position >> 32, 0, 0]
+    for _ in range(10):
+        first, second = 0xD2511F53 * state[0], 0xCD9E8D57 * state[2]
+        state = [(second >> 32) ^ state[1] ^ key[0], second & word, (first >> 32) ^ state[3] ^ key[1], first & word]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return float((state[1] << 32 | state[0]) >> 11) / (1 << 53)
+
+
+def draw(logits: NDArray[Any], inverse: float, min_p: float, seed: int, position: int) -> int:
+    """The largest logit at an inverse temperature of 0; else a token by inverting the cumulative distribution."""
+    if inverse == 0:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()) * np.float32(inverse)).astype(np.float64)
+    weights[weights < min_p] = 0
+    total = np.cumsum(weights)
+    return int(np.searchsorted(total, uniform(seed, position) * total[-1], side="right"))
+
+
 class HostDevice:
     """A device in this process's memory: what is enqueued is done at once, and a graph is what enqueues it."""
 
@@ -221,6 +242,15 @@ class NumpyOperations:
         values = matrix(logits)
         bad = ~(values < np.inf).all(-1) | ~np.isfinite(values.max(-1, initial=-np.inf))
         view(chosen, (logits.rows,), np.int32)[:] = np.where(bad, -1, values.argmax(-1))
+
+    def sample(self, logits: Rows, inverse_temperatures: int, min_ps: int, seeds: int, positions: int, chosen: int) -> None:
+        count = (logits.rows,)
+        draws = [view(place, count) for place in (inverse_temperatures, min_ps)]
+        draws += [view(place, count, np.uint64) for place in (seeds, positions)]
+        tokens = view(chosen, count, np.int32)
+        for row, (values, inverse, min_p, seed, position) in enumerate(zip(matrix(logits), *draws, strict=True)):
+            finite = (values < np.inf).all() and np.isfinite(values.max(initial=-np.inf))
+            tokens[row] = draw(values, inverse, min_p, int(seed), int(position)) if finite else -1
 
     def gated_activation(self, gate: Rows, up: Rows, output: Rows, name: str) -> None:
         matrix(output)[:] = activate(name, matrix(gate)) * matrix(up)

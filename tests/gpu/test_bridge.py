@@ -68,7 +68,7 @@ def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any]
 
 
 def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the embedding and the head; and greedy rows cost the host no logits."""
+    """Between the embedding and the head; and rows that are drawn on the device cost the host no logits."""
     from infer.gpu import executor, runner
 
     kinds: list[str] = []
@@ -80,8 +80,8 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         kinds.extend(kind for kind, _ in steps)
         return steps
 
-    def collected(self: Any, greedy: list[bool]) -> Any:
-        outcome = collect(self, greedy)
+    def collected(self: Any, drawn: list[bool]) -> Any:
+        outcome = collect(self, drawn)
         taken.append(outcome.logits.size)
         return outcome
 
@@ -95,6 +95,17 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         assert any(taken)
     layer = ["norm_qkv", "attend", "linear_add", "norm_linear_gated", "linear_add"]
     assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
+
+
+def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> None:
+    """Temperature and min_p alone, with a company of other rows: the same tokens as on the CPU."""
+    params = [
+        SamplingParams(max_tokens=12, temperature=temperature, min_p=min_p, seed=seed, top_p=top_p)
+        for temperature, min_p, seed, top_p in [(1.0, 0.0, 1, 1.0), (0.7, 0.05, 2, 1.0), (0.0, 0.0, 3, 1.0), (1.5, 0.0, 4, 0.9)]
+    ]
+    with LLM(dtype="float32", threads=2) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:1] * 4, params)]
+    assert [output.outputs[0].token_ids for output in open_host().generate(PROMPTS[:1] * 4, params)] == expected
 
 
 def test_graphs_are_replayed(host: HostDevice) -> None:

@@ -36,6 +36,10 @@ class Launch:
     logit_rows: int
     wanted: int
     """Where the numbers of the rows whose logits are wanted are."""
+    draws: tuple[int, int, int, int]
+    """Where inverse temperatures, min_p, seeds and positions of the wanted rows' draws are."""
+    greedy: bool
+    """No row is drawn otherwise than greedily, now or when the launch is replayed."""
     only_decode: bool
     """No sequence has more rows than decode attention takes, now or when the launch is replayed."""
     plain: bool = False
@@ -131,8 +135,12 @@ class Executor(FusedSteps):
         return self._buffers.rows(self._logits, rows)
 
     def choose(self, launch: Launch) -> None:
-        """Enqueue the choice of each wanted row's largest logit, after `forward`."""
-        self._operations.argmax(self.logits(launch.logit_rows), self._choices, self._scratch)
+        """Enqueue the choice of each wanted row's token, after `forward`."""
+        logits = self.logits(launch.logit_rows)
+        if launch.greedy:
+            self._operations.argmax(logits, self._choices, self._scratch)
+        else:
+            self._operations.sample(logits, *launch.draws, self._choices)
 
     @property
     def choices(self) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ROW_ARRAYS = 6  # tokens, positions, slots, rope rows, row's sequence, logit rows
 SMALL_TABLES = 1 << 18  # bytes of page tables that are sooner copied whole than by columns
+DRAW_BYTES = 24  # seed, position, inverse temperature, min_p
 KV_TYPES = ("f32", "bf16", "f16")
 
 
@@ -52,6 +53,8 @@ class Plan:
         self._long_context_row = long_context_row
         self._host = device.pinned((ROW_ARRAYS * rows + sequences + 1,), "int32")
         self._pointer = device.allocate(self._host.nbytes)
+        self._host_draws = device.pinned((DRAW_BYTES * rows,), "uint8")
+        self._draws = device.allocate(self._host_draws.nbytes)
         self._table = device.pinned((sequences, pages), "int32")
         self._table_pointer = device.allocate(self._table.nbytes)
         device.upload(self._pointer, self._host)
@@ -76,6 +79,19 @@ class Plan:
     def logit_rows(self, rows: int) -> int:
         """Return where the numbers of the rows whose logits are wanted are."""
         return self._arrays(rows)[5]
+
+    def draws(self, rows: int) -> tuple[int, int, int, int]:
+        """Return where inverse temperatures, min_p, seeds and positions of so many wanted rows are."""
+        return self._draws + 16 * rows, self._draws + 20 * rows, self._draws, self._draws + 8 * rows
+
+    def send_draws(self, work: Work, rows: int) -> tuple[list[bool], bool]:
+        """Enqueue the copy of what wanted rows are drawn with, padded to so many; returns which are, and if all greedily."""
+        own = self._host_draws[: DRAW_BYTES * rows]
+        drawn = work.write_draws(rows, own)
+        greedy = not own[16 * rows : 20 * rows].any()
+        if not greedy:
+            self._device.upload(self._draws, own)
+        return drawn, greedy
 
     def _arrays(self, rows: int) -> list[int]:
         return [self._pointer + 4 * rows * array for array in range(ROW_ARRAYS + 1)]

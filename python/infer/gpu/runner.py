@@ -4,8 +4,8 @@ Steps of decoding, in which every row's logits are wanted and sequences have a f
 each size is captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and
 replayed from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
 
-Rows that want nothing but their largest logit get it chosen on the device: of a vocabulary of 128,256 a row of logits is half a
-megabyte to copy, and more work to look through on the host than a step takes on the device.
+Rows that are drawn by temperature and min_p alone, or are greedy, are drawn on the device: of a vocabulary of 128,256 a row of
+logits is half a megabyte to copy, and more work to look through on the host than a step takes on the device.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Outcome:
     """What a step gives, in pinned memory that the next step overwrites."""
 
     logits: NDArray[np.float32]
-    """Of the rows that are not greedy, one after the other."""
+    """Of the rows that are not drawn, one after the other."""
     _choices: NDArray[np.int32] | None
-    _greedy: list[bool]
+    _drawn: list[bool]
 
     @property
     def choices(self) -> NDArray[np.int32] | None:
-        """The tokens of greedy rows; None where there are none."""
-        return None if self._choices is None else self._choices[self._greedy]
+        """The tokens of drawn rows; None where there are none."""
+        return None if self._choices is None else self._choices[self._drawn]
 
 
 class Runner:
@@ -91,39 +91,39 @@ class Runner:
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
         self._host_choices = device.pinned((logit_rows,), "int32")
         self._most_graph_rows = min(MOST_GRAPH_ROWS, logit_rows, rows) if graphs else 0
-        self._graphs: dict[tuple[int, int], Callable[[], None] | None] = {}
+        self._graphs: dict[tuple[int, int, bool], Callable[[], None] | None] = {}
 
     def enqueue(self, work: Work) -> Outcome:
         """Enqueue a step; returns where its outcome will be once the device is synchronized."""
         rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
-        greedy = work.greedy
         size = self._graph_size(work)
+        drawn, greedy = self._plan.send_draws(work, wanted if size is None else size[0])
         if size is None:
-            launch = self._launch(work, rows, sequences, wanted)
+            launch = self._launch(work, rows, sequences, wanted, greedy)
             self._plan.send(work, rows, sequences)
             self._executor.forward(launch)
-            if any(greedy):
+            if any(drawn):
                 self._executor.choose(launch)
         else:
             self._plan.send(work, *size)
-            self._decode(work, size)
-        return self._collect(greedy)
+            self._decode(work, size, greedy)
+        return self._collect(drawn)
 
-    def _collect(self, greedy: list[bool]) -> Outcome:
-        """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not greedy."""
+    def _collect(self, drawn: list[bool]) -> Outcome:
+        """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not drawn."""
         place = 0
-        logits = self._executor.logits(len(greedy))
-        for one, run in groupby(range(len(greedy)), key=lambda row: greedy[row]):
+        logits = self._executor.logits(len(drawn))
+        for one, run in groupby(range(len(drawn)), key=drawn.__getitem__):
             if not one:
                 numbers = list(run)
                 part = self._host_logits[place : place + len(numbers)]
                 self._device.download(part, logits.pointer + 4 * logits.stride * numbers[0])
                 place += len(numbers)
         choices = None
-        if place < len(greedy):
-            choices = self._host_choices[: len(greedy)]
+        if place < len(drawn):
+            choices = self._host_choices[: len(drawn)]
             self._device.download(choices, self._executor.choices)
-        return Outcome(self._host_logits[:place], choices, greedy)
+        return Outcome(self._host_logits[:place], choices, drawn)
 
     def _graph_size(self, work: Work) -> tuple[int, int] | None:
         """Return the padded rows and sequences of a step that a graph is made for: a decoding step that is not too large."""
@@ -139,24 +139,26 @@ class Runner:
     def _only_decodes(self, work: Work) -> bool:
         return work.most_rows <= DECODE_ROWS
 
-    def _launch(self, work: Work, rows: int, sequences: int, wanted: int) -> Launch:
+    def _launch(self, work: Work, rows: int, sequences: int, wanted: int, greedy: bool) -> Launch:
         inputs, logit_rows = self._plan.inputs(rows, sequences), self._plan.logit_rows(rows)
-        return Launch(inputs, rows, wanted, logit_rows, self._only_decodes(work), self._is_plain(work))
+        draws = self._plan.draws(wanted)
+        return Launch(inputs, rows, wanted, logit_rows, draws, greedy, self._only_decodes(work), self._is_plain(work))
 
-    def _decode(self, work: Work, size: tuple[int, int]) -> None:
+    def _decode(self, work: Work, size: tuple[int, int], greedy: bool) -> None:
         """Enqueue a decoding step of a padded size."""
         rows, sequences = size
 
         def run() -> None:
-            launch = self._launch(work, rows, sequences, rows)
+            launch = self._launch(work, rows, sequences, rows, greedy)
             self._executor.forward(launch)
             self._executor.choose(launch)
 
-        if size not in self._graphs:
-            self._graphs[size] = None
+        key = (*size, greedy)
+        if key not in self._graphs:
+            self._graphs[key] = None
             run()
             return
-        graph = self._graphs[size]
+        graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[size] = self._device.capture(run)
+            graph = self._graphs[key] = self._device.capture(run)
         graph()

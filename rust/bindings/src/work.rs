@@ -55,7 +55,7 @@ impl WorkLink {
         })
     }
 
-    /// Answer "forward" and "draft": logits (rows, vocabulary) of all wanted rows; or with `choices`, the tokens of the greedy ones, of the
+    /// Answer "forward" and "draft": logits (rows, vocabulary) of all wanted rows; or with `choices`, the tokens of the drawn ones, of the
     /// others alone.
     #[pyo3(signature = (work, logits, choices=None))]
     fn finish_rows(
@@ -143,12 +143,12 @@ impl Work {
         Ok(self.batch()?.logit_rows.len())
     }
 
-    /// For each of them, whether only its largest logit matters; all False for "draft".
-    #[getter]
-    fn greedy(&self) -> PyResult<Vec<bool>> {
-        let batch = self.batch()?;
-        let none = || vec![false; batch.logit_rows.len()];
-        Ok(if batch.greedy.is_empty() { none() } else { batch.greedy.clone() })
+    /// Fill `out`, 24 bytes a row, with what rows are drawn with; which of the wanted rows are. See `_core.pyi`.
+    fn write_draws(&self, rows: usize, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<Vec<bool>> {
+        guarded(|| {
+            let out = out.as_slice_mut().map_err(refusal)?;
+            self.batch()?.write_draws(rows, out).map_err(refusal)
+        })
     }
 
     /// Pages of the sequence that has the most.

@@ -32,8 +32,8 @@ impl Core {
     pub fn commit_choices(&mut self, logits: &[f32], choices: &[i32], now: Duration) {
         let scheduled = self.in_flight.take().expect("commit was called without a step in flight");
         let all: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
-        let greedy: usize = scheduled.iter().filter(|work| work.greedy).map(|work| work.sampled_rows).sum();
-        let chosen = if choices.is_empty() { 0 } else { greedy };
+        let drawn: usize = scheduled.iter().filter(|work| work.drawn).map(|work| work.sampled_rows).sum();
+        let chosen = if choices.is_empty() { 0 } else { drawn };
         let rows = all - chosen;
         if logits.len() != rows * self.config.vocabulary || choices.len() != chosen {
             let (found, vocabulary) = (logits.len(), self.config.vocabulary);
@@ -50,7 +50,7 @@ impl Core {
         self.settle_cancelled(now);
         let (mut rest, mut left) = (logits, choices);
         for work in scheduled {
-            let rows = if work.greedy && chosen > 0 { work.prompt_rows } else { work.logit_rows() };
+            let rows = if work.drawn && chosen > 0 { work.prompt_rows } else { work.logit_rows() };
             let (own, others) = rest.split_at(rows * self.config.vocabulary);
             let (chosen, later) = left.split_at(if rows < work.logit_rows() { work.sampled_rows } else { 0 });
             (rest, left) = (others, later);

@@ -21,7 +21,7 @@ use crate::tables::PageRef;
 const GLANCE: Duration = Duration::from_micros(200);
 
 /// What an executor is to do. Pages of the draft model, if there is one, have the same numbers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Work {
     /// As [`Device::forward`].
     Forward(Batch),

@@ -67,6 +67,31 @@ impl Batch {
         Ok(())
     }
 
+    /// Writes what rows are drawn with, (rows) each, zeros where a row is not: seeds and positions (64 bits), inverse temperatures and `min_p`
+    /// (32-bit floats), one after the other. Returns which of the wanted rows are drawn.
+    ///
+    /// # Errors
+    /// An `out` that is not 24 bytes a row, or has fewer rows than are wanted.
+    pub fn write_draws(&self, rows: usize, out: &mut [u8]) -> Result<Vec<bool>, String> {
+        let wanted = self.logit_rows.len();
+        if out.len() != 24 * rows || wanted > rows {
+            return Err(format!("{wanted} draws do not fit {rows} rows and {} bytes", out.len()));
+        }
+        out.fill(0);
+        let (seeds, rest) = out.split_at_mut(8 * rows);
+        let (positions, rest) = rest.split_at_mut(8 * rows);
+        let (temperatures, min_ps) = rest.split_at_mut(4 * rows);
+        let mut drawn = vec![false; wanted];
+        for (row, draw) in self.draws.iter().enumerate().filter_map(|(row, draw)| Some((row, draw.as_ref()?))) {
+            seeds[8 * row..][..8].copy_from_slice(&draw.seed.to_le_bytes());
+            positions[8 * row..][..8].copy_from_slice(&draw.position.to_le_bytes());
+            temperatures[4 * row..][..4].copy_from_slice(&draw.inverse_temperature.to_le_bytes());
+            min_ps[4 * row..][..4].copy_from_slice(&draw.min_p.to_le_bytes());
+            drawn[row] = true;
+        }
+        Ok(drawn)
+    }
+
     /// Pages of the sequence that has the most.
     #[must_use]
     pub fn most_pages(&self) -> usize {
@@ -115,7 +140,7 @@ fn copy(array: &mut [i32], values: impl Iterator<Item = usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::BatchSequence;
+    use crate::batch::{BatchSequence, Draw};
 
     fn batch() -> Batch {
         let sequence = |first_row, rows, first_position, pages: &[u32], long_context| BatchSequence {
@@ -132,7 +157,7 @@ mod tests {
             tokens: vec![7, 8, 9],
             sequences: vec![sequence(0, 1, 5, &[u32::MAX, 3], true), sequence(1, 2, 3, &[2, 6], false)],
             logit_rows: vec![0, 2],
-            greedy: Vec::new(),
+            draws: Vec::new(),
         }
     }
 
@@ -152,6 +177,22 @@ mod tests {
         assert_eq!(out, expected.concat());
         assert!(batch().write_rows(2, 3, 4, 0, &mut [0; 16]).is_err(), "too few rows");
         assert!(batch().write_rows(4, 3, 4, 0, &mut [0; 16]).is_err(), "too short");
+    }
+
+    #[test]
+    fn draws_are_laid_out() {
+        let draw = Draw { inverse_temperature: 2.0, min_p: 0.25, seed: 7, position: 9 };
+        let batch = Batch { draws: vec![None, Some(draw)], ..batch() };
+        let mut out = vec![99; 24 * 3];
+        assert_eq!(batch.write_draws(3, &mut out), Ok(vec![false, true]));
+        let mut expected = vec![0; 24 * 3];
+        expected[8] = 7;
+        expected[24 + 8] = 9;
+        expected[48 + 4..48 + 8].copy_from_slice(&2.0_f32.to_le_bytes());
+        expected[60 + 4..60 + 8].copy_from_slice(&0.25_f32.to_le_bytes());
+        assert_eq!(out, expected);
+        assert!(batch.write_draws(3, &mut [0; 71]).is_err());
+        assert!(batch.write_draws(1, &mut [0; 24]).is_err());
     }
 
     #[test]

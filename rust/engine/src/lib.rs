@@ -60,7 +60,7 @@ mod tier;
 mod vector;
 mod worker;
 
-pub use crate::batch::{Batch, BatchSequence};
+pub use crate::batch::{Batch, BatchSequence, Draw};
 pub use crate::clock::{Clock, MonotonicClock};
 pub use crate::config::{EngineConfig, LocalLayers};
 pub use crate::core::Core;
