@@ -162,7 +162,11 @@ class LinearOperations(AttentionOperations):
     ) -> None:
         outputs = weight.rows // 2 if epilogue == GATED else weight.rows
         launch = self._launch(outputs, source.rows, epilogue, norm != 0, weight)
-        macros = {"EPILOGUE": epilogue, "OUTPUT": c_type(output.dtype), "ACTIVATION": ACTIVATIONS.index(activation)}
+        macros: dict[str, int | str] = {
+            "EPILOGUE": epilogue,
+            "OUTPUT": c_type(output.dtype),
+            "ACTIVATION": ACTIVATIONS.index(activation),
+        }
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
