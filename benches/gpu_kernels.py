@@ -226,12 +226,13 @@ def linear(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
     cases = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (3072, 2048), (2048, 2048), (2048, 8192)]
     for outputs, columns in cases:
         for kind in ("bf16", "e4m3"):
-            for rows in (1, 8, 16, 64) if kind == "bf16" else (1, 8, 16):
+            for rows in (1, 8, 16, 64, 2048):
                 size = outputs * columns * ELEMENT_BYTES[kind]
                 weights = [bench.weight(outputs, columns, kind) for _ in range(max(4, BYTES_OF_ROTATION // size))]
                 source, output = bench.rows(rows, columns), bench.rows(rows, outputs)
                 each = bench.time(over(bench.ops.linear, [(source, output, weight) for weight in weights])) / len(weights)
-                measured = {"microseconds": each, "share": size / each * 1e6 / rate}
+                teraflops = 2 * rows * outputs * columns / each / 1e6
+                measured = {"microseconds": each, "share": size / each * 1e6 / rate, "teraflops": teraflops}
                 yield {"part": "linear", "outputs": outputs, "columns": columns, "weights": kind, "rows": rows, **measured}
                 bench.release()
 

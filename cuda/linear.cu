@@ -60,3 +60,37 @@ KERNEL dequantize(const WEIGHT *weight, const float *scales, bf16 *output, int c
     for (int i = 0; i < V; i++) values[i] *= factor;
     store<V>(output + row * columns + column, values);
 }
+
+// Rows in E4M3, each with its scale: the greatest magnitude becomes 448. output is (rows, columns), contiguous. Launch: grid (rows).
+KERNEL quantize(const T *input, e4m3 *output, float *scales, int input_stride, int columns) {
+    __shared__ float scratch[WARP];
+    let_next_start();
+    wait_for_previous();
+    input += size_t(blockIdx.x) * input_stride;
+    output += size_t(blockIdx.x) * columns;
+    float greatest = 0.0f, values[V];
+    for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
+        load<V>(input + i, values);
+#pragma unroll
+        for (int j = 0; j < V; j++) greatest = fmaxf(greatest, fabsf(values[j]));
+    }
+    greatest = warp_max(greatest);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = greatest;
+    __syncthreads();
+    greatest = warp_max(threadIdx.x % WARP < blockDim.x / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
+    const float factor = greatest > 0.0f ? 448.0f / greatest : 0.0f;
+    if (threadIdx.x == 0) scales[blockIdx.x] = greatest / 448.0f;
+    for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
+        load<V>(input + i, values);
+#pragma unroll
+        for (int j = 0; j < V; j++) values[j] *= factor;
+        if constexpr (V == 8) {
+            u32 words[2] = {};
+#pragma unroll
+            for (int j = 0; j < 8; j++) words[j / 4] |= u32(from_float<e4m3>(values[j]).bits) << (8 * (j % 4));
+            *reinterpret_cast<uint2 *>(output + i) = make_uint2(words[0], words[1]);
+        } else {
+            store<V>(output + i, values);
+        }
+    }
+}

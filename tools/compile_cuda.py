@@ -2,8 +2,8 @@
 
 usage: compile_cuda.py [--write] [FILE.cu ...]      (default: all of cuda/*.cu)
 
-What the compiler says of registers, spills and shared memory is compared with cuda/report.json: a kernel that begins to spill, or takes
-notably more registers than it did, fails. --write keeps the new figures instead.
+What the compiler says of registers, spills and shared memory is compared with cuda/report.json: a kernel that begins to spill,
+or takes notably more registers than it did, fails. --write keeps the new figures instead.
 """
 
 from __future__ import annotations
@@ -39,33 +39,36 @@ def choices(**lists: list[Any]) -> list[Macros]:
 
 
 BOTH = {"INFER_F32": [None, 1], "VECTOR": [1, 8]}
+ONE: list[Macros] = [{}]
 HEADS: list[Macros] = [
     {"GROUP": 4, "HEAD_DIM": 128},
     {"GROUP": 4, "HEAD_DIM": 64},
     {"GROUP": 1, "HEAD_DIM": 96, "SOFTCAP": 1},
     {"GROUP": 8, "HEAD_DIM": 128, "KEY_TYPE": "e4m3", "VALUE_TYPE": "e4m3"},
-    {"GROUP": 7, "HEAD_DIM": 128, "KEY_TYPE": "bf16", "VALUE_TYPE": "e4m3"},
+    {"GROUP": 16, "HEAD_DIM": 128, "DECODE_WARPS": 4},
+    {"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4},
 ]
-WIDE_HEADS: list[Macros] = [{"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4}, {"GROUP": 16, "HEAD_DIM": 128, "DECODE_WARPS": 4}]
+KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3"], "VALUE_TYPE": ["bf16", "e4m3"]}
+STREAMED = {"TOKENS": [8, 16], "NORM": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
 VARIANTS: dict[str, list[Macros]] = {
-    "activation.cu": choices(**BOTH, ACTIVATION=[0, 1, 2, 3, 4]),
-    "attention.cu": choices(
-        INFER_F32=[None, 1], KEY_TYPE=["bf16", "float", "f16", "e4m3"], VALUE_TYPE=["bf16", "e4m3"], HEAD_DIM=[80, 128]
-    ),
-    "attention_decode.cu": HEADS + WIDE_HEADS,
-    "attention_plan.cu": [{}],
-    "attention_prefill.cu": HEADS + WIDE_HEADS,
-    "elementwise.cu": choices(**BOTH, GATE=[None, "float"]),
+    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]),
+    "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
+    "attention_decode.cu": HEADS,
+    "attention_plan.cu": ONE,
+    "attention_prefill.cu": HEADS,
+    "elementwise.cu": choices(**BOTH),
     "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]),
-    "kv.cu": choices(INFER_F32=[None, 1], KEY_TYPE=["bf16", "float", "e4m3"], VALUE_TYPE=["bf16", "e4m3"], INTERLEAVED=[0, 1]),
-    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"], OUTPUT=["bf16", "float"]),
-    "linear_stream.cu": choices(TOKENS=[8, 16], TILES=[1, 2], WARPS=[8], NORM=[0, 1], WEIGHT=["bf16", "e4m3"])
-    + choices(TOKENS=[8, 16], TILES=[2], EPILOGUE=[2], NORM=[0, 1], WEIGHT=["bf16", "e4m3"])
-    + choices(TOKENS=[8], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"]),
+    "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
+    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]),
+    "linear_rope.cu": choices(PAIRED=[1], NORM=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"]),
+    "linear_stream.cu": choices(**STREAMED)
+    + choices(**STREAMED, EPILOGUE=[2], PAIRED=[1])
+    + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
+    + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"]),
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
-    "rope.cu": choices(INFER_F32=[None, 1], HEAD_DIM=[64, 80], INTERLEAVED=[0, 1]),
-    "rows.cu": choices(**BOTH, TABLE=["bf16", "float", "f16"]),
-    "sampler.cu": [{}],
+    "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
+    "rows.cu": choices(**BOTH, TABLE=["bf16", "f16"]),
+    "sampler.cu": ONE,
 }
 
 

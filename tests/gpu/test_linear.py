@@ -24,14 +24,16 @@ def test_linear(dtype: str, rows: int, shape: tuple[int, int], kind: str) -> Non
     source, output = gpu.rows(x, dtype, shape[1] + 8), gpu.blank(rows, shape[0], dtype, -(-shape[0] // 8) * 8)
     gpu.ops.linear(source, output, weight)
     product = rounded(x, dtype) @ exact.T
-    assert error(gpu.read(output), product + bias) < TOLERANCE[dtype]
+    # Many rows: in E4M3 as the weights are, or weights times scales in bfloat16.
+    wide = kind == "e4m3" and dtype == "bf16" and rows > 16
+    tolerance = (4e-2 if group == shape[1] else 8e-3) if wide else TOLERANCE[dtype]
+    assert error(gpu.read(output), product + bias) < tolerance
     before = gpu.read(output)
     gpu.ops.linear_add(source, output, weight, 0.5)
-    assert error(gpu.read(output), before + 0.5 * (product + bias)) < TOLERANCE[dtype]
+    assert error(gpu.read(output), before + 0.5 * (product + bias)) < tolerance
     logits = gpu.blank(rows, shape[0], "f32")
     gpu.ops.linear(source, logits, weight)
-    unpacked = kind == "e4m3" and rows > 16  # weights times scales are rounded to bfloat16
-    assert error(gpu.read(logits), product + bias) < (3e-3 if unpacked else 2e-5)
+    assert error(gpu.read(logits), product + bias) < (tolerance if wide else 2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

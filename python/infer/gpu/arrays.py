@@ -31,7 +31,7 @@ class Rows:
     width: int
     stride: int
     dtype: str
-    """"bf16" or "f32"."""
+    """"bf16" or "f32"; "e4m3" where an operation says so."""
 
     def part(self, offset: int, width: int) -> Rows:
         """Return the columns from ``offset`` on, ``width`` of them."""

@@ -21,6 +21,10 @@ COMPUTE_32F = 68
 CUDA_TYPES = {"f32": 0, "f16": 2, "bf16": 14, "e4m3": 28}
 TRANSPOSE_FIRST = 3  # CUBLASLT_MATMUL_DESC_TRANSA
 TRANSPOSED = 1  # CUBLAS_OP_T
+SCALE_POINTERS = (17, 18)  # CUBLASLT_MATMUL_DESC_A_SCALE_POINTER and B
+SCALE_MODES = (31, 32)  # CUBLASLT_MATMUL_DESC_A_SCALE_MODE and B
+OUTER_SCALES = 3  # CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: one for each row of either operand
+FAST_SUMS = 25  # CUBLASLT_MATMUL_DESC_FAST_ACCUM
 PREFERENCE_WORKSPACE = 1
 PREFERENCE_ALIGNMENTS = (5, 6, 7, 8)  # of A, B, C and D
 MOST_ALIGNMENT = 256
@@ -90,9 +94,32 @@ class Blas:
         self._plans: dict[_Shape, _Plan] = {}
         check(self._library.cublasLtCreate(ctypes.byref(self._handle)), "creating a handle")
 
-    def product(self, stream: int, source: Rows, weight: Weight, output: Rows, alpha: float = 1.0, beta: float = 0.0) -> None:
-        """``output = alpha * source * weight^T + beta * output``; the bias is not added."""
+    def has_scaled(self, source: Rows, weight: Weight, output: Rows) -> bool:
+        """Return whether this cuBLASLt and GPU multiply these E4M3 rows with one scale each."""
+        try:
+            self._plan(source, weight, output)
+        except InferError:
+            return False
+        return True
+
+    def product(
+        self,
+        stream: int,
+        source: Rows,
+        weight: Weight,
+        output: Rows,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        source_scales: int = 0,
+    ) -> None:
+        """``output = alpha * source * weight^T + beta * output``; the bias is not added.
+
+        Where both are E4M3, each row of either has its scale: the weight's own, and ``source_scales``, f32 (rows).
+        """
         plan = self._plan(source, weight, output)
+        if source.dtype == "e4m3":
+            for attribute, pointer in zip(SCALE_POINTERS, (weight.scales, source_scales), strict=True):
+                self._set(plan.description, attribute, ctypes.c_void_p(pointer))
         one, two = ctypes.c_float(alpha), ctypes.c_float(beta)
         target, (first, second, result) = ctypes.c_void_p(output.pointer), plan.layouts
         status = self._library.cublasLtMatmul(
@@ -129,12 +156,11 @@ class Blas:
         """Describe the product in cuBLAS's order, by columns: (weight^T)^T times input^T gives output^T."""
         lib, description = self._library, ctypes.c_void_p()
         check(lib.cublasLtMatmulDescCreate(ctypes.byref(description), COMPUTE_32F, CUDA_TYPES["f32"]), "describing a product")
-        transposed = ctypes.c_int(TRANSPOSED)
-        size = ctypes.c_size_t(ctypes.sizeof(transposed))
-        check(
-            lib.cublasLtMatmulDescSetAttribute(description, TRANSPOSE_FIRST, ctypes.byref(transposed), size),
-            "describing a product",
-        )
+        self._set(description, TRANSPOSE_FIRST, ctypes.c_int(TRANSPOSED))
+        if shape.input_type == "e4m3":
+            for attribute in SCALE_MODES:
+                self._set(description, attribute, ctypes.c_int(OUTER_SCALES))
+            self._set(description, FAST_SUMS, ctypes.c_int8(1))
         first = self._layout(shape.weight_type, shape.columns, shape.outputs, shape.columns)
         second = self._layout(shape.input_type, shape.columns, shape.rows, shape.input_stride)
         result = self._layout(shape.output_type, shape.outputs, shape.rows, shape.output_stride)
@@ -147,6 +173,11 @@ class Blas:
         if status != 0 or count.value == 0:
             raise InferError(f"cuBLASLt has no algorithm for {shape}")
         return _Plan(description, (first, second, result), heuristic)
+
+    def _set(self, description: ctypes.c_void_p, attribute: int, value: ctypes.c_int | ctypes.c_int8 | ctypes.c_void_p) -> None:
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        status = self._library.cublasLtMatmulDescSetAttribute(description, attribute, ctypes.byref(value), size)
+        check(status, "describing a product")
 
     def _layout(self, element: str, rows: int, columns: int, stride: int) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()

@@ -44,6 +44,6 @@ class ExpertOperations(RowOperations):
         first(self.stream, (-(-width // WARPS), source.rows * routes.used), WARPS * 32, (*pointers, *shape))
         v = vector(width, inner) if down.pointer % 16 == 0 else 1
         second = self.kernels.get("experts.cu", "experts_down", VECTOR=v, **{**macros, "WEIGHT": c_type(down.type)})
-        pointers = (inner.pointer, routes.chosen, routes.weights, down.pointer, down.bias, output.pointer)
+        arguments = (inner.pointer, routes.chosen, routes.weights, down.pointer, down.bias, output.pointer)
         shape = (output.stride, down.rows, width, routes.used)
-        second(self.stream, (-(-down.rows // WARPS), source.rows), WARPS * 32, (*pointers, *shape))
+        second(self.stream, (-(-down.rows // WARPS), source.rows), WARPS * 32, (*arguments, *shape))

@@ -60,7 +60,7 @@ class LinearOperations(AttentionOperations):
             if weight.bias:
                 self._add_bias(output, weight.bias, 1.0)
         elif self._can_unpack(source, output, weight):
-            self._unpacked_product(source, output, weight, 1.0, 0.0)
+            self._wide_product(source, output, weight, 1.0, 0.0)
         else:
             self._linear_plainly(source, output, weight, 0.0)
 
@@ -75,7 +75,7 @@ class LinearOperations(AttentionOperations):
             if weight.bias:
                 self._add_bias(destination, weight.bias, scale)
         elif self._can_unpack(source, destination, weight):
-            self._unpacked_product(source, destination, weight, scale, 1.0)
+            self._wide_product(source, destination, weight, scale, 1.0)
         else:
             self._linear_plainly(source, destination, weight, scale)
 
@@ -162,7 +162,11 @@ class LinearOperations(AttentionOperations):
     ) -> None:
         outputs = weight.rows // 2 if epilogue == GATED else weight.rows
         launch = self._launch(outputs, source.rows, epilogue, norm != 0, weight)
-        macros = {"EPILOGUE": epilogue, "OUTPUT": c_type(output.dtype), "ACTIVATION": ACTIVATIONS.index(activation)}
+        macros: dict[str, int | str] = {
+            "EPILOGUE": epilogue,
+            "OUTPUT": c_type(output.dtype),
+            "ACTIVATION": ACTIVATIONS.index(activation),
+        }
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
@@ -203,6 +207,23 @@ class LinearOperations(AttentionOperations):
             and fits
             and can_multiply(source, replace(weight, type="bf16"), output)
         )
+
+    def _wide_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
+        """Multiply E4M3 weights by many rows: in E4M3 as well where the hardware does that, else in bfloat16."""
+        scales_bytes = -(-source.rows * 4 // 256) * 256
+        rounded = Rows(self._unpacked + scales_bytes, source.rows, source.width, source.width, "e4m3")
+        fits = scales_bytes + source.rows * source.width <= self._unpacked_bytes
+        can_scale = weight.group in (0, weight.columns) and weight.columns % 16 == 0 and weight.rows % 16 == 0
+        if not (fits and can_scale and self._blas.has_scaled(rounded, weight, output)):
+            self._unpacked_product(source, output, weight, alpha, beta)
+            return
+        v = vector(source.width, source)
+        kernel = self.kernels.get("linear.cu", "quantize", VECTOR=v, WEIGHT=c_type(weight.type))
+        arguments = (source.pointer, rounded.pointer, self._unpacked, source.stride, source.width)
+        kernel(self.stream, (source.rows,), 256, arguments)
+        self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._unpacked)
+        if weight.bias:
+            self._add_bias(output, weight.bias, alpha)
 
     def _unpacked_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         group = weight.group or weight.columns
