@@ -128,6 +128,20 @@ def test_fused_steps_compute_what_they_stand_for(dtype: str, monkeypatch: pytest
     assert np.abs(fused - plain).max() <= (BF16_TOLERANCE if dtype == "auto" else 1e-5) * plain.std()
 
 
+def test_draws_on_the_gpu_are_the_cores() -> None:
+    """Temperature and min_p alone, beside rows that the core draws: the same tokens as on the CPU."""
+    kinds = [(1.0, 0.0, 1.0), (0.7, 0.05, 1.0), (0.0, 0.0, 1.0), (1.5, 0.0, 0.9), (1.2, 0.02, 1.0), (1.0, 0.0, 1.0)]
+    params = [
+        SamplingParams(max_tokens=40, temperature=temperature, min_p=min_p, top_p=top_p, seed=seed)
+        for seed, (temperature, min_p, top_p) in enumerate(kinds)
+    ]
+    prompts = [PROMPTS[0]] * len(params)
+    with LLM(dtype="float32", threads=2) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with load() as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+
+
 def test_a_session_comes_back(tmp_path: Path) -> None:
     prompt = list(range(100, 180))
     with load(dtype="auto") as llm:
