@@ -6,7 +6,7 @@
 pub enum KernelError {
     /// `INFER_ISA` has a value that names no instruction set.
     #[error(
-        "INFER_ISA={value:?} names no instruction set; known are scalar, avx2, avx512, avx512bf16 and amx"
+        "INFER_ISA={value:?} names no instruction set; known are scalar, neon, neon_dotprod, neon_i8mm, avx2, avx512, avx512bf16 and amx"
     )]
     UnknownIsa {
         /// The value found.

@@ -28,6 +28,7 @@ pub(crate) struct RoundTile<'a> {
 
 impl Kernel for RoundTile<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
