@@ -50,6 +50,7 @@ LONG_FILES: dict[str, str] = {}
 MAX_FUNCTION_LINES = 60
 LONG_FUNCTIONS = {
     "rust/model/src/interpreter.rs:step": "one arm per kind of step; the compiler sees that none is missing",
+    "rust/bindings/src/outside.rs:fields": "one arm per kind of step; the compiler sees that none is missing",
     "rust/model/src/step.rs:fmt": "one line of text per kind of step",
     "rust/model/src/rope.rs:read": "one arm per kind of rope scaling",
 }
@@ -60,7 +61,28 @@ UNLIMITED = ("rust/kernels/src/simd/", "rust/model/src/arch.rs", "python/infer/_
 WORDS_AS_DATA = {"tests/text/compare_tokenizers.py": "a line of source code to tokenize"}
 
 # ops and quant files of the CPU that have no CUDA twin, with the reason
-NO_CUDA_TWIN: dict[str, str] = {}
+REPACKED = "the GPU's loader unpacks it and stores a type that the GPU multiplies"
+NO_CUDA_TWIN: dict[str, str] = {
+    "ops/math": "CUDA has exp, tanh and erf",
+    **{
+        f"quant/{path.stem}": REPACKED
+        for path in (ROOT / "rust" / "kernels" / "src" / "quant").glob("*.rs")
+        if path.stem not in {"mod", "bfloat16", "float16", "float32"}
+    },
+    **{f"quant/{name}": "an element type of common.cuh" for name in ("bfloat16", "float16", "float32")},
+}
+# CUDA files that carry another stem than their CPU twin, or whose twin is no file of ops
+CUDA_TWINS = {
+    "attention_decode": "rust/kernels/src/ops/attention/mod.rs",
+    "attention_plan": "rust/kernels/src/ops/attention/plan.rs",
+    "attention_prefill": "rust/kernels/src/ops/attention/mod.rs",
+    "experts": "rust/model/src/experts.rs",
+    "kv": "rust/kernels/src/kv.rs",
+    "linear_rope": "rust/kernels/src/ops/linear.rs",
+    "linear_stream": "rust/kernels/src/ops/linear.rs",
+    "rows": "rust/model/src/interpreter.rs",
+    "sampler": "rust/engine/src/sampler.rs",
+}
 
 
 def sources(*suffixes: str) -> list[Path]:
@@ -136,19 +158,43 @@ def test_rooms_that_parse_and_decide_forbid_unsafe(crate: str) -> None:
 def test_operations_and_formats_have_cuda_twins() -> None:
     kernels, cuda = ROOT / "rust" / "kernels" / "src", ROOT / "cuda"
     twins = {f"{room}/{path.stem}" for room, path in _kernel_stems(kernels)}
-    if not list(cuda.rglob("*.cu")):
-        assert (cuda / "README.md").is_file(), "cuda/ is empty and does not say why"
-        assert not NO_CUDA_TWIN, "no exemption is needed while there is no GPU code at all"
-        return
-    made = {f"ops/{path.stem}" for path in cuda.glob("*.cu")}
+    stems = {path.stem for path in cuda.glob("*.cu")}
+    assert set(CUDA_TWINS) <= stems, "each file that is said to have another twin is there"
+    assert all((ROOT / twin).is_file() for twin in CUDA_TWINS.values()), "twins that moved"
+    made = {f"ops/{stem}" for stem in stems - set(CUDA_TWINS)}
     made |= {f"quant/{path.stem}" for path in (cuda / "quant").glob("*.cuh")}
     assert twins - made == set(NO_CUDA_TWIN), "each operation and format has its CUDA twin or a reason"
     assert made <= twins, "CUDA files carry the stem of their CPU twin"
 
 
+def test_the_extension_carries_every_kernel_source() -> None:
+    text = (ROOT / "rust" / "bindings" / "src" / "sources.rs").read_text(encoding="utf-8")
+    listed = re.findall(r'^    "([\w/.]+)",$', text, re.MULTILINE)
+    present = {path.relative_to(ROOT / "cuda").as_posix() for path in (ROOT / "cuda").rglob("*.cu*")}
+    assert sorted(present) == listed, "sources.rs names each file of cuda/ once, in order"
+
+
+def test_the_gpu_executor_has_a_method_per_step() -> None:
+    text = (ROOT / "rust" / "model" / "src" / "step.rs").read_text(encoding="utf-8")
+    body = re.search(r"^pub enum Step \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    assert body is not None
+    variants = re.findall(r"^    (\w+) \{$", body[1], re.MULTILINE)
+    steps = {re.sub(r"(?<!^)(?=[A-Z])", "_", variant).lower() for variant in variants}
+    assert len(steps) >= 16
+    executor = next(
+        node for node in parse(PACKAGE / "gpu" / "executor.py").body if isinstance(node, ast.ClassDef) and node.name == "Executor"
+    )
+    methods = {node.name for node in executor.body if isinstance(node, ast.FunctionDef) and _takes_a_launch(node)}
+    assert methods - {"forward", "choose", "_rows"} == steps, "each kind of step has its method, and nothing else looks like one"
+
+
+def _takes_a_launch(method: ast.FunctionDef) -> bool:
+    return len(method.args.args) > 1 and method.args.args[1].arg == "launch"
+
+
 def _kernel_stems(kernels: Path) -> Iterator[tuple[str, Path]]:
     for room in ("ops", "quant"):
-        for path in sorted((kernels / room).glob("*.rs")):
+        for path in sorted([*(kernels / room).glob("*.rs"), *(mod.parent for mod in (kernels / room).glob("*/mod.rs"))]):
             if path.stem not in {"mod", "tests"}:
                 yield room, path
 
@@ -226,6 +272,8 @@ def test_functions_stay_small() -> None:
             for node in ast.walk(parse(path)):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     lengths[f"{name_of(path)}:{node.name}"] = _body_lines(node)
+    for path in sources(".cu", ".cuh"):
+        lengths.update({f"{name_of(path)}:{name}": lines for name, lines in _cuda_functions(path)})
     for path in sources(".rs"):
         if not name_of(path).startswith(UNLIMITED):
             lengths.update({f"{name_of(path)}:{name}": lines for name, lines in _rust_functions(path)})
@@ -252,6 +300,20 @@ def _rust_functions(path: Path) -> Iterator[tuple[str, int]]:
             if lines[body].endswith("{"):
                 end = next(number for number in range(body, len(lines)) if lines[number] == match[1] + "}")
                 yield match[2], end - body - 1
+
+
+def _cuda_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield (name, lines of body) of each function; the closing brace stands under the first letter of its line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = re.compile(r"^( *)(?:template <[^>]*> )?(?:DEVICE|KERNEL|BOUNDED_KERNEL\(.*\)) *(?:[\w:<> ]+ )?[*&]?([\w()]*)\(?")
+    for start, line in enumerate(lines):
+        if (match := head.match(line)) and not line.rstrip().endswith("}"):
+            body = start
+            while body < len(lines) and not lines[body].endswith(("{", "}", ";")):
+                body += 1  # the signature goes on
+            if body < len(lines) and lines[body].endswith("{"):
+                end = next(number for number in range(body, len(lines)) if lines[number].rstrip(";") == match[1] + "}")
+                yield match[2] or lines[start + 1].split("(")[0].strip(), end - body - 1
 
 
 # ---- words

@@ -1,19 +1,72 @@
 """Compile every kernel in cuda/ for every GPU generation, through NVRTC: neither a GPU nor a driver is needed.
 
-usage: compile_cuda.py [FILE.cu ...]      (default: all of cuda/*.cu)
+usage: compile_cuda.py [--write] [FILE.cu ...]      (default: all of cuda/*.cu)
+
+What the compiler says of registers, spills and shared memory is compared with cuda/report.json: a kernel that begins to spill, or takes
+notably more registers than it did, fails. --write keeps the new figures instead.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import sys
+from itertools import product
+from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 from cuda.bindings import nvrtc
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+REPORT = ROOT / "cuda" / "report.json"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 LOCAL_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[^\n]*$', re.MULTILINE)
+ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+SPILLS = re.compile(r"(\d+) bytes spill stores")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+MORE_REGISTERS = 16  # that a kernel may take, beyond its figure in the report
+MORE_SPILLS = 64  # bytes, for a kernel that spills in the report already
+
+Macros = dict[str, Any]
+
+
+def choices(**lists: list[Any]) -> list[Macros]:
+    """Return every combination of macros' values; None leaves a macro undefined."""
+    combinations = product(*lists.values())
+    return [{key: value for key, value in zip(lists, values, strict=True) if value is not None} for values in combinations]
+
+
+BOTH = {"INFER_F32": [None, 1], "VECTOR": [1, 8]}
+HEADS: list[Macros] = [
+    {"GROUP": 4, "HEAD_DIM": 128},
+    {"GROUP": 4, "HEAD_DIM": 64},
+    {"GROUP": 1, "HEAD_DIM": 96, "SOFTCAP": 1},
+    {"GROUP": 8, "HEAD_DIM": 128, "KEY_TYPE": "e4m3", "VALUE_TYPE": "e4m3"},
+    {"GROUP": 7, "HEAD_DIM": 128, "KEY_TYPE": "bf16", "VALUE_TYPE": "e4m3"},
+]
+WIDE_HEADS: list[Macros] = [{"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4}, {"GROUP": 16, "HEAD_DIM": 128, "DECODE_WARPS": 4}]
+VARIANTS: dict[str, list[Macros]] = {
+    "activation.cu": choices(**BOTH, ACTIVATION=[0, 1, 2, 3, 4]),
+    "attention.cu": choices(
+        INFER_F32=[None, 1], KEY_TYPE=["bf16", "float", "f16", "e4m3"], VALUE_TYPE=["bf16", "e4m3"], HEAD_DIM=[80, 128]
+    ),
+    "attention_decode.cu": HEADS + WIDE_HEADS,
+    "attention_plan.cu": [{}],
+    "attention_prefill.cu": HEADS + WIDE_HEADS,
+    "elementwise.cu": choices(**BOTH, GATE=[None, "float"]),
+    "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]),
+    "kv.cu": choices(INFER_F32=[None, 1], KEY_TYPE=["bf16", "float", "e4m3"], VALUE_TYPE=["bf16", "e4m3"], INTERLEAVED=[0, 1]),
+    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"], OUTPUT=["bf16", "float"]),
+    "linear_stream.cu": choices(TOKENS=[8, 16], TILES=[1, 2], WARPS=[8], NORM=[0, 1], WEIGHT=["bf16", "e4m3"])
+    + choices(TOKENS=[8, 16], TILES=[2], EPILOGUE=[2], NORM=[0, 1], WEIGHT=["bf16", "e4m3"])
+    + choices(TOKENS=[8], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"]),
+    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
+    "rope.cu": choices(INFER_F32=[None, 1], HEAD_DIM=[64, 80], INTERLEAVED=[0, 1]),
+    "rows.cu": choices(**BOTH, TABLE=["bf16", "float", "f16"]),
+    "sampler.cu": [{}],
+}
 
 
 def expand(path: Path, seen: set[Path]) -> str:
@@ -24,35 +77,65 @@ def expand(path: Path, seen: set[Path]) -> str:
     return LOCAL_INCLUDE.sub(lambda match: expand(ROOT / "cuda" / match[1], seen), path.read_text(encoding="utf-8"))
 
 
-def header_folders() -> list[str]:
-    """Return where the CUDA wheels keep their headers."""
-    import nvidia
-
-    return [str(folder) for root in nvidia.__path__ for folder in Path(root).glob("*/include")]
-
-
-def compile_for(name: str, source: str, architecture: str) -> str:
-    """Compile one source; returns the compiler's words, "" if it had none to say."""
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-I{folder}" for folder in header_folders())]
-    error, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+def compile_for(job: tuple[str, Macros, str]) -> tuple[str, dict[str, dict[str, int]], str]:
+    """Compile one variant; returns its name, what each kernel takes, and the compiler's complaint ("" if it had none)."""
+    name, macros, architecture = job
+    source = expand(ROOT / "cuda" / name, set())
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+    options += [f"-D{macro}={value}" for macro, value in sorted(macros.items())]
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if error == nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        return ""
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size
     nvrtc.nvrtcGetProgramLog(program, log)
-    return log.decode(errors="replace").strip("\0 \n") or str(error)
+    words = log.decode(errors="replace").strip("\0 \n")
+    title = " ".join([name, architecture, *(f"{macro}={value}" for macro, value in sorted(macros.items()))])
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        return title, {}, words or str(error)
+    return title, usage(words), ""
+
+
+def usage(log: str) -> dict[str, dict[str, int]]:
+    """Return what each kernel takes, from the words of the assembler."""
+    kernels = {}
+    for part in log.split("Compiling entry function")[1:]:
+        entry, spills, used = (pattern.search(f"Compiling entry function{part}") for pattern in (ENTRY, SPILLS, USED))
+        if entry and used:
+            figures = {"registers": int(used[1]), "spilled": int(spills[1]) if spills else 0, "shared": int(used[2] or 0)}
+            kernels[entry[1]] = figures
+    return kernels
+
+
+def worse(now: dict[str, int], before: dict[str, int]) -> bool:
+    """Return whether a kernel begins to spill, or takes notably more registers."""
+    allowed = before["spilled"] + MORE_SPILLS if before["spilled"] else 0
+    return now["spilled"] > allowed or now["registers"] > before["registers"] + MORE_REGISTERS
 
 
 def main() -> int:
-    """Compile everything and name what failed."""
-    failures = 0
-    for path in [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "cuda").glob("*.cu")):
-        source = expand(path.resolve(), set())
-        for architecture in ARCHITECTURES:
-            if words := compile_for(path.name, source, architecture):
-                failures += 1
-                print(f"{path.name} for {architecture}:\n{words}", file=sys.stderr)
+    """Compile everything, and name what failed or grew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("files", nargs="*", type=Path)
+    options = parser.parse_args()
+    names = [path.name for path in options.files] or sorted(path.name for path in (ROOT / "cuda").glob("*.cu"))
+    jobs = [(name, macros, target) for name in names for macros in VARIANTS[name] for target in ARCHITECTURES]
+    with Pool() as pool:
+        results = pool.map(compile_for, jobs, chunksize=4)
+    stored = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.is_file() else {}
+    failures = [f"{title}:\n{words}" for title, _, words in results if words]
+    if not options.write:
+        for title, kernels, _ in results:
+            for kernel, figures in kernels.items():
+                before = stored.get(title, {}).get(kernel, {"registers": 255, "spilled": 0})
+                if worse(figures, before):
+                    failures.append(f"{title}: {kernel} takes {figures}, in cuda/report.json {before}")
+    elif not failures:
+        stored = {title: figures for title, figures in stored.items() if title.split()[0] not in names}
+        stored |= {title: kernels for title, kernels, _ in results}
+        REPORT.write_text(json.dumps(stored, sort_keys=True).replace('}, "', '},\n"') + "\n", encoding="utf-8")
+    print("\n".join(failures), file=sys.stderr)
+    print(f"{len(jobs)} variants compiled, {len(failures)} complaints")
     return 1 if failures else 0
 
 

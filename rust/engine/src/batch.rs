@@ -18,6 +18,9 @@ pub struct Batch {
     pub sequences: Vec<BatchSequence>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// For each of them, whether only its largest logit matters, so that a device may choose the token itself; or empty, when none may
+    /// be chosen so. See [`crate::Device::take_choices`].
+    pub greedy: Vec<bool>,
 }
 
 /// The rows of one sequence in a step.
@@ -40,6 +43,27 @@ pub struct BatchSequence {
     pub drafted: usize,
 }
 
+impl Batch {
+    /// The rows that the draft model has not computed yet; none of their logits are wanted, and no page is copied.
+    #[must_use]
+    pub fn not_drafted(&self) -> Self {
+        let mut rest = Self::default();
+        for sequence in self.sequences.iter().filter(|sequence| sequence.drafted < sequence.rows) {
+            let rows = sequence.rows - sequence.drafted;
+            let first = sequence.first_row + sequence.drafted;
+            rest.sequences.push(BatchSequence {
+                first_row: rest.tokens.len(),
+                rows,
+                first_position: sequence.first_position + sequence.drafted,
+                drafted: 0,
+                ..sequence.clone()
+            });
+            rest.tokens.extend_from_slice(&self.tokens[first..first + rows]);
+        }
+        rest
+    }
+}
+
 /// What a sequence contributes to the step in flight.
 #[derive(Debug, Clone)]
 pub(crate) struct Scheduled {
@@ -49,6 +73,8 @@ pub(crate) struct Scheduled {
     pub prompt_rows: usize,
     /// Last rows whose logits choose tokens: none, one, or one more than there are drafts.
     pub sampled_rows: usize,
+    /// Only the largest logits of these matter.
+    pub greedy: bool,
     /// Its last page began as a copy that this step makes.
     pub copied: bool,
 }
@@ -76,6 +102,10 @@ impl Core {
         let prompt_rows = self.prompt_rows(id, rows);
         let generates = matches!(self.requests[&id.request].kind, RequestKind::Generate(_));
         let model_drafts = self.draft_round.is_some();
+        let request = &self.requests[&id.request];
+        let generated = self.sequences[&id].tokens.output.len();
+        let greedy = request.params().is_some_and(|params| params.is_plain_greedy())
+            && request.banned(generated).is_empty();
         let sequence = self.sequences.get_mut(&id).expect("a planned sequence exists");
         let (first_row, computed) = (batch.tokens.len(), sequence.computed);
         let real = rows.min(sequence.remaining());
@@ -93,6 +123,8 @@ impl Core {
         let end = first_row + rows;
         batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
         batch.logit_rows.extend((end - sampled_rows..end).map(|row| row as u32));
+        batch.greedy.extend(std::iter::repeat_n(false, prompt_rows));
+        batch.greedy.extend(std::iter::repeat_n(greedy, sampled_rows));
         batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + real));
         batch.tokens.extend_from_slice(&sequence.drafts);
         batch.sequences.push(BatchSequence {
@@ -105,6 +137,6 @@ impl Core {
             // The draft model was fed the last token and all of its guesses but the last one.
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
-        Scheduled { id, rows, prompt_rows, sampled_rows, copied: copy.is_some() }
+        Scheduled { id, rows, prompt_rows, sampled_rows, greedy, copied: copy.is_some() }
     }
 }

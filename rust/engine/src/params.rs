@@ -207,6 +207,12 @@ impl SamplingParams {
         Ok(())
     }
 
+    /// Whether nothing but the largest logit of a row matters.
+    pub(crate) fn is_plain_greedy(&self) -> bool {
+        let free = self.logit_bias.is_empty() && self.allowed_token_ids.is_none() && !self.has_penalties();
+        self.temperature == 0.0 && self.logprobs.is_none() && free
+    }
+
     /// Whether any penalty needs to know which tokens were seen.
     pub(crate) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0

@@ -31,6 +31,11 @@ pub enum SampleError {
         /// The first such token.
         token: usize,
     },
+    /// A device that chose by itself says so.
+    #[error(
+        "the model computed a NaN or infinite logit; its weights or this dtype overflow (try dtype=\"float32\")"
+    )]
+    NoNumber,
     /// Nothing is left to choose from.
     #[error("no token is left to choose from after allowed_token_ids, min_tokens and logit_bias")]
     NothingLeft,

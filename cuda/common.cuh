@@ -1,0 +1,197 @@
+// What every kernel file starts with: element types, conversions, vectors of neighbouring elements, reductions, dependent launch.
+//
+// No header of CUDA is included: NVRTC then needs no folder of headers on a user's machine, and compiles a file in milliseconds.
+// Compile-time choices come as macros. INFER_F32 makes activations float instead of bfloat16; the others stand where they are used.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+struct e4m3 {
+    u8 bits;
+};
+
+#ifdef INFER_F32
+typedef float T;
+#else
+typedef bf16 T;
+#endif
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void
+#define BOUNDED_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+
+constexpr int WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+#define INFINITE __int_as_float(0x7f800000)
+
+// ---- programmatic dependent launch: a kernel may start while the one before it ends
+
+// Waits until everything that earlier kernels wrote is visible. Before it, only read what no kernel writes: weights.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start once every block of this one has called this or ended; it still waits as above.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- conversions, all rounding to nearest even
+
+DEVICE float to_float(float value) { return value; }
+
+DEVICE float to_float(bf16 value) { return __uint_as_float(u32(value.bits) << 16); }
+
+DEVICE float to_float(f16 value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+
+// Exponent and mantissa of an E4M3 number, shifted, are those of a float 2^120 times smaller, subnormal ones included.
+DEVICE float to_float(e4m3 value) {
+    const float magnitude = __uint_as_float(u32(value.bits & 0x7f) << 20) * 0x1p120f;
+    return value.bits & 0x80 ? -magnitude : magnitude;
+}
+
+template <class E> DEVICE E from_float(float value);
+
+template <> DEVICE float from_float<float>(float value) { return value; }
+
+template <> DEVICE bf16 from_float<bf16>(float value) {
+    bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+template <> DEVICE f16 from_float<f16>(float value) {
+    f16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+// The nearest E4M3 number, ties to even, beyond 448 that; 0 for NaN, as on the CPU (kv/e4m3.rs).
+template <> DEVICE e4m3 from_float<e4m3>(float value) {
+    const float magnitude = fminf(fabsf(value), 448.0f);
+    if (value != value) return e4m3{0};
+    const int exponent = max(int(__float_as_uint(magnitude) >> 23) - 127, -6);
+    const float unit = __uint_as_float(u32(exponent - 3 + 127) << 23);
+    const u32 steps = u32(rintf(magnitude / unit));
+    return e4m3{u8((__float_as_uint(value) >> 31 << 7) | ((exponent + 6) * 8 + steps))};
+}
+
+// Two floats as two bfloat16 in one register, the first in the lower half.
+DEVICE u32 pack_bf16(float first, float second) {
+    u32 result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
+// 2^x, within 2 ulp; 0 for minus infinity.
+DEVICE float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// ---- vectors of neighbouring elements; V is 1 or 8, and addresses are aligned to V elements (at most 16 bytes)
+
+template <int V, class E> DEVICE void load(const E *from, float (&values)[V]) {
+    if constexpr (V == 8 && sizeof(E) == 4) {
+        const float4 a = reinterpret_cast<const float4 *>(from)[0], b = reinterpret_cast<const float4 *>(from)[1];
+        values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+        values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+    } else if constexpr (V == 8 && sizeof(E) == 2) {
+        const uint4 raw = *reinterpret_cast<const uint4 *>(from);
+        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            values[2 * i] = to_float(E{u16(words[i])});
+            values[2 * i + 1] = to_float(E{u16(words[i] >> 16)});
+        }
+    } else if constexpr (V == 8) {
+        const uint2 raw = *reinterpret_cast<const uint2 *>(from);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = to_float(E{u8((i < 4 ? raw.x : raw.y) >> (8 * (i % 4)))});
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i++) values[i] = to_float(from[i]);
+    }
+}
+
+template <int V, class E> DEVICE void store(E *to, const float (&values)[V]) {
+    if constexpr (V == 8 && sizeof(E) == 4) {
+        reinterpret_cast<float4 *>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
+        reinterpret_cast<float4 *>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+    } else if constexpr (V == 8 && sizeof(E) == 2) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] = from_float<E>(values[2 * i]).bits | u32(from_float<E>(values[2 * i + 1]).bits) << 16;
+        }
+        *reinterpret_cast<uint4 *>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i++) to[i] = from_float<E>(values[i]);
+    }
+}
+
+// ---- asynchronous copies to shared memory, by each thread for itself; a group is what was started since the last one ended
+
+// Copies 16 bytes past L1.
+DEVICE void copy_16(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+// Copies 16 bytes that this multiprocessor reads again, or clears them.
+DEVICE void copy_16_cached(void *to, const void *from, bool exists) {
+    const u32 place = u32(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+DEVICE void copy_4(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the last N groups of this thread are there.
+template <int N> DEVICE void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- reductions, each in one fixed order
+
+DEVICE float warp_sum(float value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
+    return value;
+}
+
+DEVICE float warp_max(float value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));
+    return value;
+}
+
+// The sum over all threads of the block, given to all of them. `scratch` is (32) floats of shared memory.
+DEVICE float block_sum(float value, float *scratch) {
+    value = warp_sum(value);
+    __syncthreads(); // the scratch may still be read from the last time
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < (blockDim.x + WARP - 1) / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
+}

@@ -1,0 +1,1 @@
+"""The GPU path. The only room that imports cupy, and only inside functions: importing it costs nothing."""

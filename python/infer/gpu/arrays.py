@@ -1,0 +1,122 @@
+"""What operations are given: plain records over device memory that somebody else owns.
+
+Pointers are device addresses as integers, widths and strides count elements. Nothing here imports cupy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+PAGE_TOKENS = 16
+"""Tokens of one page, as in rust/kernels/src/kv.rs and cuda/kv.cuh."""
+
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e4m3": 1}
+"""Bytes of each element type that kernels read; the names are those of the types in cuda/common.cuh, but for `float`."""
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")
+"""In the order of the numbers in cuda/activation.cuh."""
+
+
+def c_type(element: str) -> str:
+    """Return the name of an element type in the kernels' sources."""
+    return "float" if element == "f32" else element
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some columns of a buffer of activations: (rows, width), row-major, ``stride`` elements from row to row."""
+
+    pointer: int
+    rows: int
+    width: int
+    stride: int
+    dtype: str
+    """"bf16" or "f32"."""
+
+    def part(self, offset: int, width: int) -> Rows:
+        """Return the columns from ``offset`` on, ``width`` of them."""
+        return replace(self, pointer=self.pointer + offset * ELEMENT_BYTES[self.dtype], width=width)
+
+    def first(self, rows: int) -> Rows:
+        """Return the first rows."""
+        return replace(self, rows=rows)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix (rows, columns), row-major and contiguous, or with ``experts`` many of them one after the other."""
+
+    pointer: int
+    rows: int
+    columns: int
+    type: str
+    """"bf16", "f16", "f32" or "e4m3"."""
+    bias: int = 0
+    """f32 (rows), or (experts, rows); 0 for none."""
+    scales: int = 0
+    """f32 (rows, ceil(columns / group)) for 8-bit types, else 0."""
+    group: int = 0
+    """Columns that share a scale: 0 for all of a row, else a multiple of 8; 128 is streamed."""
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines: f32 (table rows, pairs, 2)."""
+
+    pointer: int
+    pairs: int
+    style: str = "half"
+    """"half" pairs values i and i + pairs, "interleaved" 2i and 2i + 1."""
+
+
+@dataclass(frozen=True)
+class KvLayer:
+    """Pages of one layer: keys and values (pages, kv_heads, PAGE_TOKENS, head_dim) each, with types of their own."""
+
+    keys: int
+    values: int
+    key_type: str
+    value_type: str
+    kv_heads: int
+    head_dim: int
+    pages: int
+    key_scales: int = 0
+    """f32 (pages, kv_heads, PAGE_TOKENS) for e4m3, else 0."""
+    value_scales: int = 0
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Which rows a step computes: int32 device arrays of fixed size, whose contents may change between replays of a graph.
+
+    Rows of a sequence are neighbours, and sequences lie in order. Padded rows have token 0, position 0, slot -1 and
+    row_sequence -1: they are computed like others, and nothing that lasts is written for them. Padded sequences have no rows.
+    """
+
+    rows: int
+    sequences: int
+    tokens: int
+    """(rows)"""
+    positions: int
+    """(rows)"""
+    slots: int
+    """(rows): page * PAGE_TOKENS + place in the page, or -1."""
+    rope_rows: int
+    """(rows): row of the table of cosines and sines."""
+    row_sequence: int
+    """(rows): index of the row's sequence, or -1."""
+    first_row: int
+    """(sequences + 1): sequence s has the rows first_row[s] to first_row[s + 1]."""
+    page_table: int
+    """(sequences, page_stride): pages of each sequence, -1 for those that no row sees."""
+    page_stride: int
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Experts that rows have chosen: int32 and f32 (rows, used), ascending; -1 for padded rows."""
+
+    chosen: int
+    weights: int
+    used: int

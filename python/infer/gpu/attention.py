@@ -1,0 +1,256 @@
+"""Attention over paged keys and values, and storing them: which kernel runs, and how it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, c_type
+from infer.gpu.rows import RowOperations, element_macros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from infer.gpu.kernels import Kernels
+
+CHUNK_PAGES = 32
+"""Pages whose scores are weighed together when decoding; part of the result's last bits, never a function of the batch."""
+
+DECODE_ROWS = 8
+"""Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
+
+PREFILL_PAGES = 2
+PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
+ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
+DECODE_WARPS = 6
+DECODE_BLOCKS = 2  # per multiprocessor
+
+
+def packed_rows(group: int) -> int:
+    """Return how many rows a decode tile has: its tokens times the query heads that share a key/value head, to whole eights."""
+    return -(-group // 8) * 8
+
+
+def decode_tokens(group: int) -> int:
+    """Return the tokens of a decode tile."""
+    return max(1, 8 // group)
+
+
+def prefill_tokens(group: int) -> int:
+    """Return the tokens of a prefill tile."""
+    return max(1, PREFILL_ROWS // group)
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """How much the work lists hold at most, for steps of up to ``rows`` rows of ``sequences`` sequences of ``length`` tokens."""
+
+    rows: int
+    sequences: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    most_items: int = 0
+    """A limit that the caller sees to (``step_items``), 0 for none: all sequences are rarely long at once."""
+
+    @property
+    def items(self) -> int:
+        """Pieces of decode attention."""
+        chunks = -(-self.length // (CHUNK_PAGES * PAGE_TOKENS))
+        tiles = min(self.rows, self.sequences * -(-DECODE_ROWS // decode_tokens(self.heads // self.kv_heads)))
+        return min(tiles * chunks, self.most_items or tiles * chunks)
+
+    def step_items(self, sequences: Iterable[tuple[int, int]], window: int) -> int:
+        """Return the pieces that a step needs, for its sequences as (first position, rows)."""
+        chunk, tokens, count = CHUNK_PAGES * PAGE_TOKENS, decode_tokens(self.heads // self.kv_heads), 0
+        for first, rows in sequences:
+            if 0 < rows <= DECODE_ROWS:
+                begin = max(0, first + 1 - window) if window else 0
+                count += -(-rows // tokens) * ((first + rows - 1) // chunk - begin // chunk + 1)
+        return count
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of prefill attention."""
+        return -(-self.rows // prefill_tokens(self.heads // self.kv_heads)) + self.sequences
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of one plan: one for each distinct window."""
+        return COUNT_BYTES + self.items * ITEM_BYTES + self.tiles * TILE_BYTES
+
+    @property
+    def counter_bytes(self) -> int:
+        """Bytes at the start of the scratch that must be zero before it is first used, and are zero between uses."""
+        return -(-self.items * self.kv_heads * 4 // 256) * 256
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of working memory, shared by all layers."""
+        rows = packed_rows(self.heads // self.kv_heads)
+        return self.counter_bytes + self.items * self.kv_heads * rows * (self.head_dim + 4) * 4
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The work lists of one step and window, on the device."""
+
+    pointer: int
+    """``size.plan_bytes`` bytes, aligned to 16."""
+    scratch: int
+    """``size.scratch_bytes`` bytes, aligned to 256, ``size.counter_bytes`` of them zeroed once."""
+    size: PlanSize
+    window: int
+    """Tokens that a row sees, its own included; 0 for all."""
+    only_decode: bool
+    """No sequence has more than DECODE_ROWS rows, now and whenever the captured graph is replayed."""
+    plain: bool = False
+    """Attend plainly: for a step that needs more than ``size.items``."""
+
+    @property
+    def items(self) -> int:
+        """Pointer to the pieces of decode attention."""
+        return self.pointer + COUNT_BYTES
+
+    @property
+    def tiles(self) -> int:
+        """Pointer to the tiles of prefill attention."""
+        return self.items + self.size.items * ITEM_BYTES
+
+
+class AttentionOperations(RowOperations):
+    """Attention, rotation and storing, enqueued on one stream."""
+
+    def __init__(self, kernels: Kernels, stream: int) -> None:
+        super().__init__(kernels, stream)
+
+    def rope(self, inputs: StepInputs, rows: Rows, heads: int, table: RopeTable) -> None:
+        """Rotate the heads of each row by its position."""
+        head_dim = rows.width // heads
+        macros = {**element_macros(rows.dtype), "HEAD_DIM": head_dim, "INTERLEAVED": int(table.style == "interleaved")}
+        kernel = self.kernels.get("rope.cu", "rope", **macros)
+        arguments = (rows.pointer, table.pointer, inputs.rope_rows, rows.stride, heads, table.pairs)
+        kernel(self.stream, (-(-heads // 4), rows.rows), 128, arguments)
+
+    def write_kv(self, inputs: StepInputs, keys: Rows, values: Rows, layer: KvLayer) -> None:
+        """Store keys and values of the rows at their slots."""
+        kernel = self.kernels.get("kv.cu", "write_kv", **element_macros(keys.dtype), **kv_macros(layer))
+        pointers = (keys.pointer, values.pointer, layer.keys, layer.values, layer.key_scales, layer.value_scales, inputs.slots)
+        shape = (keys.stride, values.stride, layer.kv_heads, layer.pages * PAGE_TOKENS)
+        kernel(self.stream, (-(-2 * layer.kv_heads // 4), keys.rows), 128, (*pointers, *shape))
+
+    def rope_write_kv(
+        self,
+        inputs: StepInputs,
+        qkv: Rows,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable | None,
+        query_norm: int = 0,
+        key_norm: int = 0,
+        epsilon: float = 0.0,
+    ) -> None:
+        """Normalise and rotate queries in place, normalise, rotate and store keys, and store values, in one kernel.
+
+        ``qkv`` is (rows, (heads + 2 * kv_heads) * head_dim), queries first. The norms are root mean square, one weight
+        (head_dim) for all heads.
+        """
+        style = table.style if table else "half"
+        macros = {**element_macros(qkv.dtype), **kv_macros(layer), "INTERLEAVED": int(style == "interleaved")}
+        kernel = self.kernels.get("kv.cu", "rope_write_kv", **macros)
+        turn = (table.pointer if table else 0, inputs.rope_rows, query_norm, key_norm)
+        pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, inputs.slots)
+        shape = (qkv.stride, heads, layer.kv_heads, table.pairs if table else 0, layer.pages * PAGE_TOKENS)
+        all_heads = heads + 2 * layer.kv_heads
+        kernel(self.stream, (-(-all_heads // 4), qkv.rows), 128, (qkv.pointer, *turn, *pages, *shape, epsilon))
+
+    def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None:
+        """Make the work lists of a step: once, before all layers, for each distinct window, and before any other operation.
+
+        It is the one kernel that lets no successor start early, so that whatever comes after may read the step's inputs at once.
+        """
+        group = plan.size.heads // plan.size.kv_heads
+        kernel = self.kernels.get("attention_plan.cu", "attention_plan", CHUNK_PAGES=CHUNK_PAGES)
+        pointers = (inputs.first_row, inputs.positions, plan.items, plan.tiles, plan.pointer)
+        limits = (inputs.sequences, DECODE_ROWS, decode_tokens(group), prefill_tokens(group), plan.window)
+        kernel(self.stream, (1,), 512, (*pointers, *limits, plan.size.items, plan.size.tiles))
+
+    def attend(
+        self,
+        inputs: StepInputs,
+        plan: AttentionPlan,
+        queries: Rows,
+        output: Rows,
+        layer: KvLayer,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: int = 0,
+    ) -> None:
+        """``output = softmax(scale * queries . keys) * values`` over what each row sees of its sequence.
+
+        ``softcap`` 0 is none; ``sinks`` is f32 (heads), scores that have no value, or 0. Padded rows are left as they are.
+        """
+        if plan.plain or not is_fast(queries, output, layer):
+            self.attend_plainly(inputs, plan, queries, output, layer, scale, softcap, sinks)
+            return
+        heads = queries.width // layer.head_dim
+        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES, "SOFTCAP": int(softcap > 0)}
+        wide = layer.head_dim > 128 or heads // layer.kv_heads > 8  # whose partial sums would not fit shared memory
+        warps = 4 if wide else DECODE_WARPS
+        sizes = {"DECODE_WARPS": warps, "DECODE_BLOCKS": DECODE_BLOCKS}
+        pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
+        shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)
+        rows = (queries.pointer, output.pointer)
+        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
+        partials = plan.scratch + plan.size.counter_bytes
+        lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
+        blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
+        decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
+        if plan.only_decode:
+            return
+        prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
+        most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
+        arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)
+        threads = 256 if layer.head_dim > 128 else 128
+        prefill(self.stream, (min(most, plan.size.tiles), layer.kv_heads), threads, arguments, prefill_shared_bytes(layer))
+
+    def attend_plainly(
+        self,
+        inputs: StepInputs,
+        plan: AttentionPlan,
+        queries: Rows,
+        output: Rows,
+        layer: KvLayer,
+        scale: float,
+        softcap: float,
+        sinks: int,
+    ) -> None:
+        """``attend`` by the kernel that takes everything, at its own speed."""
+        heads = queries.width // layer.head_dim
+        kernel = self.kernels.get("attention.cu", "attention", **element_macros(queries.dtype), **kv_macros(layer))
+        pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
+        where = (inputs.positions, inputs.row_sequence, inputs.page_table)
+        shape = (queries.stride, output.stride, inputs.page_stride, heads, layer.kv_heads, plan.window, scale, softcap)
+        kernel(self.stream, (heads, queries.rows), 256, (queries.pointer, output.pointer, *pages, *where, *shape))
+
+
+def kv_macros(layer: KvLayer) -> dict[str, int | str]:
+    """Return the macros that describe a layer's pages."""
+    return {"KEY_TYPE": c_type(layer.key_type), "VALUE_TYPE": c_type(layer.value_type), "HEAD_DIM": layer.head_dim}
+
+
+def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
+    """Return whether the kernels on matrix instructions take this attention."""
+    types = queries.dtype == "bf16" and {layer.key_type, layer.value_type} <= {"bf16", "e4m3"}
+    spans = max(64 // ELEMENT_BYTES[kind] for kind in (layer.key_type, layer.value_type))
+    aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 for rows in (queries, output))
+    group = queries.width // layer.head_dim // layer.kv_heads
+    return types and layer.head_dim % spans == 0 and layer.head_dim <= 256 and group <= 16 and aligned
+
+
+def prefill_shared_bytes(layer: KvLayer) -> int:
+    """Return the shared memory of a prefill block, as in cuda/attention_prefill.cu: queries, two stages of pages and scales."""
+    elements = PAGE_TOKENS * layer.head_dim * (ELEMENT_BYTES[layer.key_type] + ELEMENT_BYTES[layer.value_type])
+    queries = PREFILL_ROWS * -(-layer.head_dim // 64) * 64 * 2
+    return queries + 2 * PREFILL_PAGES * (elements + 2 * PAGE_TOKENS * 4)

@@ -1,0 +1,111 @@
+"""Launching kernels through the driver, with what CuPy's launcher lacks: programmatic dependent launch.
+
+A kernel launched so may start while its predecessor ends; it waits by itself (``griddepcontrol.wait``) before it reads what
+that wrote. Works while a stream captures: the edge between the two graph nodes is then a programmatic one. Arguments are packed
+into memory that each kernel keeps; the driver copies them during the call, so one thread at a time may launch a kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from functools import lru_cache
+
+from infer._core import InferError
+
+PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SIGNATURE = re.compile(r"^(?:KERNEL|BOUNDED_KERNEL\([^\n]*\))\s+(\w+)\(([^)]*)\)", re.MULTILINE)
+CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q"}
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@lru_cache(maxsize=1)
+def driver() -> ctypes.CDLL:
+    """Return the CUDA driver's library."""
+    try:
+        # PyDLL keeps the GIL: no call waits, and if each of a step's launches gave it up, busy threads would come in between.
+        return ctypes.PyDLL("libcuda.so.1")
+    except OSError as error:
+        raise InferError(f"the NVIDIA driver's library cannot be loaded: {error}") from error
+
+
+def check(status: int, what: str) -> None:
+    """Raise what a driver call reports."""
+    if status != 0:
+        name = ctypes.c_char_p()
+        driver().cuGetErrorName(status, ctypes.byref(name))
+        raise InferError(f"{what} failed: {(name.value or b'unknown error').decode()} ({status})")
+
+
+def signatures(source: str) -> dict[str, str]:
+    """Return the kernels of a source with the types of their parameters: P pointer, i int, f float, I u32, Q u64."""
+    return {match[1]: "".join(map(_code, match[2].split(","))) for match in SIGNATURE.finditer(source)}
+
+
+def _code(parameter: str) -> str:
+    return "P" if "*" in parameter else CODES[parameter.split()[-2]]
+
+
+class Kernel:
+    """A function of a loaded module."""
+
+    def __init__(self, function: int, name: str, codes: str, dependent: bool) -> None:
+        self.name = name
+        self._function = ctypes.c_void_p(function)
+        self._launch = driver().cuLaunchKernelEx
+        self._packer, offsets = _layout(codes)
+        self._buffer = ctypes.create_string_buffer(max(self._packer.size, 1))
+        base = ctypes.addressof(self._buffer)
+        self._pointers = (ctypes.c_void_p * max(len(offsets), 1))(*(base + offset for offset in offsets))
+        self._attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, b"", 1, b"")
+        self._config = _Config(attributes=ctypes.pointer(self._attribute), attribute_count=int(dependent))
+        self._config_pointer = ctypes.byref(self._config)
+        self._shared_limit = 0
+
+    def __call__(
+        self, stream: int, grid: tuple[int, ...], threads: int, arguments: tuple[int | float, ...], shared: int = 0
+    ) -> None:
+        """Enqueue one launch: ``grid`` blocks of ``threads`` threads with ``shared`` bytes of dynamic shared memory."""
+        self._packer.pack_into(self._buffer, 0, *arguments)
+        config = self._config
+        config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
+        config.block_x, config.block_y, config.block_z = threads, 1, 1
+        config.shared, config.stream = shared, stream
+        if shared > self._shared_limit:
+            check(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared), f"shared memory of {self.name}")
+            self._shared_limit = shared
+        status = self._launch(self._config_pointer, self._function, self._pointers, None)
+        if status:
+            check(status, f"launch of {self.name} with grid {grid}, {threads} threads")
+
+
+def _layout(codes: str) -> tuple[struct.Struct, list[int]]:
+    """Return how arguments are packed, each at a multiple of its size, and where each begins."""
+    form, offsets, end = "=", [], 0
+    for code in codes:
+        size = 8 if code in "PQ" else 4
+        padding = -end % size
+        form += "x" * padding + ("Q" if code == "P" else code)
+        offsets.append(end + padding)
+        end += padding + size
+    return struct.Struct(form), offsets

@@ -1,0 +1,256 @@
+"""Products of rows with weight matrices: which kernel runs, and how it is launched.
+
+Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in; more go to
+cuBLASLt; what neither takes, for its type, shape or alignment, to the plain kernel (cuda/linear.cu).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight, c_type
+from infer.gpu.attention import AttentionOperations, kv_macros
+from infer.gpu.blas import Blas, can_multiply
+from infer.gpu.rows import THREADS, element_macros, vector
+
+if TYPE_CHECKING:
+    from infer.gpu.kernels import Kernels
+
+STREAM_ROWS = 16
+"""Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
+
+BLAS_BYTES = 32 << 20
+UNPACKED_ROWS = 64
+"""Weight rows that are unpacked at a time are a multiple of this."""
+
+STORE, ADD, GATED = 0, 1, 2
+WARPS = 8  # of the plain kernel
+
+
+class _Launch(NamedTuple):
+    """How a streaming product runs."""
+
+    macros: dict[str, int | str]
+    blocks: int
+    warps: int
+    shared: int
+
+
+class LinearOperations(AttentionOperations):
+    """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
+
+    cuBLASLt has the first BLAS_BYTES of it; in the rest, 8-bit weights are unpacked for many rows, as many at a time as fit.
+    """
+
+    def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
+        super().__init__(kernels, stream)
+        blas_bytes = min(workspace_bytes, BLAS_BYTES)
+        self._blas = Blas(workspace, blas_bytes)
+        self._unpacked, self._unpacked_bytes = workspace + blas_bytes, workspace_bytes - blas_bytes
+
+    def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
+        """``output = source * weight^T + bias``."""
+        if source.rows == 0:
+            return
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, STORE)
+        elif can_multiply(source, weight, output):
+            self._blas.product(self.stream, source, weight, output)
+            if weight.bias:
+                self._add_bias(output, weight.bias, 1.0)
+        elif self._can_unpack(source, output, weight):
+            self._unpacked_product(source, output, weight, 1.0, 0.0)
+        else:
+            self._linear_plainly(source, output, weight, 0.0)
+
+    def linear_add(self, source: Rows, destination: Rows, weight: Weight, scale: float = 1.0) -> None:
+        """``destination += scale * (source * weight^T + bias)``."""
+        if source.rows == 0:
+            return
+        if can_stream(source, destination, weight):
+            self._stream(source, destination, weight, ADD, add=scale)
+        elif can_multiply(source, weight, destination):
+            self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
+            if weight.bias:
+                self._add_bias(destination, weight.bias, scale)
+        elif self._can_unpack(source, destination, weight):
+            self._unpacked_product(source, destination, weight, scale, 1.0)
+        else:
+            self._linear_plainly(source, destination, weight, scale)
+
+    def linear_gated(self, source: Rows, output: Rows, weight: Weight, activation: str, scratch: Rows) -> None:
+        """``output = activation(gate) * up``, where the weight's rows are the gate's and then up's.
+
+        ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
+        """
+        width = weight.rows // 2
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, GATED, activation=activation)
+            return
+        self.linear(source, scratch.part(0, weight.rows), weight)
+        self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
+
+    def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
+        """``output = rms_norm(source) * weight^T + bias``; ``norm`` is the norm's weight, ``scratch`` as wide as the source."""
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, STORE, norm=norm, epsilon=epsilon)
+            return
+        self.norm(source, scratch, "rms", epsilon, norm)
+        self.linear(scratch, output, weight)
+
+    def norm_linear_gated(
+        self,
+        source: Rows,
+        output: Rows,
+        weight: Weight,
+        activation: str,
+        norm: int,
+        epsilon: float,
+        normed: Rows,
+        scratch: Rows,
+    ) -> None:
+        """``linear_gated`` of ``rms_norm(source)``; ``normed`` is working memory as wide as the source."""
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, GATED, norm=norm, epsilon=epsilon, activation=activation)
+            return
+        self.norm(source, normed, "rms", epsilon, norm)
+        self.linear_gated(normed, output, weight, activation, scratch)
+
+    def qkv(
+        self,
+        inputs: StepInputs,
+        source: Rows,
+        qkv: Rows,
+        weight: Weight,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable,
+        norm: int,
+        epsilon: float,
+        scratch: Rows,
+    ) -> None:
+        """``rms_norm(source) * weight^T + bias``, queries and keys rotated, keys and values stored.
+
+        ``norm`` 0 is none, else its weight (columns); ``scratch`` is as wide as the source. Of ``qkv``, (rows, (heads + 2 *
+        kv_heads) * head_dim), only the queries are defined afterwards.
+        """
+        if not (can_stream(source, qkv, weight) and can_rotate(layer, table)):
+            if norm:
+                self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
+            else:
+                self.linear(source, qkv, weight)
+            self.rope_write_kv(inputs, qkv, layer, heads, table)
+            return
+        launch = self._launch(weight.rows // 2, source.rows, GATED, norm != 0, weight)
+        kernel = self.kernels.get("linear_rope.cu", "linear_rope", **launch.macros, **kv_macros(layer))
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, qkv.pointer)
+        places = (layer.keys, layer.values, table.pointer, inputs.rope_rows, inputs.slots)
+        shape = (source.stride, qkv.stride, source.rows, weight.columns, heads, layer.kv_heads, layer.pages * PAGE_TOKENS)
+        kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *places, *shape, epsilon), launch.shared)
+
+    def _stream(
+        self,
+        source: Rows,
+        output: Rows,
+        weight: Weight,
+        epilogue: int,
+        add: float = 1.0,
+        norm: int = 0,
+        epsilon: float = 0.0,
+        activation: str = "silu",
+    ) -> None:
+        outputs = weight.rows // 2 if epilogue == GATED else weight.rows
+        launch = self._launch(outputs, source.rows, epilogue, norm != 0, weight)
+        macros = {"EPILOGUE": epilogue, "OUTPUT": c_type(output.dtype), "ACTIVATION": ACTIVATIONS.index(activation)}
+        kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
+        shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
+        kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *shape, add, epsilon), launch.shared)
+
+    def _launch(self, outputs: int, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
+        """Choose how a streaming product runs."""
+        processors, paired = self.kernels.multiprocessors, epilogue == GATED
+        blocks = -(-outputs // (8 if paired else 16))
+        warps = stream_warps(blocks, weight.columns * ELEMENT_BYTES[weight.type], processors)
+        tokens = 8 if rows <= 8 else 16
+        shared = stream_shared_bytes(warps, tokens, has_norm, weight.type)
+        if shared > self.kernels.shared_limit:
+            warps, shared = 8, stream_shared_bytes(8, tokens, has_norm, weight.type)
+        macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
+        macros |= {"WEIGHT": c_type(weight.type), "GROUPED": int(0 < weight.group < weight.columns)}
+        return _Launch(macros, min(blocks, processors * (16 // warps)), warps, shared)
+
+    def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
+        v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
+        kernel = self.kernels.get(
+            "linear.cu",
+            "linear",
+            VECTOR=v,
+            WEIGHT=c_type(weight.type),
+            OUTPUT=c_type(output.dtype),
+            **element_macros(source.dtype),
+        )
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, output.pointer)
+        shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns, weight.group or weight.columns)
+        kernel(self.stream, (-(-weight.rows // WARPS), -(-source.rows // 4)), WARPS * 32, (*pointers, *shape, add))
+
+    def _can_unpack(self, source: Rows, output: Rows, weight: Weight) -> bool:
+        fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * 2 and weight.columns % 8 == 0
+        return (
+            source.rows > STREAM_ROWS
+            and weight.type == "e4m3"
+            and fits
+            and can_multiply(source, replace(weight, type="bf16"), output)
+        )
+
+    def _unpacked_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
+        group = weight.group or weight.columns
+        kernel = self.kernels.get("linear.cu", "dequantize", VECTOR=8, WEIGHT=c_type(weight.type))
+        step = self._unpacked_bytes // (weight.columns * 2) // UNPACKED_ROWS * UNPACKED_ROWS
+        for first in range(0, weight.rows, step):
+            rows = min(step, weight.rows - first)
+            pointer, scales = weight.pointer + first * weight.columns, weight.scales + first * -(-weight.columns // group) * 4
+            grid = (-(-weight.columns // (THREADS * 8)), rows)
+            kernel(self.stream, grid, THREADS, (pointer, scales, self._unpacked, weight.columns, group))
+            part = replace(weight, pointer=self._unpacked, rows=rows, type="bf16")
+            self._blas.product(self.stream, source, part, output.part(first, rows), alpha, beta)
+        if weight.bias:
+            self._add_bias(output, weight.bias, alpha)
+
+    def _add_bias(self, output: Rows, bias: int, scale: float) -> None:
+        v = vector(output.width, output) if bias % 16 == 0 else 1
+        arguments = (output.pointer, bias, output.stride, output.width, scale)
+        self._over_columns("elementwise.cu", "add_bias", output, output.width, v, arguments)
+
+
+def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
+    """Return whether the streaming kernel takes this product."""
+    whole = 16 // ELEMENT_BYTES[weight.type]
+    aligned = weight.columns % max(whole, 8) == 0 and source.stride % 8 == 0
+    aligned = aligned and weight.pointer % 16 == 0 and source.pointer % 16 == 0
+    types = source.dtype == "bf16" and weight.type in ("bf16", "e4m3") and output.dtype in ("bf16", "f32")
+    scales = weight.type == "bf16" or weight.group in (0, 128, weight.columns)
+    return 0 < source.rows <= STREAM_ROWS and aligned and types and scales
+
+
+def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
+    """Return whether rotation and storing may be fused to the product: whole heads, in halves, into types without scales."""
+    whole = table.style == "half" and 2 * table.pairs == layer.head_dim and layer.head_dim % 32 == 0
+    return whole and "e4m3" not in (layer.key_type, layer.value_type)
+
+
+def stream_warps(blocks: int, row_bytes: int, processors: int) -> int:
+    """Return the warps of a block: 8, with two blocks on a multiprocessor, or 16 where that leaves fewer idle in the last round.
+
+    It changes the order of sums, so it must not depend on the number of rows. Short rows are not worth 16 warps.
+    """
+    busy = {warps: blocks / (-(-blocks * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
+    return 16 if row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
+
+
+def stream_shared_bytes(warps: int, tokens: int, has_norm: bool, weight_type: str) -> int:
+    """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cuh."""
+    step = 128 // ELEMENT_BYTES[weight_type]
+    ring = 4 * (tokens * step * 2 + (step * 4 if has_norm else 0))
+    return warps * (ring + 2 * 4 * (16 * (tokens + 1) + tokens))

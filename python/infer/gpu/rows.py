@@ -1,0 +1,157 @@
+"""Operations on rows alone: lookups, norms, activations, sums. One method per kernel; each only enqueues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, Rows, c_type
+
+if TYPE_CHECKING:
+    from infer.gpu.arrays import StepInputs, Weight
+    from infer.gpu.kernels import Kernels
+
+THREADS = 128
+WARP = 32
+
+
+def vector(width: int, *rows: Rows) -> int:
+    """Return how many neighbouring elements a thread may read at once: 8 where everything is aligned to them."""
+    aligned = all(part.stride % 8 == 0 and part.pointer % 16 == 0 for part in rows)
+    return 8 if width % 8 == 0 and aligned else 1
+
+
+def element_macros(dtype: str) -> dict[str, int | str]:
+    """Return the macros that choose the type of activations."""
+    return {"INFER_F32": 1} if dtype == "f32" else {}
+
+
+def norm_threads(width: int, elements: int) -> int:
+    """Return the threads of a block that normalises a row."""
+    return min(1024, max(WARP, -(-width // elements // WARP) * WARP))
+
+
+class RowOperations:
+    """Operations on rows, enqueued on one stream."""
+
+    def __init__(self, kernels: Kernels, stream: int) -> None:
+        self.kernels = kernels
+        self.stream = stream
+
+    def _over_columns(
+        self, file: str, name: str, rows: Rows, width: int, v: int, arguments: tuple[int | float, ...], **macros: int | str
+    ) -> None:
+        """Launch a kernel whose threads take ``v`` columns of one row each."""
+        if rows.rows == 0:
+            return
+        kernel = self.kernels.get(file, name, VECTOR=v, **element_macros(rows.dtype), **macros)
+        kernel(self.stream, (-(-width // (THREADS * v)), rows.rows), THREADS, arguments)
+
+    def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
+        """``output[row] = scale * table[tokens[row]]``."""
+        v = vector(output.width, output) if table.pointer % 16 == 0 else 1
+        arguments = (table.pointer, inputs.tokens, output.pointer, table.rows, output.stride, output.width, scale)
+        self._over_columns("rows.cu", "embed", output, output.width, v, arguments, TABLE=c_type(table.type))
+
+    def add_position(self, inputs: StepInputs, table: Weight, rows: Rows) -> None:
+        """``rows[row] += table[positions[row]]``."""
+        v = vector(rows.width, rows) if table.pointer % 16 == 0 else 1
+        arguments = (table.pointer, inputs.positions, rows.pointer, table.rows, rows.stride, rows.width)
+        self._over_columns("rows.cu", "add_position", rows, rows.width, v, arguments, TABLE=c_type(table.type))
+
+    def select(self, source: Rows, wanted: int, output: Rows) -> None:
+        """``output[row] = source[wanted[row]]``; ``wanted`` is int32 (output rows) on the device."""
+        v = vector(output.width, source, output)
+        arguments = (source.pointer, wanted, output.pointer, source.stride, output.stride, output.width)
+        self._over_columns("rows.cu", "select", output, output.width, v, arguments)
+
+    def norm(
+        self,
+        source: Rows,
+        output: Rows,
+        kind: str,
+        epsilon: float,
+        weight: int,
+        bias: int = 0,
+        groups: int = 1,
+        per_group: bool = False,
+    ) -> None:
+        """``output = norm(source)`` in ``groups`` groups per row, ``kind`` "rms" or "layer"; both may be the same rows.
+
+        weight and bias are f32, 0 for none: (width / groups), which the groups share, or (width) if ``per_group``.
+        """
+        width = source.width // groups
+        v = vector(width, source, output)
+        macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(source.dtype)}
+        pointers = (source.pointer, output.pointer, weight, bias, source.stride, output.stride, width)
+        if source.rows == 0:
+            return
+        if groups == 1:
+            kernel = self.kernels.get("norm.cu", "norm_rows", **macros)
+            kernel(self.stream, (source.rows,), norm_threads(width, v), (*pointers, epsilon))
+        else:
+            kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
+            step = width if per_group else 0
+            kernel(self.stream, (-(-groups // 4), source.rows), 4 * WARP, (*pointers, groups, step, epsilon))
+
+    def add_norm(
+        self,
+        hidden: Rows,
+        branch: Rows,
+        scale: float,
+        output: Rows,
+        kind: str,
+        epsilon: float,
+        weight: int,
+        bias: int = 0,
+    ) -> None:
+        """``hidden += scale * branch``, then ``output = norm(hidden)``, in one kernel."""
+        if hidden.rows == 0:
+            return
+        v = vector(hidden.width, hidden, branch, output)
+        macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(hidden.dtype)}
+        pointers = (hidden.pointer, branch.pointer, output.pointer, weight, bias)
+        strides = (hidden.stride, branch.stride, output.stride, hidden.width)
+        kernel = self.kernels.get("norm.cu", "add_norm", **macros)
+        kernel(self.stream, (hidden.rows,), norm_threads(hidden.width, v), (*pointers, *strides, scale, epsilon))
+
+    def gated_activation(self, gate: Rows, up: Rows, output: Rows, name: str) -> None:
+        """``output = activation(gate) * up``."""
+        v = vector(output.width, gate, up, output)
+        pointers = (gate.pointer, up.pointer, output.pointer, gate.stride, up.stride, output.stride, output.width)
+        number = ACTIVATIONS.index(name)
+        self._over_columns("activation.cu", "gated_activation", output, output.width, v, pointers, ACTIVATION=number)
+
+    def activation(self, rows: Rows, name: str) -> None:
+        """``rows = activation(rows)``."""
+        arguments = (rows.pointer, rows.stride, rows.width)
+        v, number = vector(rows.width, rows), ACTIVATIONS.index(name)
+        self._over_columns("activation.cu", "activation", rows, rows.width, v, arguments, ACTIVATION=number)
+
+    def add(self, destination: Rows, source: Rows, scale: float = 1.0) -> None:
+        """``destination += scale * source``."""
+        v = vector(destination.width, destination, source)
+        arguments = (destination.pointer, source.pointer, destination.stride, source.stride, destination.width, scale)
+        self._over_columns("elementwise.cu", "add", destination, destination.width, v, arguments)
+
+    def add_gated(self, destination: Rows, source: Rows, gate: Rows) -> None:
+        """``destination += sigmoid(gate) * source``; gate is (rows, 1), "bf16" or "f32"."""
+        v = vector(destination.width, destination, source)
+        pointers = (destination.pointer, source.pointer, gate.pointer)
+        strides = (destination.stride, source.stride, gate.stride, destination.width)
+        kind = c_type(gate.dtype)
+        self._over_columns("elementwise.cu", "add_gated", destination, destination.width, v, (*pointers, *strides), GATE=kind)
+
+    def scale(self, rows: Rows, factor: float) -> None:
+        """``rows *= factor``."""
+        arguments = (rows.pointer, rows.stride, rows.width, factor)
+        self._over_columns("elementwise.cu", "scale", rows, rows.width, vector(rows.width, rows), arguments)
+
+    def softcap(self, rows: Rows, cap: float) -> None:
+        """``rows = cap * tanh(rows / cap)``."""
+        arguments = (rows.pointer, rows.stride, rows.width, cap)
+        self._over_columns("elementwise.cu", "softcap", rows, rows.width, vector(rows.width, rows), arguments)
+
+
+def weight_bytes(weight: Weight) -> int:
+    """Return the bytes of a weight's elements, without scales."""
+    return weight.experts * weight.rows * weight.columns * ELEMENT_BYTES[weight.type]

@@ -1,0 +1,47 @@
+//! The text of the CUDA kernels. They travel inside the extension module: a folder `cuda/` in `site-packages` would clash with NVIDIA's
+//! namespace package.
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../cuda/", $name)))),*]
+    };
+}
+
+/// Every file of `cuda/`, by name; `tests/rooms.py` sees that none is missing.
+const SOURCES: &[(&str, &str)] = sources![
+    "activation.cu",
+    "activation.cuh",
+    "attention.cu",
+    "attention.cuh",
+    "attention_decode.cu",
+    "attention_plan.cu",
+    "attention_prefill.cu",
+    "common.cuh",
+    "elementwise.cu",
+    "experts.cu",
+    "kv.cu",
+    "kv.cuh",
+    "linear.cu",
+    "linear_rope.cu",
+    "linear_stream.cu",
+    "linear_stream.cuh",
+    "mma.cuh",
+    "norm.cu",
+    "rope.cu",
+    "rope.cuh",
+    "rows.cu",
+    "sampler.cu",
+];
+
+/// The sources of the GPU kernels, by file name.
+#[pyfunction]
+pub fn kernel_sources(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let all = PyDict::new(py);
+    for (name, text) in SOURCES {
+        all.set_item(name, text)?;
+    }
+    Ok(all)
+}
