@@ -5,8 +5,10 @@
 FOLDER holds llama.cpp's `llama-bench` and `llama-batched-bench`. What is measured: prefill of 128, 512 and 2,048 tokens,
 decode after 128 and 4,096 tokens, decode of 1 to 32 sequences at once (tokens of all together, each after 128), the time from
 the program's start to its first token, and its peak memory. Programs alternate test by test, so a machine that slows down slows
-both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. Each file's
-result is written to ``benches/results/<model>-<date>.json`` with the commands, the commit and the machine.
+both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. A way of
+rounding that GGUF lacks is measured with ``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading,
+beside llama.cpp on the nearest file that it has (``--peer-model``). Each file's result is
+written to ``benches/results/<model>-<date>.json`` with the commands, the commit and the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ COSTS = {"load": "seconds", "memory": "MiB"}
 FIRST_TOKEN = """
 import sys
 from infer import LLM, SamplingParams
-llm = LLM(sys.argv[1], threads=int(sys.argv[2]))
+llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or None)
 llm.generate([[1]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
 """
 
@@ -50,6 +52,8 @@ class Programs:
         self.python = shlex.split(arguments.python)
         self.llama_cpp: Path = arguments.llama_cpp
         self.model = str(model)
+        self.peer_model = str(arguments.peer_model or model)
+        self.quantization: str = arguments.quantization
         self.threads = str(arguments.threads)
         self.repeat = str(arguments.repeat)
         self.commands: dict[str, dict[str, str]] = {}
@@ -73,6 +77,8 @@ class Programs:
     def infer(self, test: str, **options: int) -> dict[str, Any]:
         """Run `infer bench`."""
         command = [*self.python, "-m", "infer", "bench", "--model", self.model, "--threads", self.threads]
+        if self.quantization:
+            command += ["--quantization", self.quantization]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         report: dict[str, Any] = json.loads(self.run(test, "infer", [*command, "--repeat", self.repeat, "--json"])[0])
@@ -83,7 +89,7 @@ class Programs:
         command = [
             str(self.llama_cpp / "llama-bench"),
             "-m",
-            self.model,
+            self.peer_model,
             "-t",
             self.threads,
             "-r",
@@ -117,15 +123,15 @@ class Programs:
         test = f"batch{sequences}"
         report = self.infer(test, prompt_tokens=1, context=128, generate_tokens=GENERATED, batch=sequences)
         room = str(sequences * (128 + GENERATED))
-        command = [str(self.llama_cpp / "llama-batched-bench"), "-m", self.model, "-t", self.threads, "-c", room]
+        command = [str(self.llama_cpp / "llama-batched-bench"), "-m", self.peer_model, "-t", self.threads, "-c", room]
         command += ["-npp", "128", "-ntg", str(GENERATED), "-npl", str(sequences), "--output-format", "jsonl"]
         lines = [line for line in self.run(test, "llama.cpp", command)[0].splitlines() if line.startswith("{")]
         return {"infer": report["decode_tokens_per_second"], "llama.cpp": float(json.loads(lines[-1])["speed_tg"])}
 
     def start(self) -> dict[str, dict[str, float]]:
         """Seconds to the first token, and the memory that it takes."""
-        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, self.model, self.threads])
-        command = [str(self.llama_cpp / "llama-bench"), "-m", self.model, "-t", self.threads]
+        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, self.model, self.threads, self.quantization])
+        command = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
         _, theirs = self.run("start", "llama.cpp", [*command, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])
         return {cost: {"infer": ours[cost], "llama.cpp": theirs[cost]} for cost in COSTS}
 
@@ -161,6 +167,8 @@ def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
         best[test] = {program: better(each[program] for each in those) for program in ("infer", "llama.cpp")}
     return {
         "model": model.name,
+        "quantization": programs.quantization or None,
+        "peer_model": Path(programs.peer_model).name,
         "model_bytes": model.stat().st_size,
         "threads": arguments.threads,
         "unit": {test: COSTS.get(test, SPEED) for test in best},
@@ -200,6 +208,8 @@ def main() -> None:
     """Compare on every file named, print a table and keep the results."""
     parser = argparse.ArgumentParser(description="infer beside llama.cpp on the same GGUF file.")
     parser.add_argument("--model", type=Path, action="append", required=True, help="a GGUF file; may be repeated")
+    parser.add_argument("--quantization", default="", help="how infer rounds the file while loading")
+    parser.add_argument("--peer-model", type=Path, help="the file that llama.cpp takes in the model's place")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-bench and llama-batched-bench")
     parser.add_argument("--python", default=sys.executable, help="the Python that has infer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -210,7 +220,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for model in arguments.model:
         result = compare(arguments, model)
-        path = save(arguments.results, model.stem, result)
+        stem = f"{model.stem}-{arguments.quantization}" if arguments.quantization else model.stem
+        path = save(arguments.results, stem, result)
         plot(path.with_suffix(".svg"), ratios(result))
         table(result)
 

@@ -22,17 +22,19 @@ mod integer;
 mod output;
 mod pack;
 mod round;
+mod tiled;
 mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
-pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles};
+pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles, Tiles};
 pub(crate) use bfloat::BfloatLinear;
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
 pub use round::round_rows;
+pub(crate) use tiled::{BfloatTiles, ByteTiles};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;

@@ -10,6 +10,8 @@
 //! everywhere (the scalar set uses `f32::mul_add`), horizontal sums use one tree, conversions round to nearest even.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -18,6 +20,7 @@ mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use crate::KernelError;
 #[cfg(target_arch = "x86_64")]
@@ -27,6 +30,9 @@ pub use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use scalar::Scalar;
+#[cfg(test)]
+pub(crate) use tiles::add_group;
+pub use tiles::{MatrixUnit, TILE_ROWS, TileShape, TileSums};
 
 /// Lanes of a virtual vector.
 pub const LANES: usize = 16;
@@ -48,6 +54,8 @@ pub enum Isa {
     Avx512,
     /// The same with AVX-512 BF16.
     Avx512Bf16,
+    /// The same with AMX, of bytes and of bfloat16.
+    Amx,
 }
 
 /// A computation that is generic over the instruction set. See [`Isa::dispatch`].
@@ -61,8 +69,16 @@ pub trait Kernel {
 }
 
 impl Isa {
-    const ALL: [Isa; 7] =
-        [Isa::Scalar, Isa::Neon, Isa::NeonDotprod, Isa::NeonI8mm, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 8] = [
+        Isa::Scalar,
+        Isa::Neon,
+        Isa::NeonDotprod,
+        Isa::NeonI8mm,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Bf16,
+        Isa::Amx,
+    ];
 
     /// Its name, as in `INFER_ISA`.
     pub fn name(self) -> &'static str {
@@ -74,12 +90,18 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
         }
     }
 
     /// Whether it multiplies pairs of bfloat16 in one instruction, for which activations are rounded.
     pub(crate) fn has_bf16_dots(self) -> bool {
         self == Isa::Avx512Bf16
+    }
+
+    /// Whether it has a matrix unit: see [`MatrixUnit`].
+    pub(crate) fn has_tiles(self) -> bool {
+        self == Isa::Amx
     }
 
     /// Whether this machine has it.
@@ -97,11 +119,13 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::<false>::detect().is_some(),
+            Isa::Avx512 => Avx512::<false, false>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Avx512::<true>::detect().is_some(),
+            Isa::Avx512Bf16 => Avx512::<true, false>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, true>::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => false,
         }
     }
 
@@ -170,13 +194,36 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().expect("AVX2, FMA and F16C are absent").enter(kernel),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::<false>::detect().expect("AVX-512 with VNNI is absent").enter(kernel),
+            Isa::Avx512 => {
+                Avx512::<false, false>::detect().expect("AVX-512 with VNNI is absent").enter(kernel)
+            }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Avx512::<true>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
+            Isa::Avx512Bf16 => Avx512::<true, false>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
+            // The vectors are the same; what is for its matrix unit goes to `dispatch_tiles`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, false>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => {
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
                 panic!("{} is absent: this is no x86-64 machine", self.name())
             }
+        }
+    }
+}
+
+impl Isa {
+    /// Runs a kernel of matrix units, which is compiled for those instruction sets only that have one. Tests run it on every one.
+    ///
+    /// # Panics
+    /// When this machine lacks the instruction set, or that has no matrix unit.
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), allow(unused_variables))]
+    pub(crate) fn dispatch_tiles<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, true>::detect().expect("AMX is absent").enter(kernel),
+            #[cfg(test)]
+            isa => isa.dispatch(kernel),
+            #[cfg(not(test))]
+            isa => panic!("{} has no matrix unit", isa.name()),
         }
     }
 }
@@ -367,6 +414,49 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);
+    /// The same, but into a larger cache than the nearest one, where the processor can.
+    #[inline(always)]
+    fn prefetch_later(self, address: *const u8) {
+        self.prefetch(address);
+    }
+
+    /// Prepares this thread's matrix unit for tiles of this shape, if there is one. For [`MatrixUnit`], as what follows.
+    #[inline(always)]
+    fn start_tiles(self, _shape: TileShape) {}
+    /// Gives the matrix unit back.
+    #[inline(always)]
+    fn stop_tiles(self) {}
+    /// See [`MatrixUnit::bytes`]: input rows lie 32 bytes apart.
+    ///
+    /// # Safety
+    /// The matrix unit is prepared for this shape, and so much input and weights can be read.
+    #[inline(always)]
+    unsafe fn multiply_bytes<const SLOT: usize>(
+        self,
+        shape: TileShape,
+        input: *const u8,
+        weights: *const u8,
+        sums: &mut TileSums<i32>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tiles::multiply_bytes_ref(shape, input, weights, sums) }
+    }
+    /// See [`MatrixUnit::bf16`].
+    ///
+    /// # Safety
+    /// The same; the shape's lines have 64 bytes, and there is a group.
+    #[inline(always)]
+    unsafe fn multiply_bf16<const T: usize>(
+        self,
+        shape: TileShape,
+        input: [*const u8; T],
+        weights: [*const u8; 2],
+        groups: usize,
+        sums: &mut [[TileSums<f32>; T]; 2],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tiles::multiply_bf16_ref(shape, input, weights, groups, sums) }
+    }
 }
 
 /// [`Simd::dot_bf16`] for lack of an instruction.

@@ -14,6 +14,7 @@ mod kernel;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
+pub(super) use kernel::{Book, Five, Nibbles, Six, Unpack, load_scales};
 
 use super::GROUP;
 use crate::quant::{Codes, Grouped, Scales};
@@ -61,7 +62,7 @@ pub(super) const fn offset(codes: Codes) -> i32 {
 }
 
 /// The bytes that codes stand for: integers offset by 128.
-const fn table(codes: Codes) -> [u8; 16] {
+pub(super) const fn table(codes: Codes) -> [u8; 16] {
     let mut bytes = [0; 16];
     if let Codes::Book(integers) = codes {
         let mut code = 0;
