@@ -1,10 +1,13 @@
-"""`infer bench` and llama.cpp's `llama-bench` in turn on one GGUF file, with the same threads; the result is kept as data.
+"""`infer` and llama.cpp in turn on one GGUF file, with the same threads; the result is kept as data, with a plot.
 
-    python benches/compare.py --llama-bench PATH --model FILE.gguf [--model ...] [--threads 2] [--rounds 3]
+    python benches/compare.py --llama-cpp FOLDER --model FILE.gguf [--model ...] [--threads 2] [--rounds 2] [--only decode batch8]
 
-Both measure prefill (a prompt of random tokens) and decode (tokens after an almost empty context) apart, and each run of a
-program reports the median of its repetitions. Programs alternate, so a machine that slows down slows both; of the rounds
-the better one counts, for both alike, since noise on a shared machine only ever takes away. Each file's result is
+FOLDER holds llama.cpp's `llama-bench` and `llama-batched-bench`. What is measured: prefill of 128, 512 and 2,048 tokens,
+decode after 128 and 4,096 tokens, decode of 1 to 32 sequences at once (tokens of all together, each after 128), the time from
+the program's start to its first token, and its peak memory. Programs alternate test by test, so a machine that slows down slows
+both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. A way of
+rounding that GGUF lacks is measured with ``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading,
+beside llama.cpp on the nearest file that it has (``--peer-model``). Each file's result is
 written to ``benches/results/<model>-<date>.json`` with the commands, the commit and the machine.
 """
 
@@ -14,92 +17,213 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from record import RESULTS, first_line, origin, save
+from record import RESULTS, first_line, origin, plot, save
 
-TESTS = ("prefill", "decode")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROMPTS = (128, 512, 2048)
+CONTEXTS = (128, 4096)
+BATCHES = (1, 2, 4, 8, 16, 32)
+GENERATED = 32
+SPEED = "tokens per second"
+# Where less is better.
+COSTS = {"load": "seconds", "memory": "MiB"}
+
+FIRST_TOKEN = """
+import sys
+from infer import LLM, SamplingParams
+llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or None)
+llm.generate([[1]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+"""
 
 
-def run(command: list[str]) -> Any:
-    """The JSON that a command prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{shlex.join(command)}\nended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)
+class Programs:
+    """How both programs are run, and every command that was."""
+
+    def __init__(self, arguments: argparse.Namespace, model: Path) -> None:
+        self.python = shlex.split(arguments.python)
+        self.llama_cpp: Path = arguments.llama_cpp
+        self.model = str(model)
+        self.peer_model = str(arguments.peer_model or model)
+        self.quantization: str = arguments.quantization
+        self.threads = str(arguments.threads)
+        self.repeat = str(arguments.repeat)
+        self.commands: dict[str, dict[str, str]] = {}
+        self.llama_commit = ""
+
+    def run(self, test: str, program: str, command: list[str]) -> tuple[str, dict[str, float]]:
+        """Run a command; what it prints, the seconds that it took and the most memory that it held."""
+        self.commands.setdefault(test, {})[program] = shlex.join(command)
+        started = time.perf_counter()
+        with tempfile.TemporaryFile() as output, subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE) as process:
+            errors = process.stderr.read() if process.stderr else b""
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            taken = time.perf_counter() - started
+            output.seek(0)
+            text = output.read().decode()
+        if process.returncode != 0:
+            sys.exit(f"{shlex.join(command)}\nended with {process.returncode}: {errors.decode(errors='replace').strip()[-2000:]}")
+        return text, {"load": taken, "memory": usage.ru_maxrss / 1024}
+
+    def infer(self, test: str, **options: int) -> dict[str, Any]:
+        """Run `infer bench`."""
+        command = [*self.python, "-m", "infer", "bench", "--model", self.model, "--threads", self.threads]
+        if self.quantization:
+            command += ["--quantization", self.quantization]
+        for name, value in options.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        report: dict[str, Any] = json.loads(self.run(test, "infer", [*command, "--repeat", self.repeat, "--json"])[0])
+        return report
+
+    def llama_bench(self, test: str, *options: str) -> float:
+        """Run `llama-bench` with a single test; the median of its repetitions."""
+        command = [
+            str(self.llama_cpp / "llama-bench"),
+            "-m",
+            self.peer_model,
+            "-t",
+            self.threads,
+            "-r",
+            self.repeat,
+            *options,
+            "-o",
+            "json",
+        ]
+        (row,) = json.loads(self.run(test, "llama.cpp", command)[0])
+        self.llama_commit = row["build_commit"]
+        samples = sorted(row["samples_ts"])
+        middle = len(samples) // 2
+        return float(samples[middle] if len(samples) % 2 else (samples[middle - 1] + samples[middle]) / 2)
+
+    def prefill(self, tokens: int) -> dict[str, float]:
+        """Tokens per second of a prompt."""
+        test = f"prefill{tokens}"
+        report = self.infer(test, prompt_tokens=tokens, generate_tokens=2)
+        theirs = self.llama_bench(test, "-p", str(tokens), "-n", "0")
+        return {"infer": report["prefill_tokens_per_second"], "llama.cpp": theirs}
+
+    def decode(self, context: int) -> dict[str, float]:
+        """Tokens per second of one sequence after so many tokens."""
+        test = f"decode{context}"
+        report = self.infer(test, prompt_tokens=1, context=context, generate_tokens=GENERATED)
+        theirs = self.llama_bench(test, "-p", "0", "-n", str(GENERATED), "-d", str(context))
+        return {"infer": report["decode_tokens_per_second"], "llama.cpp": theirs}
+
+    def batch(self, sequences: int) -> dict[str, float]:
+        """Tokens per second of several sequences together."""
+        test = f"batch{sequences}"
+        report = self.infer(test, prompt_tokens=1, context=128, generate_tokens=GENERATED, batch=sequences)
+        room = str(sequences * (128 + GENERATED))
+        command = [str(self.llama_cpp / "llama-batched-bench"), "-m", self.peer_model, "-t", self.threads, "-c", room]
+        command += ["-npp", "128", "-ntg", str(GENERATED), "-npl", str(sequences), "--output-format", "jsonl"]
+        lines = [line for line in self.run(test, "llama.cpp", command)[0].splitlines() if line.startswith("{")]
+        return {"infer": report["decode_tokens_per_second"], "llama.cpp": float(json.loads(lines[-1])["speed_tg"])}
+
+    def start(self) -> dict[str, dict[str, float]]:
+        """Seconds to the first token, and the memory that it takes."""
+        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, self.model, self.threads, self.quantization])
+        command = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
+        _, theirs = self.run("start", "llama.cpp", [*command, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])
+        return {cost: {"infer": ours[cost], "llama.cpp": theirs[cost]} for cost in COSTS}
 
 
-def infer_speed(command: list[str]) -> dict[str, float]:
-    """Tokens per second of one `infer bench --json`."""
-    report = run(command)
-    return {test: float(report[f"{test}_tokens_per_second"]) for test in TESTS}
-
-
-def llama_speed(command: list[str]) -> tuple[dict[str, float], str]:
-    """Tokens per second of one `llama-bench -o json` (the median; its own average is the mean), and its commit."""
-    rows = run(command)
-    speeds = {"decode" if row["n_gen"] else "prefill": statistics.median(row["samples_ts"]) for row in rows}
-    return speeds, rows[0]["build_commit"]
+def tests(programs: Programs) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What can be measured, by name; a test gives figures of one kind or of several."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for tokens in PROMPTS:
+        found[f"prefill{tokens}"] = lambda tokens=tokens: programs.prefill(tokens)
+    for context in CONTEXTS:
+        found[f"decode{context}"] = lambda context=context: programs.decode(context)
+    for sequences in BATCHES:
+        found[f"batch{sequences}"] = lambda sequences=sequences: programs.batch(sequences)
+    found["start"] = programs.start
+    return found
 
 
 def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Alternate the two programs on one file; commands, every run, the better of each and the ratio."""
-    sizes = [str(arguments.threads), str(arguments.prompt_tokens), str(arguments.generate_tokens), str(arguments.repeat)]
-    threads, prompt, generate, repeat = sizes
-    infer = [*shlex.split(arguments.infer), "bench", "--model", str(model), "--threads", threads, "--repeat", repeat]
-    infer += ["--prompt-tokens", prompt, "--generate-tokens", generate, "--json"]
-    llama = [str(arguments.llama_bench), "-m", str(model), "-t", threads, "-r", repeat, "-p", prompt, "-n", generate]
-    llama += ["-o", "json"]
-    runs: dict[str, list[dict[str, float]]] = {"infer": [], "llama.cpp": []}
-    load = []
-    llama_commit = ""
+    programs = Programs(arguments, model)
+    runs: dict[str, list[dict[str, float]]] = {}
     for number in range(arguments.rounds):
-        load.append(os.getloadavg()[0])
-        if load[0] > 0.5:  # what came before this run; the runs themselves load the machine
-            print(f"the machine is busy (load {load[0]:.1f}): threads that spin suffer most", file=sys.stderr)
-        runs["infer"].append(infer_speed(infer))
-        speeds, llama_commit = llama_speed(llama)
-        runs["llama.cpp"].append(speeds)
-        print(f"{model.name} round {number + 1}: infer {runs['infer'][-1]}, llama.cpp {runs['llama.cpp'][-1]}", file=sys.stderr)
-    best = {name: {test: max(each[test] for each in those) for test in TESTS} for name, those in runs.items()}
+        for name, measure in tests(programs).items():
+            if arguments.only and not any(name.startswith(wanted) for wanted in arguments.only):
+                continue
+            found = measure()
+            for test, figures in found.items() if name == "start" else [(name, found)]:
+                runs.setdefault(test, []).append(figures)
+                print(f"{model.name} round {number + 1} {test}: {figures}", file=sys.stderr)
+    best: dict[str, dict[str, float]] = {}
+    for test, those in runs.items():
+        better = min if test in COSTS else max
+        best[test] = {program: better(each[program] for each in those) for program in ("infer", "llama.cpp")}
     return {
         "model": model.name,
+        "quantization": programs.quantization or None,
+        "peer_model": Path(programs.peer_model).name,
         "model_bytes": model.stat().st_size,
-        "unit": "tokens per second",
+        "threads": arguments.threads,
+        "unit": {test: COSTS.get(test, SPEED) for test in best},
         "best": best,
-        "ratio": {test: best["infer"][test] / best["llama.cpp"][test] for test in TESTS},
+        "ratio": {test: figures["infer"] / figures["llama.cpp"] for test, figures in best.items()},
         "runs": runs,
-        "load_before": load,
-        "commands": {"infer": shlex.join(infer), "llama.cpp": shlex.join(llama)},
-        "infer_version": first_line([*shlex.split(arguments.infer), "--version"]),
-        "llama.cpp_commit": llama_commit,
+        "commands": programs.commands,
+        "infer_version": first_line([*programs.python, "-m", "infer", "--version"]),
+        "llama.cpp_commit": programs.llama_commit,
         **origin(),
     }
+
+
+def table(result: dict[str, Any]) -> None:
+    """Print every test with both programs' figures."""
+    for test, figures in result["best"].items():
+        ours, theirs, ratio = figures["infer"], figures["llama.cpp"], result["ratio"][test]
+        unit = result["unit"][test]
+        print(f"{result['model']:32} {test:12} infer {ours:9.2f}  llama.cpp {theirs:9.2f}  ratio {ratio:5.2f}  ({unit})")
+
+
+def ratios(result: dict[str, Any]) -> Callable[[Any], None]:
+    """How to draw the ratios: infer's speed by llama.cpp's, or llama.cpp's cost by infer's."""
+
+    def draw(axes: Any) -> None:
+        names = list(result["ratio"])
+        heights = [1 / result["ratio"][name] if name in COSTS else result["ratio"][name] for name in names]
+        axes.bar(names, heights)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_ylabel("times better than llama.cpp")
+        axes.tick_params(axis="x", rotation=60)
+
+    return draw
 
 
 def main() -> None:
     """Compare on every file named, print a table and keep the results."""
     parser = argparse.ArgumentParser(description="infer beside llama.cpp on the same GGUF file.")
     parser.add_argument("--model", type=Path, action="append", required=True, help="a GGUF file; may be repeated")
-    parser.add_argument("--llama-bench", type=Path, required=True, help="the llama-bench binary")
-    parser.add_argument("--infer", default=f"{sys.executable} -m infer", help="how to start infer")
+    parser.add_argument("--quantization", default="", help="how infer rounds the file while loading")
+    parser.add_argument("--peer-model", type=Path, help="the file that llama.cpp takes in the model's place")
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-bench and llama-batched-bench")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has infer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--generate-tokens", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions inside one run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each program; the better counts")
+    parser.add_argument("--repeat", type=int, default=2, help="repetitions inside one run; the median counts")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each program; the better counts")
+    parser.add_argument("--only", nargs="*", default=[], help="tests whose names begin so, such as prefill decode128 batch start")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     for model in arguments.model:
         result = compare(arguments, model)
-        save(arguments.results, model.stem, result)
-        for test in TESTS:
-            ours, theirs = result["best"]["infer"][test], result["best"]["llama.cpp"][test]
-            print(f"{model.name:32} {test:8} infer {ours:9.1f}  llama.cpp {theirs:9.1f}  ratio {result['ratio'][test]:.2f}")
+        stem = f"{model.stem}-{arguments.quantization}" if arguments.quantization else model.stem
+        path = save(arguments.results, stem, result)
+        plot(path.with_suffix(".svg"), ratios(result))
+        table(result)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ONE_ROOM = {
     "getrandom": "store",
 }
 # crate -> how many `unsafe` blocks it may hold; kernels are free, each block with its SAFETY line (clippy checks that)
-UNSAFE_BLOCKS = {"formats": 0, "engine": 0, "store": 0, "text": 0, "bindings": 0, "model": 1}
+UNSAFE_BLOCKS = {"formats": 0, "engine": 0, "store": 0, "text": 0, "bindings": 0, "model": 2}
 
 MAX_FILE_LINES = 400
 LONG_FILES: dict[str, str] = {"python/infer/_core.pyi": "one line for each thing that the core has: a table"}
@@ -54,7 +54,7 @@ LONG_FUNCTIONS = {
     "rust/model/src/rope.rs:read": "one arm per kind of rope scaling",
 }
 # Instruction-set files and tables are lists of small things: their length is no sign of tangle.
-UNLIMITED = ("rust/kernels/src/simd/", "rust/model/src/arch.rs")
+UNLIMITED = ("rust/kernels/src/simd/", "rust/model/src/arch.rs", "python/infer/_core.pyi")
 
 # files whose text says that something is unfinished, with the reason why nothing is
 WORDS_AS_DATA = {"tests/text/compare_tokenizers.py": "a line of source code to tokenize"}

@@ -13,6 +13,7 @@ from infer._core import InferError, ModelInfo, QueueFullError, SamplingParams, _
 from infer.info import model_info
 from infer.llm import LLM
 from infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamOutput
+from infer.quantization import quantize
 from infer.serving import RequestOptions
 from infer.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "ModelInfo",
     "model_info",
+    "quantize",
     "system_info",
     "InferError",
     "QueueFullError",

@@ -24,6 +24,7 @@ __all__ = [
     "Update",
     "__version__",
     "inspect",
+    "quantize",
     "system_info",
 ]
 
@@ -305,6 +306,16 @@ class ModelInfo:
 def inspect(path: str | PathLike[str], *, kv_cache_dtype: str | Mapping[str, Any] = "auto") -> ModelInfo:
     """Describe a model folder or GGUF file without loading its weights; the KV cache's sizes in the types of `kv_cache_dtype`."""
 
+def quantize(
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    quantization: str,
+    *,
+    threads: int | None = None,
+    mmap: bool = True,
+) -> int:
+    """Write a model in quantized form, as a GGUF file or a safetensors folder; the bytes of its weights file."""
+
 def system_info() -> dict[str, Any]:
     """This machine as the core sees it: ``isa`` in use, ``available_isas``, ``threads`` (default count)."""
 
@@ -327,6 +338,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str | Mapping[str, Any] = "auto",
         kv_cache_memory_bytes: int | None = None,
+        quantization: str | None = None,
         seed: int = 0,
         mmap: bool = True,
         max_waiting: int | None = None,

@@ -66,6 +66,11 @@ class LLM(Sessions):
         model gets the same types in all of its layers.
     kv_cache_memory_bytes
         Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free.
+    quantization
+        Round the weights of a model stored as floats (a safetensors folder, or a GGUF file in F32, F16 or BF16) while loading,
+        one tensor after the other: "int8", "int4" (a scale for each 32 weights) or "int4-g128" (one for each 128, smaller and
+        less exact). Embedding and output head get 8 bits; norms, biases and the routers of experts stay as they are. None
+        computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk.
     seed
         For requests that bring no seed of their own.
     mmap
@@ -121,6 +126,7 @@ class LLM(Sessions):
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str | Mapping[str, object] = "auto",
         kv_cache_memory_bytes: int | None = None,
+        quantization: str | None = None,
         seed: int = 0,
         mmap: bool = True,
         max_waiting: int | None = None,
@@ -154,6 +160,7 @@ class LLM(Sessions):
             enable_prefix_caching=enable_prefix_caching,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            quantization=quantization,
             seed=seed,
             mmap=mmap,
             max_waiting=max_waiting,

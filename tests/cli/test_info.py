@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from infer import model_info
+from infer import model_info, system_info
 
 if TYPE_CHECKING:
     import subprocess
@@ -19,6 +19,7 @@ def test_a_table_for_people(infer_cli: Cli) -> None:
     shown = "".join(infer_cli("info").stdout.split())  # lines are broken where a long path would not fit
     for words in ("LlamaForCausalLM", "27,795,968(27.8million)", "8192", "tinylm.gguf", "--templateprintsit", "kvcachetokens"):
         assert words in shown
+    assert f"instructionset{system_info()['isa']}(here:scalar" in shown
 
 
 def test_json_for_programs(infer_cli: Cli, bare_folder: Path) -> None:

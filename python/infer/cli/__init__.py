@@ -15,7 +15,7 @@ from infer.cli.common import complain
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("generate", "chat", "info", "bench")
+COMMANDS = ("generate", "chat", "info", "bench", "quantize")
 
 
 class _Commands(TyperGroup):

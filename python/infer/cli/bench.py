@@ -1,8 +1,9 @@
 """`infer bench`: how fast a model reads (prefill) and writes (decode) on this machine.
 
 The two are measured apart, as llama-bench does. Prefill: all prompts at once, until the last of them has its first token.
-Decode: one-token prompts, from the first generated token to the last. Prompts are random token ids, so a model without a
-tokenizer can be measured, and prefix caching is off, so every token is computed.
+Decode: from the first generated token to the last, after prompts of `--context` tokens: one, unless asked otherwise. Longer
+ones are computed once and then come from the prefix cache, which is off otherwise. Prompts are random token ids, other ones
+in every run of prefill, so a model without a tokenizer can be measured and every token that counts is computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infer import LLM, InferError, SamplingParams, __version__, system_info
-from infer.cli.common import DtypeOption, JsonOption, KvCacheDtypeOption, ModelOption, ThreadsOption, kv_types, print_json
+from infer.cli.common import (
+    DtypeOption,
+    JsonOption,
+    KvCacheDtypeOption,
+    ModelOption,
+    QuantizationOption,
+    ThreadsOption,
+    kv_types,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,9 +37,11 @@ def bench(
     threads: ThreadsOption = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Length of each prompt; 512 or what fits.")] = None,
     generate_tokens: Annotated[int | None, typer.Option(min=2, help="Length of each completion; 128 or what fits.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that each completion of the decode test follows.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -39,15 +51,17 @@ def bench(
         model,
         threads=threads,
         dtype=dtype,
+        quantization=quantization,
         kv_cache_dtype=types,
         max_num_seqs=batch,
         max_num_batched_tokens=max(512, batch),
-        enable_prefix_caching=False,
+        enable_prefix_caching=context > 1,
     ) as llm:
         prompt_length = _length(llm, "--prompt-tokens", prompt_tokens, 512)
         completion_length = _length(llm, "--generate-tokens", generate_tokens, 128)
-        prefill = _repeat(repeat, lambda: _prefill(llm, prompt_length, batch))
-        decode = _repeat(repeat, lambda: _decode(llm, completion_length, batch))
+        _length(llm, "--context and --generate-tokens together", context + completion_length, 0)
+        prefill = _repeat(repeat, lambda run: _prefill(llm, prompt_length, batch, run))
+        decode = _repeat(repeat, lambda _: _decode(llm, context, completion_length, batch))
         report = {
             "infer": __version__,
             "model": llm.info.path,
@@ -62,6 +76,7 @@ def bench(
             "kv_bytes_per_token": llm.info.kv_bytes_per_token,
             "prompt_tokens": prompt_length,
             "generate_tokens": completion_length,
+            "context": context,
             "batch": batch,
             "repeat": repeat,
             "prefill_tokens_per_second": statistics.median(prefill),
@@ -85,25 +100,27 @@ def _length(llm: LLM, option: str, asked: int | None, usual: int) -> int:
     return asked
 
 
-def _repeat(times: int, run: Callable[[], float]) -> list[float]:
-    run()  # pages touched, threads awake
-    return [run() for _ in range(times)]
+def _repeat(times: int, run: Callable[[int], float]) -> list[float]:
+    run(0)  # pages touched, threads awake, contexts computed
+    return [run(number) for number in range(1, times + 1)]
 
 
-def _prefill(llm: LLM, prompt_tokens: int, batch: int) -> float:
-    done = _run(llm, prompt_tokens, batch, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False))
+def _prefill(llm: LLM, prompt_tokens: int, batch: int, seed: int) -> float:
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+    done = _run(llm, prompt_tokens, batch, params, seed)
     return prompt_tokens * batch / max(metrics.time_to_first_token or 0.0 for metrics in done)
 
 
-def _decode(llm: LLM, generate_tokens: int, batch: int) -> float:
-    done = _run(llm, 1, batch, SamplingParams(max_tokens=generate_tokens, temperature=0, ignore_eos=True, detokenize=False))
+def _decode(llm: LLM, context: int, generate_tokens: int, batch: int) -> float:
+    params = SamplingParams(max_tokens=generate_tokens, temperature=0, ignore_eos=True, detokenize=False)
+    done = _run(llm, context, batch, params, 0)
     first = min(metrics.time_to_first_token or 0.0 for metrics in done)
     last = max(metrics.total_time or 0.0 for metrics in done)
     return (generate_tokens - 1) * batch / (last - first)
 
 
-def _run(llm: LLM, prompt_tokens: int, batch: int, params: SamplingParams) -> list[RequestMetrics]:
-    rng = random.Random(0)
+def _run(llm: LLM, prompt_tokens: int, batch: int, params: SamplingParams, seed: int) -> list[RequestMetrics]:
+    rng = random.Random(seed)
     vocabulary = llm.info.vocabulary_size
     prompts = [[rng.randrange(vocabulary) for _ in range(prompt_tokens)] for _ in range(batch)]
     return [output.metrics for output in llm.generate(prompts, params, use_tqdm=False)]

@@ -24,6 +24,7 @@ from infer.cli.common import (
     MaxTokensOption,
     ModelOption,
     ParamOption,
+    QuantizationOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -54,11 +55,12 @@ def chat(
     param: ParamOption = None,
     threads: ThreadsOption = None,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     max_model_len: ContextOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    with LLM(model, threads=threads, dtype=dtype, max_model_len=max_model_len) as llm:
+    with LLM(model, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
         need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         conversation = Conversation(llm, params, system, as_json=as_json)

@@ -35,6 +35,10 @@ KvCacheDtypeOption: TypeAlias = Annotated[
         help="'auto', 'float32', 'float16', 'bfloat16', 'int8' or 'fp8', or a JSON object with 'key', 'value' and 'skip_layers'.",
     ),
 ]
+QuantizationOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--quantization", "-q", help="Round a model of floats while loading: 'int8', 'int4' or 'int4-g128'."),
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 MaxTokensOption: TypeAlias = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 TemperatureOption: TypeAlias = Annotated[

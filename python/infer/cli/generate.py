@@ -15,6 +15,7 @@ from infer.cli.common import (
     MaxTokensOption,
     ModelOption,
     ParamOption,
+    QuantizationOption,
     SeedOption,
     StopOption,
     TemperatureOption,
@@ -42,12 +43,13 @@ def generate(
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
     threads: ThreadsOption = None,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     max_model_len: ContextOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Complete a prompt and print the text as it comes."""
     text = _standard_input() if prompt == "-" else prompt
-    with LLM(model, threads=threads, dtype=dtype, max_model_len=max_model_len) as llm:
+    with LLM(model, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
         need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infer import model_info
+from infer import model_info, system_info
 from infer.cli.common import JsonOption, KvCacheDtypeOption, kv_types, print_json
 
 
@@ -38,6 +38,8 @@ def _table(fields: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name.replace("_", " "), _shown(name, value))
+    machine = system_info()
+    table.add_row("instruction set", f"{machine['isa']} (here: {', '.join(machine['available_isas'])})")
     # A program that reads this wants a long path in one piece.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 10_000).print(table)
 

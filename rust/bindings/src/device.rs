@@ -1,7 +1,7 @@
 //! The engine's device and text, implemented by the model and text rooms.
 
 use infer_engine as core;
-use infer_model::{Batch, BatchSequence, CpuModel};
+use infer_model::{Batch, BatchSequence, CpuModel, KvPage};
 use infer_text::Detokenizer;
 
 /// A model on the CPU, and perhaps a smaller one that guesses for it. Pages of the same number hold the same tokens in both.
@@ -14,7 +14,7 @@ impl core::Device for CpuDevice {
     fn forward(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         for model in [Some(&mut self.model), self.draft.as_mut()].into_iter().flatten() {
             for &(from, to) in &batch.copies {
-                model.copy_page(from, to).map_err(|error| error.to_string())?;
+                model.copy_page(place(from), place(to)).map_err(|error| error.to_string())?;
             }
         }
         if let Some(draft) = &mut self.draft {
@@ -28,25 +28,29 @@ impl core::Device for CpuDevice {
         compute(draft, batch, logits)
     }
 
-    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
-        self.model.export_page(page, bytes).map_err(|error| error.to_string())?;
+    fn export_page(&mut self, page: core::PageRef, bytes: &mut Vec<u8>) -> Result<(), String> {
+        self.model.export_page(place(page), bytes).map_err(|error| error.to_string())?;
         if let Some(draft) = &self.draft {
             let mut more = Vec::new();
-            draft.export_page(page, &mut more).map_err(|error| error.to_string())?;
+            draft.export_page(place(page), &mut more).map_err(|error| error.to_string())?;
             bytes.append(&mut more);
         }
         Ok(())
     }
 
-    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+    fn import_page(&mut self, page: core::PageRef, bytes: &[u8]) -> Result<(), String> {
         let (own, more) = bytes.split_at(self.model.page_bytes().min(bytes.len()));
-        self.model.import_page(page, own).map_err(|error| error.to_string())?;
+        self.model.import_page(place(page), own).map_err(|error| error.to_string())?;
         match &mut self.draft {
-            Some(draft) => draft.import_page(page, more).map_err(|error| error.to_string()),
+            Some(draft) => draft.import_page(place(page), more).map_err(|error| error.to_string()),
             None if more.is_empty() => Ok(()),
             None => Err(format!("a page takes {} bytes, got {}", own.len(), bytes.len())),
         }
     }
+}
+
+fn place(page: core::PageRef) -> KvPage {
+    KvPage { page: page.page, local: page.local }
 }
 
 fn compute(model: &mut CpuModel, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
@@ -79,6 +83,7 @@ fn borrow(sequence: &core::BatchSequence) -> BatchSequence<'_> {
         rows: sequence.rows,
         first_position: sequence.first_position,
         pages: &sequence.pages,
+        local_pages: &sequence.local_pages,
         long_context: sequence.long_context,
     }
 }

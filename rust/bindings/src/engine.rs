@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyString};
 use crate::convert::{Arg, Int, text, token_ids};
 use crate::device::CompletionText;
 use crate::error::{engine_error, guarded, refusal};
-use crate::info::{MAX_NUM_SEQS, ModelInfo};
+use crate::info::{MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, ModelInfo};
 use crate::kv::read_kv_types;
 use crate::load::{Loaded, Settings, default_threads, load, precision};
 use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
@@ -23,14 +23,14 @@ use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, fill};
 use crate::settings::{
-    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_speculation, salt, seconds, thread_count,
+    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_quantization, read_speculation, salt,
+    seconds, thread_count,
 };
 use crate::tier::{read_session, write_session};
 use crate::tokenizer::{TextModel, Tokenizer, encode};
 use crate::wait::{deadline, interruptible, wait_until};
 
 const CLOSED: &str = "this LLM is closed";
-
 /// How long closing waits for pages to be written.
 const LAST_WRITES: Duration = Duration::from_secs(10);
 
@@ -56,14 +56,14 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
-        max_num_batched_tokens=Arg::int(512), enable_prefix_caching=Arg::of(true),
-        kv_cache_dtype=None, kv_cache_memory_bytes=None, seed=Arg::int(0), mmap=Arg::of(true),
-        max_waiting=None, priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None,
-        kv_offload=None, kv_events=Arg::of(false), trace=Arg::of(false)
+        max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
+        kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), max_waiting=None,
+        priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None,
+        kv_events=Arg::of(false), trace=Arg::of(false)
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
-        seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, speculation=None, \
-        kv_offload=None, kv_events=False, trace=False)")]
+        quantization=None, seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
+        speculation=None, kv_offload=None, kv_events=False, trace=False)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -75,6 +75,7 @@ impl Engine {
         enable_prefix_caching: Arg<bool>,
         kv_cache_dtype: Option<Bound<'_, PyAny>>,
         kv_cache_memory_bytes: Option<Arg<Int>>,
+        quantization: Option<Arg<String>>,
         seed: Arg<Int>,
         mmap: Arg<bool>,
         max_waiting: Option<Arg<Int>>,
@@ -87,12 +88,14 @@ impl Engine {
     ) -> PyResult<Self> {
         guarded(|| {
             let precision = precision(&dtype.get("dtype", "a string")?)?;
+            let target = |time| seconds("step_time_target", time);
             let memory = |bytes: Arg<Int>| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
             let (speculation, draft) = speculation.map(read_speculation).transpose()?.unzip();
             let settings = Settings {
                 path: path.get("path", "a path")?,
                 precision,
                 kv_types: read_kv_types(kv_cache_dtype.as_ref(), precision)?,
+                quantization: read_quantization(quantization)?,
                 threads: threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
                 max_num_seqs: max_num_seqs.positive("max_num_seqs")?,
@@ -103,17 +106,14 @@ impl Engine {
                 mmap: mmap.flag("mmap")?,
                 max_waiting: max_waiting.map(|count| count.positive("max_waiting")).transpose()?,
                 patience: seconds("priority_patience", priority_patience)?,
-                step_time_target: step_time_target
-                    .map(|time| seconds("step_time_target", time))
-                    .transpose()?,
+                step_time_target: step_time_target.map(target).transpose()?,
                 speculation,
                 draft: draft.flatten(),
                 offload: kv_offload.map(read_offload).transpose()?,
                 cache_events: kv_events.flag("kv_events")?,
                 trace: trace.flag("trace")?,
             };
-            let loaded = interruptible(py, "infer-load", move || load(&settings))?;
-            Ok(Self::from_loaded(loaded))
+            interruptible(py, "infer-load", move || load(&settings)).map(Self::from_loaded)
         })
     }
 

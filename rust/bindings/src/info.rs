@@ -1,17 +1,16 @@
 //! What a model and a machine are.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use infer_kernels::{Isa, PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, KvTypes, ModelSpec};
+use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
 use crate::kv::read_kv_types;
 use crate::load::default_threads;
-use crate::memory::{CacheRequest, free_memory, plan_cache};
+use crate::memory::{CacheLayout, CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
 use crate::wait::interruptible;
 
@@ -25,7 +24,7 @@ pub struct ModelInfo {
     container: &'static str,
     /// Its name in Hugging Face's form.
     architecture: &'static str,
-    /// The storage type of most weight bytes.
+    /// The storage type of most weight bytes, or the way in which the weights are rounded.
     quantization: &'static str,
     /// Number of weights.
     parameters: u64,
@@ -53,19 +52,27 @@ pub struct ModelInfo {
 /// `LLM`'s default.
 pub const MAX_NUM_SEQS: usize = 64;
 
+/// `LLM`'s default.
+pub const MAX_NUM_BATCHED_TOKENS: usize = 512;
+
 /// Bytes of a page in these types, and the tokens that the default budget holds once the weights are there.
 fn cache_budget(spec: &ModelSpec, weight_bytes: u64, kv_types: &KvTypes) -> Result<(usize, usize), String> {
+    let page_bytes = kv_types.page_bytes(spec).map_err(|error| error.to_string())?;
+    let local_bytes = kv_types.local_page_bytes(spec).map_err(|error| error.to_string())?;
+    let (full, local) = CacheLayout::of(spec, None).kinds(page_bytes, local_bytes);
     let request = CacheRequest {
-        page_bytes: kv_types.page_bytes(spec).map_err(|error| error.to_string())?,
+        full,
+        local,
         page_tokens: PAGE_TOKENS,
         max_positions: spec.max_positions,
         max_num_seqs: MAX_NUM_SEQS,
+        max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
         max_model_len: None,
         memory_bytes: None,
     };
     let free = free_memory().map(|free| free.saturating_sub(weight_bytes));
     let pages = plan_cache(&request, free).map_or(0, |plan| plan.pages);
-    Ok((request.page_bytes, pages * PAGE_TOKENS))
+    Ok((page_bytes, pages * PAGE_TOKENS))
 }
 
 impl ModelInfo {
@@ -80,23 +87,17 @@ impl ModelInfo {
         checkpoint: &Checkpoint,
         text: Option<&TextModel>,
         kv_types: &KvTypes,
+        quantization: Option<&Quantization>,
     ) -> Result<Self, String> {
         let spec = &checkpoint.spec;
-        let mut bytes_of = BTreeMap::<&str, u64>::new();
-        let (mut parameters, mut weight_bytes) = (0, 0);
-        for tensor in checkpoint.tensors() {
-            let bytes = tensor.range.len() as u64;
-            *bytes_of.entry(tensor.tensor_type.name()).or_default() += bytes;
-            weight_bytes += bytes;
-            parameters += tensor.shape.iter().product::<usize>() as u64;
-        }
-        let most = bytes_of.iter().max_by_key(|(_, bytes)| **bytes);
+        let parameters = checkpoint.tensors().map(|tensor| tensor.elements() as u64).sum();
+        let weight_bytes = checkpoint.weight_bytes();
         let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes, kv_types)?;
         Ok(Self {
             path: checkpoint.path().display().to_string(),
             container: if checkpoint.is_gguf() { "gguf" } else { "safetensors" },
             architecture: spec.architecture(),
-            quantization: most.map_or("none", |(name, _)| name),
+            quantization: quantization.map_or(checkpoint.storage(), Quantization::name),
             parameters,
             weight_bytes,
             layers: spec.layers.len(),
@@ -162,7 +163,7 @@ pub fn inspect(
         interruptible(py, "infer-load", move || {
             let checkpoint = Checkpoint::open(&path, true).map_err(|error| error.to_string())?;
             let text = TextModel::of_checkpoint(&checkpoint)?;
-            ModelInfo::new(&checkpoint, text.as_ref(), &kv_types)
+            ModelInfo::new(&checkpoint, text.as_ref(), &kv_types, None)
         })
     })
 }

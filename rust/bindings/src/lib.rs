@@ -19,6 +19,7 @@ mod memory;
 mod metrics;
 mod owned;
 mod params;
+mod quantize;
 mod ready;
 mod request;
 mod settings;
@@ -43,6 +44,8 @@ mod _core {
     use crate::info::{ModelInfo, inspect, system_info};
     #[pymodule_export]
     use crate::params::SamplingParams;
+    #[pymodule_export]
+    use crate::quantize::quantize;
     #[pymodule_export]
     use crate::ready::ReadyQueue;
     #[pymodule_export]

@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infer_engine::{Driver, EngineConfig, MonotonicClock, Speculation, Tier};
+use infer_engine::{Driver, EngineConfig, LocalLayers, MonotonicClock, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions};
+use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions, Quantization};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
 use crate::device::CpuDevice;
 use crate::error::refusal;
 use crate::info::ModelInfo;
-use crate::memory::{CachePlan, CacheRequest, free_memory, plan_cache};
+use crate::memory::{CacheLayout, CachePlan, CacheRequest, free_memory, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
@@ -24,6 +24,7 @@ pub struct Settings {
     pub path: PathBuf,
     pub precision: Precision,
     pub kv_types: KvTypes,
+    pub quantization: Option<&'static Quantization>,
     pub threads: usize,
     pub max_model_len: Option<usize>,
     pub max_num_seqs: usize,
@@ -84,30 +85,41 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types)?;
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types, settings.quantization)?;
     let options = LoadOptions {
         threads: Some(settings.threads),
         precision: settings.precision,
         mmap: settings.mmap,
         kv_types: settings.kv_types.clone(),
+        quantization: settings.quantization,
     };
     let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     drop(checkpoint);
     let mut draft = settings.draft.as_deref().map(|path| load_draft(path, &options, &model)).transpose()?;
     let page_bytes = model.page_bytes() + draft.as_ref().map_or(0, CpuModel::page_bytes);
+    let layout = CacheLayout::of(model.spec(), draft.as_ref().map(CpuModel::spec));
+    let local_bytes =
+        [Some(&model), draft.as_ref()].into_iter().flatten().map(CpuModel::local_page_bytes).sum();
+    let (full, local) = layout.kinds(page_bytes, local_bytes);
     let request = CacheRequest {
-        page_bytes,
+        full,
+        local,
         page_tokens: PAGE_TOKENS,
         max_positions: model.spec().max_positions,
         max_num_seqs: settings.max_num_seqs,
+        max_num_batched_tokens: settings.max_num_batched_tokens,
         max_model_len: settings.max_model_len,
         memory_bytes: settings.kv_cache_memory_bytes,
     };
     let plan = plan_cache(&request, free_memory())?;
-    let mut config = engine_config(settings, &plan, &model, text.as_ref());
+    let mut config = engine_config(settings, &plan, layout, &model, text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
     for model in [Some(&mut model), draft.as_mut()].into_iter().flatten() {
-        model.allocate_cache(plan.pages).map_err(|error| error.to_string())?;
+        let allocated = match plan.local_pages {
+            Some(local_pages) => model.allocate_split_cache(plan.pages, local_pages),
+            None => model.allocate_cache(plan.pages),
+        };
+        allocated.map_err(|error| error.to_string())?;
     }
     let namespace = namespace(&model, draft.as_ref());
     let store =
@@ -125,9 +137,9 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
 /// Loads the model that guesses for `target`.
 fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
     let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    // Layers are numbered in the model alone: all of the draft's have the types that were wished for.
+    // Layers are numbered in the model alone: all of the draft's have the types that were wished for. It is computed as it is stored.
     let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
-    let options = LoadOptions { kv_types, ..options.clone() };
+    let options = LoadOptions { kv_types, quantization: None, ..options.clone() };
     let draft = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
     let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
     if own != wanted {
@@ -176,6 +188,7 @@ fn random_key() -> [u8; 32] {
 fn engine_config(
     settings: &Settings,
     plan: &CachePlan,
+    layout: CacheLayout,
     model: &CpuModel,
     text: Option<&TextModel>,
 ) -> EngineConfig {
@@ -195,7 +208,8 @@ fn engine_config(
         max_waiting: settings.max_waiting,
         patience: settings.patience,
         step_time_target: settings.step_time_target,
-        window: spec.page_window(),
+        window: layout.window,
+        local: layout.local.zip(plan.local_pages).map(|(window, pages)| LocalLayers { window, pages }),
         speculation: settings.speculation.clone(),
         digest_key: [0; 32],
         cache_events: settings.cache_events,

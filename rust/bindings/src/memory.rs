@@ -6,15 +6,59 @@
 
 use std::fs;
 
+use infer_model::ModelSpec;
+
 /// The default cache's size unless one sequence needs more.
 const USUAL_BYTES: u64 = 1 << 30;
 
+/// Pages of some of the layers.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PageKind {
+    /// Bytes of a page in these layers together.
+    pub bytes: usize,
+    /// Positions that they see at most.
+    pub window: Option<usize>,
+}
+
+/// What the layers of a model, and of the one that guesses for it, see.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheLayout {
+    /// The widest window, if every layer of both has one.
+    pub window: Option<usize>,
+    /// The widest window of those that have one, if the model has others as well: these lie in pages of their own.
+    pub local: Option<usize>,
+}
+
+impl CacheLayout {
+    /// Both models' pages have the same numbers, so what one of them still sees is there for both.
+    pub fn of(spec: &ModelSpec, draft: Option<&ModelSpec>) -> Self {
+        let widest =
+            |draft: &ModelSpec, window: usize| draft.layer_window().map_or(window, |own| own.max(window));
+        let window = match draft {
+            Some(draft) => spec.page_window().zip(draft.page_window()).map(|(own, other)| own.max(other)),
+            None => spec.page_window(),
+        };
+        let local = spec.local_window().map(|window| draft.map_or(window, |draft| widest(draft, window)));
+        Self { window, local }
+    }
+
+    /// The kinds of pages, when a page takes so many bytes in all layers and so many in those with a window.
+    pub fn kinds(self, page_bytes: usize, local_bytes: usize) -> (PageKind, Option<PageKind>) {
+        let local = self.local.map(|window| PageKind { bytes: local_bytes, window: Some(window) });
+        (PageKind { bytes: page_bytes - local.map_or(0, |local| local.bytes), window: self.window }, local)
+    }
+}
+
 /// Sizes that were asked for, and what the model needs.
 pub struct CacheRequest {
-    pub page_bytes: usize,
+    /// Pages of the layers that see everything; of all layers, if these are all that there are.
+    pub full: PageKind,
+    /// Pages of the layers that see only a window, where others see everything.
+    pub local: Option<PageKind>,
     pub page_tokens: usize,
     pub max_positions: usize,
     pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
     pub max_model_len: Option<usize>,
     pub memory_bytes: Option<u64>,
 }
@@ -23,19 +67,70 @@ pub struct CacheRequest {
 #[derive(Debug, PartialEq, Eq)]
 pub struct CachePlan {
     pub pages: usize,
+    /// Pages of the layers that see only a window, where others see everything.
+    pub local_pages: Option<usize>,
     pub max_model_len: usize,
 }
 
 /// Slots are numbered in 32 bits.
 const MAX_PAGES: u64 = 1 << 28;
 
+/// Beyond what one sequence of full length needs, the pages of both kinds are in proportion for sequences of this part of the full length.
+const USUAL_PART: usize = 4;
+
+impl CacheRequest {
+    /// Pages that a sequence of so many tokens holds at most in layers of one kind.
+    fn most(&self, kind: PageKind, tokens: usize) -> u64 {
+        let pages_for = |tokens: usize| tokens.div_ceil(self.page_tokens) as u64;
+        // As the engine counts: one page more than the window and a step span, and another kept for a prompt that begins alike.
+        let spanned = |window: usize| pages_for(window.saturating_add(self.max_num_batched_tokens)) + 2;
+        pages_for(tokens).min(kind.window.map_or(u64::MAX, spanned))
+    }
+
+    fn kinds(&self) -> impl Iterator<Item = PageKind> {
+        [Some(self.full), self.local].into_iter().flatten()
+    }
+
+    /// Bytes of what a sequence of so many tokens holds at most.
+    fn bytes(&self, tokens: usize) -> u64 {
+        let bytes = |kind: PageKind| self.most(kind, tokens).saturating_mul(kind.bytes as u64);
+        self.kinds().map(bytes).fold(0, u64::saturating_add)
+    }
+
+    /// The longest sequence, of at most `longest` tokens, that fits into so many bytes.
+    fn longest_within(&self, bytes: u64, longest: usize) -> usize {
+        let fits = |tokens: usize| self.bytes(tokens) <= bytes;
+        if fits(longest) {
+            return longest;
+        }
+        let (mut least, mut most) = (0, longest.div_ceil(self.page_tokens));
+        while least + 1 < most {
+            let middle = least + (most - least) / 2;
+            if fits(middle * self.page_tokens) { least = middle } else { most = middle }
+        }
+        least * self.page_tokens
+    }
+
+    /// Pages of each kind in `bytes`, among them those of one sequence of `longest` tokens.
+    fn split(&self, bytes: u64, longest: usize) -> (u64, Option<u64>) {
+        let left = bytes.saturating_sub(self.bytes(longest));
+        let usual = (longest / USUAL_PART).max(1);
+        let part = |kind: PageKind| self.most(kind, usual) as f64;
+        let step: f64 = self.kinds().map(|kind| part(kind) * kind.bytes.max(1) as f64).sum();
+        let more = left as f64 / step;
+        let pages = |kind: PageKind| {
+            let pages = self.most(kind, longest) + (more * part(kind)) as u64;
+            pages.min(MAX_PAGES)
+        };
+        (pages(self.full), self.local.map(pages))
+    }
+}
+
 /// Settles pages and the longest sequence. `free` is the machine's free memory in bytes, if known.
 ///
 /// # Errors
 /// Names the argument that cannot be met and what would be possible.
 pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan, String> {
-    let page_bytes = request.page_bytes.max(1) as u64;
-    let pages_for = |tokens: usize| tokens.div_ceil(request.page_tokens) as u64;
     let longest = request.max_model_len.unwrap_or(request.max_positions);
     if longest > request.max_positions {
         return Err(format!(
@@ -43,36 +138,35 @@ pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan
             request.max_positions
         ));
     }
-    let wanted = pages_for(longest).saturating_mul(request.max_num_seqs as u64);
-    let pages = match request.memory_bytes {
-        Some(bytes) => bytes / page_bytes,
-        None => {
-            let one = pages_for(longest).saturating_mul(page_bytes);
-            let half = free.map_or(u64::MAX, |free| free / 2);
-            wanted.min(USUAL_BYTES.max(one).min(half) / page_bytes)
-        }
-    };
-    let pages = pages.min(MAX_PAGES) as usize;
-    let room = pages.saturating_mul(request.page_tokens);
+    let one = request.bytes(longest);
+    let bytes = request.memory_bytes.unwrap_or_else(|| {
+        let wanted = one.saturating_mul(request.max_num_seqs as u64);
+        wanted.min(USUAL_BYTES.max(one)).min(free.map_or(u64::MAX, |free| free / 2))
+    });
+    let room = request.longest_within(bytes, longest);
     if room == 0 {
         let source = match request.memory_bytes {
             Some(bytes) => format!("kv_cache_memory_bytes = {bytes}"),
             None => format!("half of the free memory ({} bytes)", free.unwrap_or(0) / 2),
         };
         return Err(format!(
-            "{source} holds not even one page of {} tokens, which takes {page_bytes} bytes",
-            request.page_tokens
+            "{source} holds not even one page of {} tokens, which takes {} bytes",
+            request.page_tokens,
+            request.bytes(1)
         ));
     }
     if request.max_model_len.is_some() && room < longest {
         return Err(format!(
-            "max_model_len = {longest} does not fit: the key-value cache holds {room} tokens in {} bytes; lower max_model_len or \
-             raise kv_cache_memory_bytes to {}",
-            pages as u64 * page_bytes,
-            pages_for(longest) * page_bytes
+            "max_model_len = {longest} does not fit: the key-value cache holds {room} tokens in {bytes} bytes; lower max_model_len or \
+             raise kv_cache_memory_bytes to {one}"
         ));
     }
-    Ok(CachePlan { pages, max_model_len: longest.min(room) })
+    let (pages, local_pages) = request.split(bytes, room);
+    Ok(CachePlan {
+        pages: pages as usize,
+        local_pages: local_pages.map(|pages| pages as usize),
+        max_model_len: room,
+    })
 }
 
 /// Memory that can be taken without swapping, within the process's cgroup; none where the system does not say.

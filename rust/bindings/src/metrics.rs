@@ -41,6 +41,9 @@ pub fn engine_metrics<'py>(
         ("pages_total", metrics.pages_total),
         ("pages_free", metrics.pages_free),
         ("pages_evictable", metrics.pages_evictable),
+        ("local_pages_total", metrics.local_pages_total),
+        ("local_pages_free", metrics.local_pages_free),
+        ("local_pages_evictable", metrics.local_pages_evictable),
     ] {
         dict.set_item(name, value)?;
     }

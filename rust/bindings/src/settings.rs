@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use infer_engine::Speculation;
+use infer_model::Quantization;
 use pyo3::prelude::*;
 
 use crate::convert::{Arg, Int};
@@ -34,6 +35,13 @@ pub fn seconds(name: &str, value: Arg<f64>) -> PyResult<Duration> {
     let value = value.number(name)?;
     let span = Duration::try_from_secs_f64(value).ok().filter(|span| !span.is_zero());
     span.ok_or_else(|| refusal(format!("{name} must be a number of seconds greater than 0, got {value}")))
+}
+
+/// How weights are rounded.
+pub fn read_quantization(value: Option<Arg<String>>) -> PyResult<Option<&'static Quantization>> {
+    let Some(name) = value else { return Ok(None) };
+    let name = name.get("quantization", "None or a string")?;
+    Quantization::from_name(&name).map(Some).map_err(refusal)
 }
 
 /// A tenant's salt.

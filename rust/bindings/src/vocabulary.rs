@@ -1,4 +1,4 @@
-//! GGUF metadata to the text room's vocabulary.
+//! GGUF metadata to the text room's vocabulary, and back.
 
 use infer_formats::{Array, FormatError, Metadata, Value};
 use infer_text::GgufVocabulary;
@@ -45,6 +45,40 @@ fn read(metadata: &Metadata) -> Result<Option<GgufVocabulary>, FormatError> {
         chat_template: metadata.str("tokenizer.chat_template")?.map(str::to_owned),
         huggingface_json,
     }))
+}
+
+/// A vocabulary as metadata. That of a model without a tokenizer tells llama.cpp so.
+pub fn to_metadata(vocabulary: GgufVocabulary) -> Vec<(String, Value)> {
+    let model = if vocabulary.model.is_empty() { "none".to_owned() } else { vocabulary.model };
+    let mut metadata = vec![("tokenizer.ggml.model".to_owned(), Value::String(model))];
+    let mut add = |name: &str, value: Option<Value>| {
+        metadata.extend(value.map(|value| (format!("tokenizer.{name}"), value)));
+    };
+    let strings = |list: Vec<String>| (!list.is_empty()).then_some(Value::Array(Array::String(list)));
+    add("ggml.pre", vocabulary.pre.map(Value::String));
+    add("ggml.tokens", strings(vocabulary.tokens));
+    let scores = vocabulary.scores;
+    add("ggml.scores", (!scores.is_empty()).then_some(Value::Array(Array::F32(scores))));
+    let types = vocabulary.token_type;
+    add("ggml.token_type", (!types.is_empty()).then_some(Value::Array(Array::I32(types))));
+    add("ggml.merges", strings(vocabulary.merges));
+    let turns = ["ggml.eot_token_id", "ggml.eom_token_id"].into_iter().zip(vocabulary.end_of_turn_ids);
+    let ids = [
+        ("ggml.bos_token_id", vocabulary.bos_token_id),
+        ("ggml.eos_token_id", vocabulary.eos_token_id),
+        ("ggml.unknown_token_id", vocabulary.unknown_token_id),
+        ("ggml.padding_token_id", vocabulary.padding_token_id),
+    ];
+    for (name, id) in ids.into_iter().chain(turns.map(|(name, id)| (name, Some(id)))) {
+        add(name, id.map(Value::U32));
+    }
+    add("ggml.add_bos_token", vocabulary.add_bos_token.map(Value::Bool));
+    add("ggml.add_eos_token", vocabulary.add_eos_token.map(Value::Bool));
+    add("ggml.add_space_prefix", vocabulary.add_space_prefix.map(Value::Bool));
+    add("ggml.remove_extra_whitespaces", vocabulary.remove_extra_whitespaces.map(Value::Bool));
+    add("chat_template", vocabulary.chat_template.map(Value::String));
+    add("huggingface.json", vocabulary.huggingface_json.map(Value::String));
+    metadata
 }
 
 /// Byte arrays are written signed by some and unsigned by others.

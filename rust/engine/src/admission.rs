@@ -8,23 +8,50 @@
 
 use std::time::Duration;
 
-use crate::cache::{NO_PAGE, Tail};
+use crate::cache::Tail;
 use crate::core::Core;
 use crate::journal::TraceKind;
+use crate::pages::PagePool;
 use crate::planted::{Bug, planted};
 use crate::scheduler::Plan;
 use crate::sequence::{Rank, Sequence, SequenceId};
+use crate::tables::{NO_PAGE, PageRef, PageTables};
 use crate::tier::Wanted;
 
 /// What is there of a sequence's beginning.
 pub(crate) struct Beginning {
     /// Shared pages, retained.
-    pub pages: Vec<u32>,
+    pub tables: PageTables,
     pub tail: Tail,
     /// Pages to fetch after those.
     pub wanted: Vec<Wanted>,
     /// Or a page to copy, retained, and how many of its tokens are alike.
-    pub source: Option<(u32, usize)>,
+    pub source: Option<(PageRef, usize)>,
+}
+
+/// Pages in the layers that see everything, and in those that see only a window.
+#[derive(Debug, Clone, Copy, Default)]
+struct Need {
+    pages: usize,
+    locals: usize,
+}
+
+impl Need {
+    fn plus(self, other: Self) -> Self {
+        Self { pages: self.pages + other.pages, locals: self.locals + other.locals }
+    }
+
+    fn without(self, other: Self) -> Self {
+        Self {
+            pages: self.pages.saturating_sub(other.pages),
+            locals: self.locals.saturating_sub(other.locals),
+        }
+    }
+}
+
+/// Entries of a page table that are pages.
+fn held(table: &[u32]) -> usize {
+    table.iter().filter(|&&page| page != NO_PAGE).count()
 }
 
 impl Core {
@@ -50,32 +77,54 @@ impl Core {
         let own = self.requests[&id.request].options.priority;
         let lower = |rank: &&Rank| rank.priority > own;
         let latest = self.running.last().filter(|rank| lower(rank))?;
-        let alone = |page: &&u32| **page != NO_PAGE && self.cache.pool.references(**page) == 1;
-        let freed: usize = (self.running.iter().filter(lower))
-            .map(|rank| self.sequences[&rank.id].pages.iter().filter(alone).count())
-            .sum();
-        let owed: usize = (self.running.iter().filter(|rank| !lower(rank)))
-            .map(|rank| self.pages_owed(&self.sequences[&rank.id]))
-            .sum();
-        let needed = self.config.most_pages(sequence.tokens.len());
-        (needed + owed <= self.cache.pool.available() + freed).then_some(latest.id)
+        let freed = (self.running.iter().filter(lower))
+            .map(|rank| self.held_alone(&self.sequences[&rank.id]))
+            .fold(Need::default(), Need::plus);
+        let owed = self.owed(self.running.iter().filter(|rank| !lower(rank)));
+        let needed = self.most(sequence);
+        self.fits(needed.plus(owed).without(freed)).then_some(latest.id)
+    }
+
+    /// Pages that nobody else holds.
+    fn held_alone(&self, sequence: &Sequence) -> Need {
+        let alone = |pool: &PagePool, page: u32| usize::from(page != NO_PAGE && pool.references(page) == 1);
+        let pages = sequence.tables.pages.iter().map(|&page| alone(&self.cache.pool, page)).sum();
+        let pool = self.cache.local.as_ref().map(|local| &local.pool);
+        let locals = sequence.tables.locals.iter().zip(pool.iter().cycle());
+        Need { pages, locals: locals.map(|(&page, pool)| alone(pool, page)).sum() }
+    }
+
+    /// What a sequence holds at most for the tokens that it has.
+    fn most(&self, sequence: &Sequence) -> Need {
+        let tokens = sequence.tokens.len();
+        Need { pages: self.config.most_pages(tokens), locals: self.config.most_local_pages(tokens) }
+    }
+
+    fn fits(&self, need: Need) -> bool {
+        need.pages <= self.cache.pool.available() && need.locals <= self.cache.available_local()
+    }
+
+    fn owed<'a>(&self, ranks: impl Iterator<Item = &'a Rank>) -> Need {
+        ranks.map(|rank| self.pages_owed(&self.sequences[&rank.id])).fold(Need::default(), Need::plus)
     }
 
     fn try_admit(&mut self, id: SequenceId, claim: i32, now: Duration) -> bool {
         if self.running.len() >= self.config.max_num_seqs && !planted(Bug::MaxNumSeqsIsIgnored) {
             return false;
         }
-        let owed: usize = self.running.iter().map(|rank| self.pages_owed(&self.sequences[&rank.id])).sum();
+        let owed = self.owed(self.running.iter());
         let mut beginning = self.find_beginning(id);
-        let needed =
-            self.config.most_pages(self.sequences[&id].tokens.len()).saturating_sub(beginning.pages.len());
-        let copies = usize::from(beginning.source.is_some());
-        if needed.max(copies) + owed > self.cache.pool.available() {
-            // Without the page to copy it may fit.
-            self.cache.release(beginning.source.take().map_or(NO_PAGE, |(page, _)| page));
+        let there = Need { pages: beginning.tables.len(), locals: held(&beginning.tables.locals) };
+        let needed = self.most(&self.sequences[&id]).without(there);
+        if !self.fits(self.at_first(&beginning, needed).plus(owed)) {
+            // Without the page to copy, or those to fetch, it may fit.
+            if let Some((page, _)) = beginning.source.take() {
+                self.cache.release_ref(page);
+            }
+            beginning.wanted.clear();
         }
-        if needed + owed > self.cache.pool.available() {
-            self.cache.release_all(&mut beginning.pages);
+        if !self.fits(needed.plus(owed)) {
+            self.cache.release_after(0, &mut beginning.tables);
             return false;
         }
         let user = self.user(id.request);
@@ -88,33 +137,39 @@ impl Core {
         true
     }
 
+    /// Pages to allocate at once for what a beginning copies or fetches, or `needed` for all of its tokens, whichever is more. The window
+    /// before what is fetched is held until that has come.
+    fn at_first(&self, beginning: &Beginning, needed: Need) -> Need {
+        let copies = usize::from(beginning.source.is_some());
+        let fetched = self.cache.locals_to_restore(beginning.tables.len(), beginning.wanted.len());
+        Need { pages: needed.pages.max(copies), locals: needed.locals.max(copies).max(fetched) }
+    }
+
     /// Looks for a sequence's first tokens in memory and in the tier.
     fn find_beginning(&mut self, id: SequenceId) -> Beginning {
         let limit = self.reusable_tokens(id);
         let page_tokens = self.config.page_tokens;
         let sequence = &self.sequences[&id];
-        let (pages, tail) = self.cache.take_prefix(&sequence.domain, &sequence.tokens, limit);
-        let first = pages.len() * page_tokens;
+        let (tables, tail) = self.cache.take_prefix(&sequence.domain, &sequence.tokens, limit);
+        let first = tables.len() * page_tokens;
         let mut wanted = self.cache.in_tier(&tail, &sequence.tokens, first, limit);
         if !wanted.is_empty() && !self.costs.worth_restoring(page_tokens) {
             wanted.clear();
         }
         // A window may leave fewer pages to a sequence than its beginning has.
-        wanted.truncate(self.config.most_pages(sequence.tokens.len()).saturating_sub(pages.len()));
+        wanted.truncate(self.config.most_pages(sequence.tokens.len()).saturating_sub(tables.len()));
         let mut source = None;
         if wanted.is_empty() && first < limit {
             let tokens = sequence.tokens.range(first, limit.min(first + page_tokens));
-            let found = [
-                self.sibling_page(id, &tail, first, &tokens),
-                self.cache.index.longest_match(&tail.parent, &tokens),
-            ];
+            let found =
+                [self.sibling_page(id, &tail, first, &tokens), self.cache.longest_match(&tail, &tokens)];
             source = found.into_iter().flatten().max_by_key(|&(_, alike)| alike);
-            source.iter().for_each(|&(page, _)| self.cache.pool.retain(page));
+            source.iter().for_each(|&(page, _)| self.cache.retain(page));
             if let Some((_, alike)) = source.as_mut().filter(|_| planted(Bug::CopyReachesTooFar)) {
                 *alike = (*alike + 1).min(tokens.len());
             }
         }
-        Beginning { pages, tail, wanted, source }
+        Beginning { tables, tail, wanted, source }
     }
 
     /// The page that the request's first completion is writing after `tail`, if it holds tokens from `first` on, and how many of
@@ -125,7 +180,7 @@ impl Core {
         tail: &Tail,
         first: usize,
         tokens: &[u32],
-    ) -> Option<(u32, usize)> {
+    ) -> Option<(PageRef, usize)> {
         let sibling = self.sequences.get(&SequenceId { index: 0, ..id }).filter(|_| id.index > 0)?;
         // Completions part ways: a page may begin alike and continue something else.
         let continues = sibling.tail == *tail || planted(Bug::SiblingIsTakenForTwin);
@@ -137,7 +192,7 @@ impl Core {
         }
         let own = sibling.tokens.range(first, sibling.computed);
         let alike = own.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        (alike > 0).then(|| (sibling.pages[place], alike))
+        (alike > 0).then(|| (sibling.tables.at(place), alike))
     }
 
     /// Leading tokens that may come from the prefix cache: not the last, whose logits choose the next token, nor prompt rows whose
@@ -150,10 +205,11 @@ impl Core {
     }
 
     /// Pages that a sequence needs for the tokens it has, beyond those it holds.
-    fn pages_owed(&self, sequence: &Sequence) -> usize {
-        let held = sequence.pages.iter().filter(|&&page| page != NO_PAGE).count();
-        let missing = self.config.pages_for(sequence.tokens.len()).saturating_sub(sequence.pages.len());
-        missing.min(self.config.most_pages(sequence.tokens.len()).saturating_sub(held))
+    fn pages_owed(&self, sequence: &Sequence) -> Need {
+        let missing = self.config.pages_for(sequence.tokens.len()).saturating_sub(sequence.tables.len());
+        let there = Need { pages: held(&sequence.tables.pages), locals: held(&sequence.tables.locals) };
+        let most = self.most(sequence).without(there);
+        Need { pages: missing.min(most.pages), locals: missing.min(most.locals) }
     }
 
     fn record_admission(&mut self, id: SequenceId, now: Duration) {

@@ -5,12 +5,13 @@ use crate::planted::{Bug, planted};
 use crate::request::RequestKind;
 use crate::scheduler::Plan;
 use crate::sequence::SequenceId;
+use crate::tables::PageRef;
 
 /// One step's work.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Pages to copy, (from, to), one after the other and before anything is computed.
-    pub copies: Vec<(u32, u32)>,
+    pub copies: Vec<(PageRef, PageRef)>,
     /// The rows' tokens: (rows).
     pub tokens: Vec<u32>,
     /// The rows' sequences, one after the other.
@@ -30,6 +31,9 @@ pub struct BatchSequence {
     pub first_position: usize,
     /// Its page table, enough for all its positions. Pages wholly before every layer's window may be `u32::MAX`: none.
     pub pages: Vec<u32>,
+    /// The same for the layers that see only a window, where others see everything: as long, with `u32::MAX` for pages wholly before the
+    /// window. Empty where there are no such layers.
+    pub local_pages: Vec<u32>,
     /// Use the long-context variant of the position encoding.
     pub long_context: bool,
     /// Leading rows that a draft model has computed already, in [`crate::Device::draft`].
@@ -80,9 +84,10 @@ impl Core {
             if generates && real == sequence.remaining() { 1 + sequence.drafts.len() } else { 0 };
         let copy = sequence.copy_from.take();
         if let Some(from) = copy {
-            let to = sequence.pages[computed / self.config.page_tokens];
+            let mut to = sequence.tables.at(computed / self.config.page_tokens);
+            to.local = to.local.filter(|_| !planted(Bug::LocalPageIsNotCopied));
             batch.copies.extend((!planted(Bug::CopyIsForgotten)).then_some((from, to)));
-            self.cache.release(from);
+            self.cache.release_ref(from);
         }
         let first_wanted = first_row + sequence.delivered.max(computed) - computed;
         let end = first_row + rows;
@@ -94,7 +99,8 @@ impl Core {
             first_row,
             rows,
             first_position: computed + usize::from(planted(Bug::PositionIsOffByOne) && rows > 1),
-            pages: sequence.pages.clone(),
+            pages: sequence.tables.pages.clone(),
+            local_pages: sequence.tables.locals.clone(),
             long_context: sequence.domain.long_context,
             // The draft model was fed the last token and all of its guesses but the last one.
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },

@@ -7,6 +7,15 @@ use crate::error::EngineError;
 use crate::planted::{Bug, planted};
 use crate::speculative::Speculation;
 
+/// Layers that see only the last positions, beside others that see all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalLayers {
+    /// Positions that the widest of them sees.
+    pub window: usize,
+    /// Pages for their keys and values.
+    pub pages: usize,
+}
+
 /// Fixed sizes of an engine; checked once by [`EngineConfig::validate`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -42,6 +51,8 @@ pub struct EngineConfig {
     pub step_time_target: Option<Duration>,
     /// If every layer sees only so many last positions: pages wholly before that are given up.
     pub window: Option<usize>,
+    /// If only some layers do: these have pages of their own.
+    pub local: Option<LocalLayers>,
     /// How tokens are guessed ahead.
     pub speculation: Option<Speculation>,
     /// Keys the digests of pages. Secret: who knows it can tell from a digest what was asked.
@@ -95,10 +106,29 @@ impl EngineConfig {
                 self.pages, self.page_tokens, self.max_model_len
             )));
         }
-        if self.window == Some(0) {
+        self.validate_windows()?;
+        self.speculation.as_ref().map_or(Ok(()), Speculation::validate)
+    }
+
+    fn validate_windows(&self) -> Result<(), EngineError> {
+        let windows = [self.window, self.local.map(|local| local.window)];
+        if windows.contains(&Some(0)) {
             return Err(EngineError::Config("window must be at least 1 position, or none; got 0".to_owned()));
         }
-        self.speculation.as_ref().map_or(Ok(()), Speculation::validate)
+        let Some(local) = self.local else { return Ok(()) };
+        if self.window.is_some() {
+            return Err(EngineError::Config(
+                "window is for models all of whose layers have one, and local for others".to_owned(),
+            ));
+        }
+        if local.pages >= u32::MAX as usize || self.most_local_pages(self.max_model_len) > local.pages {
+            return Err(EngineError::Config(format!(
+                "{} pages of {} tokens for the layers with a window of {} positions cannot hold one sequence of max_model_len = {} that is \
+                 computed {} tokens at a time; give the cache more memory, or lower max_model_len or max_num_batched_tokens",
+                local.pages, self.page_tokens, local.window, self.max_model_len, self.max_num_batched_tokens
+            )));
+        }
+        Ok(())
     }
 
     /// Refuses a request when as many wait as may.
@@ -115,12 +145,22 @@ impl EngineConfig {
 
     /// The most pages that a sequence of `tokens` tokens holds at once: all of them, or what its window and one step span.
     pub(crate) fn most_pages(&self, tokens: usize) -> usize {
+        self.spanned(self.window, 1, tokens)
+    }
+
+    /// The same in the layers that see only a window, where others see everything; 0 without such layers.
+    pub(crate) fn most_local_pages(&self, tokens: usize) -> usize {
+        // One more is kept for a prompt that begins with the same tokens.
+        self.local.map_or(0, |local| self.spanned(Some(local.window), 2, tokens))
+    }
+
+    fn spanned(&self, window: Option<usize>, more: usize, tokens: usize) -> usize {
         let all = self.pages_for(tokens);
         // The window begins anywhere in its first page, and so does the step's last page end.
         let spanned = |window: usize| {
-            self.pages_for(window.saturating_add(self.max_num_batched_tokens)).saturating_add(1)
+            self.pages_for(window.saturating_add(self.max_num_batched_tokens)).saturating_add(more)
         };
-        self.window.map_or(all, |window| all.min(spanned(window)))
+        window.map_or(all, |window| all.min(spanned(window)))
     }
 
     /// Pages that hold `tokens` tokens.

@@ -12,6 +12,7 @@ use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::journal::{CacheEvent, TraceEvent, TraceKind};
 use crate::metrics::{EngineMetrics, RequestMetrics};
+use crate::pages::PagePool;
 use crate::planted::{Bug, planted};
 use crate::prefix::Domain;
 use crate::queue::{Fairness, User, WaitingQueue};
@@ -20,6 +21,7 @@ use crate::request::{Request, RequestId, RequestKind, Submission};
 use crate::sampler::{Sampler, TokenHistory};
 use crate::sequence::{Rank, Sequence, SequenceId, Tokens};
 use crate::speculative::DraftRound;
+use crate::tables::PageTables;
 use crate::tier::{Fetch, Tier};
 
 /// The engine without a thread, a device or a clock.
@@ -207,12 +209,18 @@ impl Core {
     /// Counters and gauges.
     #[must_use]
     pub fn metrics(&self) -> EngineMetrics {
+        let local = |count: fn(&PagePool) -> usize| {
+            self.cache.local.as_ref().map_or(0, |local| count(&local.pool) as u64)
+        };
         EngineMetrics {
             running: self.running.len() as u64,
             waiting: self.waiting.len() as u64,
             pages_total: self.cache.pool.total() as u64,
             pages_free: self.cache.pool.free() as u64,
             pages_evictable: self.cache.pool.evictable() as u64,
+            local_pages_total: local(PagePool::total),
+            local_pages_free: local(PagePool::free),
+            local_pages_evictable: local(PagePool::evictable),
             ..self.counters.clone()
         }
     }
@@ -246,7 +254,7 @@ impl Core {
             preemptions: 0,
             tokens: Tokens { prompt: Arc::clone(&request.prompt), output: Vec::new() },
             computed: 0,
-            pages: Vec::new(),
+            tables: PageTables::default(),
             sealed: 0,
             tail: self.cache.root(&domain),
             domain,

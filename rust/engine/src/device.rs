@@ -1,6 +1,7 @@
 //! What computes batches: any backend.
 
 use crate::batch::Batch;
+use crate::tables::PageRef;
 
 /// A backend with its model and its pages.
 pub trait Device: Send {
@@ -21,20 +22,21 @@ pub trait Device: Send {
         Err("this device has no draft model".to_owned())
     }
 
-    /// Replaces `bytes` with a page's contents, the draft model's included.
+    /// Replaces `bytes` with a page's contents, the draft model's included: always as many, undefined for the layers whose page
+    /// is not there.
     ///
     /// # Errors
     /// Why the page cannot be read; it is then not kept.
-    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+    fn export_page(&mut self, page: PageRef, bytes: &mut Vec<u8>) -> Result<(), String> {
         let _ = (page, bytes);
         Err("this device cannot read pages out".to_owned())
     }
 
-    /// Fills a page with what [`Device::export_page`] gave.
+    /// Fills a page with what [`Device::export_page`] gave, but for the layers whose page is not there.
     ///
     /// # Errors
     /// Why the bytes are no page; the page's contents are then undefined, and computed again.
-    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+    fn import_page(&mut self, page: PageRef, bytes: &[u8]) -> Result<(), String> {
         let _ = (page, bytes);
         Err("this device cannot fill pages".to_owned())
     }

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::batch::Scheduled;
-use crate::cache::NO_PAGE;
 use crate::core::Core;
+use crate::pages::PagePool;
 use crate::prefix::Parent;
 use crate::sequence::Sequence;
+use crate::tables::NO_PAGE;
 
 impl Core {
     /// Panics with a sentence when an invariant is broken, if the configuration asks for it.
@@ -24,12 +25,23 @@ impl Core {
 
     /// Free + evictable + referenced = total, and every reference is an entry of a page table.
     fn check_pages(&self) {
-        let pool = &self.cache.pool;
-        let mut holders = BTreeMap::<u32, u32>::new();
-        fn held(sequence: &Sequence) -> impl Iterator<Item = &u32> {
-            sequence.pages.iter().filter(|&&page| page != NO_PAGE).chain(&sequence.copy_from)
+        let held = |sequence: &Sequence| {
+            let copied = sequence.copy_from.map(|page| page.page);
+            sequence.tables.pages.iter().copied().chain(copied).collect::<Vec<_>>()
+        };
+        self.check_pool(&self.cache.pool, held);
+        let held = |sequence: &Sequence| {
+            let copied = sequence.copy_from.and_then(|page| page.local);
+            sequence.tables.locals.iter().copied().chain(copied).collect::<Vec<_>>()
+        };
+        if let Some(local) = &self.cache.local {
+            self.check_pool(&local.pool, held);
         }
-        for &page in self.sequences.values().flat_map(held) {
+    }
+
+    fn check_pool(&self, pool: &PagePool, held: impl Fn(&Sequence) -> Vec<u32>) {
+        let mut holders = BTreeMap::<u32, u32>::new();
+        for page in self.sequences.values().flat_map(held).filter(|&page| page != NO_PAGE) {
             *holders.entry(page).or_default() += 1;
         }
         for page in 0..pool.total() as u32 {
@@ -63,6 +75,23 @@ impl Core {
             );
         }
         assert_eq!(named, self.cache.index.len(), "one name per page");
+        self.check_local_names();
+    }
+
+    /// Local pages are cached exactly if they belong to a named page.
+    fn check_local_names(&self) {
+        let Some(local) = &self.cache.local else { return };
+        for page in 0..local.pool.total() as u32 {
+            let owner = local.owner(page);
+            assert_eq!(
+                owner.is_some(),
+                local.pool.is_cached(page),
+                "local page {page} has an owner if cached"
+            );
+            let Some(owner) = owner else { continue };
+            assert_eq!(local.at(owner), Some(page), "page {owner} knows its local page");
+            assert!(self.cache.pool.is_cached(owner), "page {owner} has a local page and a name");
+        }
     }
 
     fn check_sequence(&self, sequence: &Sequence) {
@@ -70,13 +99,16 @@ impl Core {
         let running = self.running.contains(&sequence.rank());
         let waiting = self.waiting.contains(sequence, &self.requests[&id.request].options.user);
         assert!(running != waiting, "{id:?} is in exactly one queue");
-        assert!(running || sequence.pages.is_empty(), "{id:?} waits without pages");
+        assert!(running || sequence.tables.is_empty(), "{id:?} waits without pages");
         let waits = sequence.restoring.is_some() || sequence.copy_from.is_some();
         assert!(running || !waits, "{id:?} waits for nothing else");
         assert!(sequence.computed < sequence.tokens.len() || sequence.computed == 0, "{id:?} has work left");
-        assert!(sequence.pages.len() >= self.config.pages_for(sequence.computed), "{id:?} holds its past");
+        assert!(sequence.tables.len() >= self.config.pages_for(sequence.computed), "{id:?} holds its past");
+        let locals = if self.config.local.is_some() { sequence.tables.len() } else { 0 };
+        assert_eq!(sequence.tables.locals.len(), locals, "{id:?} has tables of one length");
         assert!(sequence.tokens.len() <= self.config.max_model_len, "{id:?} keeps to max_model_len");
         self.check_chain(sequence);
+        self.check_locals(sequence);
     }
 
     /// The pages it still sees are there, and those that are named hold its own prefix, in its own domain.
@@ -84,7 +116,7 @@ impl Core {
         let (id, page_tokens) = (sequence.id, self.config.page_tokens);
         let visible = self.config.window.map_or(0, |window| (sequence.computed + 1).saturating_sub(window));
         let mut parent = Some(Parent::Root(sequence.domain.clone()));
-        for (place, &page) in sequence.pages.iter().enumerate() {
+        for (place, &page) in sequence.tables.pages.iter().enumerate() {
             assert!(
                 page != NO_PAGE || (place + 1) * page_tokens <= visible,
                 "{id:?} holds what it still sees"
@@ -102,6 +134,22 @@ impl Core {
                 "page {place} of {id:?} continues the one before"
             );
             parent = Some(Parent::Node(node.id));
+        }
+    }
+
+    /// The local pages it still sees are there, and those of named pages are the ones that are found there.
+    fn check_locals(&self, sequence: &Sequence) {
+        let Some(local) = &self.cache.local else { return };
+        let id = sequence.id;
+        // While pages are fetched the window may lie in them; what the sequence then falls back to is checked afterwards.
+        let seen =
+            if sequence.restoring.is_some() { usize::MAX } else { local.first_seen(sequence.computed) };
+        for (place, &page) in sequence.tables.locals.iter().enumerate() {
+            assert!(page != NO_PAGE || place < seen, "{id:?} holds the local pages that it still sees");
+            if page != NO_PAGE && place < sequence.sealed {
+                let owner = sequence.tables.pages[place];
+                assert_eq!(local.at(owner), Some(page), "local page {place} of {id:?} belongs to its page");
+            }
         }
     }
 
@@ -134,28 +182,29 @@ impl Core {
             let Some(sequence) = self.sequences.get(&work.id) else { continue };
             let first = sequence.computed / self.config.page_tokens;
             let end = self.config.pages_for(sequence.computed + work.rows);
-            for &page in &sequence.pages[first..end] {
-                let copies = self.sequences.values().filter(|other| other.copy_from == Some(page)).count();
-                assert_eq!(
-                    self.cache.pool.references(page) as usize - copies,
-                    1,
-                    "written page {page} of {:?} has one owner",
-                    work.id
-                );
-                assert!(
-                    !self.cache.pool.is_cached(page),
-                    "written page {page} of {:?} is not shared",
-                    work.id
-                );
+            for page in (first..end).map(|place| sequence.tables.at(place)) {
+                let copied = self.sequences.values().filter_map(|other| other.copy_from);
+                let copies = copied.clone().filter(|other| other.page == page.page).count();
+                self.check_written(&self.cache.pool, page.page, copies, work);
+                let Some(local) = &self.cache.local else { continue };
+                let own = page.local.expect("a page that is written is there in all layers");
+                let copies = copied.filter(|other| other.local == Some(own)).count();
+                self.check_written(&local.pool, own, copies, work);
             }
         }
+    }
+
+    fn check_written(&self, pool: &PagePool, page: u32, copies: usize, work: &Scheduled) {
+        let id = work.id;
+        assert_eq!(pool.references(page) as usize - copies, 1, "written page {page} of {id:?} has one owner");
+        assert!(!pool.is_cached(page), "written page {page} of {id:?} is not shared");
     }
 
     /// No prompt stalls a running completion: who needs one row, and has a page for it, is part of every step.
     fn check_decodes(&self, scheduled: &[Scheduled]) {
         for id in self.running.iter().map(|rank| rank.id) {
             let sequence = &self.sequences[&id];
-            let has_page = sequence.pages.len() >= self.config.pages_for(sequence.tokens.len());
+            let has_page = sequence.tables.len() >= self.config.pages_for(sequence.tokens.len());
             assert!(
                 !self.is_decoding(sequence) || !has_page || scheduled.iter().any(|work| work.id == id),
                 "{id:?} decodes in every step"

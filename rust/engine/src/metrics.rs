@@ -119,6 +119,12 @@ pub struct EngineMetrics {
     pub pages_free: u64,
     /// Pages held by nobody now, kept for later prompts.
     pub pages_evictable: u64,
+    /// Pages of the layers that see only a window, where the others see everything; else 0.
+    pub local_pages_total: u64,
+    /// Those that are empty now.
+    pub local_pages_free: u64,
+    /// Those held by nobody now, kept for later prompts.
+    pub local_pages_evictable: u64,
     /// Distributions.
     pub histograms: Histograms,
 }

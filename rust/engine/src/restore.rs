@@ -7,6 +7,7 @@ use crate::core::Core;
 use crate::journal::TraceKind;
 use crate::planted::{Bug, planted};
 use crate::sequence::{Restoring, SequenceId};
+use crate::tables::PageRef;
 use crate::tier::{Fetch, Save};
 
 impl Core {
@@ -37,10 +38,11 @@ impl Core {
 
     /// Where the pages of a fetch belong on the device, in order; none when nobody waits for them any more.
     #[must_use]
-    pub fn restore_pages(&self, ticket: u64) -> Option<Vec<u32>> {
+    pub fn restore_pages(&self, ticket: u64) -> Option<Vec<PageRef>> {
         let sequence = &self.sequences[self.tickets.get(&ticket)?];
         let count = sequence.restoring.as_ref()?.wanted.len();
-        Some(sequence.pages[sequence.pages.len() - count..].to_vec())
+        let end = sequence.tables.len();
+        Some((end - count..end).map(|place| sequence.tables.at(place)).collect())
     }
 
     /// A fetch was answered, and its first `pages` pages are on the device where [`Core::restore_pages`] said; the others are computed.
@@ -51,6 +53,7 @@ impl Core {
             sequence.restoring.take().expect("a ticket is of a waiting sequence");
         self.costs.restored(wanted.len(), now.saturating_sub(since));
         let pages = if planted(Bug::RestoreIsTakenForWhole) { wanted.len() } else { pages.min(wanted.len()) };
+        let pages = self.cache.whole_beginning(&mut sequence.tables, sequence.sealed, pages);
         let tokens = pages * self.config.page_tokens;
         sequence.computed += tokens;
         self.counters.restored_pages += pages as u64;
@@ -66,22 +69,26 @@ impl Core {
 
     /// Gives an admitted sequence its beginning.
     pub(crate) fn begin(&mut self, id: SequenceId, beginning: Beginning, now: Duration) {
-        let Beginning { pages, tail, wanted, source } = beginning;
+        let Beginning { tables, tail, wanted, source } = beginning;
         let sequence = self.sequences.get_mut(&id).expect("an admitted sequence exists");
-        sequence.sealed = pages.len();
-        sequence.computed = pages.len() * self.config.page_tokens;
-        (sequence.pages, sequence.tail) = (pages, tail);
+        sequence.sealed = tables.len();
+        sequence.computed = tables.len() * self.config.page_tokens;
+        (sequence.tables, sequence.tail) = (tables, tail);
         if let Some((page, tokens)) = source {
+            self.cache.extend(&mut sequence.tables).expect("try_admit counted the available pages");
             if planted(Bug::SharedPageIsWritten) {
-                sequence.pages.push(page);
+                let own = sequence.tables.at(sequence.sealed);
+                self.cache.release_ref(own);
+                sequence.tables.set(sequence.sealed, page);
             } else {
-                sequence.pages.push(self.cache.allocate().expect("try_admit counted the available pages"));
                 sequence.copy_from = Some(page);
             }
             sequence.computed += tokens;
         } else if !wanted.is_empty() {
             let count = wanted.len();
-            self.extend_pages(id, count * self.config.page_tokens);
+            self.cache
+                .extend_restored(&mut sequence.tables, count)
+                .expect("try_admit counted the available pages");
             let ticket = self.next_ticket;
             self.next_ticket += 1;
             self.tickets.insert(ticket, id);

@@ -12,11 +12,11 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::time::Duration;
 
 use crate::batch::Batch;
-use crate::cache::NO_PAGE;
 use crate::core::Core;
 use crate::journal::TraceKind;
 use crate::planted::{Bug, planted};
 use crate::sequence::{Rank, Sequence, SequenceId};
+use crate::tables::NO_PAGE;
 
 /// After so many preemptions nobody robs a sequence any more but older ones of the same fate.
 pub(crate) const MOST_PREEMPTIONS: u32 = 8;
@@ -146,9 +146,8 @@ impl Core {
         }
         let limit = self.draft_limit(&self.sequences[&id]).min(plan.budget).min(plan.logit_rows);
         self.look_up(id, limit);
+        let reach = self.reach(&self.sequences[&id]).saturating_sub(self.sequences[&id].tokens.len());
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-        let pages = sequence.pages.len() + self.cache.pool.available();
-        let reach = (pages * self.config.page_tokens).saturating_sub(sequence.tokens.len());
         let drafts = sequence.drafts.len().min(limit).min(reach);
         sequence.drafts.truncate(drafts);
         if drafts > 0 {
@@ -163,8 +162,7 @@ impl Core {
     fn find_pages(&mut self, id: SequenceId, rows: usize, plan: &mut Plan, now: Duration) -> usize {
         loop {
             let sequence = &self.sequences[&id];
-            let reach = (sequence.pages.len() + self.cache.pool.available()) * self.config.page_tokens;
-            let rows = rows.min(reach - sequence.computed);
+            let rows = rows.min(self.reach(sequence) - sequence.computed);
             if rows > 0 || !self.preempt_for(id, plan, now) {
                 self.extend_pages(id, rows);
                 return rows;
@@ -172,19 +170,24 @@ impl Core {
         }
     }
 
+    /// Positions that a sequence's pages and all available ones could hold.
+    pub(crate) fn reach(&self, sequence: &Sequence) -> usize {
+        (sequence.tables.len() + self.cache.available()) * self.config.page_tokens
+    }
+
     /// Makes the page table long enough for `rows` rows; the caller has counted the available pages.
     pub(crate) fn extend_pages(&mut self, id: SequenceId, rows: usize) {
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
         let wanted = self.config.pages_for(sequence.computed + rows);
-        while sequence.pages.len() < wanted {
-            sequence.pages.push(self.cache.allocate().expect("the caller counted the available pages"));
+        while sequence.tables.len() < wanted {
+            self.cache.extend(&mut sequence.tables).expect("the caller counted the available pages");
         }
     }
 
     /// Takes the pages of one sequence that must yield to `id`, if there is one.
     fn preempt_for(&mut self, id: SequenceId, plan: &mut Plan, now: Duration) -> bool {
         let rank = self.sequences[&id].rank();
-        let holds = |other: &&Rank| self.sequences[&other.id].pages.iter().any(|&page| page != NO_PAGE);
+        let holds = |other: &&Rank| self.sequences[&other.id].tables.holds_any();
         let latest = self.running.range((Excluded(rank), Unbounded)).rfind(holds).map(|rank| rank.id);
         let Some(victim) = latest.or_else(|| self.idle_holder(plan)) else { return false };
         self.preempt(victim, plan, now);
@@ -214,7 +217,7 @@ impl Core {
         let rank = self.sequences[&id].rank();
         self.running.remove(&rank);
         if planted(Bug::PreemptedPagesLeak) {
-            let held = self.sequences[&id].pages.iter().find(|&&page| page != NO_PAGE);
+            let held = self.sequences[&id].tables.pages.iter().find(|&&page| page != NO_PAGE);
             held.into_iter().for_each(|&page| self.cache.pool.retain(page));
         }
         self.give_up_pages(id);

@@ -8,6 +8,7 @@ use crate::cache::Tail;
 use crate::prefix::Domain;
 use crate::request::RequestId;
 use crate::sampler::TokenHistory;
+use crate::tables::{PageRef, PageTables};
 use crate::text::TokenText;
 use crate::tier::Wanted;
 
@@ -82,17 +83,17 @@ pub(crate) struct Sequence {
     /// It ran before and gave up its pages.
     pub preemptions: u32,
     pub tokens: Tokens,
-    /// Tokens whose keys and values are in `pages`.
+    /// Tokens whose keys and values are in `tables`.
     pub computed: usize,
-    /// The page table. Empty while waiting. Leading pages before the window are `NO_PAGE`.
-    pub pages: Vec<u32>,
+    /// Where these lie. Empty while waiting.
+    pub tables: PageTables,
     /// Leading pages that are full and were named in the prefix index.
     pub sealed: usize,
     /// Where the next page to be named hangs.
     pub tail: Tail,
     pub domain: Domain,
     /// The page that its last page begins as a copy of; it is retained until the copy is part of a step.
-    pub copy_from: Option<u32>,
+    pub copy_from: Option<PageRef>,
     /// Waits for pages of the tier.
     pub restoring: Option<Restoring>,
     /// Tokens guessed to follow, to be verified in the next step.

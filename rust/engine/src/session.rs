@@ -6,6 +6,7 @@ use crate::cache::Tail;
 use crate::core::Core;
 use crate::prefix::Domain;
 use crate::sequence::Tokens;
+use crate::tables::{PageRef, PageTables};
 use crate::tier::Save;
 
 /// Pages that a caller brings: where they belong, and how they are to be named once they are filled.
@@ -13,15 +14,15 @@ use crate::tier::Save;
 pub struct Adoption {
     tail: Tail,
     /// Held, and in the order of the chain: those before `fill` are in the cache already.
-    pages: Vec<u32>,
+    tables: PageTables,
     blocks: Vec<Box<[u32]>>,
     fill: usize,
 }
 
 impl Adoption {
     /// The pages to fill, each with the place of its block among those given.
-    pub fn pages(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
-        self.pages.iter().copied().enumerate().skip(self.fill)
+    pub fn pages(&self) -> impl Iterator<Item = (usize, PageRef)> + '_ {
+        (self.fill..self.tables.len()).map(|place| (place, self.tables.at(place)))
     }
 }
 
@@ -35,14 +36,15 @@ impl Core {
     pub fn cached_prefix(&mut self, tokens: &[u32], salt: Option<Arc<str>>) -> Vec<Save> {
         let domain = self.session_domain(tokens.len(), salt);
         let tokens = Tokens { prompt: tokens.into(), output: Vec::new() };
-        let (mut pages, tail) = self.cache.take_prefix(&domain, &tokens, tokens.len());
-        let first = pages.len() * self.config.page_tokens;
-        let mut saves: Vec<Save> = pages.iter().filter_map(|&page| self.cache.describe(page)).collect();
+        let (mut tables, tail) = self.cache.take_prefix(&domain, &tokens, tokens.len());
+        let first = tables.len() * self.config.page_tokens;
+        let mut saves: Vec<Save> =
+            (0..tables.len()).filter_map(|place| self.cache.describe(tables.at(place))).collect();
         let rest = tokens.range(first, tokens.len().min(first + self.config.page_tokens));
-        if let Some((page, alike)) = self.cache.index.longest_match(&tail.parent, &rest) {
+        if let Some((page, alike)) = self.cache.longest_match(&tail, &rest) {
             saves.push(self.cache.describe_part(page, &tail, &rest[..alike]));
         }
-        self.cache.release_all(&mut pages);
+        self.cache.release_after(0, &mut tables);
         let held: usize = saves.iter().map(|save| save.name.tokens.len()).sum();
         // What is left of a long sequence would pass for a short one's, which is encoded otherwise.
         if self.session_domain(held, domain.salt.clone()) == domain { saves } else { Vec::new() }
@@ -53,31 +55,33 @@ impl Core {
         assert!(self.in_flight.is_none(), "pages are adopted between steps");
         let tokens = Tokens { prompt: blocks.concat().into(), output: Vec::new() };
         let domain = self.session_domain(tokens.len(), salt);
-        let (mut pages, tail) = self.cache.take_prefix(&domain, &tokens, tokens.len());
-        let fill = pages.len();
-        while pages.len() < blocks.len()
-            && let Some(page) = self.cache.allocate()
-        {
-            pages.push(page);
-        }
-        Adoption { tail, pages, blocks, fill }
+        let (mut tables, tail) = self.cache.take_prefix(&domain, &tokens, tokens.len());
+        let fill = tables.len();
+        // A session has the local pages that a row after its full pages sees, and not surely any before.
+        let full = blocks.iter().take_while(|block| block.len() == self.config.page_tokens).count();
+        let after = full * self.config.page_tokens;
+        let kept = self.cache.local.as_ref().map_or(0, |local| local.first_seen(after));
+        while tables.len() < blocks.len() && self.cache.extend_from(kept, &mut tables).is_some() {}
+        Adoption { tail, tables, blocks, fill }
     }
 
     /// The first `filled` pages of [`Adoption::pages`] hold what they should and can be found from now on; the others are free again.
     /// Returns how many tokens of the session are in the cache.
     pub fn adopted(&mut self, adoption: Adoption, filled: usize) -> usize {
-        let Adoption { mut tail, mut pages, blocks, fill } = adoption;
+        let Adoption { mut tail, mut tables, blocks, fill } = adoption;
         let mut tokens = fill * self.config.page_tokens;
-        for place in fill..(fill + filled).min(pages.len()) {
-            let block = blocks[place].clone();
+        let end = (fill + filled).min(tables.len());
+        for (place, block) in blocks.into_iter().enumerate().take(end).skip(fill) {
             tokens += block.len();
             if block.len() == self.config.page_tokens {
-                (pages[place], tail) = self.cache.seal(&tail, block, pages[place]);
+                let (page, next) = self.cache.seal(&tail, block, tables.at(place));
+                tables.set(place, page);
+                tail = next;
             } else {
-                self.cache.seal_part(&tail, block, pages[place]);
+                self.cache.seal_part(&tail, block, tables.at(place));
             }
         }
-        self.cache.release_all(&mut pages);
+        self.cache.release_after(0, &mut tables);
         self.check_invariants();
         tokens
     }

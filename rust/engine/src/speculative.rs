@@ -101,7 +101,8 @@ impl Core {
                 first_row: row,
                 rows: 1,
                 first_position: last + sequence.drafts.len(),
-                pages: sequence.pages.clone(),
+                pages: sequence.tables.pages.clone(),
+                local_pages: sequence.tables.locals.clone(),
                 long_context: sequence.domain.long_context,
                 drafted: 0,
             });
@@ -157,8 +158,7 @@ impl Core {
         let mut open = Vec::new();
         for id in decoding {
             let sequence = &self.sequences[&id];
-            let pages = sequence.pages.len() + self.cache.pool.available();
-            let reach = (pages * self.config.page_tokens).saturating_sub(sequence.tokens.len());
+            let reach = self.reach(sequence).saturating_sub(sequence.tokens.len());
             let wanted = self.draft_limit(sequence).min(rows).min(logit_rows).min(reach);
             if wanted > 0 {
                 self.extend_pages(id, 1 + wanted);

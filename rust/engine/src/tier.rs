@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::digest::Digest;
+use crate::tables::PageRef;
 
 /// A page's identity as a tier must prove it before it gives the page back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +56,7 @@ pub trait Tier: Send + Sync {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Save {
     /// Where it lies on the device.
-    pub page: u32,
+    pub page: PageRef,
     /// What it is.
     pub name: Wanted,
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use common::{FakeDevice, config};
 use infer_engine::{
-    Batch, Core, Device, EngineConfig, EngineError, EventKind, FinishReason, RequestId, RequestKind,
-    RequestOptions, SamplingParams, Speculation, Submission,
+    Batch, Core, Device, EngineConfig, EngineError, EventKind, FinishReason, LocalLayers, RequestId,
+    RequestKind, RequestOptions, SamplingParams, Speculation, Submission,
 };
 
 struct Engine {
@@ -204,6 +204,29 @@ fn a_window_lets_a_long_sequence_live_in_few_pages() {
     let metrics = engine.core.metrics();
     assert_eq!(metrics.preemptions, 0);
     assert!(metrics.window_pages >= 90, "{}", metrics.window_pages);
+}
+
+#[test]
+fn layers_with_a_window_give_up_pages_that_the_others_keep() {
+    let local = Some(LocalLayers { window: 8, pages: 7 });
+    let config = EngineConfig { local, max_num_batched_tokens: 8, max_model_len: 400, ..config(100, 4) };
+    let mut engine = Engine::new(config);
+    let long = prompt(1, 200);
+    // Rows that it takes to answer a prompt with one token.
+    let mut rows_for = |prompt: &[u32]| {
+        let before = engine.device.rows;
+        engine.submit(prompt, tokens(1), RequestOptions::default()).unwrap();
+        engine.finish();
+        engine.device.rows - before
+    };
+    assert_eq!(rows_for(&long), 200);
+    assert!(rows_for(&long) <= 4, "the prompt's end and the window before it are still there");
+    assert_eq!(rows_for(&long[..100]), 100, "what half of the prompt sees was given up");
+    assert_eq!(rows_for(&long), 100, "the window at its half has come back, that at its end is gone");
+    let metrics = engine.core.metrics();
+    assert_eq!((metrics.local_pages_total, metrics.pages_total, metrics.preemptions), (7, 100, 0));
+    assert!(metrics.window_pages >= 90, "{}", metrics.window_pages);
+    assert_eq!(metrics.pages_evictable, 50, "the other layers keep the whole prompt");
 }
 
 #[test]

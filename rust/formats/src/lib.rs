@@ -44,10 +44,12 @@ mod json;
 mod names;
 mod safetensors;
 mod safetensors_index;
+mod safetensors_writer;
 mod tensor;
 
 pub use error::{Container, FormatError, shortened};
 pub use gguf::{Array, Gguf, GgufWriter, Metadata, Split, Value, check_splits};
 pub use safetensors::Safetensors;
 pub use safetensors_index::SafetensorsIndex;
+pub use safetensors_writer::SafetensorsWriter;
 pub use tensor::{TensorInfo, TensorType};

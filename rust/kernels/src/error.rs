@@ -5,7 +5,9 @@
 #[non_exhaustive]
 pub enum KernelError {
     /// `INFER_ISA` has a value that names no instruction set.
-    #[error("INFER_ISA={value:?} names no instruction set; known are scalar, avx2, avx512 and avx512bf16")]
+    #[error(
+        "INFER_ISA={value:?} names no instruction set; known are scalar, neon, neon_dotprod, neon_i8mm, avx2, avx512, avx512bf16 and amx"
+    )]
     UnknownIsa {
         /// The value found.
         value: String,
@@ -45,6 +47,12 @@ pub enum KernelError {
         actual: usize,
         /// What would be right.
         expected: String,
+    },
+    /// A weight cannot be rounded.
+    #[error("a weight is not finite, or greater than 65504 in magnitude, and cannot be rounded to {format}")]
+    Weight {
+        /// Name of the format.
+        format: &'static str,
     },
     /// A key-value cache cannot be made as asked.
     #[error("{0}")]

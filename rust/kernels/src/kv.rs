@@ -147,6 +147,11 @@ impl KvCache {
         self.pages
     }
 
+    /// Bytes of one page in all layers together.
+    pub fn bytes_of_page(&self) -> usize {
+        self.parts(0).map(|(_, bytes)| bytes).sum()
+    }
+
     /// Number of layers.
     pub fn layers(&self) -> usize {
         self.layers.len()

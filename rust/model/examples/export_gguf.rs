@@ -1,4 +1,6 @@
-//! Writes a Llama-layout folder as one quantized GGUF file with its tokenizer and chat template inside.
+//! Writes a folder as one GGUF file with its tokenizer and chat template inside, the embedding and head in one format and all other
+//! matrices in another. `infer quantize` is the command for people; this one makes the bundled models, whose tokenizer no kind of
+//! llama.cpp's stands for.
 //!
 //! `cargo run --release -p infer-model --example export_gguf -- [--weights-only] FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME]
 //! [LICENCE]` where formats are f32, f16, bf16, q8_0 or q4_0; with `--weights-only` tokenizer and template stay away, for a model
@@ -6,10 +8,11 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use infer_formats::Value;
-use infer_kernels::Format;
-use infer_model::{Checkpoint, ExportFormats, export_gguf};
+use infer_kernels::{Context, Format};
+use infer_model::{Checkpoint, ExportOptions, Quantization, export};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,27 +23,39 @@ fn main() -> Result<(), Box<dyn Error>> {
             "usage: export_gguf [--weights-only] FOLDER OUT.gguf EMBEDDING_FORMAT MATRIX_FORMAT [NAME] [LICENCE]".into()
         );
     };
-    let formats = ExportFormats { embedding: format(embedding)?, matrices: format(matrices)? };
+    let (matrices, file_type) = format(matrices)?;
+    let quantization =
+        Quantization { names: &["export"], matrices, ends: format(embedding)?.0, file_type: Some(file_type) };
     let checkpoint = Checkpoint::open(Path::new(folder), true)?;
     let mut metadata = if weights_only { Vec::new() } else { text_metadata(Path::new(folder))? };
     for (key, value) in ["general.name", "general.license"].into_iter().zip(rest) {
         metadata.push((key.to_owned(), Value::String(value.clone())));
     }
-    std::fs::write(out, export_gguf(&checkpoint, formats, metadata)?)?;
+    let context = Context::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let options = ExportOptions {
+        quantization: Some(&quantization),
+        metadata,
+        context: &context,
+        stop: &AtomicBool::new(false),
+    };
+    if Path::new(out).is_file() {
+        std::fs::remove_file(out)?; // named to be replaced
+    }
+    export(&checkpoint, Path::new(out), &options)?;
     Ok(())
 }
 
-fn format(name: &str) -> Result<Format, String> {
+/// A format, and what a file's `general.file_type` calls it.
+fn format(name: &str) -> Result<(Format, u32), String> {
     match name {
-        "f32" => Ok(Format::F32),
-        "f16" => Ok(Format::F16),
-        "bf16" => Ok(Format::Bf16),
-        "q8_0" => Ok(Format::Q8_0),
-        "q4_0" => Ok(Format::Q4_0),
+        "f32" => Ok((Format::F32, 0)),
+        "f16" => Ok((Format::F16, 1)),
+        "bf16" => Ok((Format::Bf16, 32)),
+        "q8_0" => Ok((Format::Q8_0, 7)),
+        "q4_0" => Ok((Format::Q4_0, 2)),
         other => Err(format!("unknown format {other}: f32, f16, bf16, q8_0 or q4_0")),
     }
 }
-
 /// The tokenizer, the chat template and the ids that end a text.
 fn text_metadata(folder: &Path) -> Result<Vec<(String, Value)>, Box<dyn Error>> {
     let read = |name: &str| -> Result<serde_json::Value, Box<dyn Error>> {

@@ -20,6 +20,7 @@ fn main() -> Result<(), ModelError> {
         precision: Precision::Auto,
         mmap: true,
         kv_types: KvTypes::all(KvElement::F16),
+        quantization: None,
     };
     let start = Instant::now();
     let mut model = CpuModel::load(Path::new(path), &options)?;
@@ -33,6 +34,7 @@ fn main() -> Result<(), ModelError> {
             rows: tokens.len(),
             first_position,
             pages: &pages,
+            local_pages: &[],
             long_context: false,
         };
         let last = [tokens.len() as u32 - 1];

@@ -29,13 +29,47 @@ pub struct BatchSequence<'a> {
     pub first_position: usize,
     /// Pages of the sequence, enough for its last row; [`NO_PAGE`] for some of those that no row sees in any layer.
     pub pages: &'a [u32],
+    /// In a split cache the same for the layers that see only a window: as many entries, [`NO_PAGE`] for some of those that no row sees
+    /// in such a layer. Else empty.
+    pub local_pages: &'a [u32],
     /// Computed with the frequencies of long sequences.
     pub long_context: bool,
 }
 
+impl BatchSequence<'_> {
+    /// Checks a table of a cache with so many pages, in layers that see at most `window` positions.
+    fn check_table(&self, table: &[u32], pages: usize, window: Option<usize>) -> Result<(), ModelError> {
+        let bad = |message: String| Err(ModelError::Request(message));
+        let end = self.first_position + self.rows;
+        if end > table.len() * PAGE_TOKENS {
+            return bad(format!("{} pages cannot hold {end} tokens", table.len()));
+        }
+        let unseen =
+            window.map_or(0, |window| (self.first_position + 1).saturating_sub(window) / PAGE_TOKENS);
+        for (index, &page) in table.iter().enumerate() {
+            if page == NO_PAGE && index >= unseen {
+                return bad(format!("page {index} of a sequence is missing, but its rows see it"));
+            }
+            if page != NO_PAGE && page as usize >= pages {
+                return bad(format!("page {page} is outside the cache of {pages} pages"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Its pages in the layers that see only a window, if `local` says so, or in the others.
+    pub(crate) fn table(&self, local: bool) -> &[u32] {
+        if local { self.local_pages } else { self.pages }
+    }
+}
+
 impl Batch<'_> {
     /// Checks that the batch fits the model and the cache, so that kernels may trust it.
-    pub(crate) fn check(&self, spec: &ModelSpec, pages: usize) -> Result<(), ModelError> {
+    pub(crate) fn check(
+        &self,
+        spec: &ModelSpec,
+        (pages, local_pages): (usize, Option<usize>),
+    ) -> Result<(), ModelError> {
         let bad = |message: String| Err(ModelError::Request(message));
         if let Some(token) = self.tokens.iter().find(|token| **token as usize >= spec.vocabulary) {
             return bad(format!("token id {token} is outside the vocabulary of {} tokens", spec.vocabulary));
@@ -46,18 +80,9 @@ impl Batch<'_> {
                 return bad("the sequences of a batch must cover its rows in order".to_owned());
             }
             next += sequence.rows;
-            let end = sequence.first_position + sequence.rows;
-            if end > sequence.pages.len() * PAGE_TOKENS {
-                return bad(format!("{} pages cannot hold {end} tokens", sequence.pages.len()));
-            }
-            let unseen = unseen_pages(spec, sequence.first_position);
-            for (index, &page) in sequence.pages.iter().enumerate() {
-                if page == NO_PAGE && index >= unseen {
-                    return bad(format!("page {index} of a sequence is missing, but its rows see it"));
-                }
-                if page != NO_PAGE && page as usize >= pages {
-                    return bad(format!("page {page} is outside the cache of {pages} pages"));
-                }
+            sequence.check_table(sequence.pages, pages, spec.page_window())?;
+            if let Some(pages) = local_pages {
+                sequence.check_table(sequence.local_pages, pages, spec.layer_window())?;
             }
         }
         if next != self.tokens.len() {
@@ -77,18 +102,15 @@ impl Batch<'_> {
         })
     }
 
-    /// Slot in the cache of every row.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = u32> + '_ {
-        self.sequences.iter().flat_map(|sequence| {
-            (0..sequence.rows).map(|row| {
+    /// Slot in the cache of every row, in the layers that see only a window or in the others; none without a table of them.
+    pub(crate) fn slots(&self, local: bool) -> impl Iterator<Item = u32> + '_ {
+        let tabled = self.sequences.iter().filter(move |sequence| !sequence.table(local).is_empty());
+        tabled.flat_map(move |sequence| {
+            (0..sequence.rows).map(move |row| {
                 let position = sequence.first_position + row;
-                sequence.pages[position / PAGE_TOKENS] * PAGE_TOKENS as u32 + (position % PAGE_TOKENS) as u32
+                sequence.table(local)[position / PAGE_TOKENS] * PAGE_TOKENS as u32
+                    + (position % PAGE_TOKENS) as u32
             })
         })
     }
-}
-
-/// How many pages at the beginning of a sequence lie wholly before what rows from `first_position` on see in any layer.
-fn unseen_pages(spec: &ModelSpec, first_position: usize) -> usize {
-    spec.page_window().map_or(0, |window| (first_position + 1).saturating_sub(window) / PAGE_TOKENS)
 }

@@ -3,8 +3,9 @@
 //! Files are mapped for loading only: all weights are packed into memory of our own, so a file that is replaced or cut
 //! short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use infer_formats::{
@@ -13,7 +14,8 @@ use infer_formats::{
 };
 
 use crate::names::{self, Names};
-use crate::{Config, ModelError, ModelSpec, arch, gguf};
+use crate::packed::{self, Packed, Scales};
+use crate::{Config, ModelError, ModelSpec, Quantization, arch, gguf};
 
 /// How much of a small text file of a model folder is read at most, bytes.
 const MAX_CONFIG_BYTES: u64 = 64 << 20;
@@ -43,6 +45,20 @@ impl FileBytes {
             Self::Read(bytes) => bytes,
         }
     }
+
+    /// Lets go of the memory that a part of a mapping takes; a later look reads it from the file again.
+    fn release(&self, part: &Range<usize>) {
+        #[cfg(unix)]
+        if let Self::Mapped(map) = self {
+            // SAFETY: the mapping is of a file and only read, so what is dropped can be read again.
+            #[allow(unsafe_code)]
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, part.start, part.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = part;
+    }
 }
 
 /// A tensor of a checkpoint.
@@ -50,9 +66,15 @@ impl FileBytes {
 pub struct Tensor<'a> {
     /// Name, type, shape.
     pub info: &'a TensorInfo,
-    /// Its bytes.
+    /// Its bytes; where it is packed, those of its integers.
     pub bytes: &'a [u8],
+    /// Scales, where it is packed.
+    pub packed: Option<Packed<'a>>,
 }
+
+/// The field of `config.json` that says how a folder that we wrote was rounded: its embedding and head are whole in it, and are
+/// rounded while they are loaded.
+pub(crate) const QUANTIZATION_FIELD: &str = "infer_quantization";
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -66,6 +88,9 @@ pub struct Checkpoint {
     path: PathBuf,
     files: Vec<FileBytes>,
     tensors: HashMap<String, (usize, TensorInfo)>,
+    scales: HashMap<String, Scales>,
+    /// How what is not packed is to be rounded.
+    pub(crate) quantization: Option<&'static Quantization>,
 }
 
 impl Checkpoint {
@@ -110,7 +135,54 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (file, info) = self.tensors.get(name)?;
         let bytes = self.files[*file].bytes().get(info.range.clone())?;
-        Some(Tensor { info, bytes })
+        let packed = match self.scales.get(name) {
+            Some(scales) => Some(scales.packed(self.files[scales.file].bytes().get(scales.range.clone())?)),
+            None => None,
+        };
+        Some(Tensor { info, bytes, packed })
+    }
+
+    /// Where each tensor lies: file, first byte, name.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (usize, usize, String)> {
+        self.tensors.iter().map(|(name, (file, info))| (*file, info.range.start, name.clone()))
+    }
+
+    /// The configuration of a folder.
+    pub(crate) fn config(&self) -> Result<Config, ModelError> {
+        Config::parse(&read_small(&self.path.join("config.json"))?)
+    }
+
+    /// The storage type of most of its bytes, or what we call the way it was rounded.
+    pub fn storage(&self) -> &'static str {
+        let mut bytes_of = BTreeMap::<&str, usize>::new();
+        for (name, (_, info)) in &self.tensors {
+            let kind = self.scales.get(name).map_or(info.tensor_type.name(), Scales::name);
+            *bytes_of.entry(kind).or_default() += info.range.len();
+        }
+        let most = bytes_of.into_iter().max_by_key(|(_, bytes)| *bytes);
+        self.quantization.map_or(most.map_or("none", |(name, _)| name), Quantization::name)
+    }
+
+    /// Bytes of all weights in the files.
+    pub fn weight_bytes(&self) -> u64 {
+        let scales = self.scales.values().map(|scales| scales.range.len() as u64);
+        scales.chain(self.tensors().map(|info| info.range.len() as u64)).sum()
+    }
+
+    /// Are weights integers already?
+    pub fn is_quantized(&self) -> bool {
+        !self.scales.is_empty() || self.tensors().any(|info| info.tensor_type.block_len() > 1)
+    }
+
+    /// Says that these bytes of some tensor were read for the last time, most likely: a model is then never in memory twice.
+    pub(crate) fn release(&self, bytes: &[u8]) {
+        let first = bytes.as_ptr().addr();
+        for file in &self.files {
+            let start = file.bytes().as_ptr().addr();
+            if (start..start + file.bytes().len()).contains(&first) {
+                file.release(&(first - start..first - start + bytes.len()));
+            }
+        }
     }
 
     /// All tensors, in no order.
@@ -123,8 +195,29 @@ impl Checkpoint {
         self.metadata.is_some()
     }
 
+    /// How to round what is stored as floats, if it is to be: as wished for, or as the folder was begun.
+    ///
+    /// # Errors
+    /// A wish for a checkpoint that is quantized already.
+    pub(crate) fn rounding(
+        &self,
+        wish: Option<&'static Quantization>,
+    ) -> Result<Option<&'static Quantization>, ModelError> {
+        match wish {
+            Some(wish) if self.is_quantized() => Err(ModelError::Quantization(format!(
+                "quantization is {:?}, but {} is quantized already ({}); leave quantization away, or name the model it was made from",
+                wish.name(),
+                self.path.display(),
+                self.storage()
+            ))),
+            wish => Ok(wish.or(self.quantization)),
+        }
+    }
+
     fn open_folder(path: &Path, mmap: bool) -> Result<Self, ModelError> {
         let config = Config::parse(&read_small(&path.join("config.json"))?)?;
+        let method = packed::method(&config)?;
+        let quantization = config.text(&[QUANTIZATION_FIELD])?.map(Quantization::from_name).transpose()?;
         let mut spec = ModelSpec::from_config(&config)?;
         let generation = path.join("generation_config.json");
         if generation.is_file() {
@@ -141,6 +234,8 @@ impl Checkpoint {
             path: path.to_owned(),
             files: Vec::new(),
             tensors: HashMap::new(),
+            scales: HashMap::new(),
+            quantization,
         };
         for file in safetensors_files(path)? {
             let bytes = FileBytes::open(&file, mmap)?;
@@ -148,6 +243,10 @@ impl Checkpoint {
             checkpoint.add(&file, bytes, parsed.tensors)?;
         }
         checkpoint.normalise_prefix();
+        if let Some(method) = method {
+            let Self { files, tensors, scales, .. } = &mut checkpoint;
+            *scales = (method.combine)(tensors, &|file, info| info.bytes(files.get(file)?.bytes()))?;
+        }
         Ok(checkpoint)
     }
 
@@ -200,7 +299,7 @@ impl Checkpoint {
         let Some(metadata) = metadata else { return Err(not_a_model(path, "no parts")) };
         let tensor = |name: &str| {
             let (file, info) = tensors.get(name)?;
-            Some(Tensor { info, bytes: files[*file].bytes().get(info.range.clone())? })
+            Some(Tensor { info, bytes: files[*file].bytes().get(info.range.clone())?, packed: None })
         };
         let (row, config) = gguf::config(&metadata, &tensor, path)?;
         let spec = ModelSpec::read(row, &config)?;
@@ -211,6 +310,8 @@ impl Checkpoint {
             path: path.to_owned(),
             files,
             tensors,
+            scales: HashMap::new(),
+            quantization: None,
         })
     }
 

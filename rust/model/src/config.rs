@@ -44,6 +44,11 @@ impl Config {
         self.fields.contains_key(name)
     }
 
+    /// The names of all fields.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.keys().map(String::as_str)
+    }
+
     /// An object inside, as a configuration of its own.
     pub fn object(&self, name: &str) -> Result<Option<Config>, ModelError> {
         match self.find(&[name]) {

@@ -8,10 +8,10 @@ use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::interpreter::Interpreter;
-use crate::kv::KvTypes;
+use crate::kv::{KvCaches, KvPage, KvTypes, windowed};
 use crate::memory::Memory;
 use crate::step::Step;
-use crate::{ModelError, ModelSpec, Program};
+use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// How to load and compute.
 #[derive(Debug, Clone)]
@@ -24,13 +24,15 @@ pub struct LoadOptions {
     pub mmap: bool,
     /// How keys and values are stored.
     pub kv_types: KvTypes,
+    /// How weights are rounded that the files store as floats.
+    pub quantization: Option<&'static Quantization>,
 }
 
 /// A model in memory.
 pub struct CpuModel {
     interpreter: Interpreter,
     kv_layers: Vec<KvLayer>,
-    cache: Option<KvCache>,
+    cache: Option<KvCaches>,
     memory: Memory,
     fingerprint: [u8; 32],
 }
@@ -39,7 +41,7 @@ impl CpuModel {
     /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts: no file stays mapped.
     ///
     /// # Errors
-    /// Whatever is wrong with the checkpoint, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
+    /// Whatever is wrong with the checkpoint, rounding where it is quantized already, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         Self::from_checkpoint(&Checkpoint::open(path, options.mmap)?, options)
     }
@@ -51,9 +53,12 @@ impl CpuModel {
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self, ModelError> {
         let threads = options.threads.unwrap_or_else(default_threads).max(1);
         let kv_layers = options.kv_types.layers(&checkpoint.spec)?;
-        let interpreter = Interpreter::load(checkpoint, Context::new(threads)?, options.precision)?;
+        let quantization = checkpoint.rounding(options.quantization)?;
+        let interpreter =
+            Interpreter::load(checkpoint, quantization, Context::new(threads)?, options.precision)?;
         // After the load, which leaves the files' pages in memory.
-        let fingerprint = fingerprint::of(checkpoint, options.precision, &kv_layers, interpreter.context.isa);
+        let fingerprint =
+            fingerprint::of(checkpoint, quantization, options.precision, &kv_layers, interpreter.context.isa);
         Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
     }
 
@@ -82,11 +87,40 @@ impl CpuModel {
         KvCache::page_bytes(&self.kv_layers)
     }
 
+    /// Bytes of one page in those layers that see only a window.
+    pub fn local_page_bytes(&self) -> usize {
+        KvCache::page_bytes(&windowed(&self.kv_layers, self.spec()))
+    }
+
     /// Makes a KV cache of so many pages; an earlier one is dropped.
+    ///
+    /// # Errors
+    /// Memory that the system refuses.
     pub fn allocate_cache(&mut self, pages: usize) -> Result<(), ModelError> {
+        self.allocate(pages, None)
+    }
+
+    /// The same with other pages for the layers that see only a window: sequences then have a second page table
+    /// ([`crate::BatchSequence::local_pages`]), and need pages there for what these layers see only.
+    ///
+    /// # Errors
+    /// As [`CpuModel::allocate_cache`].
+    pub fn allocate_split_cache(&mut self, pages: usize, local_pages: usize) -> Result<(), ModelError> {
+        self.allocate(pages, Some(local_pages))
+    }
+
+    fn allocate(&mut self, pages: usize, local_pages: Option<usize>) -> Result<(), ModelError> {
         self.cache = None;
-        self.cache = Some(KvCache::new(&self.kv_layers, pages)?);
+        self.cache = Some(KvCaches::new(&self.interpreter.spec, &self.kv_layers, pages, local_pages)?);
         Ok(())
+    }
+
+    fn cache(&self) -> Result<&KvCaches, ModelError> {
+        self.cache.as_ref().ok_or_else(no_cache)
+    }
+
+    fn cache_mut(&mut self) -> Result<&mut KvCaches, ModelError> {
+        self.cache.as_mut().ok_or_else(no_cache)
     }
 
     /// An identity of cached keys and values: two models that agree in it compute, bit for bit, the same pages for the same
@@ -99,27 +133,26 @@ impl CpuModel {
     ///
     /// # Errors
     /// A page beyond the cache.
-    pub fn copy_page(&mut self, from: u32, to: u32) -> Result<(), ModelError> {
-        with_page(self.cache.as_mut(), from.max(to))?.copy_page(from, to);
-        Ok(())
+    pub fn copy_page(&mut self, from: impl Into<KvPage>, to: impl Into<KvPage>) -> Result<(), ModelError> {
+        self.cache_mut()?.copy_page(from.into(), to.into())
     }
 
     /// Replaces the contents of `bytes` by a page of the KV cache, [`CpuModel::page_bytes`] bytes: see
-    /// [`KvCache::export_page`].
+    /// [`KvCache::export_page`]. In a split cache those of layers that see only a window come last, zeros if the page is not there.
     ///
     /// # Errors
     /// A page beyond the cache.
-    pub fn export_page(&self, page: u32, bytes: &mut Vec<u8>) -> Result<(), ModelError> {
-        with_page(self.cache.as_ref(), page)?.export_page(page, bytes);
-        Ok(())
+    pub fn export_page(&self, page: impl Into<KvPage>, bytes: &mut Vec<u8>) -> Result<(), ModelError> {
+        self.cache()?.export_page(page.into(), bytes)
     }
 
-    /// Fills a page of the KV cache with what [`CpuModel::export_page`] gave in a model of the same fingerprint.
+    /// Fills a page of the KV cache with what [`CpuModel::export_page`] gave in a model of the same fingerprint and with its cache
+    /// split alike.
     ///
     /// # Errors
     /// A page beyond the cache, or bytes of another length.
-    pub fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), ModelError> {
-        Ok(with_page(self.cache.as_mut(), page)?.import_page(page, bytes)?)
+    pub fn import_page(&mut self, page: impl Into<KvPage>, bytes: &[u8]) -> Result<(), ModelError> {
+        self.cache_mut()?.import_page(page.into(), bytes)
     }
 
     /// Computes a batch: writes its keys and values into the cache, and the logits of the wanted rows, as
@@ -151,16 +184,6 @@ impl CpuModel {
 
 fn no_cache() -> ModelError {
     ModelError::Request("no KV cache was allocated".to_owned())
-}
-
-/// The cache, if it has this page.
-fn with_page<C: std::borrow::Borrow<KvCache>>(cache: Option<C>, page: u32) -> Result<C, ModelError> {
-    let cache = cache.ok_or_else(no_cache)?;
-    let pages = cache.borrow().pages();
-    match (page as usize) < pages {
-        true => Ok(cache),
-        false => Err(ModelError::Request(format!("page {page} is outside the cache of {pages} pages"))),
-    }
 }
 
 fn default_threads() -> usize {

@@ -86,6 +86,9 @@ pub enum ModelError {
         /// Comma separated list.
         known: String,
     },
+    /// A model cannot be rounded, or written, as asked.
+    #[error("{0}")]
+    Quantization(String),
     /// A request to the model does not fit it.
     #[error("{0}")]
     Request(String),

@@ -1,7 +1,7 @@
 //! The identity of cached keys and values: a digest of everything that changes one of their bits.
 //!
 //! It lets pages outlive the process that computed them (a file, another process) without ever being taken for another model's. It
-//! covers the weights, the configuration, the precision, the types of keys and values in every layer, the instruction set, this crate's version
+//! covers the weights, how they are rounded, the configuration, the precision, the types of keys and values in every layer, the instruction set, this crate's version
 //! and the layout of pages. Threads, batch sizes and the number of pages are no part of it: they change no bit.
 //!
 //! Hashing all of a large model at every load would cost seconds, so of each tensor everything but its contents is hashed, and of its
@@ -10,8 +10,8 @@
 
 use infer_kernels::{BLOCK_PAGES, Isa, KvLayer, PAGE_TOKENS, Precision};
 
-use crate::ModelSpec;
 use crate::checkpoint::Checkpoint;
+use crate::{ModelSpec, Quantization};
 
 /// Bytes hashed at either end of a tensor.
 const END: usize = 4096;
@@ -22,15 +22,21 @@ const PIECES: usize = 64;
 /// Bytes of each.
 const PIECE: usize = 256;
 
-/// The fingerprint of a checkpoint computed in this way, with these types of keys and values in each layer.
-pub(crate) fn of(checkpoint: &Checkpoint, precision: Precision, kv_layers: &[KvLayer], isa: Isa) -> [u8; 32] {
+/// The fingerprint of a checkpoint rounded and computed in this way, with these types of keys and values in each layer.
+pub(crate) fn of(
+    checkpoint: &Checkpoint,
+    quantization: Option<&Quantization>,
+    precision: Precision,
+    kv_layers: &[KvLayer],
+    isa: Isa,
+) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     // What ends a text is no part of how it is computed.
     let spec = ModelSpec { eos_token_ids: Vec::new(), bos_token_id: None, ..checkpoint.spec.clone() };
     field(&mut hasher, env!("CARGO_PKG_VERSION").as_bytes());
     field(&mut hasher, isa.name().as_bytes());
     field(&mut hasher, format!("{PAGE_TOKENS} {BLOCK_PAGES} {precision:?} {kv_layers:?}").as_bytes());
-    field(&mut hasher, format!("{} {spec:?}", checkpoint.is_gguf()).as_bytes());
+    field(&mut hasher, format!("{} {quantization:?} {spec:?}", checkpoint.is_gguf()).as_bytes());
     let mut tensors: Vec<_> = checkpoint.tensors().collect();
     tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
     for info in tensors {
@@ -38,6 +44,8 @@ pub(crate) fn of(checkpoint: &Checkpoint, precision: Precision, kv_layers: &[KvL
         field(&mut hasher, format!("{:?} {:?}", info.tensor_type, info.shape).as_bytes());
         if let Some(tensor) = checkpoint.tensor(&info.name) {
             contents(&mut hasher, tensor.bytes);
+            tensor.packed.iter().for_each(|packed| contents(&mut hasher, packed.scales));
+            checkpoint.release(tensor.bytes);
         }
     }
     hasher.finalize().into()

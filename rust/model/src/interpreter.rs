@@ -1,21 +1,24 @@
 //! A packed program and its steps: one `match` arm per kind of step.
 
+use std::cmp::Reverse;
+
 use infer_kernels::{
-    Attention, AttentionRows, Context, Format, KvCache, Norm, PAGE_TOKENS, Precision, RopeStyle,
-    activation_in_place, add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place,
-    rope_in_place, scale_in_place, softcap_in_place,
+    Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
+    add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place, rope_in_place,
+    scale_in_place, softcap_in_place,
 };
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
+use crate::kv::KvCaches;
 use crate::memory::Memory;
 use crate::program::MatrixKey;
 use crate::rope::RopeTable;
 use crate::step::{Role, Slice, Step};
 use crate::weights::{Loader, Matrix, Vector};
-use crate::{ModelError, ModelSpec, Program};
+use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// Rows that are looked up: embeddings and learned positions.
 enum LookupTable {
@@ -61,24 +64,35 @@ pub(crate) struct Interpreter {
 }
 
 impl Interpreter {
-    /// Writes the program, fuses what is stored alike, and packs all weights.
-    pub fn load(checkpoint: &Checkpoint, context: Context, precision: Precision) -> Result<Self, ModelError> {
+    /// Writes the program, fuses what is stored alike, and packs all weights, rounded if that is wished for.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        quantization: Option<&'static Quantization>,
+        context: Context,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
         let spec = checkpoint.spec.clone();
-        let loader = Loader::new(checkpoint);
+        let loader = Loader::new(checkpoint, quantization);
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         let matrix = |key: &MatrixKey| match key.parts.is_empty() {
             true => Ok(None),
-            false => loader.matrix(key, &context.pool).map(Some),
+            false => loader.matrix(key, &context).map(Some),
         };
-        let matrices = program.matrices.iter().map(matrix).collect::<Result<_, _>>()?;
+        // The largest first: while it is packed it is in memory twice, beside nothing else.
+        let mut order: Vec<usize> = (0..program.matrices.len()).collect();
+        order.sort_by_key(|&index| Reverse(program.matrices[index].weights()));
+        let mut matrices: Vec<Option<Matrix>> = program.matrices.iter().map(|_| None).collect();
+        for index in order {
+            matrices[index] = matrix(&program.matrices[index])?;
+        }
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
         let embedding = match tied_head(&spec, &program) {
             Some(matrix) => LookupTable::Packed { matrix },
-            None => lookup(&loader, Role::Embedding, spec.vocabulary)?,
+            None => lookup(&loader, &context, Role::Embedding, spec.vocabulary)?,
         };
         let positions = match spec.arch.positions {
-            Positions::Learned => Some(lookup(&loader, Role::Position, spec.max_positions)?),
+            Positions::Learned => Some(lookup(&loader, &context, Role::Position, spec.max_positions)?),
             Positions::Rope(_) => None,
         };
         loader.check_all_read()?;
@@ -107,7 +121,7 @@ impl Interpreter {
     }
 
     /// One step. The match is exhaustive on purpose: a new kind of step must be given its meaning here.
-    pub fn step(&self, step: &Step, batch: &Batch<'_>, cache: &mut KvCache, memory: &mut Memory) {
+    pub fn step(&self, step: &Step, batch: &Batch<'_>, caches: &mut KvCaches, memory: &mut Memory) {
         let context = &self.context;
         match step {
             Step::Embed { output, scale } => self.embed(*output, *scale, batch, memory),
@@ -135,10 +149,12 @@ impl Interpreter {
             Step::Rope { rows, heads, rope, style } => self.rope(*rows, *heads, *rope, *style, memory),
             Step::WriteKv { keys, values, layer } => {
                 let (keys, values) = (memory.rows(*keys, &self.program), memory.rows(*values, &self.program));
-                cache.write(context, *layer, keys, values, &memory.slots);
+                let slots = &memory.slots[usize::from(caches.place(*layer).local)];
+                let (cache, index) = caches.layer_mut(*layer);
+                cache.write(context, index, keys, values, slots);
             }
             Step::Attend { queries, output, layer, window } => {
-                self.attend(*queries, *output, *layer, *window, batch, cache, memory);
+                self.attend(*queries, *output, *layer, *window, batch, caches, memory);
             }
             Step::GatedActivation { gate, up, output, activation } => {
                 let up = *up;
@@ -233,7 +249,7 @@ impl Interpreter {
         layer: usize,
         window: Option<usize>,
         batch: &Batch<'_>,
-        cache: &KvCache,
+        caches: &KvCaches,
         memory: &mut Memory,
     ) {
         let spec = &self.spec;
@@ -245,6 +261,8 @@ impl Interpreter {
             window,
             softcap: spec.attention_softcap,
         };
+        let local = caches.place(layer).local;
+        let (cache, index) = caches.layer(layer);
         let sequences: Vec<AttentionRows<'_>> = batch
             .sequences
             .iter()
@@ -252,17 +270,23 @@ impl Interpreter {
                 first_row: sequence.first_row,
                 rows: sequence.rows,
                 first_position: sequence.first_position,
-                pages: &sequence.pages[..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
+                pages: &sequence.table(local)
+                    [..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
             })
             .collect();
         memory.map(&self.program, queries, output, |scratch, queries, output| {
-            attention(&self.context, &parameters, cache, layer, &sequences, queries, output, scratch);
+            attention(&self.context, &parameters, cache, index, &sequences, queries, output, scratch);
         });
     }
 }
 
-fn lookup(loader: &Loader<'_>, role: Role, rows: usize) -> Result<LookupTable, ModelError> {
-    let table = loader.table(role, rows)?;
+fn lookup(
+    loader: &Loader<'_>,
+    context: &Context,
+    role: Role,
+    rows: usize,
+) -> Result<LookupTable, ModelError> {
+    let table = loader.table(role, rows, context)?;
     let row_bytes = table.row_bytes();
     Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
 }

@@ -16,6 +16,17 @@ impl ModelSpec {
         let widest = |widest: Option<usize>, layer: &LayerSpec| Some(widest?.max(layer.window?));
         self.layers.iter().fold(Some(0), widest).filter(|window| *window > 0)
     }
+
+    /// The widest window of those layers that have one, if any has.
+    pub fn layer_window(&self) -> Option<usize> {
+        self.layers.iter().filter_map(|layer| layer.window).max()
+    }
+
+    /// The widest window, if some layers have one and others see everything: then the keys and values of both kinds can lie in pages of
+    /// their own ([`crate::CpuModel::allocate_split_cache`]).
+    pub fn local_window(&self) -> Option<usize> {
+        self.layer_window().filter(|_| self.page_window().is_none())
+    }
 }
 
 /// Reads all layers of a model with so many kinds of rotation.

@@ -6,7 +6,8 @@
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
-//! * `export.rs`: a checkpoint as a quantized GGUF file.
+//! * `packed.rs`: integers and scales that a folder stores apart. `quantization.rs`: ways of rounding.
+//! * `export/`: a checkpoint as a quantized file or folder.
 //! * `fingerprint.rs`: the identity of cached keys and values.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
@@ -28,8 +29,10 @@ mod kv;
 mod layers;
 mod memory;
 mod names;
+mod packed;
 mod places;
 mod program;
+mod quantization;
 mod rope;
 mod spec;
 mod step;
@@ -41,10 +44,11 @@ pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};
 pub use error::ModelError;
-pub use export::{ExportFormats, export_gguf};
+pub use export::{ExportOptions, export};
 pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
-pub use kv::KvTypes;
+pub use kv::{KvPage, KvTypes};
 pub use program::{Buffer, MatrixKey, Program, VectorKey};
+pub use quantization::{QUANTIZATIONS, Quantization};
 pub use rope::{RopeScaling, RopeSpec};
 pub use spec::{FeedForward, LayerSpec, ModelSpec, QkNormSpec};
 pub use step::{Role, Slice, Step, WeightKey};

@@ -14,8 +14,8 @@ pub(crate) struct Memory {
     /// Rows of the batch, and after `Select` the wanted ones.
     rows: usize,
     buffers: Vec<Vec<f32>>,
-    /// Slot in the cache of every row.
-    pub slots: Vec<u32>,
+    /// Slot in the cache of every row, and in the cache of layers that see only a window if that is another.
+    pub slots: [Vec<u32>; 2],
     /// Cosines and sines of every kind of rotation.
     pub rotations: Vec<(Vec<f32>, Vec<f32>)>,
     pub routes: Routes,
@@ -39,8 +39,10 @@ impl Memory {
             }
         }
         self.rows = batch.tokens.len();
-        self.slots.clear();
-        self.slots.extend(batch.slots());
+        for (slots, local) in self.slots.iter_mut().zip([false, true]) {
+            slots.clear();
+            slots.extend(batch.slots(local));
+        }
         self.rotations.resize_with(ropes.len(), Default::default);
         for (rope, (cos, sin)) in ropes.iter().zip(&mut self.rotations) {
             cos.clear();

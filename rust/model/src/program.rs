@@ -26,6 +26,13 @@ pub struct MatrixKey {
     pub columns: usize,
 }
 
+impl MatrixKey {
+    /// How many numbers it has.
+    pub fn weights(&self) -> usize {
+        self.rows.iter().sum::<usize>() * self.columns
+    }
+}
+
 /// A norm's weight, and its bias where the checkpoint has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VectorKey {

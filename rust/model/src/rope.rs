@@ -182,6 +182,32 @@ impl RopeSpec {
         }
     }
 
+    /// What each unscaled frequency is divided by (rotary_dim / 2), as GGUF stores it.
+    pub(crate) fn frequency_factors(&self) -> Vec<f32> {
+        let plain = Self { scaling: RopeScaling::None, ..self.clone() };
+        plain
+            .frequencies(0, false)
+            .iter()
+            .zip(self.frequencies(0, false))
+            .map(|(plain, own)| plain / own)
+            .collect()
+    }
+
+    /// Whether another rotates alike but for a last digit, however it says so.
+    pub(crate) fn is_near(&self, other: &Self) -> bool {
+        let near = |left: f64, right: f64| (left - right).abs() <= 1e-6 * left.abs();
+        let dynamic = |spec: &Self| matches!(spec.scaling, RopeScaling::Dynamic { .. });
+        let frequencies = |long: bool| {
+            let pairs = self.frequencies(0, long).into_iter().zip(other.frequencies(0, long));
+            pairs.into_iter().all(|(left, right)| near(f64::from(left), f64::from(right)))
+        };
+        near(self.attention_factor, other.attention_factor)
+            && self.context_switch() == other.context_switch()
+            && frequencies(false)
+            && frequencies(true)
+            && (!dynamic(self) || self == other)
+    }
+
     /// Frequencies in radians per position (rotary_dim / 2), for a token at `position` of a sequence.
     fn frequencies(&self, position: usize, long_context: bool) -> Vec<f32> {
         let dim = self.rotary_dim as f64;

@@ -138,11 +138,6 @@ impl ModelSpec {
                 known: arch::known(),
             }
         })?;
-        if let Some(quantization) = config.object("quantization_config")? {
-            let method = quantization.text(&["quant_method"])?.unwrap_or("unnamed");
-            let expected = "a checkpoint that is not quantized, or a quantized GGUF file";
-            return Err(ModelError::config("quantization_config.quant_method", method, expected));
-        }
         Self::read(arch, config)
     }
 

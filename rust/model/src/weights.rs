@@ -7,13 +7,13 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-use infer_kernels::{Format, PackedMatrix, Pool, dequantize};
+use infer_kernels::{Context, Format, KernelError, PackedMatrix, dequantize, round_rows};
 
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
 use crate::step::{Role, WeightKey};
-use crate::{ModelError, ModelSpec};
+use crate::{ModelError, ModelSpec, Quantization, quantization};
 
 /// A weight ready to be multiplied.
 pub(crate) struct Matrix {
@@ -29,6 +29,7 @@ pub(crate) struct Vector {
 
 /// Rows of a two-dimensional weight, in a format that kernels know.
 pub(crate) struct Table<'a> {
+    pub name: &'a str,
     pub format: Format,
     pub columns: usize,
     pub bytes: Cow<'a, [u8]>,
@@ -49,6 +50,9 @@ struct Source<'a> {
 
 /// The kernels' name of a tensor's type.
 pub(crate) fn format_of(tensor: Tensor<'_>) -> Result<Format, ModelError> {
+    if let Some(packed) = tensor.packed {
+        return Ok(packed.format.format);
+    }
     let name = tensor.info.tensor_type.name();
     Format::from_name(name).ok_or_else(|| ModelError::TensorType {
         name: tensor.info.name.clone(),
@@ -74,12 +78,19 @@ pub(crate) struct Loader<'a> {
     read: RefCell<HashSet<String>>,
     pub spec: &'a ModelSpec,
     pub names: &'static Names,
+    quantization: Option<&'static Quantization>,
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(checkpoint: &'a Checkpoint) -> Self {
+    pub fn new(checkpoint: &'a Checkpoint, quantization: Option<&'static Quantization>) -> Self {
         let read = RefCell::default();
-        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names }
+        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names, quantization }
+    }
+
+    /// The format that a weight of this role has in memory.
+    fn target(&self, role: Role, stored: Format) -> Format {
+        let rounded = self.quantization.and_then(|quantization| quantization.format(role));
+        rounded.filter(|_| stored.is_float()).unwrap_or(stored)
     }
 
     /// Looks a tensor up, and remembers that it was.
@@ -116,14 +127,16 @@ impl<'a> Loader<'a> {
     /// May two matrices be multiplied as one? They must be stored in one format.
     pub fn may_merge(&self, left: &MatrixKey, right: &MatrixKey) -> bool {
         let format = |key: &MatrixKey| {
-            let (tensor, _) = self.find(key.parts.first()?, key.rows[0]).ok()?;
-            Some(tensor.info.tensor_type)
+            let part = key.parts.first()?;
+            let (tensor, _) = self.find(part, key.rows[0]).ok()?;
+            let stored = format_of(tensor).ok()?;
+            Some((stored, self.target(part.role, stored)))
         };
         format(left).is_some_and(|own| Some(own) == format(right))
     }
 
     /// Packs a matrix of one or more parts.
-    pub fn matrix(&self, key: &MatrixKey, pool: &Pool) -> Result<Matrix, ModelError> {
+    pub fn matrix(&self, key: &MatrixKey, context: &Context) -> Result<Matrix, ModelError> {
         let sources = key
             .parts
             .iter()
@@ -146,7 +159,19 @@ impl<'a> Loader<'a> {
                 source.rows.iter().map(move |row| &source.table.bytes[row * width..(row + 1) * width])
             })
             .collect();
-        let packed = PackedMatrix::pack(pool, format, key.columns, &rows)?;
+        let target = self.target(key.parts[0].role, format);
+        let packed = match target == format {
+            true => PackedMatrix::pack(&context.pool, format, key.columns, &rows)?,
+            false => {
+                let of_tensor = |error| unroundable(&sources[0].table, target, error);
+                PackedMatrix::round(context, format, target, key.columns, &rows).map_err(of_tensor)?
+            }
+        };
+        for source in &sources {
+            if let Cow::Borrowed(bytes) = source.table.bytes {
+                self.checkpoint.release(bytes);
+            }
+        }
         Ok(Matrix { packed, bias: joined_bias(&sources) })
     }
 
@@ -188,18 +213,44 @@ impl<'a> Loader<'a> {
     }
 
     /// A table whose rows are looked up instead of multiplied.
-    pub fn table(&self, role: Role, rows: usize) -> Result<Table<'a>, ModelError> {
+    pub fn table(&self, role: Role, rows: usize, context: &Context) -> Result<Table<'a>, ModelError> {
         let key = WeightKey { role, layer: None, expert: None };
         let name = format!("{}.weight", self.name(&key)?);
         let tensor = self.tensor(&name).ok_or(ModelError::MissingTensor { name })?;
-        self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))
+        let table = self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))?;
+        let target = self.target(role, table.format);
+        if target == table.format {
+            return Ok(table);
+        }
+        let rows: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes()).collect();
+        let rounded = round_rows(context, table.format, target, table.columns, &rows)
+            .map_err(|error| unroundable(&table, target, error))?;
+        Ok(Table { format: target, bytes: Cow::Owned(rounded), ..table })
+    }
+
+    /// Is a matrix of this role stored as (inputs, outputs)?
+    pub fn is_transposed(&self, role: Role) -> bool {
+        let is_table = matches!(role, Role::Head | Role::Embedding | Role::Position);
+        self.spec.arch.transposed && !self.checkpoint.is_gguf() && !is_table
+    }
+
+    /// All rows of a tensor, (outputs, inputs); `transposed` where it is stored the other way round.
+    pub fn whole(
+        &self,
+        tensor: Tensor<'a>,
+        columns: usize,
+        transposed: bool,
+    ) -> Result<Table<'a>, ModelError> {
+        match transposed {
+            true => transpose(tensor, columns, tensor.info.elements() / columns.max(1)),
+            false => self.table_of(tensor, columns, |_| true, "rows".to_owned()),
+        }
     }
 
     fn source(&self, key: &WeightKey, rows: usize, columns: usize) -> Result<Source<'a>, ModelError> {
         let (tensor, part) = self.find(key, rows)?;
-        let transposed = self.spec.arch.transposed && !self.checkpoint.is_gguf() && key.role != Role::Head;
         let total = part.total;
-        let table = match transposed {
+        let table = match self.is_transposed(key.role) {
             true => transpose(tensor, columns, total)?,
             false => {
                 let expected =
@@ -258,9 +309,19 @@ impl<'a> Loader<'a> {
                 expected: format!("{expected} of {columns}"),
             });
         }
-        let table = Table { format: format_of(tensor)?, columns, bytes: Cow::Borrowed(tensor.bytes) };
+        let bytes = match tensor.packed {
+            None => Cow::Borrowed(tensor.bytes),
+            Some(packed) => {
+                Cow::Owned(packed.blocks(tensor.bytes).ok_or_else(|| ModelError::TensorType {
+                    name: tensor.info.name.clone(),
+                    found: "integers with a scale that half precision cannot hold".to_owned(),
+                    known: "scales that are half-precision numbers".to_owned(),
+                })?)
+            }
+        };
+        let table = Table { name: &tensor.info.name, format: format_of(tensor)?, columns, bytes };
         match table.format.row_bytes(columns) {
-            Some(width) if width * rows == tensor.bytes.len() => Ok(table),
+            Some(width) if width * rows == table.bytes.len() => Ok(table),
             _ => Err(ModelError::Shape {
                 name: tensor.info.name.clone(),
                 found: shape.clone(),
@@ -277,6 +338,15 @@ impl<'a> Loader<'a> {
             all.extend(values(self.tensor(&own).ok_or_else(missing)?)?);
         }
         Ok(all)
+    }
+}
+
+/// Why a table could not be rounded.
+pub(crate) fn unroundable(table: &Table<'_>, target: Format, error: KernelError) -> ModelError {
+    let rows = table.bytes.len() / table.row_bytes().max(1);
+    match target.row_bytes(table.columns) {
+        None => quantization::unsuitable(table.name, &[rows, table.columns], target),
+        Some(_) => ModelError::Quantization(format!("quantization: tensor `{}`: {error}", table.name)),
     }
 }
 
@@ -312,5 +382,5 @@ fn transpose(tensor: Tensor<'_>, columns: usize, rows: usize) -> Result<Table<'_
             bytes[to..to + item].copy_from_slice(&tensor.bytes[from..from + item]);
         }
     }
-    Ok(Table { format, columns, bytes: Cow::Owned(bytes) })
+    Ok(Table { name: &tensor.info.name, format, columns, bytes: Cow::Owned(bytes) })
 }

@@ -108,6 +108,7 @@ fn neighbours_change_no_bit() {
                     rows: starts[index + 1] - starts[index],
                     first_position: 0,
                     pages: &pages[index],
+                    local_pages: &[],
                     long_context: long,
                 })
                 .collect();

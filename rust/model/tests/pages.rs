@@ -4,7 +4,7 @@ mod common;
 
 use common::{Expected, all_kv_types, exact, golden_folder, logits};
 use infer_kernels::{KvCache, KvElement, PAGE_TOKENS, Precision};
-use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions, ModelError, NO_PAGE};
+use infer_model::{Batch, BatchSequence, CpuModel, KvPage, KvTypes, LoadOptions, ModelError, NO_PAGE};
 
 fn load(case: &str, options: &LoadOptions) -> CpuModel {
     CpuModel::load(&golden_folder().join(case), options).expect("loads")
@@ -13,7 +13,8 @@ fn load(case: &str, options: &LoadOptions) -> CpuModel {
 /// The logits of the text's last row, its earlier rows being in the cache.
 fn last_row(model: &mut CpuModel, text: &[u32], pages: &[u32]) -> Result<Vec<u32>, ModelError> {
     let first_position = text.len() - 1;
-    let sequence = BatchSequence { first_row: 0, rows: 1, first_position, pages, long_context: false };
+    let sequence =
+        BatchSequence { first_row: 0, rows: 1, first_position, pages, local_pages: &[], long_context: false };
     let batch = Batch { tokens: &text[first_position..], sequences: &[sequence], logit_rows: &[0] };
     let mut out = Vec::new();
     model.forward(&batch, &mut out)?;
@@ -53,6 +54,63 @@ fn pages_may_not_be_missing_where_a_layer_sees_everything() {
         pages[0] = NO_PAGE;
         let refused = last_row(&mut model, &text, &pages).expect_err("a hole that the row sees").to_string();
         assert!(refused.contains("page 0 of a sequence is missing"), "{case}: {refused}");
+    }
+}
+
+/// Computes the text in a split cache, in chunks, and gives up local pages as an engine would; the bits of its last row's logits.
+fn last_row_split(model: &mut CpuModel, text: &[u32], window: usize) -> Result<Vec<u32>, ModelError> {
+    let pages = pages_of(text);
+    // As few local pages as the window and a chunk span, used in turn.
+    let chunk = PAGE_TOKENS;
+    let spanned = (window + chunk).div_ceil(PAGE_TOKENS) + 1;
+    model.allocate_split_cache(pages.len(), spanned)?;
+    let mut local_pages: Vec<u32> = (0..pages.len()).map(|place| (place % spanned) as u32).collect();
+    let mut out = Vec::new();
+    for (index, part) in text.chunks(chunk).enumerate() {
+        let first_position = index * chunk;
+        let unseen = (first_position + 1).saturating_sub(window) / PAGE_TOKENS;
+        local_pages[..unseen].fill(NO_PAGE);
+        let sequence = BatchSequence {
+            first_row: 0,
+            rows: part.len(),
+            first_position,
+            pages: &pages,
+            local_pages: &local_pages,
+            long_context: false,
+        };
+        let last = [part.len() as u32 - 1];
+        model.forward(&Batch { tokens: part, sequences: &[sequence], logit_rows: &last }, &mut out)?;
+    }
+    Ok(out.iter().map(|value| value.to_bits()).collect())
+}
+
+#[test]
+fn a_split_cache_gives_the_same_bits_in_fewer_pages() {
+    for case in ["gemma2", "gemma3"] {
+        let mut model = load(case, &exact(2));
+        let window = model.spec().local_window().expect("some layers have a window");
+        let text = Expected::read(case).token_ids.repeat(4);
+        let whole = logits(&mut model, &text, 16, false);
+        let vocabulary = model.spec().vocabulary;
+        let last: Vec<u32> = whole[whole.len() - vocabulary..].iter().map(|value| value.to_bits()).collect();
+        assert_eq!(last_row_split(&mut model, &text, window).expect("computable"), last, "{case}");
+        let refused = last_row_split(&mut model, &text, 1).expect_err("a hole that rows see").to_string();
+        assert!(refused.contains("of a sequence is missing"), "{case}: {refused}");
+        // Pages go out and come back in both kinds of layers; a local page that is not there stays as it is.
+        let mut bytes = Vec::new();
+        let both = KvPage { page: 0, local: Some(1) };
+        model.export_page(both, &mut bytes).expect("pages of the cache");
+        assert_eq!(bytes.len(), model.page_bytes());
+        model.import_page(KvPage { page: 1, local: Some(0) }, &bytes).expect("its own bytes");
+        let mut again = Vec::new();
+        model.export_page(KvPage { page: 1, local: Some(0) }, &mut again).expect("pages of the cache");
+        assert_eq!(again, bytes);
+        model.export_page(0, &mut again).expect("a page of the cache");
+        let full = model.page_bytes() - model.local_page_bytes();
+        assert_eq!((&again[..full], again.len()), (&bytes[..full], bytes.len()));
+        assert!(again[full..].iter().all(|&byte| byte == 0));
+        model.copy_page(both, KvPage { page: 1, local: Some(2) }).expect("pages of the cache");
+        assert!(model.copy_page(both, KvPage { page: 1, local: Some(99) }).is_err());
     }
 }
 

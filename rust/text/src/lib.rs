@@ -21,6 +21,7 @@ mod pre_tokenizers;
 mod sentencepiece;
 mod stop;
 mod tiktoken;
+mod to_gguf;
 mod tokenizer;
 mod vocabulary;
 

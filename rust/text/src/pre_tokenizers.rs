@@ -5,7 +5,7 @@
 //! previous one left; matches and the text between them become pieces.
 
 /// GPT-2.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(crate) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 /// cl100k (GPT-4) and Llama 3.
 pub(crate) const CL100K: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2: as cl100k, with single digits.
@@ -189,6 +189,14 @@ const KINDS: &[PreTokenizer] = &[
 pub(crate) fn kind(name: &str) -> Option<&'static PreTokenizer> {
     let name = if name.is_empty() { "default" } else { name };
     KINDS.iter().find(|kind| kind.names.contains(&name))
+}
+
+/// The name of a way of cutting text into pieces that spell bytes.
+pub(crate) fn named(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
+    let alike = |kind: &&PreTokenizer| {
+        !kind.raw && kind.ignore_merges == ignore_merges && kind.patterns.iter().eq(patterns.iter())
+    };
+    KINDS.iter().find(alike).and_then(|kind| kind.names.first().copied())
 }
 
 /// All names, for messages.

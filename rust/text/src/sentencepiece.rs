@@ -45,6 +45,18 @@ impl PieceType {
             _ => return None,
         })
     }
+
+    /// That number.
+    pub(crate) fn number(self) -> i32 {
+        match self {
+            PieceType::Normal => 1,
+            PieceType::Unknown => 2,
+            PieceType::Control => 3,
+            PieceType::UserDefined => 4,
+            PieceType::Unused => 5,
+            PieceType::Byte => 6,
+        }
+    }
 }
 
 /// The trainer's `ModelType`; the other two (word, char) have no use in language models.
@@ -178,6 +190,12 @@ impl ScoredVocabulary {
 }
 
 impl Model {
+    /// Its vocabulary, if it is a byte-pair encoding that normalizes nothing.
+    pub(crate) fn byte_pairs(&self) -> Option<&ScoredVocabulary> {
+        let own = &self.vocabulary;
+        (own.algorithm == Algorithm::Bpe && own.charsmap.is_empty()).then_some(own)
+    }
+
     /// Reads a model file.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, TextError> {
         let mut model = Model {

@@ -96,6 +96,14 @@ impl Tokenizer {
         Ok(Tokenizer { inner: Arc::new(Inner { backend, decoding, special, surround, end_of_turn }) })
     }
 
+    /// The contents of a `tokenizer.json` that is this tokenizer, but for what is added around a text by configuration.
+    pub(crate) fn json(&self) -> Result<String, TextError> {
+        self.inner
+            .backend
+            .to_string(false)
+            .map_err(|error| TextError::invalid("tokenizer", error.to_string()))
+    }
+
     /// Token ids of `text`. Special tokens spelled out in the text are recognized, as in transformers.
     ///
     /// `add_special` adds what the model expects around a text (usually the beginning-of-sequence token).

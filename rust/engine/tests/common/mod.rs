@@ -8,7 +8,7 @@ pub mod simulate;
 pub mod tier;
 pub mod world;
 
-use infer_engine::{Batch, BatchSequence, Device, EngineConfig, TextStep, TokenText};
+use infer_engine::{Batch, BatchSequence, Device, EngineConfig, PageRef, TextStep, TokenText};
 
 pub const VOCABULARY: usize = 48;
 pub const EOS: u32 = 0;
@@ -29,7 +29,7 @@ struct Slot {
     long_context: bool,
 }
 
-/// One model's pages.
+/// One kind of a model's layers and their pages.
 struct Slots {
     page_tokens: usize,
     window: Option<usize>,
@@ -37,18 +37,23 @@ struct Slots {
 }
 
 impl Slots {
-    fn place(&self, sequence: &BatchSequence, position: usize) -> usize {
-        let page = sequence.pages[position / self.page_tokens];
+    fn new(config: &EngineConfig, window: Option<usize>, pages: usize) -> Self {
+        let slots = vec![None; pages * config.page_tokens];
+        Self { page_tokens: config.page_tokens, window, slots }
+    }
+
+    fn place(&self, table: &[u32], position: usize) -> usize {
+        let page = table[position / self.page_tokens];
         assert_ne!(page, u32::MAX, "no position that is seen lies on a missing page");
         page as usize * self.page_tokens + position % self.page_tokens
     }
 
     /// Reads what `position` sees, as attention would, and checks that it is one sequence's; the digest of what ends before it.
-    fn prefix(&self, sequence: &BatchSequence, position: usize) -> u64 {
+    fn prefix(&self, table: &[u32], sequence: &BatchSequence, position: usize) -> u64 {
         let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         let mut last = 0;
         for past in first..position {
-            let slot = self.slots[self.place(sequence, past)].expect("attention reads only written slots");
+            let slot = self.slots[self.place(table, past)].expect("attention reads only written slots");
             let seen = (slot.position, slot.long_context);
             assert_eq!(seen, (past, sequence.long_context), "slot of another position");
             last = slot.prefix;
@@ -57,10 +62,10 @@ impl Slots {
     }
 
     /// Computes one row: the digest of the prefix that it ends.
-    fn row(&mut self, sequence: &BatchSequence, position: usize, token: u32) -> u64 {
-        let prefix =
-            mix(self.prefix(sequence, position), u64::from(token) | u64::from(sequence.long_context) << 40);
-        let place = self.place(sequence, position);
+    fn row(&mut self, table: &[u32], sequence: &BatchSequence, position: usize, token: u32) -> u64 {
+        let before = self.prefix(table, sequence, position);
+        let prefix = mix(before, u64::from(token) | u64::from(sequence.long_context) << 40);
+        let place = self.place(table, position);
         self.slots[place] = Some(Slot { prefix, position, long_context: sequence.long_context });
         prefix
     }
@@ -76,9 +81,64 @@ impl Slots {
     }
 }
 
+/// One model's pages: of layers that see everything (or all the same window), and of those that see only a window.
+struct Layers {
+    full: Slots,
+    local: Option<Slots>,
+}
+
+impl Layers {
+    fn new(config: &EngineConfig) -> Self {
+        let local = config.local.map(|local| Slots::new(config, Some(local.window), local.pages));
+        Self { full: Slots::new(config, config.window, config.pages), local }
+    }
+
+    fn row(&mut self, sequence: &BatchSequence, position: usize, token: u32) -> u64 {
+        let prefix = self.full.row(&sequence.pages, sequence, position, token);
+        if let Some(local) = &mut self.local {
+            // A window of one position sees nothing of what came before.
+            let same = local.row(&sequence.local_pages, sequence, position, token) == prefix;
+            assert!(same || local.window == Some(1), "all layers read one sequence");
+        }
+        prefix
+    }
+
+    fn copy(&mut self, from: PageRef, to: PageRef) {
+        self.full.copy(from.page, to.page);
+        if let (Some(local), Some(from), Some(to)) = (&mut self.local, from.local, to.local) {
+            local.copy(from, to);
+        }
+    }
+
+    fn export(&mut self, page: PageRef, bytes: &mut Vec<u8>) {
+        let mut slots = self.full.page(page.page).to_vec();
+        if let Some(local) = &mut self.local {
+            let missing = vec![None; local.page_tokens];
+            slots.extend(page.local.map_or(missing, |page| local.page(page).to_vec()));
+        }
+        for slot in slots {
+            let slot = slot.unwrap_or(Slot { prefix: 0, position: usize::MAX, long_context: false });
+            bytes.extend(slot.prefix.to_le_bytes());
+            bytes.extend((slot.position as u64).to_le_bytes());
+            bytes.push(u8::from(slot.long_context));
+        }
+    }
+
+    /// False when there are too few bytes.
+    fn import(&mut self, page: PageRef, slots: &mut impl Iterator<Item = Option<Slot>>) -> bool {
+        let mut fill = |into: &mut [Option<Slot>]| {
+            into.iter_mut().all(|slot| slots.next().map(|next| *slot = next).is_some())
+        };
+        let full = fill(self.full.page(page.page));
+        let Some(local) = &mut self.local else { return full };
+        let mut nowhere = vec![None; local.page_tokens];
+        full && fill(page.local.map_or(&mut nowhere[..], |page| local.page(page)))
+    }
+}
+
 pub struct FakeDevice {
-    target: Slots,
-    draft: Option<Slots>,
+    target: Layers,
+    draft: Option<Layers>,
     pub steps: usize,
     pub rows: usize,
     /// Steps (by number) that fail, at their end or (odd ones) at their beginning.
@@ -91,14 +151,9 @@ pub struct FakeDevice {
 
 impl FakeDevice {
     pub fn new(config: &EngineConfig) -> Self {
-        let slots = || Slots {
-            page_tokens: config.page_tokens,
-            window: config.window,
-            slots: vec![None; config.pages * config.page_tokens],
-        };
         Self {
-            target: slots(),
-            draft: Some(slots()),
+            target: Layers::new(config),
+            draft: Some(Layers::new(config)),
             steps: 0,
             rows: 0,
             failing: Vec::new(),
@@ -181,20 +236,14 @@ impl Device for FakeDevice {
         Ok(())
     }
 
-    fn export_page(&mut self, page: u32, bytes: &mut Vec<u8>) -> Result<(), String> {
+    fn export_page(&mut self, page: PageRef, bytes: &mut Vec<u8>) -> Result<(), String> {
         bytes.clear();
-        for model in [Some(&mut self.target), self.draft.as_mut()].into_iter().flatten() {
-            for slot in model.page(page).iter() {
-                let slot = slot.unwrap_or(Slot { prefix: 0, position: usize::MAX, long_context: false });
-                bytes.extend(slot.prefix.to_le_bytes());
-                bytes.extend((slot.position as u64).to_le_bytes());
-                bytes.push(u8::from(slot.long_context));
-            }
-        }
+        let models = [Some(&mut self.target), self.draft.as_mut()];
+        models.into_iter().flatten().for_each(|model| model.export(page, bytes));
         Ok(())
     }
 
-    fn import_page(&mut self, page: u32, bytes: &[u8]) -> Result<(), String> {
+    fn import_page(&mut self, page: PageRef, bytes: &[u8]) -> Result<(), String> {
         let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
         let mut slots = bytes.chunks_exact(17).map(|slot| {
             let position = word(&slot[8..16]) as usize;
@@ -202,9 +251,7 @@ impl Device for FakeDevice {
             (position != usize::MAX).then_some(slot)
         });
         for model in [Some(&mut self.target), self.draft.as_mut()].into_iter().flatten() {
-            for slot in model.page(page) {
-                *slot = slots.next().ok_or("too few bytes for a page")?;
-            }
+            model.import(page, &mut slots).then_some(()).ok_or("too few bytes for a page")?;
         }
         Ok(())
     }
@@ -227,6 +274,7 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         patience: EngineConfig::PATIENCE,
         step_time_target: Some(EngineConfig::STEP_TIME_TARGET),
         window: None,
+        local: None,
         speculation: None,
         digest_key: [7; 32],
         cache_events: false,

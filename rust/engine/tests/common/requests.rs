@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use infer_engine::{
-    EngineConfig, Prompt, RequestId, RequestKind, RequestOptions, SamplingParams, Speculation, Submission,
-    TextFactory,
+    EngineConfig, LocalLayers, Prompt, RequestId, RequestKind, RequestOptions, SamplingParams, Speculation,
+    Submission, TextFactory,
 };
 
 use super::{TagText, VOCABULARY, mix};
@@ -37,10 +37,20 @@ pub fn random_config(dice: &mut Dice) -> EngineConfig {
     config.patience = Duration::from_millis(1 + dice.roll(500) as u64);
     config.step_time_target = dice.chance(2).then(|| Duration::from_micros(1 + dice.roll(5000) as u64));
     config.window = dice.chance(3).then(|| 2 + dice.roll(40));
+    config.local = (config.window.is_none() && dice.chance(2)).then(|| random_local(dice, &config));
     config.speculation = random_speculation(dice);
     config.cache_events = true;
     config.trace = true;
     config
+}
+
+/// Layers with a window, and no more pages for them than one sequence needs and a few.
+fn random_local(dice: &mut Dice, config: &EngineConfig) -> LocalLayers {
+    let window = 1 + dice.roll(30);
+    let pages_for = |tokens: usize| tokens.div_ceil(config.page_tokens);
+    let spanned = pages_for(window + config.max_num_batched_tokens) + 2;
+    let pages = spanned.min(pages_for(config.max_model_len)) + dice.roll(8);
+    LocalLayers { window, pages }
 }
 
 pub fn random_speculation(dice: &mut Dice) -> Option<Speculation> {

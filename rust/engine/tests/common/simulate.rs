@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use infer_engine::{
-    Device, EngineConfig, EngineMetrics, Event, FinishReason, RequestId, RequestKind, RequestOptions,
+    Device, EngineConfig, EngineMetrics, Event, FinishReason, LocalLayers, RequestId, RequestKind,
+    RequestOptions,
 };
 
 use super::requests::{Dice, Planned, random_config, random_request, submission};
@@ -24,8 +25,10 @@ fn replant(_: Option<()>) -> Option<()> {
 fn alone(config: &EngineConfig, id: RequestId, planned: &Planned, nan_every: Option<u64>) -> Seen {
     let removed = replant(None); // what is right is told by an engine without the bug
     let pages = config.pages * 4 + 4;
+    let local = config.local.map(|local| LocalLayers { pages, ..local });
     let roomy = EngineConfig {
         pages,
+        local,
         max_num_batched_tokens: 4096,
         max_num_seqs: 64,
         speculation: None,

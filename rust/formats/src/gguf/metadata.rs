@@ -16,7 +16,7 @@ pub struct Metadata {
 
 impl Metadata {
     /// Takes entries whose keys must be unique.
-    pub(crate) fn new(entries: Vec<(String, Value)>) -> Result<Self, FormatError> {
+    pub fn new(entries: Vec<(String, Value)>) -> Result<Self, FormatError> {
         let names = NameIndex::new(entries.len(), |at| key_at(&entries, at)).map_err(|name| {
             FormatError::Duplicate { container: Container::Gguf, field: "metadata key", name: quoted(name) }
         })?;

@@ -15,7 +15,8 @@ use crate::tensor::TensorType;
 const VERSION: u32 = 3;
 
 /// Collects metadata and tensors, checks each as it comes, and writes them as a file that [`crate::Gguf`]
-/// reads back. Tensor data may be borrowed, so a converted file need not fit in memory twice.
+/// reads back. Tensor data may be borrowed, or be made one tensor after the other while the file is written
+/// ([`GgufWriter::declare`]), so a converted file need not fit in memory twice.
 #[derive(Debug)]
 pub struct GgufWriter<'a> {
     alignment: usize,
@@ -30,7 +31,10 @@ struct Pending<'a> {
     name: String,
     type_id: u32,
     shape: Vec<usize>,
-    bytes: Cow<'a, [u8]>,
+    /// Bytes that its type and shape take.
+    len: usize,
+    /// Absent until they are written, where the tensor was only declared.
+    bytes: Option<Cow<'a, [u8]>>,
 }
 
 impl Default for GgufWriter<'_> {
@@ -86,6 +90,30 @@ impl<'a> GgufWriter<'a> {
         bytes: impl Into<Cow<'a, [u8]>>,
     ) -> Result<&mut Self, FormatError> {
         let (name, bytes) = (name.into(), bytes.into());
+        self.declare(name, tensor_type, shape)?;
+        let Some(tensor) = self.tensors.last_mut() else { return Ok(self) };
+        if bytes.len() != tensor.len {
+            let error = wrong_length(&tensor.name, tensor_type, shape, bytes.len(), tensor.len);
+            if let Some(refused) = self.tensors.pop() {
+                self.names.remove(&refused.name);
+            }
+            return Err(error);
+        }
+        tensor.bytes = Some(bytes);
+        Ok(self)
+    }
+
+    /// Adds a tensor whose bytes [`GgufWriter::write_with`] asks for.
+    ///
+    /// # Errors
+    /// As for [`GgufWriter::tensor`].
+    pub fn declare(
+        &mut self,
+        name: impl Into<String>,
+        tensor_type: TensorType,
+        shape: &[usize],
+    ) -> Result<&mut Self, FormatError> {
+        let name = name.into();
         checked_name(&name, format_args!("the name of tensor {}", self.tensors.len()))?;
         let Some(type_id) = tensor_type.ggml_id() else {
             let field = format_args!("the type of tensor {}", Key(&name)).to_string();
@@ -99,49 +127,76 @@ impl<'a> GgufWriter<'a> {
                 format_args!("at most {MAX_RANK} dimensions of at least 1"),
             ));
         }
-        let needed = tensor_bytes(tensor_type, shape, &name)?;
-        if bytes.len() != needed {
-            return Err(FormatError::invalid(
-                CONTAINER,
-                format_args!("the data of tensor {}", Key(&name)),
-                format_args!("{} bytes", bytes.len()),
-                format_args!("{needed} bytes, which {tensor_type} {shape:?} needs"),
-            ));
-        }
+        let len = tensor_bytes(tensor_type, shape, &name)?;
         if !self.names.insert(name.clone()) {
             return Err(duplicate("tensor", &name));
         }
-        self.tensors.push(Pending { name, type_id, shape: shape.to_vec(), bytes });
+        self.tensors.push(Pending { name, type_id, shape: shape.to_vec(), len, bytes: None });
         Ok(self)
     }
 
-    /// The whole file in memory.
+    /// The whole file in memory; the bytes of tensors that were only declared are zeros.
     pub fn finish(self) -> Vec<u8> {
-        let mut file = Vec::new();
-        for piece in self.pieces() {
-            file.extend_from_slice(&piece);
-            file.resize(file.len().next_multiple_of(self.alignment), 0);
+        let mut file = self.header();
+        file.resize(file.len().next_multiple_of(self.alignment), 0);
+        for tensor in &self.tensors {
+            let end = file.len().saturating_add(tensor.len);
+            file.extend_from_slice(tensor.bytes.as_deref().unwrap_or_default());
+            file.resize(end.next_multiple_of(self.alignment), 0);
         }
         file
+    }
+
+    /// Bytes of the whole file.
+    pub fn file_len(&self) -> usize {
+        let padded = |len: usize| len.next_multiple_of(self.alignment);
+        self.tensors
+            .iter()
+            .fold(padded(self.header().len()), |sum, tensor| sum.saturating_add(padded(tensor.len)))
     }
 
     /// Writes the file to `out`, which should be buffered or a plain file: a tensor goes out in one call.
     ///
     /// # Errors
-    /// Whatever `out` reports.
+    /// Whatever `out` reports; a tensor that was only declared.
     pub fn write(&self, out: &mut impl io::Write) -> io::Result<()> {
-        for piece in self.pieces() {
-            out.write_all(&piece)?;
-            let padding = piece.len().next_multiple_of(self.alignment).saturating_sub(piece.len());
-            io::copy(&mut io::repeat(0).take(u64::try_from(padding).unwrap_or(u64::MAX)), out)?;
+        self.write_with(out, |name| {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("tensor {} has no data", Key(name))))
+        })
+    }
+
+    /// Writes the file to `out`, asking for the bytes of each declared tensor by its name when it is its turn.
+    ///
+    /// # Errors
+    /// Whatever `out` or `bytes` reports; bytes that are not as long as the tensor's type and shape say.
+    pub fn write_with<E: From<io::Error>>(
+        &self,
+        out: &mut impl io::Write,
+        mut bytes: impl FnMut(&str) -> Result<Vec<u8>, E>,
+    ) -> Result<(), E> {
+        self.write_padded(out, &self.header())?;
+        for tensor in &self.tensors {
+            match &tensor.bytes {
+                Some(bytes) => self.write_padded(out, bytes)?,
+                None => {
+                    let made = bytes(&tensor.name)?;
+                    if made.len() != tensor.len {
+                        let found = format!("{} bytes instead of {}", made.len(), tensor.len);
+                        let text = format!("tensor {} was given {found}", Key(&tensor.name));
+                        return Err(io::Error::new(io::ErrorKind::InvalidInput, text).into());
+                    }
+                    self.write_padded(out, &made)?;
+                }
+            }
         }
         Ok(())
     }
 
-    /// The parts of the file, each of which is padded to the alignment.
-    fn pieces(&self) -> impl Iterator<Item = Cow<'_, [u8]>> {
-        let tensors = self.tensors.iter().map(|tensor| Cow::Borrowed(&*tensor.bytes));
-        std::iter::once(Cow::Owned(self.header())).chain(tensors)
+    fn write_padded(&self, out: &mut impl io::Write, piece: &[u8]) -> io::Result<()> {
+        out.write_all(piece)?;
+        let padding = piece.len().next_multiple_of(self.alignment).saturating_sub(piece.len());
+        io::copy(&mut io::repeat(0).take(u64::try_from(padding).unwrap_or(u64::MAX)), out)?;
+        Ok(())
     }
 
     /// Everything before the tensors' data, without padding.
@@ -163,10 +218,25 @@ impl<'a> GgufWriter<'a> {
             tensor.shape.iter().rev().for_each(|&size| write_length(size, &mut out));
             out.extend_from_slice(&tensor.type_id.to_le_bytes());
             write_length(offset, &mut out);
-            offset = offset.saturating_add(tensor.bytes.len().next_multiple_of(self.alignment));
+            offset = offset.saturating_add(tensor.len.next_multiple_of(self.alignment));
         }
         out
     }
+}
+
+fn wrong_length(
+    name: &str,
+    tensor_type: TensorType,
+    shape: &[usize],
+    found: usize,
+    needed: usize,
+) -> FormatError {
+    FormatError::invalid(
+        CONTAINER,
+        format_args!("the data of tensor {}", Key(name)),
+        format_args!("{found} bytes"),
+        format_args!("{needed} bytes, which {tensor_type} {shape:?} needs"),
+    )
 }
 
 fn duplicate(field: &'static str, name: &str) -> FormatError {

@@ -6,9 +6,13 @@
 
 use super::GROUP;
 use super::bfloat::Pair;
+use super::tiled::{PairLine, RoundTile};
 use crate::rows::SharedSlice;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd, TILE_ROWS};
 use crate::{Context, Isa, Rows};
+
+#[cfg(test)]
+mod tests;
 
 /// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest. Rows that this one
 /// has too many are zeros.
@@ -16,12 +20,24 @@ use crate::{Context, Isa, Rows};
 pub(crate) struct Tiles {
     rows: usize,
     full: usize,
+    least: usize, // width of the last tile
 }
 
 impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
-        Tiles { rows, full: if isa >= Isa::Avx512 { 8 } else { 4 } }
+        Tiles { rows, full: if isa >= Isa::Avx512 { 8 } else { 4 }, least: 1 }
+    }
+
+    /// Tiles for a matrix unit, all of 16 rows.
+    pub(crate) fn full(rows: usize) -> Tiles {
+        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS }
+    }
+
+    /// Tiles for a matrix unit, all of one width.
+    pub(crate) fn alike(rows: usize) -> Tiles {
+        let full = rows.next_power_of_two().min(TILE_ROWS);
+        Tiles { rows, full, least: full }
     }
 
     /// Number of tiles.
@@ -41,7 +57,7 @@ impl Tiles {
 
     /// Rows of a tile, those of zeros included.
     pub(crate) fn width(self, tile: usize) -> usize {
-        self.rows(tile).next_power_of_two()
+        self.rows(tile).next_power_of_two().max(self.least)
     }
 
     /// Rows of all tiles, those of zeros included.
@@ -151,11 +167,17 @@ impl<'a> IntegerTiles<'a> {
 pub(crate) struct Activations {
     values: Vec<f32>,
     pairs: Vec<Pair>,
-    bytes: Vec<[u8; GROUP]>,
+    lines: Vec<PairLine>,
+    bytes: Vec<TwoGroups>,
     scales: Vec<f32>,
     offsets: Vec<i32>,
     totals: Vec<f32>,
 }
+
+/// The bytes of two groups: memory of whole cache lines.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+struct TwoGroups([[u8; GROUP]; 2]);
 
 fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
     if vector.len() < len {
@@ -175,17 +197,34 @@ impl Activations {
         side_by_side(&mut self.pairs, context, input)
     }
 
+    /// The rows as tiles of lines of bfloat16.
+    pub(crate) fn pair_lines(&mut self, context: &Context, input: Rows<'_>) -> RowTiles<'_, PairLine> {
+        let tiles = Tiles::alike(input.rows());
+        let depth = input.width().div_ceil(GROUP);
+        let shared = SharedSlice::new(at_least(&mut self.lines, tiles.padded_rows() * depth));
+        context.pool.run(tiles.count(), |tile| {
+            let width = tiles.width(tile);
+            // SAFETY: tiles are disjoint.
+            let lines = unsafe { shared.part_mut(tiles.first(tile) * depth, width * depth) };
+            let rows = tiles.first(tile)..tiles.first(tile) + tiles.rows(tile);
+            context.isa.dispatch(RoundTile { input, rows, width, lines });
+        });
+        RowTiles { tiles, depth, values: &self.lines }
+    }
+
     /// The rows as tiles of 8-bit integers, with the sums that the layout wants.
     pub(crate) fn quantize(
         &mut self,
         context: &Context,
         input: Rows<'_>,
         rounding: Rounding,
+        tiles: Tiles,
     ) -> IntegerTiles<'_> {
-        let tiles = Tiles::new(context.isa, input.rows());
         let groups = input.width() / GROUP;
         let len = tiles.padded_rows() * groups;
-        let bytes = SharedSlice::new(at_least(&mut self.bytes, len));
+        // SAFETY: these types hold bytes and no padding; the former's size is twice the latter's.
+        let all_bytes = unsafe { at_least(&mut self.bytes, len.div_ceil(2)).align_to_mut::<[u8; GROUP]>() }.1;
+        let bytes = SharedSlice::new(&mut *all_bytes);
         let scales = SharedSlice::new(at_least(&mut self.scales, len));
         let parts = rounding.parts();
         let offsets = SharedSlice::new(at_least(&mut self.offsets, len * parts));
@@ -203,7 +242,7 @@ impl Activations {
             context.isa.dispatch(kernel);
         });
         let (scales, offsets, totals) = (&self.scales, &self.offsets, &self.totals);
-        IntegerTiles { tiles, groups, bytes: &self.bytes, scales, offsets, totals, rounding }
+        IntegerTiles { tiles, groups, bytes: all_bytes, scales, offsets, totals, rounding }
     }
 }
 
@@ -251,6 +290,7 @@ struct QuantizeTile<'a> {
 
 impl Kernel for QuantizeTile<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
@@ -336,58 +376,4 @@ pub(crate) fn round_ref(row: &[f32]) -> Vec<(f32, f32)> {
             group.iter().map(move |value| ((value * inverse).round_ties_even(), greatest / 127.0))
         })
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Pool;
-    use crate::quant::sample_values;
-
-    const ROUNDING: Rounding = Rounding { weight_offset: -8, halves: false, totals: false };
-
-    #[test]
-    fn quantizing_equals_the_oracle() {
-        let (rows, groups) = (7, 3);
-        let mut values = sample_values(rows * groups * GROUP);
-        values[..GROUP].fill(0.0);
-        for isa in Isa::available() {
-            let context = Context { isa, pool: Pool::shared(2).unwrap() };
-            let mut memory = Activations::default();
-            let tiles =
-                memory.quantize(&context, Rows::new(&values, rows, groups * GROUP, groups * GROUP), ROUNDING);
-            for row in 0..rows {
-                let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
-                let index = row / tiles.tiles.full;
-                let (tile, width) = (tiles.tile(index), tiles.tiles.width(index));
-                for (column, (byte, scale)) in expected.into_iter().enumerate() {
-                    let at = column / GROUP * width + row % tiles.tiles.full;
-                    assert_eq!(f32::from(tile.bytes[at][column % GROUP] as i8), byte);
-                    assert_eq!(tile.scales[at], scale);
-                    let total: i32 = tile.bytes[at].iter().map(|&byte| i32::from(byte as i8)).sum();
-                    assert_eq!(tile.offsets[at], -8 * total);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn specials_reach_the_scale() {
-        for isa in Isa::available() {
-            let context = Context { isa, pool: Pool::shared(1).unwrap() };
-            for (special, finite) in
-                [(f32::NAN, false), (f32::NEG_INFINITY, false), (1e-40, true), (f32::MAX, true)]
-            {
-                let mut values = [0.5; GROUP];
-                if finite {
-                    values = [0.0; GROUP];
-                }
-                values[13] = special;
-                let mut memory = Activations::default();
-                let tile = memory.quantize(&context, Rows::new(&values, 1, GROUP, GROUP), ROUNDING).tile(0);
-                assert_eq!(tile.scales[0].is_finite(), finite, "{special}");
-                assert_eq!(tile.bytes[0][13], if special == f32::MAX { 127 } else { 0 });
-            }
-        }
-    }
 }

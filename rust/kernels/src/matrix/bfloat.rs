@@ -43,6 +43,7 @@ pub(crate) struct BfloatLinear<'a> {
 
 impl Kernel for BfloatLinear<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -151,6 +151,7 @@ pub(crate) struct FloatLinear<'a> {
 
 impl Kernel for FloatLinear<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

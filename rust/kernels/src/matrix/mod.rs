@@ -21,16 +21,20 @@ mod float;
 mod integer;
 mod output;
 mod pack;
+mod round;
+mod tiled;
 mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
-pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles};
+pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles, Tiles};
 pub(crate) use bfloat::BfloatLinear;
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
+pub use round::round_rows;
+pub(crate) use tiled::{BfloatTiles, ByteTiles};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;
@@ -137,24 +141,28 @@ impl PackedMatrix {
         columns: usize,
         rows: &[&[u8]],
     ) -> Result<PackedMatrix, KernelError> {
-        let row_bytes = pack::check(format, columns, rows)?;
+        pack::check(format, columns, rows)?;
+        let mut matrix = PackedMatrix::empty(format, columns, rows.len())?;
+        pack::fill(pool, &mut matrix, rows, None);
+        Ok(matrix)
+    }
+
+    /// Memory for a matrix, all zeros.
+    fn empty(format: Format, columns: usize, rows: usize) -> Result<PackedMatrix, KernelError> {
         let layout = Layout::of(format);
-        let panels = rows.len().div_ceil(LANES);
+        let panels = rows.div_ceil(LANES);
         let groups = columns.div_ceil(GROUP);
         // The largest size is refused by the allocation, with its message.
         let size =
             |bytes| panels.checked_mul(groups).and_then(|n| n.checked_mul(bytes)).unwrap_or(usize::MAX);
-        let mut matrix = PackedMatrix {
+        Ok(PackedMatrix {
             format,
             layout,
-            rows: rows.len(),
+            rows,
             columns,
             weights: Buffer::zeroed(size(layout.group_bytes()), "weights")?,
             scales: Buffer::zeroed(size(layout.scale_bytes()), "weight scales")?,
-        };
-        debug_assert!(rows.iter().all(|row| row.len() == row_bytes));
-        pack::fill(pool, &mut matrix, rows);
-        Ok(matrix)
+        })
     }
 
     /// Number of output rows.

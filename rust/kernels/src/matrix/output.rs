@@ -52,15 +52,28 @@ impl Output<'_> {
     ) {
         let bias = self.bias.filter(|_| last);
         for (t, &sum) in sums.iter().enumerate().take(tiles.rows(tile)) {
-            let sum = match bias {
-                Some(bias) => simd.add(sum, load_some(simd, &bias[panel * LANES..])),
-                None => sum,
-            };
-            let out = self.part(panel, tiles.first(tile) + t);
-            match out.first_chunk_mut() {
-                Some(out) => simd.store(sum, out),
-                None => simd.store_partial(sum, out),
-            }
+            self.store_row(simd, panel, tiles.first(tile) + t, sum, bias);
+        }
+    }
+
+    /// The sums of a panel with a row, plus the panel's part of `bias`.
+    #[inline(always)]
+    pub(super) fn store_row<S: Simd>(
+        &self,
+        simd: S,
+        panel: usize,
+        row: usize,
+        sum: S::F32,
+        bias: Option<&[f32]>,
+    ) {
+        let sum = match bias {
+            Some(bias) => simd.add(sum, load_some(simd, &bias[panel * LANES..])),
+            None => sum,
+        };
+        let out = self.part(panel, row);
+        match out.first_chunk_mut() {
+            Some(out) => simd.store(sum, out),
+            None => simd.store_partial(sum, out),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! From rows as they lie in a file to panels, in parallel, straight into the final buffer.
 
+use super::round::WeightRounding;
 use super::{Layout, PackedMatrix, coded};
 use crate::quant::{BlockQ4_0, BlockQ8_0};
 use crate::simd::LANES;
@@ -21,8 +22,13 @@ pub(super) fn check(format: Format, columns: usize, rows: &[&[u8]]) -> Result<us
     }
 }
 
-/// Writes every panel.
-pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
+/// Writes every panel, its rows rounded first if that is wished for.
+pub(super) fn fill(
+    pool: &Pool,
+    matrix: &mut PackedMatrix,
+    rows: &[&[u8]],
+    rounding: Option<&WeightRounding>,
+) {
     let layout = matrix.layout;
     let panel_bytes = matrix.groups() * layout.group_bytes();
     let scale_bytes = matrix.groups() * layout.scale_bytes();
@@ -39,6 +45,12 @@ pub(super) fn fill(pool: &Pool, matrix: &mut PackedMatrix, rows: &[&[u8]]) {
     pool.run(panels.len(), |panel| {
         let mut panel = panels[panel].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (weights, scales, rows) = &mut *panel;
+        let rounded = rounding.map(|rounding| rounding.rows(rows));
+        let own: Vec<&[u8]> = match &rounded {
+            Some(bytes) => bytes.chunks_exact(bytes.len() / rows.len()).collect(),
+            None => rows.to_vec(),
+        };
+        let rows = own.as_slice();
         match layout {
             Layout::F32 => interleave::<4>(rows, weights),
             Layout::F16 => interleave::<2>(rows, weights),

@@ -2,9 +2,13 @@
 //!
 //! Tasks are chunks of panels, claimed by threads as they come; panels outside, tiles of rows inside, so that a panel
 //! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
-//! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set.
+//! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set. (bfloat16
+//! times bfloat16 alone has the instruction set's own order.)
 
-use crate::matrix::{BfloatLinear, CodedLinear, FloatLinear, IntegerLinear, Layout, Output, PackedMatrix};
+use crate::matrix::{
+    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
+    PackedMatrix, Rounding, Tiles,
+};
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
 
@@ -20,6 +24,39 @@ pub enum Precision {
     /// bfloat16 with activations of bfloat16 where the instruction set multiplies those; others with `f32` activations.
     #[default]
     Auto,
+}
+
+/// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits; and so where halves of
+/// groups have their own scales. Measured at the shapes of a 1B Llama: `examples/matrix_unit_speed.rs`.
+const TILED_ROWS: usize = 32;
+const TILED_ROWS_OF_HALVES: usize = 64;
+
+/// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Bytes(Rounding),
+    ByteTiles(Rounding),
+    Bfloats,
+    BfloatTiles,
+    Floats,
+}
+
+impl Way {
+    fn of(isa: Isa, layout: Layout, precision: Precision, rows: usize) -> Way {
+        if precision == Precision::Exact {
+            return Way::Floats;
+        }
+        match layout.rounding() {
+            Some(rounding) => {
+                let least = if rounding.halves { TILED_ROWS_OF_HALVES } else { TILED_ROWS };
+                if isa.has_tiles() && rows >= least { Way::ByteTiles(rounding) } else { Way::Bytes(rounding) }
+            }
+            // Its order of additions differs from other instructions': few rows take this way as well.
+            None if isa.has_tiles() && matches!(layout, Layout::Bf16) => Way::BfloatTiles,
+            None if isa.has_bf16_dots() && matches!(layout, Layout::Bf16) => Way::Bfloats,
+            None => Way::Floats,
+        }
+    }
 }
 
 /// Below this many bytes of weights times rows, waking other threads costs more than they gain.
@@ -48,30 +85,52 @@ pub fn linear(
     // The mistake that tests/api/test_invariance.py must find: several rows take another way than one.
     let other_way = cfg!(feature = "planted") && input.rows() > 1;
     let precision = if other_way { Precision::Exact } else { precision };
-    let output = Output { rows: output.share(), bias };
-    let rounding = weight.layout().rounding().filter(|_| precision == Precision::Auto);
-    if let Some(rounding) = rounding {
-        let input = scratch.activations.quantize(context, input, rounding);
-        over_panels(context, weight, output.rows.rows(), |panels| match weight.layout() {
-            Layout::Coded(_) => context.isa.dispatch(CodedLinear { weight, input, output, panels }),
-            _ => context.isa.dispatch(IntegerLinear { weight, input, output, panels }),
-        });
-    } else if rounds_to_bf16(context.isa, weight.layout(), precision) {
-        let input = scratch.activations.pair(context, input);
-        over_panels(context, weight, output.rows.rows(), |panels| {
-            context.isa.dispatch(BfloatLinear { weight, input, output, panels });
-        });
-    } else {
-        let input = scratch.activations.interleave(context, input);
-        over_panels(context, weight, output.rows.rows(), |panels| {
-            context.isa.dispatch(FloatLinear { weight, input, output, panels });
-        });
-    }
+    let way = Way::of(context.isa, weight.layout(), precision, input.rows());
+    linear_by(way, context, weight, input, Output { rows: output.share(), bias }, scratch);
 }
 
-/// Whether activations are rounded to bfloat16, as the weights are.
-fn rounds_to_bf16(isa: Isa, layout: Layout, precision: Precision) -> bool {
-    isa.has_bf16_dots() && matches!(layout, Layout::Bf16) && precision == Precision::Auto
+fn linear_by(
+    way: Way,
+    context: &Context,
+    weight: &PackedMatrix,
+    input: Rows<'_>,
+    output: Output<'_>,
+    scratch: &mut Scratch,
+) {
+    let (isa, rows, memory) = (context.isa, input.rows(), &mut scratch.activations);
+    match way {
+        Way::Bytes(rounding) => {
+            let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
+            over_panels(context, weight, rows, |panels| match weight.layout() {
+                Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels }),
+                _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
+            });
+        }
+        Way::ByteTiles(rounding) => {
+            let input = memory.quantize(context, input, rounding, Tiles::full(rows));
+            over_panels(context, weight, rows, |panels| {
+                isa.dispatch_tiles(ByteTiles { weight, input, output, panels });
+            });
+        }
+        Way::Bfloats => {
+            let input = memory.pair(context, input);
+            over_panels(context, weight, rows, |panels| {
+                isa.dispatch(BfloatLinear { weight, input, output, panels });
+            });
+        }
+        Way::BfloatTiles => {
+            let input = memory.pair_lines(context, input);
+            over_panels(context, weight, rows, |panels| {
+                isa.dispatch_tiles(BfloatTiles { weight, input, output, panels });
+            });
+        }
+        Way::Floats => {
+            let input = memory.interleave(context, input);
+            over_panels(context, weight, rows, |panels| {
+                isa.dispatch(FloatLinear { weight, input, output, panels });
+            });
+        }
+    }
 }
 
 /// Hands out chunks of panels: small enough to end together, large enough to stream.
@@ -110,9 +169,10 @@ fn linear_ref(
             (false, _) => {
                 let mut weights = vec![0.0; input.len()];
                 crate::dequantize(format, row, &mut weights);
-                match isa.has_bf16_dots() && format == crate::Format::Bf16 && precision == Precision::Auto {
-                    true => bf16_ref(&weights, input),
-                    false => chain(weights.iter().zip(input)),
+                match format == crate::Format::Bf16 && precision == Precision::Auto {
+                    true if isa.has_tiles() => bf16_tiles_ref(&weights, input),
+                    true if isa.has_bf16_dots() => bf16_ref(&weights, input),
+                    _ => chain(weights.iter().zip(input)),
                 }
             }
         };
@@ -132,6 +192,18 @@ fn bf16_ref(weights: &[f32], input: &[f32]) -> f32 {
     let rounded: Vec<f32> = input.iter().map(|value| half::bf16::from_f32(*value).to_f32()).collect();
     let pairs = weights.chunks(2).zip(rounded.chunks(2));
     chain(pairs.flat_map(|(weights, values)| weights.iter().zip(values).rev()))
+}
+
+/// Groups of 32 columns, as a matrix unit adds them.
+#[cfg(test)]
+fn bf16_tiles_ref(weights: &[f32], input: &[f32]) -> f32 {
+    let rounded: Vec<f32> = input.iter().map(|value| half::bf16::from_f32(*value).to_f32()).collect();
+    let pair = |values: &[f32]| (values[0], values.get(1).copied().unwrap_or(0.0));
+    let groups = weights.chunks(32).zip(rounded.chunks(32));
+    groups.fold(0.0, |sum, (weights, values)| {
+        let pairs = values.chunks(2).zip(weights.chunks(2));
+        crate::simd::add_group(sum, pairs.map(|(values, weights)| (pair(values), pair(weights))))
+    })
 }
 
 /// A row of Q8_0 or Q4_0 times one of rounded activations, each with its scale.

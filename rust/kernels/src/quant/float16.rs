@@ -1,6 +1,7 @@
 //! F16: IEEE 754 half precision, little-endian; rounding to nearest even.
 
 use super::{Description, Values};
+use crate::Isa;
 use half::f16;
 
 pub(super) const DESCRIPTION: Description = Description {
@@ -17,7 +18,7 @@ fn dequantize(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn quantize(values: &[f32], out: &mut Vec<u8>) {
+fn quantize(_isa: Isa, values: &[f32], out: &mut Vec<u8>) {
     out.extend(values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()));
 }
 
@@ -37,7 +38,7 @@ mod tests {
         ];
         for (value, bits) in cases {
             let mut bytes = Vec::new();
-            super::quantize(&[value], &mut bytes);
+            super::quantize(crate::Isa::Scalar, &[value], &mut bytes);
             assert_eq!(bytes, bits.to_le_bytes(), "{value}");
         }
     }
@@ -47,7 +48,7 @@ mod tests {
         for bits in 0..=u16::MAX {
             let (mut value, mut bytes) = ([0.0], Vec::new());
             super::dequantize(&bits.to_le_bytes(), &mut value);
-            super::quantize(&value, &mut bytes);
+            super::quantize(crate::Isa::Scalar, &value, &mut bytes);
             assert!(value[0].is_nan() || bytes == bits.to_le_bytes(), "{bits:#x}");
         }
     }

@@ -55,6 +55,8 @@ pub(crate) enum Codes {
 pub(crate) enum Scales {
     /// A half-precision scale per group.
     Half,
+    /// A half-precision scale per four groups.
+    Shared,
     /// A bfloat16 scale per group.
     Brain,
     /// A half-precision scale and minimum per group.

@@ -1,16 +1,20 @@
 //! Q4_0: blocks of 32 weights, each `(nibble - 8) * scale`. Byte `i` holds weight `i` in its low nibble and weight
 //! `i + 16` in its high one.
 
+use super::fit::{self, Block};
 use super::{Description, Values};
 use half::f16;
 
 pub(super) const DESCRIPTION: Description = Description {
     name: "Q4_0",
-    block_len: 32,
-    block_bytes: 18,
+    block_len: LEN,
+    block_bytes: BYTES,
     values: Values::By(dequantize),
-    quantize: Some(quantize),
+    quantize: Some(fit::blocks::<Nearest, LEN, BYTES>),
 };
+
+const LEN: usize = 32;
+const BYTES: usize = 18;
 
 /// A block, as it lies in a file.
 #[derive(Clone, Copy)]
@@ -51,18 +55,24 @@ fn dequantize(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The scale, which may be negative, makes the value of greatest magnitude exactly -8.
-fn quantize(values: &[f32], out: &mut Vec<u8>) {
-    for values in values.as_chunks::<32>().0 {
-        let first_greatest = values
-            .iter()
-            .fold(0.0_f32, |greatest, &value| if greatest.abs() < value.abs() { value } else { greatest });
-        let scale = first_greatest / -8.0;
-        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        let nibble = |value: f32| ((value * inverse + 8.5) as i8).min(15) as u8;
-        out.extend(f16::from_f32(scale).to_le_bytes());
-        out.extend((0..16).map(|i| nibble(values[i]) | nibble(values[i + 16]) << 4));
+struct Nearest;
+
+impl Block<LEN, BYTES> for Nearest {
+    #[inline(always)]
+    fn encode(values: &[f32; LEN]) -> [u8; BYTES] {
+        let (scale, integers) = fit::nibbles(values);
+        pack(scale, integers.map(|integer| (integer + 8) as u8))
     }
+}
+
+#[inline(always)]
+fn pack(scale: f16, nibbles: [u8; LEN]) -> [u8; BYTES] {
+    let mut block = [0; BYTES];
+    block[..2].copy_from_slice(&scale.to_le_bytes());
+    for i in 0..LEN / 2 {
+        block[2 + i] = nibbles[i] | nibbles[i + LEN / 2] << 4;
+    }
+    block
 }
 
 #[cfg(test)]
@@ -70,24 +80,31 @@ mod tests {
     use super::*;
     use crate::quant::{hash, sample_values};
 
+    /// ggml's quantizer: the scale makes the value of greatest magnitude exactly -8.
+    fn usual(values: &[f32; LEN]) -> [u8; BYTES] {
+        let greatest =
+            values.iter().fold(0.0_f32, |most, &value| if most.abs() < value.abs() { value } else { most });
+        let scale = greatest / -8.0;
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        pack(f16::from_f32(scale), values.map(|value| ((value * inverse + 8.5) as i8).min(15) as u8))
+    }
+
     #[test]
     fn a_block_by_hand() {
         let mut values = [0.0; 32];
-        values[..3].copy_from_slice(&[-8.0, 8.0, 1.0]);
+        values[..3].copy_from_slice(&[-8.0, 7.0, 1.0]);
         values[16] = -3.0;
-        let mut bytes = Vec::new();
-        quantize(&values, &mut bytes);
-        assert_eq!(bytes[..6], [0x00, 0x3c, 0x50, 0x8f, 0x89, 0x88]); // 8 does not fit and becomes 7
+        let bytes = Nearest::encode(&values);
+        assert_eq!(bytes[..6], [0x00, 0x3c, 0x50, 0x8f, 0x89, 0x88]);
         let mut out = [0.0; 32];
         dequantize(&bytes, &mut out);
-        assert_eq!((out[0], out[1], out[2], out[16], out[31]), (-8.0, 7.0, 1.0, -3.0, 0.0));
+        assert_eq!(out, values);
     }
 
     #[test]
     fn equals_the_reference_implementation() {
         let values = sample_values(32 * 1000);
-        let mut bytes = Vec::new();
-        quantize(&values, &mut bytes);
+        let bytes: Vec<u8> = values.as_chunks().0.iter().flat_map(usual).collect();
         assert_eq!(hash(&bytes), EXPECTED_BYTES);
         let mut out = vec![0.0; values.len()];
         dequantize(&bytes, &mut out);

@@ -1,15 +1,19 @@
 //! Q8_0: blocks of 32 weights, each `quant * scale`, with quants in -127..=127 (a file may also hold -128).
 
+use super::fit::{self, Block};
 use super::{Description, Values};
 use half::f16;
 
 pub(super) const DESCRIPTION: Description = Description {
     name: "Q8_0",
-    block_len: 32,
-    block_bytes: 34,
+    block_len: LEN,
+    block_bytes: BYTES,
     values: Values::By(dequantize),
-    quantize: Some(quantize),
+    quantize: Some(fit::blocks::<Nearest, LEN, BYTES>),
 };
+
+const LEN: usize = 32;
+const BYTES: usize = 34;
 
 /// A block, as it lies in a file.
 #[derive(Clone, Copy)]
@@ -45,13 +49,20 @@ fn dequantize(bytes: &[u8], out: &mut [f32]) {
 }
 
 /// The scale makes the greatest magnitude 127; ties round away from zero.
-fn quantize(values: &[f32], out: &mut Vec<u8>) {
-    for values in values.as_chunks::<32>().0 {
+struct Nearest;
+
+impl Block<LEN, BYTES> for Nearest {
+    #[inline(always)]
+    fn encode(values: &[f32; LEN]) -> [u8; BYTES] {
         let greatest = values.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
         let scale = greatest / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        out.extend(f16::from_f32(scale).to_le_bytes());
-        out.extend(values.iter().map(|value| (value * inverse).round() as i8 as u8));
+        let mut block = [0; BYTES];
+        block[..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+        for (byte, value) in block[2..].iter_mut().zip(values) {
+            *byte = (value * inverse).round() as i8 as u8;
+        }
+        block
     }
 }
 
@@ -64,18 +75,15 @@ mod tests {
     fn a_block_by_hand() {
         let mut values = [0.0; 32];
         values[..4].copy_from_slice(&[127.0, -127.0, 2.5, -0.5]);
-        let mut bytes = Vec::new();
-        quantize(&values, &mut bytes);
-        assert_eq!(bytes[..7], [0x00, 0x3c, 127, 129, 3, 255, 0]); // ties away from zero
-        quantize(&[0.0; 32], &mut bytes);
-        assert_eq!(bytes[34..], [0; 34]);
+        assert_eq!(Nearest::encode(&values)[..7], [0x00, 0x3c, 127, 129, 3, 255, 0]); // ties away from zero
+        assert_eq!(Nearest::encode(&[0.0; 32]), [0; 34]);
     }
 
     #[test]
     fn equals_the_reference_implementation() {
         let values = sample_values(32 * 1000);
         let mut bytes = Vec::new();
-        quantize(&values, &mut bytes);
+        crate::quantize(crate::Format::Q8_0, &values, &mut bytes);
         assert_eq!(hash(&bytes), EXPECTED_BYTES);
         let mut out = vec![0.0; values.len()];
         dequantize(&bytes, &mut out);

@@ -1,11 +1,12 @@
-//! AVX-512 F, BW, DQ, VL and VNNI: one register holds all 16 lanes.
+//! AVX-512 F, BW, DQ, VL and VNNI, also with AMX: one register holds all 16 lanes.
 
-use super::{Isa, Kernel, LANES, Simd, dot_bf16_in_two, four};
+use super::tiles::{self, TileShape, TileSums};
+use super::{Isa, Kernel, LANES, Simd, amx, dot_bf16_in_two, four};
 use core::arch::x86_64::*;
 
-/// Token of AVX-512, with or without BF16; only [`Avx512::detect`] makes one.
+/// Token of AVX-512, with or without BF16 and AMX; only [`Avx512::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512<const BF16: bool>(());
+pub struct Avx512<const BF16: bool, const AMX: bool>(());
 
 /// An expression of AVX-512 intrinsics, in a method of the token.
 macro_rules! hardware {
@@ -15,7 +16,7 @@ macro_rules! hardware {
     }};
 }
 
-impl<const BF16: bool> Avx512<BF16> {
+impl<const BF16: bool, const AMX: bool> Avx512<BF16, AMX> {
     /// The token, if this machine has the instructions.
     #[inline]
     pub fn detect() -> Option<Self> {
@@ -27,39 +28,44 @@ impl<const BF16: bool> Avx512<BF16> {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
-            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"))
+            && (!AMX || amx::is_available());
         present.then_some(Avx512(()))
     }
 }
 
-impl Avx512<false> {
+impl Avx512<false, false> {
     /// Runs `kernel` compiled for this instruction set.
     #[inline]
     pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-        fn inside<K: Kernel>(token: Avx512<false>, kernel: K) -> K::Output {
+        fn inside<K: Kernel>(token: Avx512<false, false>, kernel: K) -> K::Output {
             kernel.run(token)
         }
         hardware!(inside(self, kernel))
     }
 }
 
-impl Avx512<true> {
+impl<const AMX: bool> Avx512<true, AMX> {
     /// Runs `kernel` compiled for this instruction set.
     #[inline]
     pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
-        fn inside<K: Kernel>(token: Avx512<true>, kernel: K) -> K::Output {
+        fn inside<K: Kernel, const AMX: bool>(token: Avx512<true, AMX>, kernel: K) -> K::Output {
             kernel.run(token)
         }
         hardware!(inside(self, kernel))
     }
 }
 
-impl<const BF16: bool> Simd for Avx512<BF16> {
+impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
     type F32 = __m512;
     type I32 = __m512i;
-    const ISA: Isa = if BF16 { Isa::Avx512Bf16 } else { Isa::Avx512 };
+    const ISA: Isa = match (BF16, AMX) {
+        (_, true) => Isa::Amx,
+        (true, false) => Isa::Avx512Bf16,
+        (false, false) => Isa::Avx512,
+    };
     const REGISTERS: usize = 32;
 
     #[inline(always)]
@@ -340,5 +346,49 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         hardware!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+    }
+    #[inline(always)]
+    fn prefetch_later(self, address: *const u8) {
+        hardware!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
+    }
+
+    #[inline(always)]
+    fn start_tiles(self, shape: TileShape) {
+        if AMX {
+            hardware!(amx::configure(shape));
+        }
+    }
+    #[inline(always)]
+    fn stop_tiles(self) {
+        if AMX {
+            hardware!(amx::release());
+        }
+    }
+    #[inline(always)]
+    unsafe fn multiply_bytes<const SLOT: usize>(
+        self,
+        shape: TileShape,
+        input: *const u8,
+        weights: *const u8,
+        sums: &mut TileSums<i32>,
+    ) {
+        match AMX {
+            true => hardware!(amx::multiply_bytes::<SLOT>(input, weights, sums)),
+            false => hardware!(tiles::multiply_bytes_ref(shape, input, weights, sums)),
+        }
+    }
+    #[inline(always)]
+    unsafe fn multiply_bf16<const T: usize>(
+        self,
+        shape: TileShape,
+        input: [*const u8; T],
+        weights: [*const u8; 2],
+        groups: usize,
+        sums: &mut [[TileSums<f32>; T]; 2],
+    ) {
+        match AMX {
+            true => hardware!(amx::multiply_bf16::<T>(shape, input, weights, groups, sums)),
+            false => hardware!(tiles::multiply_bf16_ref(shape, input, weights, groups, sums)),
+        }
     }
 }

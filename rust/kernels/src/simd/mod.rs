@@ -10,19 +10,29 @@
 //! everywhere (the scalar set uses `f32::mul_add`), horizontal sums use one tree, conversions round to nearest even.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use crate::KernelError;
 #[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
 pub use scalar::Scalar;
+#[cfg(test)]
+pub(crate) use tiles::add_group;
+pub use tiles::{MatrixUnit, TILE_ROWS, TileShape, TileSums};
 
 /// Lanes of a virtual vector.
 pub const LANES: usize = 16;
@@ -32,32 +42,55 @@ pub const LANES: usize = 16;
 pub enum Isa {
     /// Portable code.
     Scalar,
+    /// aarch64 with NEON, which all of them have.
+    Neon,
+    /// The same with DotProd.
+    NeonDotprod,
+    /// The same with I8MM.
+    NeonI8mm,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
     /// The same with AVX-512 BF16.
     Avx512Bf16,
+    /// The same with AMX, of bytes and of bfloat16.
+    Amx,
 }
 
 /// A computation that is generic over the instruction set. See [`Isa::dispatch`].
 pub trait Kernel {
     /// What it returns.
     type Output;
+    /// Whether it multiplies bytes. What does not is compiled once for all instruction sets that differ in nothing else.
+    const MULTIPLIES_BYTES: bool = true;
     /// Computes. Implementations must be `#[inline(always)]`, and so must everything they call with `simd`.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 8] = [
+        Isa::Scalar,
+        Isa::Neon,
+        Isa::NeonDotprod,
+        Isa::NeonI8mm,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Bf16,
+        Isa::Amx,
+    ];
 
     /// Its name, as in `INFER_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::NeonDotprod => "neon_dotprod",
+            Isa::NeonI8mm => "neon_i8mm",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
         }
     }
 
@@ -66,18 +99,33 @@ impl Isa {
         self == Isa::Avx512Bf16
     }
 
+    /// Whether it has a matrix unit: see [`MatrixUnit`].
+    pub(crate) fn has_tiles(self) -> bool {
+        self == Isa::Amx
+    }
+
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::<0>::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod => Neon::<1>::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => Neon::<2>::detect().is_some(),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => false,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::<false>::detect().is_some(),
+            Isa::Avx512 => Avx512::<false, false>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Avx512::<true>::detect().is_some(),
+            Isa::Avx512Bf16 => Avx512::<true, false>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, true>::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => false,
         }
     }
 
@@ -91,7 +139,7 @@ impl Isa {
         Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
     }
 
-    /// The one that the environment variable `INFER_ISA` (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces, else the best one.
+    /// The one that the environment variable `INFER_ISA` (a [name](Isa::name)) forces, else the best one.
     ///
     /// # Errors
     /// When the variable names no instruction set, or one that this machine lacks.
@@ -127,16 +175,55 @@ impl Isa {
     pub fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             Isa::Scalar => kernel.run(Scalar),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDotprod if K::MULTIPLIES_BYTES => {
+                Neon::<1>::detect().expect("DotProd is absent").enter(kernel)
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm if K::MULTIPLIES_BYTES => {
+                Neon::<2>::detect().expect("I8MM is absent").enter(kernel)
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => {
+                Neon::<0>::detect().expect("NEON is absent").enter(kernel)
+            }
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm => {
+                panic!("{} is absent: this is no aarch64 machine", self.name())
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().expect("AVX2, FMA and F16C are absent").enter(kernel),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::<false>::detect().expect("AVX-512 with VNNI is absent").enter(kernel),
+            Isa::Avx512 => {
+                Avx512::<false, false>::detect().expect("AVX-512 with VNNI is absent").enter(kernel)
+            }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => Avx512::<true>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
+            Isa::Avx512Bf16 => Avx512::<true, false>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
+            // The vectors are the same; what is for its matrix unit goes to `dispatch_tiles`.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, false>::detect().expect("AVX-512 BF16 is absent").enter(kernel),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => {
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
                 panic!("{} is absent: this is no x86-64 machine", self.name())
             }
+        }
+    }
+}
+
+impl Isa {
+    /// Runs a kernel of matrix units, which is compiled for those instruction sets only that have one. Tests run it on every one.
+    ///
+    /// # Panics
+    /// When this machine lacks the instruction set, or that has no matrix unit.
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), allow(unused_variables))]
+    pub(crate) fn dispatch_tiles<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::<true, true>::detect().expect("AMX is absent").enter(kernel),
+            #[cfg(test)]
+            isa => isa.dispatch(kernel),
+            #[cfg(not(test))]
+            isa => panic!("{} has no matrix unit", isa.name()),
         }
     }
 }
@@ -310,7 +397,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     }
 
     /// Exact sums of products of the bytes of `weights`, four per lane and vector, with as many activations of each of `T`
-    /// rows, from the four at `first` on.
+    /// rows, from the four at `first` on. `N` is 4 or 8, and `first` a multiple of 4.
     ///
     /// `BITS` is 4, 5 or 6: bytes are unsigned numbers of so many bits, and sums begin with `offsets`; or 8: bytes are offset
     /// by 128 (0 stands for -128, which does not occur), and `offsets` are -128 times the sum of the activations, which are
@@ -327,6 +414,49 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);
+    /// The same, but into a larger cache than the nearest one, where the processor can.
+    #[inline(always)]
+    fn prefetch_later(self, address: *const u8) {
+        self.prefetch(address);
+    }
+
+    /// Prepares this thread's matrix unit for tiles of this shape, if there is one. For [`MatrixUnit`], as what follows.
+    #[inline(always)]
+    fn start_tiles(self, _shape: TileShape) {}
+    /// Gives the matrix unit back.
+    #[inline(always)]
+    fn stop_tiles(self) {}
+    /// See [`MatrixUnit::bytes`]: input rows lie 32 bytes apart.
+    ///
+    /// # Safety
+    /// The matrix unit is prepared for this shape, and so much input and weights can be read.
+    #[inline(always)]
+    unsafe fn multiply_bytes<const SLOT: usize>(
+        self,
+        shape: TileShape,
+        input: *const u8,
+        weights: *const u8,
+        sums: &mut TileSums<i32>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tiles::multiply_bytes_ref(shape, input, weights, sums) }
+    }
+    /// See [`MatrixUnit::bf16`].
+    ///
+    /// # Safety
+    /// The same; the shape's lines have 64 bytes, and there is a group.
+    #[inline(always)]
+    unsafe fn multiply_bf16<const T: usize>(
+        self,
+        shape: TileShape,
+        input: [*const u8; T],
+        weights: [*const u8; 2],
+        groups: usize,
+        sums: &mut [[TileSums<f32>; T]; 2],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tiles::multiply_bf16_ref(shape, input, weights, groups, sums) }
+    }
 }
 
 /// [`Simd::dot_bf16`] for lack of an instruction.
@@ -339,6 +469,7 @@ fn dot_bf16_in_two<S: Simd>(simd: S, sums: S::F32, weights: S::I32, pair: u32) -
 }
 
 /// Four activations as one number, to be broadcast.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn four(row: &[u8; 32], index: usize) -> i32 {
     i32::from_le_bytes(row.as_chunks::<4>().0[index])

@@ -1,6 +1,8 @@
 //! What the tests of this room share: the golden cases, and running a model over a text.
 #![allow(dead_code)] // each test binary uses its part
 
+pub mod models;
+
 use std::path::{Path, PathBuf};
 
 use infer_formats::Safetensors;
@@ -14,6 +16,7 @@ pub fn exact(threads: usize) -> LoadOptions {
         precision: Precision::Exact,
         mmap: true,
         kv_types: KvTypes::all(KvElement::F32),
+        quantization: None,
     }
 }
 
@@ -88,6 +91,7 @@ pub fn logits(model: &mut CpuModel, tokens: &[u32], chunk: usize, long_context: 
             rows: part.len(),
             first_position: index * chunk,
             pages: &pages,
+            local_pages: &[],
             long_context,
         };
         let rows: Vec<u32> = (0..part.len() as u32).collect();

@@ -10,7 +10,7 @@ use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
 
 /// How codes become bytes that [`Simd::dot`] multiplies.
-pub(super) trait Unpack: Copy {
+pub(in super::super) trait Unpack: Copy {
     /// Bytes of 32 columns of a panel.
     const BYTES: usize;
     /// Bits of those bytes, as [`Simd::dot`] counts them.
@@ -25,13 +25,13 @@ pub(super) trait Unpack: Copy {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Nibbles;
+pub(in super::super) struct Nibbles;
 #[derive(Clone, Copy)]
-pub(super) struct Five;
+pub(in super::super) struct Five;
 #[derive(Clone, Copy)]
-pub(super) struct Six;
+pub(in super::super) struct Six;
 #[derive(Clone, Copy)]
-pub(super) struct Book;
+pub(in super::super) struct Book;
 
 /// 64 bytes.
 #[inline(always)]
@@ -136,14 +136,14 @@ impl Unpack for Book {
 
 /// Scales of a group's halves, and minima, for 16 rows.
 #[derive(Clone, Copy)]
-pub(super) struct RowScales<S: Simd> {
-    pub(super) scales: [S::F32; 2],
-    pub(super) minima: [S::F32; 2],
+pub(in super::super) struct RowScales<S: Simd> {
+    pub(in super::super) scales: [S::F32; 2],
+    pub(in super::super) minima: [S::F32; 2],
 }
 
 /// Reads a group's scales out of those of its panel.
 #[inline(always)]
-pub(super) fn load_scales<S: Simd>(
+pub(in super::super) fn load_scales<S: Simd>(
     simd: S,
     kind: Scales,
     factor: f32,
@@ -202,6 +202,7 @@ macro_rules! kinds {
 
 kinds! {
     Half = Scales::Half;
+    Shared = Scales::Shared;
     Brain = Scales::Brain;
     HalfMinimum = Scales::HalfMinimum;
     Steps = Scales::Steps { halves: false };
@@ -232,6 +233,7 @@ impl Kernel for CodedLinear<'_> {
         let (halves, steps) = (Scales::Steps { halves: true }, Scales::Steps { halves: false });
         match (format.codes, format.scales) {
             (Codes::Nibbles(_), Scales::Half) => self.panels::<S, Nibbles, Half>(simd, table),
+            (Codes::Nibbles(_), Scales::Shared) => self.panels::<S, Nibbles, Shared>(simd, table),
             (Codes::Nibbles(_), Scales::HalfMinimum) => self.panels::<S, Nibbles, HalfMinimum>(simd, table),
             (Codes::Nibbles(_), Scales::StepsDrops { halves: false }) => {
                 self.panels::<S, Nibbles, StepsDrops>(simd, table);

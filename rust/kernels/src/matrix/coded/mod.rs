@@ -14,6 +14,7 @@ mod kernel;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
+pub(super) use kernel::{Book, Five, Nibbles, Six, Unpack, load_scales};
 
 use super::GROUP;
 use crate::quant::{Codes, Grouped, Scales};
@@ -41,6 +42,7 @@ pub(super) const fn scale_bytes(scales: Scales) -> usize {
 const fn record(scales: Scales) -> (usize, usize) {
     match scales {
         Scales::Half | Scales::Brain => (1, 2 * LANES),
+        Scales::Shared => (4, 2 * LANES),
         Scales::HalfMinimum => (1, 4 * LANES),
         Scales::Steps { halves } => (SPAN, 2 * LANES + SPAN * LANES * parts(halves)),
         Scales::StepsDrops { halves } => (SPAN, 4 * LANES + SPAN * 2 * LANES * parts(halves)),
@@ -60,7 +62,7 @@ pub(super) const fn offset(codes: Codes) -> i32 {
 }
 
 /// The bytes that codes stand for: integers offset by 128.
-const fn table(codes: Codes) -> [u8; 16] {
+pub(super) const fn table(codes: Codes) -> [u8; 16] {
     let mut bytes = [0; 16];
     if let Codes::Book(integers) = codes {
         let mut code = 0;
@@ -161,7 +163,7 @@ const fn step_at(kind: Scales, group: usize, half: usize) -> Option<usize> {
     match kind {
         Scales::Steps { halves } => Some(2 * LANES + (group * parts(halves) + half) * LANES),
         Scales::StepsDrops { halves } => Some(4 * LANES + (group * 2 * parts(halves) + half) * LANES),
-        Scales::Half | Scales::Brain | Scales::HalfMinimum => None,
+        Scales::Half | Scales::Shared | Scales::Brain | Scales::HalfMinimum => None,
     }
 }
 

@@ -257,6 +257,7 @@ impl<'a> Tile<'a> {
 
 impl Kernel for Tile<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
@@ -287,6 +288,7 @@ pub(super) struct Merge<'a> {
 
 impl Kernel for Merge<'_> {
     type Output = ();
+    const MULTIPLIES_BYTES: bool = false;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

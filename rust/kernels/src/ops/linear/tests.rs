@@ -1,6 +1,6 @@
 //! Every instruction set, layout and precision against the oracle, bit for bit, over awkward shapes.
 
-use super::{Precision, linear, linear_ref};
+use super::{Output, Precision, Way, linear, linear_by, linear_ref};
 use crate::quant::{sample_rows, sample_values};
 use crate::{Context, Format, Isa, KernelError, PackedMatrix, Pool, Rows, RowsMut, Scratch};
 
@@ -51,6 +51,18 @@ impl Weight {
         out.chunks(stride).map(|row| row[..width].to_vec()).collect()
     }
 
+    /// The same in a way that the instruction set need not take, from rows without gaps.
+    fn compute_by(&self, way: Way, context: &Context, inputs: &[f32]) -> Vec<Vec<f32>> {
+        let matrix = PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices()).unwrap();
+        let (count, width) = (inputs.len() / self.columns, self.rows.len());
+        let mut out = vec![0.0; count * width];
+        let input = Rows::new(inputs, count, self.columns, self.columns);
+        let output =
+            Output { rows: RowsMut::new(&mut out, count, width, width).share(), bias: Some(&self.bias) };
+        linear_by(way, context, &matrix, input, output, &mut Scratch::default());
+        out.chunks(width).map(<[f32]>::to_vec).collect()
+    }
+
     fn reference(&self, isa: Isa, inputs: &[f32], precision: Precision, with_bias: bool) -> Vec<Vec<f32>> {
         let bias = with_bias.then_some(&self.bias[..]);
         inputs
@@ -76,6 +88,7 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
             let columns: &[usize] = match format.block_len() {
                 1 => &[1, 7, 33, 320],
                 32 => &[32, 288],
+                128 => &[128, 640],
                 _ => &[256, 768],
             };
             for (&columns, rows) in
@@ -93,6 +106,63 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
                 }
             }
         }
+    }
+}
+
+/// How a matrix unit multiplies a format, and the instruction set whose oracle has the same bits.
+fn tiled_way(format: Format) -> Option<(Way, Isa)> {
+    let pool = Pool::new(1).unwrap();
+    let layout = PackedMatrix::pack(&pool, format, 256, &[]).unwrap().layout();
+    match (layout.rounding(), format) {
+        (Some(rounding), _) => Some((Way::ByteTiles(rounding), Isa::Scalar)),
+        (None, Format::Bf16) => Some((Way::BfloatTiles, Isa::Amx)),
+        (None, _) => None,
+    }
+}
+
+#[test]
+fn tiles_equal_the_oracle_with_and_without_a_matrix_unit() {
+    let ways = Format::ALL.iter().filter_map(|&format| Some((format, tiled_way(format)?)));
+    for (format, (way, oracle)) in ways {
+        // Blocks of columns and what is left of them, panels that are not full, an odd number of panels.
+        for (columns, rows) in
+            [(256, 37), (1280, 20), (if format == Format::Bf16 { 1193 } else { 1024 }, 100)]
+        {
+            let weight = Weight::new(format, rows, columns);
+            let inputs = sample_values(70 * columns);
+            let expected = bits(&weight.reference(oracle, &inputs, Precision::Auto, true));
+            for (isa, count) in
+                Isa::available().into_iter().flat_map(|isa| [1, 3, 16, 17, 40, 70].map(|n| (isa, n)))
+            {
+                let got = weight.compute_by(way, &context(isa, 2), &inputs[..count * columns]);
+                assert_eq!(bits(&got), expected[..count], "{isa:?} {format:?} {columns} {rows} {count}");
+            }
+        }
+    }
+}
+
+#[test]
+fn matrix_units_take_small_bfloat16_for_zeros() {
+    // A chain for even columns and one for odd ones: 1 + 2^-24 rounds to 1, and 2^-24 + 2^-24 is exact.
+    let rows = |values: &[f32]| -> Vec<u8> {
+        values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect()
+    };
+    let tiny = 2.0_f32.powi(-24);
+    let mut ordered = [0.0; 64];
+    (ordered[0], ordered[1], ordered[2], ordered[3]) = (1.0, tiny, tiny, tiny);
+    let mut small = [0.0; 64];
+    (small[5], small[40]) = (1e-39, 2.0_f32.powi(-100));
+    let mut inputs = vec![1.0; 64];
+    inputs[40] = 2.0_f32.powi(-30);
+    let weight = Weight {
+        format: Format::Bf16,
+        columns: 64,
+        rows: vec![rows(&ordered), rows(&small)],
+        bias: vec![0.0; 2],
+    };
+    for isa in Isa::available() {
+        let got = weight.compute_by(Way::BfloatTiles, &context(isa, 1), &inputs);
+        assert_eq!(got, [[1.0 + 2.0 * tiny, 0.0]], "{isa:?}");
     }
 }
 
@@ -121,7 +191,7 @@ fn close_to_double_precision() {
 #[test]
 fn a_row_does_not_depend_on_its_company_or_the_threads() {
     for &format in Format::ALL {
-        let columns = if format.block_len() == 256 { 512 } else { 544 };
+        let columns = if format.block_len() > 32 { 512 } else { 544 };
         let weight = Weight::new(format, 100, columns);
         let inputs = sample_values(41 * columns);
         for isa in Isa::available() {

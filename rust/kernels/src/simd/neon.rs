@@ -1,0 +1,720 @@
+//! NEON: four registers hold the 16 lanes. Beside what every aarch64 has there are two levels, of machines that multiply bytes four
+//! (DotProd, from Armv8.2 on) or eight at a time (I8MM, from Armv8.6 on).
+//!
+//! What Rust has no stable intrinsics for is one instruction in `one!` each, so that the compiler still chooses registers and order.
+//!
+//! A panel suits this: 64 bytes are four columns of 16 rows, so a register holds four rows' four bytes, as `sdot` and `usdot` by a lane of
+//! activations want them, and one `zip` of two steps makes the two rows of eight columns that `usmmla` wants. Instructions of the compiled
+//! inner loop for a group of 32 columns of a panel, all of them counted (multiplications in brackets); no NEON machine has measured them:
+//!
+//! | | level 0 | DotProd | I8MM |
+//! |---|---|---|---|
+//! | Int8, 1 row: 512 products | 211 (64 `smlal`) | 125 (32 `sdot`) | 93 (32 `usdot`) |
+//! | Int8, 4 rows: 2048 products | | 360 (128 `sdot`) | 287 (64 `usmmla`) |
+//! | Int4, 1 row | 184 (64 `smlal`) | 109 (32 `sdot`) | 109 (32 `usdot`) |
+//! | Int4, 4 rows | | 347 (128 `sdot`) | |
+//!
+//! So one row reads 544 bytes of Int8 in about 100 instructions, which keeps up with memory at two instructions a cycle. Tiles of 8 rows were
+//! tried with I8MM, half a panel at a time: the 32 registers of sums in `f32` are spilled then, and 673 instructions for 4096 products are
+//! more than twice those of 4 rows.
+
+use super::{Isa, Kernel, LANES, Simd};
+use core::arch::aarch64::*;
+use core::arch::asm;
+
+/// Token of NEON; `LEVEL` is 0, 1 with DotProd, or 2 with I8MM too. Only [`Neon::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Neon<const LEVEL: u8>(());
+
+/// Lanes 0..4, 4..8, 8..12 and 12..16.
+type F32 = [float32x4_t; 4];
+/// Lanes 0..4, 4..8, 8..12 and 12..16.
+type I32 = [int32x4_t; 4];
+
+/// An expression of NEON intrinsics.
+macro_rules! hardware {
+    ($($body:tt)*) => {{
+        // SAFETY: every aarch64 machine has NEON; pointers come from references or the caller's promise.
+        unsafe { $($body)* }
+    }};
+}
+
+/// An array of an expression's values for the four registers.
+macro_rules! each {
+    ($i:ident => $value:expr) => {
+        hardware!([
+            {
+                let $i = 0;
+                $value
+            },
+            {
+                let $i = 1;
+                $value
+            },
+            {
+                let $i = 2;
+                $value
+            },
+            {
+                let $i = 3;
+                $value
+            },
+        ])
+    };
+}
+
+/// A block once for each number: what the compiler might keep a loop, with indices that are unknown then.
+macro_rules! unrolled {
+    ($i:ident in [$($n:literal)*] $body:block) => {
+        $({
+            let $i: usize = $n;
+            $body
+        })*
+    };
+}
+
+/// One instruction that computes a register from others: `one!("template", type of the result, operands)`; or one that changes a register:
+/// `one!("template", inout result, operands)`. Templates call the result `out`.
+macro_rules! one {
+    ($template:expr, inout $out:ident $(, $name:ident = $value:expr)*) => {{
+        let mut out = $out;
+        // SAFETY: the instruction reads and writes registers alone; the token or the architecture tells that it exists.
+        unsafe {
+            asm!($template, out = inout(vreg) out, $($name = in(vreg) $value,)*
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        out
+    }};
+    ($template:expr, $type:ty $(, $name:ident = $value:expr)*) => {{
+        let out: $type;
+        // SAFETY: as above.
+        unsafe {
+            asm!($template, out = lateout(vreg) out, $($name = in(vreg) $value,)*
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        out
+    }};
+}
+
+macro_rules! level {
+    ($level:literal, $features:literal) => {
+        impl Neon<$level> {
+            /// Runs `kernel` compiled for this instruction set.
+            #[inline]
+            pub fn enter<K: Kernel>(self, kernel: K) -> K::Output {
+                #[target_feature(enable = $features)]
+                fn inside<K: Kernel>(token: Neon<$level>, kernel: K) -> K::Output {
+                    kernel.run(token)
+                }
+                // SAFETY: the token exists, so the instructions do.
+                unsafe { inside(self, kernel) }
+            }
+        }
+    };
+}
+
+level!(0, "neon");
+level!(1, "neon,dotprod");
+level!(2, "neon,dotprod,i8mm");
+
+/// Four half-precision numbers.
+#[inline(always)]
+fn widen(half: uint16x4_t) -> float32x4_t {
+    one!("fcvtl {out:v}.4s, {half:v}.4h", float32x4_t, half = half)
+}
+
+/// The second four of eight half-precision numbers.
+#[inline(always)]
+fn widen_second(half: uint16x8_t) -> float32x4_t {
+    one!("fcvtl2 {out:v}.4s, {half:v}.8h", float32x4_t, half = half)
+}
+
+/// Four numbers rounded to half precision.
+#[inline(always)]
+fn narrow(a: float32x4_t) -> uint16x4_t {
+    one!("fcvtn {out:v}.4h, {a:v}.4s", uint16x4_t, a = a)
+}
+
+/// Per lane `a > b ? a : b`.
+#[inline(always)]
+fn greater(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+    hardware!(vbslq_f32(vcgtq_f32(a, b), a, b))
+}
+
+/// Adds to each lane of `sums` the products of its four signed weights with the activations in lane `lane` of 16 bytes.
+#[inline(always)]
+fn sdot(sums: int32x4_t, weights: uint8x16_t, activations: uint8x16_t, lane: usize) -> int32x4_t {
+    let (w, a) = (weights, activations);
+    match lane {
+        0 => one!("sdot {out:v}.4s, {w:v}.16b, {a:v}.4b[0]", inout sums, w = w, a = a),
+        1 => one!("sdot {out:v}.4s, {w:v}.16b, {a:v}.4b[1]", inout sums, w = w, a = a),
+        2 => one!("sdot {out:v}.4s, {w:v}.16b, {a:v}.4b[2]", inout sums, w = w, a = a),
+        _ => one!("sdot {out:v}.4s, {w:v}.16b, {a:v}.4b[3]", inout sums, w = w, a = a),
+    }
+}
+
+/// The same with unsigned weights.
+#[inline(always)]
+fn usdot(sums: int32x4_t, weights: uint8x16_t, activations: uint8x16_t, lane: usize) -> int32x4_t {
+    let (w, a) = (weights, activations);
+    match lane {
+        0 => one!("usdot {out:v}.4s, {w:v}.16b, {a:v}.4b[0]", inout sums, w = w, a = a),
+        1 => one!("usdot {out:v}.4s, {w:v}.16b, {a:v}.4b[1]", inout sums, w = w, a = a),
+        2 => one!("usdot {out:v}.4s, {w:v}.16b, {a:v}.4b[2]", inout sums, w = w, a = a),
+        _ => one!("usdot {out:v}.4s, {w:v}.16b, {a:v}.4b[3]", inout sums, w = w, a = a),
+    }
+}
+
+/// Adds the products of two rows of eight unsigned weights with two rows of eight activations: lanes are weights' row 0 with the
+/// activations' rows 0 and 1, then weights' row 1 with them.
+#[inline(always)]
+fn usmmla(sums: int32x4_t, weights: uint8x16_t, activations: uint8x16_t) -> int32x4_t {
+    one!("usmmla {out:v}.4s, {w:v}.16b, {a:v}.16b", inout sums, w = weights, a = activations)
+}
+
+/// Products of the second eight bytes of both. (Intrinsics are compiled to an instruction that moves the bytes and `smull`, if the second
+/// operand's halves are the same.)
+#[inline(always)]
+fn smull2(a: int8x16_t, b: int8x16_t) -> int16x8_t {
+    one!("smull2 {out:v}.8h, {a:v}.16b, {b:v}.16b", int16x8_t, a = a, b = b)
+}
+
+/// The same, added to `sums`.
+#[inline(always)]
+fn smlal2(sums: int16x8_t, a: int8x16_t, b: int8x16_t) -> int16x8_t {
+    one!("smlal2 {out:v}.8h, {a:v}.16b, {b:v}.16b", inout sums, a = a, b = b)
+}
+
+/// Weights of a group, as bytes: each register holds four for each of four lanes.
+trait Weights<const N: usize> {
+    /// Those of step `step` < `N` for register `index`.
+    fn get(&self, step: usize, index: usize) -> uint8x16_t;
+}
+
+/// Bytes in memory.
+struct Bytes<'a>(&'a [u8; 512]);
+/// Nibbles in memory.
+struct Nibbles<'a>(&'a [u8; 256]);
+/// Bytes in registers.
+struct Unpacked<'a, const N: usize>(&'a [I32; N]);
+
+impl Weights<8> for Bytes<'_> {
+    #[inline(always)]
+    fn get(&self, step: usize, index: usize) -> uint8x16_t {
+        load_16(&self.0[step * 64 + index * 16..])
+    }
+}
+
+impl Weights<8> for Nibbles<'_> {
+    #[inline(always)]
+    fn get(&self, step: usize, index: usize) -> uint8x16_t {
+        let pair = load_16(&self.0[step / 2 * 64 + index * 16..]);
+        hardware!(if step.is_multiple_of(2) { vandq_u8(pair, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(pair) })
+    }
+}
+
+impl<const N: usize> Weights<N> for Unpacked<'_, N> {
+    #[inline(always)]
+    fn get(&self, step: usize, index: usize) -> uint8x16_t {
+        hardware!(vreinterpretq_u8_s32(self.0[step][index]))
+    }
+}
+
+/// The first 16 bytes.
+#[inline(always)]
+fn load_16(bytes: &[u8]) -> uint8x16_t {
+    assert!(bytes.len() >= 16);
+    hardware!(vld1q_u8(bytes.as_ptr()))
+}
+
+#[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
+impl<const LEVEL: u8> Neon<LEVEL> {
+    /// The token, if this machine has the instructions.
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        let present = std::arch::is_aarch64_feature_detected!("neon")
+            && (LEVEL < 1 || std::arch::is_aarch64_feature_detected!("dotprod"))
+            && (LEVEL < 2 || std::arch::is_aarch64_feature_detected!("i8mm"));
+        present.then_some(Neon(()))
+    }
+
+    /// [`Simd::dot`] of weights wherever they are.
+    #[inline(always)]
+    fn products<W: Weights<N>, const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &W,
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        const { assert!(N == 4 || N == 8) }
+        assert!(first.is_multiple_of(4));
+        if T > 4 {
+            // No tile has so many rows: their sums would not fit the registers.
+            return self.by_single_rows::<W, N, T, BITS>(weights, rows, first, offsets);
+        }
+        if LEVEL == 0 {
+            self.by_words::<W, N, T, BITS>(weights, rows, first, offsets)
+        } else if LEVEL == 2 && T.is_multiple_of(2) {
+            self.by_pairs_of_rows::<W, N, T>(weights, rows, first, offsets)
+        } else {
+            self.by_fours::<W, N, T, BITS>(weights, rows, first, offsets)
+        }
+    }
+
+    #[inline(always)]
+    fn by_single_rows<W: Weights<N>, const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &W,
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        let mut out = [self.splat_i32(0); T];
+        for t in 0..T {
+            let (row, offset) = ([rows[t]], [offsets[t]]);
+            [out[t]] = if LEVEL == 0 {
+                self.by_words::<W, N, 1, BITS>(weights, &row, first, &offset)
+            } else {
+                self.by_fours::<W, N, 1, BITS>(weights, &row, first, &offset)
+            };
+        }
+        out
+    }
+
+    /// With DotProd, or I8MM: four columns at a time.
+    #[inline(always)]
+    fn by_fours<W: Weights<N>, const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &W,
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        hardware!({
+            // Without I8MM there are no products of unsigned weights with signed activations; the former are made signed.
+            let signed = BITS == 8 && LEVEL < 2;
+            let mut sums = [[vdupq_n_s32(0); 4]; T];
+            for t in 0..T {
+                sums[t] = [vdupq_n_s32(if signed { 0 } else { offsets[t] }); 4];
+            }
+            unrolled!(four in [0 4] {
+                unrolled!(lane in [0 1 2 3] {
+                    for index in 0..if four < N { 4 } else { 0 } {
+                        let weights = weights.get(four + lane, index);
+                        let weights = if signed { veorq_u8(weights, vdupq_n_u8(0x80)) } else { weights };
+                        for t in 0..T {
+                            let row = load_16(&rows[t][(first + four) * 4..]);
+                            sums[t][index] = if LEVEL < 2 {
+                                sdot(sums[t][index], weights, row, lane)
+                            } else {
+                                usdot(sums[t][index], weights, row, lane)
+                            };
+                        }
+                    }
+                });
+            });
+            sums
+        })
+    }
+
+    /// With I8MM: eight columns of two rows at a time.
+    #[inline(always)]
+    fn by_pairs_of_rows<W: Weights<N>, const N: usize, const T: usize>(
+        self,
+        weights: &W,
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        hardware!({
+            // Of each pair of rows with each pair of lanes.
+            let mut sums = [[[vdupq_n_s32(0); 2]; 4]; T];
+            unrolled!(step in [0 2 4 6] {
+                for index in 0..if step < N { 4 } else { 0 } {
+                    let (even, odd) = (weights.get(step, index), weights.get(step + 1, index));
+                    let (low, high) = eight_of_lanes(even, odd);
+                    for t in 0..T / 2 {
+                        let pair = eight_columns(&rows[2 * t], &rows[2 * t + 1], first + step / 4 * 4, step % 4);
+                        sums[t][index][0] = usmmla(sums[t][index][0], low, pair);
+                        sums[t][index][1] = usmmla(sums[t][index][1], high, pair);
+                    }
+                }
+            });
+            let mut out = [[vdupq_n_s32(0); 4]; T];
+            for t in 0..T / 2 {
+                let offsets = [vdupq_n_s32(offsets[2 * t]), vdupq_n_s32(offsets[2 * t + 1])];
+                for index in 0..4 {
+                    let [low, high] = sums[t][index];
+                    out[2 * t][index] = vaddq_s32(vuzp1q_s32(low, high), offsets[0]);
+                    out[2 * t + 1][index] = vaddq_s32(vuzp2q_s32(low, high), offsets[1]);
+                }
+            }
+            out
+        })
+    }
+
+    /// Without DotProd: as many products as fit 16 bits are added there, two columns apart; then two neighbours to 32 bits.
+    #[inline(always)]
+    fn by_words<W: Weights<N>, const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &W,
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        hardware!({
+            // 2 * 128 * 127, 4 * 63 * 127 and 8 * 31 * 127 are below 2^15.
+            let span = match BITS {
+                8 => 2,
+                6 => 4,
+                _ => 8,
+            };
+            let zero = vdupq_n_s16(0);
+            let mut sums = [[[vdupq_n_s32(0); 2]; 4]; T];
+            unrolled!(begin in [0 2] {
+                // Else all activations are kept for the other half, in registers that do not exist.
+                std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+                let mut words = [[[zero; 2]; 4]; T];
+                unrolled!(step in [0 1 2 3 4 5 6 7] {
+                    for index in begin..if step < N { begin + 2 } else { begin } {
+                        let weights = weights.get(step, index);
+                        let weights = if BITS == 8 { veorq_u8(weights, vdupq_n_u8(0x80)) } else { weights };
+                        let weights = vreinterpretq_s8_u8(weights);
+                        for t in 0..T {
+                            let four = vdupq_n_s32(super::four(&rows[t], first + step));
+                            let four = vreinterpretq_s8_s32(four);
+                            let [low, high] = words[t][index];
+                            words[t][index] = if step.is_multiple_of(span) {
+                                let low = vmull_s8(vget_low_s8(weights), vget_low_s8(four));
+                                [low, smull2(weights, four)]
+                            } else {
+                                let low = vmlal_s8(low, vget_low_s8(weights), vget_low_s8(four));
+                                [low, smlal2(high, weights, four)]
+                            };
+                            if (step + 1).is_multiple_of(span) || step + 1 == N {
+                                for half in 0..2 {
+                                    let sum = sums[t][index][half];
+                                    sums[t][index][half] = vpadalq_s16(sum, words[t][index][half]);
+                                }
+                            }
+                        }
+                    }
+                });
+            });
+            let mut out = [[vdupq_n_s32(0); 4]; T];
+            for t in 0..T {
+                let offset = vdupq_n_s32(if BITS == 8 { 0 } else { offsets[t] });
+                for index in 0..4 {
+                    out[t][index] = vaddq_s32(vpaddq_s32(sums[t][index][0], sums[t][index][1]), offset);
+                }
+            }
+            out
+        })
+    }
+}
+
+/// Eight columns of two rows, those of the first and then those of the second: the 16 bytes from four times `four` on hold them, in their
+/// low half if `half` is 0.
+#[inline(always)]
+fn eight_columns(first: &[u8; 32], second: &[u8; 32], four: usize, half: usize) -> uint8x16_t {
+    hardware!({
+        let (first, second) = (load_16(&first[four * 4..]), load_16(&second[four * 4..]));
+        let (first, second) = (vreinterpretq_u64_u8(first), vreinterpretq_u64_u8(second));
+        let pair = if half == 0 { vzip1q_u64(first, second) } else { vzip2q_u64(first, second) };
+        vreinterpretq_u8_u64(pair)
+    })
+}
+
+/// Four columns of four lanes and the next four columns, as eight columns of two lanes and of the next two.
+#[inline(always)]
+fn eight_of_lanes(even: uint8x16_t, odd: uint8x16_t) -> (uint8x16_t, uint8x16_t) {
+    hardware!({
+        let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
+        (vreinterpretq_u8_u32(vzip1q_u32(even, odd)), vreinterpretq_u8_u32(vzip2q_u32(even, odd)))
+    })
+}
+
+impl<const LEVEL: u8> Simd for Neon<LEVEL> {
+    type F32 = F32;
+    type I32 = I32;
+    const ISA: Isa = match LEVEL {
+        0 => Isa::Neon,
+        1 => Isa::NeonDotprod,
+        _ => Isa::NeonI8mm,
+    };
+    const REGISTERS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F32 {
+        hardware!([vdupq_n_f32(value); 4])
+    }
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> F32 {
+        // SAFETY: there are 16.
+        unsafe { self.load_pointer(values.as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn load_pointer(self, values: *const f32) -> F32 {
+        each!(i => vld1q_f32(values.add(4 * i)))
+    }
+    #[inline(always)]
+    fn load_f16(self, values: &[u16; LANES]) -> F32 {
+        hardware!({
+            let (low, high) = (vld1q_u16(values.as_ptr()), vld1q_u16(values.as_ptr().add(8)));
+            [widen(vget_low_u16(low)), widen_second(low), widen(vget_low_u16(high)), widen_second(high)]
+        })
+    }
+    #[inline(always)]
+    fn load_bf16(self, values: &[u16; LANES]) -> F32 {
+        hardware!({
+            let (low, high) = (vld1q_u16(values.as_ptr()), vld1q_u16(values.as_ptr().add(8)));
+            [
+                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(low))),
+                vreinterpretq_f32_u32(vshll_high_n_u16::<16>(low)),
+                vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(high))),
+                vreinterpretq_f32_u32(vshll_high_n_u16::<16>(high)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn load_e4m3(self, values: &[u8; LANES]) -> F32 {
+        hardware!({
+            let bytes = vld1q_s8(values.as_ptr().cast());
+            // The sign is in bit 14 as well then; that one goes.
+            let mask = vdupq_n_s16(!0x4000);
+            let low = vandq_s16(vshll_n_s8::<7>(vget_low_s8(bytes)), mask);
+            let high = vandq_s16(vshll_high_n_s8::<7>(bytes), mask);
+            let (low, high) = (vreinterpretq_u16_s16(low), vreinterpretq_u16_s16(high));
+            [widen(vget_low_u16(low)), widen_second(low), widen(vget_low_u16(high)), widen_second(high)]
+        })
+    }
+    #[inline(always)]
+    fn store(self, vector: F32, values: &mut [f32; LANES]) {
+        hardware!({
+            for (i, part) in vector.into_iter().enumerate() {
+                vst1q_f32(values.as_mut_ptr().add(4 * i), part)
+            }
+        })
+    }
+    #[inline(always)]
+    fn store_f16(self, vector: F32, values: &mut [u16; LANES]) {
+        hardware!({
+            for (i, part) in vector.into_iter().enumerate() {
+                vst1_u16(values.as_mut_ptr().add(4 * i), narrow(part))
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, a: F32, b: F32) -> F32 {
+        each!(i => vaddq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sub(self, a: F32, b: F32) -> F32 {
+        each!(i => vsubq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul(self, a: F32, b: F32) -> F32 {
+        each!(i => vmulq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn div(self, a: F32, b: F32) -> F32 {
+        each!(i => vdivq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: F32, b: F32, c: F32) -> F32 {
+        each!(i => vfmaq_f32(c[i], a[i], b[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: F32, b: F32) -> F32 {
+        [greater(a[0], b[0]), greater(a[1], b[1]), greater(a[2], b[2]), greater(a[3], b[3])]
+    }
+    #[inline(always)]
+    fn min(self, a: F32, b: F32) -> F32 {
+        each!(i => vbslq_f32(vcltq_f32(a[i], b[i]), a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: F32) -> F32 {
+        each!(i => vsqrtq_f32(a[i]))
+    }
+    #[inline(always)]
+    fn round(self, a: F32) -> F32 {
+        each!(i => vrndnq_f32(a[i]))
+    }
+    #[inline(always)]
+    fn abs(self, a: F32) -> F32 {
+        each!(i => vabsq_f32(a[i]))
+    }
+    #[inline(always)]
+    fn select_greater(self, a: F32, b: F32, yes: F32, no: F32) -> F32 {
+        each!(i => vbslq_f32(vcgtq_f32(a[i], b[i]), yes[i], no[i]))
+    }
+    #[inline(always)]
+    fn reduce_sum(self, a: F32) -> f32 {
+        hardware!({
+            let sums = vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
+            let pair = vadd_f32(vget_low_f32(sums), vget_high_f32(sums));
+            vget_lane_f32::<0>(pair) + vget_lane_f32::<1>(pair)
+        })
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: F32) -> f32 {
+        hardware!({
+            let four = greater(greater(a[0], a[2]), greater(a[1], a[3]));
+            let two = greater(four, vextq_f32::<2>(four, four));
+            vgetq_lane_f32::<0>(greater(two, vdupq_laneq_f32::<1>(two)))
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> I32 {
+        hardware!([vdupq_n_s32(value); 4])
+    }
+    #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> I32 {
+        // SAFETY: 16 values are 64 bytes.
+        unsafe { self.load_bytes(values.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, bytes: *const u8) -> I32 {
+        each!(i => vreinterpretq_s32_u8(vld1q_u8(bytes.add(16 * i))))
+    }
+    #[inline(always)]
+    fn load_u16(self, values: &[u16; LANES]) -> I32 {
+        each!(i => vreinterpretq_s32_u32(vmovl_u16(vld1_u16(values.as_ptr().add(4 * i)))))
+    }
+    #[inline(always)]
+    fn load_i8(self, values: &[i8; LANES]) -> I32 {
+        hardware!({
+            let bytes = vld1q_s8(values.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes));
+            [
+                vmovl_s16(vget_low_s16(low)),
+                vmovl_high_s16(low),
+                vmovl_s16(vget_low_s16(high)),
+                vmovl_high_s16(high),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn store_i32(self, vector: I32, values: &mut [i32; LANES]) {
+        hardware!({
+            for (i, part) in vector.into_iter().enumerate() {
+                vst1q_s32(values.as_mut_ptr().add(4 * i), part)
+            }
+        })
+    }
+    #[inline(always)]
+    fn store_low_bytes(self, vector: I32, values: &mut [u8; LANES]) {
+        let bytes = each!(i => vreinterpretq_u8_s32(vector[i]));
+        hardware!({
+            let (low, high) = (vuzp1q_u8(bytes[0], bytes[1]), vuzp1q_u8(bytes[2], bytes[3]));
+            vst1q_u8(values.as_mut_ptr(), vuzp1q_u8(low, high));
+        })
+    }
+    #[inline(always)]
+    fn add_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => vaddq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sub_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => vsubq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn and_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => vandq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn or_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => vorrq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn xor_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => veorq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn shift_left(self, a: I32, count: u32) -> I32 {
+        each!(i => vshlq_s32(a[i], vdupq_n_s32(count as i32)))
+    }
+    #[inline(always)]
+    fn shift_right(self, a: I32, count: u32) -> I32 {
+        let count = -(count as i32);
+        each!(i => vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a[i]), vdupq_n_s32(count))))
+    }
+    #[inline(always)]
+    fn select_greater_i32(self, a: I32, b: I32, yes: I32, no: I32) -> I32 {
+        each!(i => vbslq_s32(vcgtq_s32(a[i], b[i]), yes[i], no[i]))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: I32) -> F32 {
+        each!(i => vcvtq_f32_s32(a[i]))
+    }
+    #[inline(always)]
+    fn to_i32(self, a: F32) -> I32 {
+        each!(i => vcvtnq_s32_f32(a[i]))
+    }
+    #[inline(always)]
+    fn from_bits(self, a: I32) -> F32 {
+        each!(i => vreinterpretq_f32_s32(a[i]))
+    }
+    #[inline(always)]
+    fn to_bits(self, a: F32) -> I32 {
+        each!(i => vreinterpretq_s32_f32(a[i]))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: I32, b: I32) -> I32 {
+        each!(i => vmaxq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn reduce_max_i32(self, a: I32) -> i32 {
+        hardware!(vmaxvq_s32(vmaxq_s32(vmaxq_s32(a[0], a[1]), vmaxq_s32(a[2], a[3]))))
+    }
+    #[inline(always)]
+    fn reduce_sum_i32(self, a: I32) -> i32 {
+        hardware!(vaddvq_s32(vaddq_s32(vaddq_s32(a[0], a[1]), vaddq_s32(a[2], a[3]))))
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const T: usize>(
+        self,
+        weights: &[u8; 512],
+        rows: &[[u8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        self.products::<Bytes<'_>, 8, T, 8>(&Bytes(weights), rows, 0, offsets)
+    }
+    #[inline(always)]
+    fn dot_nibbles<const T: usize>(
+        self,
+        weights: &[u8; 256],
+        rows: &[[u8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        self.products::<Nibbles<'_>, 8, T, 4>(&Nibbles(weights), rows, 0, offsets)
+    }
+    #[inline(always)]
+    fn dot<const N: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[I32; N],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [I32; T] {
+        self.products::<Unpacked<'_, N>, N, T, BITS>(&Unpacked(weights), rows, first, offsets)
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], indices: I32) -> I32 {
+        let table = load_16(table);
+        each!(i => vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(indices[i]))))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: a prefetch does nothing that can be seen, whatever the address.
+        unsafe {
+            asm!("prfm pldl1keep, [{address}]", address = in(reg) address.addr(),
+                options(nomem, nostack, preserves_flags));
+        }
+    }
+}
