@@ -84,12 +84,18 @@ template <> DEVICE f16 from_float<f16>(float value) {
 
 // The nearest E4M3 number, ties to even, beyond 448 that; 0 for NaN, as on the CPU (kv/e4m3.rs).
 template <> DEVICE e4m3 from_float<e4m3>(float value) {
+#if __CUDA_ARCH__ >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value == value ? value : 0.0f));
+    return e4m3{u8(pair)};
+#else
     const float magnitude = fminf(fabsf(value), 448.0f);
     if (value != value) return e4m3{0};
     const int exponent = max(int(__float_as_uint(magnitude) >> 23) - 127, -6);
     const float unit = __uint_as_float(u32(exponent - 3 + 127) << 23);
     const u32 steps = u32(rintf(magnitude / unit));
     return e4m3{u8((__float_as_uint(value) >> 31 << 7) | ((exponent + 6) * 8 + steps))};
+#endif
 }
 
 // Two floats as two bfloat16 in one register, the first in the lower half.

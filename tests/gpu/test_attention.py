@@ -192,11 +192,12 @@ def test_product_with_rotation_and_storing(kind: str, rows: int, heads: int, kv_
     exact = norm(exact, "rms", 1, 1e-5, factors, None) if has_norm else exact
     product = (exact @ (rounded(weight, kind) * scales).T + bias).reshape(rows + 1, -1, dim)
     expected = rotate(product, turns[gpu.ints(inputs.positions, rows + 1)].astype(np.float64), "half")
-    assert error(gpu.read(qkv.part(0, heads * dim)), expected[:, :heads].reshape(rows + 1, -1)) < 8e-3
+    limit = 4e-2 if kind == "e4m3" and rows >= 16 else 8e-3  # many rows are multiplied in E4M3
+    assert error(gpu.read(qkv.part(0, heads * dim)), expected[:, :heads].reshape(rows + 1, -1)) < limit
     slots = gpu.ints(inputs.slots, rows + 1)[:rows]
     for pointer, wanted in ((layer.keys, expected[:rows, heads:-kv_heads]), (layer.values, product[:rows, -kv_heads:])):
         pages = gpu.ints(pointer, 20 * kv_heads * PAGE_TOKENS * dim, np.float32).reshape(20, kv_heads, PAGE_TOKENS, dim)
-        assert error(pages[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS].astype(np.float64), wanted) < 8e-3
+        assert error(pages[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS].astype(np.float64), wanted) < limit
         pages[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS] = np.nan
         assert np.isnan(pages).all(), "a slot that belongs to no row was written"
 

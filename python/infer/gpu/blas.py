@@ -149,17 +149,18 @@ class Blas:
         types = (weight.type, source.dtype, output.dtype)
         shape = _Shape(source.rows, weight.rows, weight.columns, *types, *strides, alignments)  # type: ignore[arg-type]
         if (found := self._plans.get(shape)) is None:
-            found = self._plans[shape] = self._make(shape)
+            found = self._plans[shape] = self._make(shape, weight.scales)
         return found
 
-    def _make(self, shape: _Shape) -> _Plan:
+    def _make(self, shape: _Shape, scales: int) -> _Plan:
         """Describe the product in cuBLAS's order, by columns: (weight^T)^T times input^T gives output^T."""
         lib, description = self._library, ctypes.c_void_p()
         check(lib.cublasLtMatmulDescCreate(ctypes.byref(description), COMPUTE_32F, CUDA_TYPES["f32"]), "describing a product")
         self._set(description, TRANSPOSE_FIRST, ctypes.c_int(TRANSPOSED))
         if shape.input_type == "e4m3":
-            for attribute in SCALE_MODES:
-                self._set(description, attribute, ctypes.c_int(OUTER_SCALES))
+            for mode, pointer in zip(SCALE_MODES, SCALE_POINTERS, strict=True):
+                self._set(description, mode, ctypes.c_int(OUTER_SCALES))
+                self._set(description, pointer, ctypes.c_void_p(scales))  # without any, no algorithm is found
             self._set(description, FAST_SUMS, ctypes.c_int8(1))
         first = self._layout(shape.weight_type, shape.columns, shape.outputs, shape.columns)
         second = self._layout(shape.input_type, shape.columns, shape.rows, shape.input_stride)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight, c_type
 from infer.gpu.attention import AttentionOperations, kv_macros
 from infer.gpu.blas import Blas, can_multiply
-from infer.gpu.rows import THREADS, element_macros, vector
+from infer.gpu.rows import THREADS, element_macros, norm_threads, vector
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
@@ -220,7 +220,7 @@ class LinearOperations(AttentionOperations):
         v = vector(source.width, source)
         kernel = self.kernels.get("linear.cu", "quantize", VECTOR=v, WEIGHT=c_type(weight.type))
         arguments = (source.pointer, rounded.pointer, self._unpacked, source.stride, source.width)
-        kernel(self.stream, (source.rows,), 256, arguments)
+        kernel(self.stream, (source.rows,), norm_threads(source.width, v), arguments)
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._unpacked)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)
