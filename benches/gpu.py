@@ -1,6 +1,7 @@
 """Speed on one NVIDIA GPU, with random weights of the Llama 1B and 8B shapes.
 
-    python benches/gpu.py [--shapes llama-1b llama-8b] [--folder DIR] [--rounds 3] [--eager] [--out FILE.json]
+    python benches/gpu.py [--shapes llama-1b llama-8b] [--folder DIR] [--rounds 3] [--quantization fp8] [--eager]
+        [--out FILE.json]
 
 batch 1:        prompt of 128 tokens, 256 generated; time per token is (T(256) - T(1)) / 255
 64 concurrent:  64 prompts of 512 tokens, 256 generated each; tokens generated over the time of the whole call
@@ -119,11 +120,12 @@ def write_model(folder: Path, shape: str) -> None:
                 left -= count
 
 
-def step_bytes(shape: str, context: int) -> int:
-    """Bytes that a decoding step of one sequence must read: weights, head, and keys and values of its context."""
+def step_bytes(shape: str, context: int, weight_bytes: int) -> int:
+    """Bytes that a decoding step of one sequence must read: weights, head (2 each), and keys and values of its context (2 each)."""
     _, layers, _, kv_heads, _, head_dim, tied = SHAPES[shape]
-    weights = sum(int(np.prod(sizes)) for name, sizes in tensors(shape) if tied or "embed" not in name)
-    return 2 * (weights + context * layers * 2 * kv_heads * head_dim)
+    sizes = {name: int(np.prod(sizes)) for name, sizes in tensors(shape) if tied or "embed" not in name}
+    weights = sum(size * (weight_bytes if "layers" in name else 2) for name, size in sizes.items())
+    return weights + 2 * context * layers * 2 * kv_heads * head_dim
 
 
 class Energy:
@@ -160,7 +162,7 @@ def timed(llm: LLM, energy: Energy, dice: random.Random, count: int, tokens: int
     return seconds, energy.joules() - joules
 
 
-def measure(llm: LLM, shape: str, rounds: int) -> dict[str, Any]:
+def measure(llm: LLM, shape: str, rounds: int, weight_bytes: int) -> dict[str, Any]:
     """All loads on one model."""
     dice, energy = random.Random(7), Energy()
 
@@ -177,7 +179,7 @@ def measure(llm: LLM, shape: str, rounds: int) -> dict[str, Any]:
         "batch_1": {
             "inter_token_latency_ms": itl * 1e3,
             "tokens_per_second": 1 / itl,
-            "read_tb_per_second": step_bytes(shape, 256) / itl / 1e12,
+            "read_tb_per_second": step_bytes(shape, 256, weight_bytes) / itl / 1e12,
             "joules_per_token": joules / 256,
         },
         "first_token_2048_ms": first * 1e3,
@@ -199,11 +201,12 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
         write_model(folder, shape)
     start = time.perf_counter()
     options: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 4096, "enable_prefix_caching": False}
+    options["quantization"] = arguments.quantization
     with LLM(folder, device="cuda", enforce_eager=arguments.eager, **options) as llm:
         ready = time.perf_counter()
         llm.generate([{"prompt_token_ids": [100, 200, 300]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         answered = time.perf_counter()
-        results = measure(llm, shape, arguments.rounds)
+        results = measure(llm, shape, arguments.rounds, 1 if arguments.quantization else 2)
         results["start"] = {"ready_seconds": ready - start, "first_token_seconds": answered - start}
         results["kv_cache_tokens"] = llm._engine.kv_cache_tokens
     return results
@@ -235,6 +238,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["llama-1b", "llama-8b"], choices=list(SHAPES))
     parser.add_argument("--folder", type=Path, help="where models are written; kept for the next time")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantization", choices=["fp8"], help="round weights while loading")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--out", type=Path, help="where results go instead of benches/results")
     arguments = parser.parse_args()
@@ -243,7 +247,7 @@ def main() -> None:
         for shape in arguments.shapes:
             results[shape] = run(shape, (arguments.folder or Path(scratch)) / shape, arguments)
             print(table(results), flush=True)
-    report = {**origin(), "gpu": gpu_name(), "eager": arguments.eager, "results": results}
+    report = {**origin(), "gpu": gpu_name(), "eager": arguments.eager, "quantization": arguments.quantization, "results": results}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:

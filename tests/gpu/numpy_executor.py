@@ -22,6 +22,15 @@ DTYPES = {"f32": np.float32, "f16": np.float16}
 NO_PAGE = -1
 
 
+def _e4m3(code: int) -> float:
+    exponent, fraction = code >> 3 & 15, code & 7
+    value = fraction / 512 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+    return -value if code & 128 else value
+
+
+E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
+
+
 def view(pointer: int, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
     """Memory at an address as an array."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -39,6 +48,9 @@ def matrix(rows: Rows) -> NDArray[Any]:
 
 def weight_of(weight: Weight, expert: int = 0) -> NDArray[Any]:
     """A matrix, or that of one expert."""
+    if weight.type == "e4m3":
+        codes = view(weight.pointer, (weight.rows, weight.columns), np.uint8)
+        return E4M3[codes] * view(weight.scales, (weight.rows, 1))
     return view(weight.pointer, (weight.experts, weight.rows, weight.columns))[expert]
 
 
@@ -96,7 +108,7 @@ class HostDevice:
 
     def use(self) -> None: ...
 
-    def operations(self) -> NumpyOperations:
+    def operations(self, rounded: bool) -> NumpyOperations:
         return NumpyOperations()
 
     def allocate(self, size: int) -> int:
@@ -186,6 +198,14 @@ class NumpyOperations:
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         matrix(output)[:] = matrix(source) @ weight_of(weight).T + bias_of(weight)
+
+    def round_rows(self, source: Rows, output: int, scales: int) -> None:
+        values = matrix(source)
+        largest = np.abs(values).max(-1, keepdims=True)
+        scale = np.where(largest > 0, largest / 448, 1).astype(np.float32)
+        nearest = np.abs(np.abs(values / scale)[..., None] - E4M3[:127]).argmin(-1)
+        view(output, values.shape, np.uint8)[:] = nearest | np.where(values < 0, 128, 0)
+        view(scales, scale.shape)[:] = scale
 
     def rope(self, inputs: StepInputs, rows: Rows, heads: int, table: RopeTable) -> None:
         numbers = view(inputs.rope_rows, (inputs.rows,), np.int32)

@@ -143,6 +143,18 @@ def test_the_prefix_cache_survives_a_restart(open_host: Callable[..., LLM], tmp_
         llm.close()
 
 
+def test_weights_in_eight_bits(open_host: Callable[..., LLM], bare_folder: Path, tmp_path: Path) -> None:
+    """Close to the exact ones, never mixed with theirs, and a draft model keeps its own."""
+    exact, rounded = (open_host(bare_folder, quantization=kind) for kind in (None, "fp8"))
+    prompt = list(range(4, 40))
+    expected, found = exact.logits(prompt), rounded.logits(prompt)
+    assert 1e-4 < np.abs(found - expected).max() < expected.std()
+    exact.generate(prompt, SamplingParams(max_tokens=2, detokenize=False))
+    exact.save_session(tmp_path / "session", prompt)
+    with pytest.raises(InferError, match="that of this model and its settings"):
+        rounded.load_session(tmp_path / "session")
+
+
 def test_cancelling_leaves_the_others_alone(open_host: Callable[..., LLM], expected: list[Any]) -> None:
     llm = open_host()
     stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
@@ -233,7 +245,7 @@ print(next(stream).text)
 def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
     with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
         open_host(kv_cache_dtype="int8")
-    with pytest.raises(InferError, match="quantization must be None with device='cuda', got 'int8'"):
+    with pytest.raises(InferError, match="quantization must be None or 'fp8' with device='cuda', got 'int8'"):
         open_host(quantization="int8")
     with pytest.raises(InferError, match="max_num_seqs must be at least 1, got 0"):
         open_host(max_num_seqs=0)

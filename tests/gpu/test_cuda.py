@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from golden_table import TOLERANCE, Golden, differences, goldens, read_safetensors
+from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
 
 from infer import LLM, SamplingParams
 from infer.gpu.runner import Runner
@@ -126,6 +126,20 @@ def test_fused_steps_compute_what_they_stand_for(dtype: str, monkeypatch: pytest
         with load(dtype=dtype) as llm:
             plain = llm.logits(prompt)
     assert np.abs(fused - plain).max() <= (BF16_TOLERANCE if dtype == "auto" else 1e-5) * plain.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "mixtral", "gpt2"])
+def test_weights_in_eight_bits(name: str, tmp_path: Path) -> None:
+    """Rounded weights change logits a little, decoding with graphs included."""
+    folder = GOLDEN / name
+    expected = read_safetensors(folder / "expected.safetensors")
+    tokens = expected["token_ids"].tolist()
+    with load(folder, dtype="auto", quantization="fp8") as llm:
+        logits = llm.logits(tokens)
+        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+        assert len(llm.generate([{"prompt_token_ids": tokens[:8]}] * 3, params)[2].outputs[0].token_ids) == 8
+    difference = np.abs(logits - expected["logits"])
+    assert difference.mean() <= 0.2 * expected["logits"].std()
 
 
 def test_draws_on_the_gpu_are_the_cores() -> None:

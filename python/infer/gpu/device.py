@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INSTALL = "install the GPU's libraries with `pip install 'infer[cuda13]'`, or `'infer[cuda12]'` for drivers before 580"
 WORKSPACE_BYTES = 32 << 20  # of matrix products; what cuBLASLt wants on Hopper
+ROUNDED_BYTES = 256 << 20  # ... and of products of many rows with 8-bit weights: rounded rows, or weights that were unpacked
 LEAST_DRIVER = 12000  # CUDA 12
 LEAST_CAPABILITY = 80  # bfloat16 and cp.async
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
@@ -66,14 +67,15 @@ class Device:
         """Make the GPU current in the calling thread."""
         self._device.use()
 
-    def operations(self) -> Any:
-        """Return the kernels' operations, enqueued on this device's stream."""
+    def operations(self, rounded: bool) -> Any:
+        """Return the kernels' operations, enqueued on this device's stream; whether some weights have 8 bits."""
         from infer.gpu.kernels import Kernels
         from infer.gpu.operations import Operations
 
-        workspace = self.allocate(WORKSPACE_BYTES)
-        self.clear(workspace, WORKSPACE_BYTES)
-        return Operations(Kernels(), self.stream, workspace, WORKSPACE_BYTES)
+        size = WORKSPACE_BYTES + (ROUNDED_BYTES if rounded else 0)
+        workspace = self.allocate(size)
+        self.clear(workspace, size)
+        return Operations(Kernels(), self.stream, workspace, size)
 
     def allocate(self, size: int) -> int:
         """Return a pointer to ``size`` bytes, aligned to 256."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from infer.gpu.arrays import ELEMENT_BYTES, RopeTable, Weight
+from infer.gpu.arrays import ELEMENT_BYTES, RopeTable, Rows, Weight
 from infer.gpu.device import as_bytes
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from infer.gpu.device import Device
 
     Reader = Callable[[int, NDArray[np.uint8]], None]
+    Done = Callable[[int, int], None]
 
 PIECE_BYTES = 64 << 20
 
@@ -30,18 +31,24 @@ class Staging:
 
     def __init__(self, device: Device, least: int) -> None:
         self._device = device
-        self._pieces = [device.pinned((max(PIECE_BYTES, least),), "uint8") for _ in range(2)]
+        self.piece_bytes = max(PIECE_BYTES, least)
+        self._pieces = [device.pinned((self.piece_bytes,), "uint8") for _ in range(2)]
         self._next = 0
 
-    def load(self, pointer: int, rows: int, row_bytes: int, read: Reader) -> None:
-        """Fill device memory with rows that ``read`` gives: it fills an array with rows from a number on."""
+    def load(self, pointer: int, rows: int, row_bytes: int, read: Reader, done: Done | None = None) -> None:
+        """Fill device memory with rows that ``read`` gives: it fills an array with rows from a number on.
+
+        With ``done``, all pieces go to the same place, and it enqueues what is to become of each: the first row, and how many.
+        """
         most = len(self._pieces[0]) // row_bytes
         for first in range(0, rows, most):
             piece = self._pieces[self._next][: min(most, rows - first) * row_bytes]
             read(first, piece)
             # Whatever used the other piece is done once this returns, and this one's copy runs while the other is filled.
             self._device.synchronize()
-            self._device.upload(pointer + first * row_bytes, piece)
+            self._device.upload(pointer + (0 if done else first * row_bytes), piece)
+            if done is not None:
+                done(first, len(piece) // row_bytes)
             self._next = 1 - self._next
 
     def load_array(self, pointer: int, array: NDArray[Any]) -> None:
@@ -57,6 +64,17 @@ class Staging:
 class Weights:
     """All weights of a model on the device.
 
+    Parameters
+    ----------
+    device, operations
+        The device and its kernels.
+    model
+        Where weights come from.
+    table_positions
+        How many positions the tables of cosines and sines have.
+    rounded
+        Round matrices to E4M3 with a scale for each row, but for the head and what belongs to experts.
+
     Attributes
     ----------
     matrices
@@ -67,15 +85,16 @@ class Weights:
         Number of a norm -> pointers to its f32 weight and bias (0 for none), and how many values the weight has.
     """
 
-    def __init__(self, device: Device, model: DeviceModel, table_positions: int) -> None:
-        self._device, self._model = device, model
+    def __init__(self, device: Device, operations: Any, model: DeviceModel, table_positions: int, rounded: bool) -> None:
+        self._device, self._operations, self._model = device, operations, model
         self.element = model.element
         self._bytes = ELEMENT_BYTES[self.element]
         self.matrices: dict[int, Weight] = {}
         self.stacks: dict[int, Weight] = {}
         widest = max([columns for rows, columns in model.matrices if rows] + [width for _, width in model.buffers])
         self._staging = Staging(device, widest * self._bytes)
-        self._load_matrices()
+        self._piece = device.allocate(self._staging.piece_bytes) if rounded else 0
+        self._load_matrices(self._roundable() if rounded else set())
         self.embedding = self._embedding()
         self.positions = self._table("position")
         self.vectors = [self._vector(number) for number in range(self._vector_count())]
@@ -83,7 +102,14 @@ class Weights:
         device.synchronize()
         del self._staging
 
-    def _load_matrices(self) -> None:
+    def _roundable(self) -> set[int]:
+        """Return the matrices that lose little by being rounded: not the head, nor those that choose experts."""
+        router = next((number for number, (name, _) in enumerate(self._model.buffers) if name == "router"), None)
+        kept = (self._model.logits[0], router)
+        linear = (fields for kind, fields in self._model.steps if kind == "linear")
+        return {fields["weight"] for fields in linear if fields["output"][0] not in kept}
+
+    def _load_matrices(self, rounded: set[int]) -> None:
         experts: set[int] = set()
         for kind, fields in self._model.steps:
             if kind == "experts":
@@ -92,7 +118,24 @@ class Weights:
                     experts.update(numbers)
         for number, (rows, _) in enumerate(self._model.matrices):
             if rows and number not in experts:
-                self.matrices[number] = self._stack([number])
+                self.matrices[number] = self._rounded(number) if number in rounded else self._stack([number])
+
+    def _rounded(self, number: int) -> Weight:
+        """Load a matrix, rounding each piece on the device."""
+        rows, columns = self._model.matrices[number]
+        pointer, scales = self._device.allocate(rows * columns), self._device.allocate(rows * 4)
+
+        def read(first: int, piece: NDArray[np.uint8]) -> None:
+            self._model.read_matrix(number, first, piece)
+
+        def done(first: int, count: int) -> None:
+            source = Rows(self._piece, count, columns, columns, self.element)
+            self._operations.round_rows(source, pointer + first * columns, scales + first * 4)
+
+        self._staging.load(self._piece, rows, columns * self._bytes, read, done)
+        bias = self._model.matrix_bias(number)
+        bias_pointer = self._stacked([] if bias is None else [bias])
+        return Weight(pointer, rows, columns, "e4m3", bias=bias_pointer, scales=scales, group=columns)
 
     def _stack(self, numbers: list[int]) -> Weight:
         """Load matrices of one shape, one after the other."""

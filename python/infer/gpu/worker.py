@@ -146,7 +146,7 @@ def _describe(error: BaseException) -> str:
 class _Loaded:
     """A model whose weights and buffers are on the device."""
 
-    def __init__(self, device: Device, operations: Any, model: DeviceModel, settings: dict[str, Any]) -> None:
+    def __init__(self, device: Device, operations: Any, model: DeviceModel, settings: dict[str, Any], rounded: bool) -> None:
         check_kv_types(model)
         constants = model.constants
         self.vocabulary: int = constants["vocabulary"]
@@ -155,7 +155,7 @@ class _Loaded:
         self.sequences = padded(sequences)
         self.rows = max(tokens, self.sequences)
         self.logit_rows = max(model.max_logit_rows(sequences, tokens), self.sequences)
-        weights = Weights(device, model, self.long_context_row)
+        weights = Weights(device, operations, model, self.long_context_row, rounded)
         self.executor = Executor(device, operations, model, weights, self.rows, self.sequences, self.logit_rows)
 
     def runner(self, device: Device, pages: int, max_model_len: int, graphs: bool) -> Runner:
@@ -200,17 +200,21 @@ def _open(device: Device, path: Path, graphs: bool, settings: dict[str, Any]) ->
         least = settings[name]
         if least is not None and (not isinstance(least, int) or least < 1):
             raise InferError(f"{name} must be at least 1, got {least!r}")
-    if settings["quantization"] is not None:
-        raise InferError(f"quantization must be None with device='cuda', got {settings['quantization']!r}")
+    quantization = settings["quantization"]
+    if quantization not in (None, "fp8"):
+        raise InferError(f"quantization must be None or 'fp8' with device='cuda', got {quantization!r}")
     speculation = settings["speculation"]
     paths = [path] if speculation is None or speculation[4] is None else [path, speculation[4]]
     options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap")}
-    models = [DeviceModel(each, backend=device.name, **options) for each in paths]
-    operations = device.operations()
-    loaded = [_Loaded(device, operations, model, settings) for model in models]
+    # A draft model is computed as it is stored.
+    rounded = [quantization is not None, False][: len(paths)]
+    names = [f"{device.name} {quantization}" if each else device.name for each in rounded]
+    models = [DeviceModel(each, backend=name, **options) for each, name in zip(paths, names, strict=True)]
+    operations = device.operations(any(rounded))
+    loaded = [_Loaded(device, operations, model, settings, rounds) for model, rounds in zip(models, rounded, strict=True)]
     device.synchronize()
     outside = (models[0], models[1] if len(models) > 1 else None, device.free_bytes())
-    engine = Engine(path, **settings, outside=outside)
+    engine = Engine(path, **{**settings, "quantization": None}, outside=outside)
     try:
         pages = engine.kv_cache_tokens // PAGE_TOKENS
         runners = [each.runner(device, pages, engine.max_model_len, graphs) for each in loaded]
