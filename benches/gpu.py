@@ -121,7 +121,7 @@ def write_model(folder: Path, shape: str) -> None:
 
 
 def step_bytes(shape: str, context: int, weight_bytes: int) -> int:
-    """Bytes that a decoding step of one sequence must read: weights, head (2 each), and keys and values of its context (2 each)."""
+    """Bytes that a decoding step of one sequence must read: weights, the head and keys and values of its context (2 each)."""
     _, layers, _, kv_heads, _, head_dim, tied = SHAPES[shape]
     sizes = {name: int(np.prod(sizes)) for name, sizes in tensors(shape) if tied or "embed" not in name}
     weights = sum(size * (weight_bytes if "layers" in name else 2) for name, size in sizes.items())
