@@ -1,9 +1,8 @@
 """Build the Rust tests for aarch64 and run them in an emulator, on instruction sets from plain NEON to I8MM.
 
-usage: aarch64.py [--quick] [--wheel] [--skip-if-missing]
+usage: aarch64.py [--quick] [--skip-if-missing]
 
 --quick            the kernels, golden models and batch invariance only, as `.ci/run` does
---wheel            build the package's wheel for aarch64 as well, into target/wheels
 --skip-if-missing  where compiler, linker or emulator cannot be had, say so and succeed
 
 The compiler is rustup's, with the target's standard library, which this adds. A linker (`aarch64-linux-gnu-gcc`) and an
@@ -163,27 +162,16 @@ def run_tests(tools: Tools, *, quick: bool) -> int:
     return failures
 
 
-def build_wheel(tools: Tools) -> int:
-    """Build the wheel with the maturin of this Python's environment or of the path."""
-    beside = Path(sys.executable).with_name("maturin")
-    maturin = str(beside) if beside.exists() else shutil.which("maturin")
-    if not maturin:
-        raise MissingError("maturin is not installed: pip install maturin")
-    linker = f"CARGO_TARGET_{TARGET.upper().replace('-', '_')}_LINKER"
-    command = [maturin, "build", "--release", "--target", TARGET, "--out", "target/wheels"]
-    return run("wheel", command, **{linker: str(tools.linker)})
-
-
 def main() -> int:
     """Do what the arguments ask for; return how many steps failed."""
     parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
-    for option in ("--quick", "--wheel", "--skip-if-missing"):
+    for option in ("--quick", "--skip-if-missing"):
         parser.add_argument(option, action="store_true")
     arguments = parser.parse_args()
     try:
         add_target()
         tools = installed_tools() or unpacked_tools()
-        return run_tests(tools, quick=arguments.quick) + (build_wheel(tools) if arguments.wheel else 0)
+        return run_tests(tools, quick=arguments.quick)
     except MissingError as error:
         print(f"aarch64: LEFT OUT: {error}" if arguments.skip_if_missing else f"aarch64: {error}", file=sys.stderr, flush=True)
         return 0 if arguments.skip_if_missing else 1

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "DeviceModel",
     "Engine",
     "InferError",
     "ModelInfo",
@@ -22,6 +23,8 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "Update",
+    "Work",
+    "WorkLink",
     "__version__",
     "inspect",
     "quantize",
@@ -348,7 +351,10 @@ class Engine:
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,
         trace: bool = False,
-    ) -> Engine: ...
+        outside: tuple[DeviceModel, DeviceModel | None, int] | None = None,
+    ) -> Engine:
+        """With ``outside``, an executor outside computes: its model, its draft model, and the bytes it has for keys and values."""
+
     @property
     def info(self) -> ModelInfo: ...
     @property
@@ -367,6 +373,9 @@ class Engine:
 
     @property
     def closed(self) -> bool: ...
+    def work_link(self) -> WorkLink | None:
+        """Where an executor outside takes its work; None where this process's CPU computes."""
+
     def submit(
         self,
         prompt: str | _TokenIds,
@@ -413,3 +422,133 @@ class Engine:
 
     def close(self) -> None:
         """Abort what runs, join the thread, free weights and cache; harmless when repeated."""
+
+@final
+class DeviceModel:
+    """A checked model as a backend in Python gets it: its program, and its weights in plain numbers, one at a time."""
+
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        *,
+        backend: str,
+        dtype: str = "auto",
+        kv_cache_dtype: str | Mapping[str, Any] = "auto",
+        mmap: bool = True,
+    ) -> DeviceModel: ...
+    @property
+    def element(self) -> Literal["f32", "bf16"]:
+        """The type of weights and activations."""
+
+    @property
+    def buffers(self) -> list[tuple[str, int]]:
+        """Name and width of every buffer."""
+
+    @property
+    def steps(self) -> list[tuple[str, dict[str, Any]]]:
+        """Kind and fields of every step (rust/model/src/step.rs); columns of a buffer are (buffer, first column, width)."""
+
+    @property
+    def logits(self) -> tuple[int, int, int]: ...
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of every matrix; no outputs where it was merged into another."""
+
+    @property
+    def tied_head(self) -> int | None:
+        """The matrix that is the head and the embedding, if they are one."""
+
+    @property
+    def kv_layers(self) -> list[tuple[str, str]]:
+        """Types of each layer's keys and values."""
+
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def constants(self) -> dict[str, Any]: ...
+    def max_logit_rows(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+        """The most rows whose logits one step gives."""
+
+    def read_matrix(self, matrix: int, first: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` with rows from ``first`` on."""
+
+    def matrix_bias(self, matrix: int) -> NDArray[np.float32] | None: ...
+    def table_shape(self, table: str) -> tuple[int, int] | None:
+        """(rows, columns) of the table "embedding" or "position", if the model has it."""
+
+    def read_table(self, table: str, first: int, out: NDArray[np.uint8]) -> None: ...
+    def vector(self, vector: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """A norm's weight and bias."""
+
+    def rotations(self, rope: int, positions: int, *, long_context: bool = False) -> NDArray[np.float32]:
+        """Cosines and sines: (positions, rotary_dim / 2, 2)."""
+
+@final
+class Work:
+    """One step's work for an executor outside."""
+
+    @property
+    def kind(self) -> Literal["forward", "draft", "export", "import"]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def logit_rows(self) -> int: ...
+    def write_draws(self, rows: int, out: NDArray[np.uint8]) -> list[bool]:
+        """Write what rows are drawn with, and return which of the wanted rows are, all False for "draft".
+
+        One after the other, (rows) each: seeds and positions (64-bit integers), inverse temperatures and ``min_p`` (float32).
+        An inverse temperature of 0 takes the largest logit, the lowest id among equals; the draw is that of rust/engine/src/sampler.rs.
+        """
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the sequence that has the most."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the sequence that has the most."""
+
+    def decode_pieces(self, pages: int, most_rows: int) -> int:
+        """Pieces of ``pages`` pages that the rows of sequences of at most ``most_rows`` rows read, each row alone."""
+
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        """Pages to copy before anything is computed, one after the other: (from, to)."""
+
+    @property
+    def page(self) -> int: ...
+    @property
+    def contents(self) -> bytes: ...
+    def not_drafted(self) -> Work:
+        """The rows that a draft model has not computed yet."""
+
+    def write_rows(self, rows: int, sequences: int, long_context_row: int, out: NDArray[np.int32]) -> None:
+        """Write the arrays of a step's rows, padded to so many rows and sequences.
+
+        One after the other: tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows)
+        each, then the sequences' first rows, (sequences + 1). See rust/engine/src/layout.rs.
+        """
+
+    def write_pages(self, table: NDArray[np.int32]) -> None:
+        """Write each sequence's pages at the beginning of its row of ``table``, (sequences, most pages)."""
+
+@final
+class WorkLink:
+    """Where an executor outside takes its work, and answers. It does not keep the engine alive."""
+
+    def next_work(self, timeout: float | None = None) -> Work | None:
+        """Wait for work; None when there will be no more."""
+
+    def finish_rows(self, work: Work, logits: NDArray[np.float32], choices: NDArray[np.int32] | None = None) -> None:
+        """Answer "forward" and "draft": the logits of the wanted rows; or, with ``choices``, the tokens of drawn rows, of the others alone.
+
+        A choice is -1 where a logit is NaN or infinite or none is finite.
+        """
+
+    def finish_page(self, work: Work, page: NDArray[np.uint8]) -> None: ...
+    def finish(self, work: Work) -> None: ...
+    def fail(self, work: Work, message: str) -> None: ...
+    def stop(self, message: str) -> None:
+        """Take no more work: what is at hand and whatever comes fails with this sentence."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from infer import defaults, hub, logs
-from infer._core import Engine, InferError
+from infer import defaults, devices, hub, logs
+from infer._core import InferError
 from infer.prompts import template_options
 from infer.serving import speculation
 from infer.sessions import Sessions
@@ -44,33 +44,37 @@ class LLM(Sessions):
         A folder in Hugging Face layout, a `.gguf` file, a hub id such as `org/name` or `org/name:Q8_0`, or None for the
         small model that comes with this package.
     device
-        "auto" or "cpu". There is no GPU in this release; "cuda" is refused.
+        "cpu", "cuda" (the current NVIDIA GPU; needs the extra `infer[cuda13]` or `infer[cuda12]`) or "auto", which is the CPU.
     dtype
         "auto" may round activations: to 8 bits where the weights are integers, to bfloat16 where they are and the machine
-        multiplies those. "float32" computes every model, quantized ones too, with its exact weights and float32 activations.
+        multiplies those; on a GPU it is bfloat16. "float32" computes every model, quantized ones too, with its exact weights and
+        float32 activations.
     threads
         How many threads compute; None takes one per physical core that this process may use.
     max_model_len
         Longest prompt and completion together, in tokens; None takes what the model was trained for.
     max_num_seqs
-        How many completions run at once; more of them wait.
+        How many completions run at once; more of them wait. None is 64, and 256 on a GPU.
     max_num_batched_tokens
-        How many tokens one step computes at most: smaller steps let short requests overtake long prompts sooner.
+        How many tokens one step computes at most: smaller steps let short requests overtake long prompts sooner. None is 512, and
+        8192 on a GPU.
     enable_prefix_caching
         Compute the common beginning of prompts once.
     kv_cache_dtype
-        How keys and values are kept: "float32", "float16", "bfloat16", "int8", "fp8" (E4M3), or "auto", which is float16, and
-        float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not given is "auto");
-        with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the end. The 8-bit
-        types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in accuracy. A draft
-        model gets the same types in all of its layers.
+        How keys and values are kept: "float32", "float16", "bfloat16", "int8", "fp8" (E4M3), or "auto", which is float16 (on a
+        GPU bfloat16), and float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not
+        given is "auto"); with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the
+        end. The 8-bit types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in
+        accuracy. A draft model gets the same types in all of its layers. A GPU keeps no 8-bit types.
     kv_cache_memory_bytes
-        Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free.
+        Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free (on a GPU,
+        nine tenths of what its memory has free).
     quantization
         Round the weights of a model stored as floats (a safetensors folder, or a GGUF file in F32, F16 or BF16) while loading,
         one tensor after the other: "int8", "int4" (a scale for each 32 weights) or "int4-g128" (one for each 128, smaller and
         less exact). Embedding and output head get 8 bits; norms, biases and the routers of experts stay as they are. None
-        computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk.
+        computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. On a GPU there is
+        "fp8" (E4M3, a scale for each row) instead of these, for matrices outside of experts; the output head stays as it is.
     seed
         For requests that bring no seed of their own.
     mmap
@@ -96,6 +100,8 @@ class LLM(Sessions):
         Keep a journal of what the prefix cache holds; see `kv_events`.
     trace
         Keep a journal of requests' lives; see `trace_events`.
+    enforce_eager
+        On a GPU, launch every kernel of every step by itself instead of replaying captured graphs: slower, and the same bits.
     revision, token, cache_dir, local_files_only
         For hub ids only: branch, tag or commit; access token; where downloads are kept; never use the network.
 
@@ -121,8 +127,8 @@ class LLM(Sessions):
         dtype: str = "auto",
         threads: int | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str | Mapping[str, object] = "auto",
         kv_cache_memory_bytes: int | None = None,
@@ -138,20 +144,22 @@ class LLM(Sessions):
         kv_offload_max_bytes: int = 8 << 30,
         kv_events: bool = False,
         trace: bool = False,
+        enforce_eager: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        _check_device(device)
         if when_full not in ("error", "wait"):
             raise InferError(f'when_full must be "error" or "wait", got {when_full!r}')
         self._waits = when_full == "wait"
         hub_options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         path = hub.resolve(model, revision=revision, **hub_options)
         self._defaults = defaults.read(path)
-        self._engine = Engine(
+        self._engine, self._worker = devices.start(
+            device,
             path,
+            enforce_eager=enforce_eager,
             dtype=dtype,
             threads=threads,
             max_model_len=max_model_len,
@@ -171,6 +179,8 @@ class LLM(Sessions):
             kv_events=kv_events,
             trace=trace,
         )
+        if self._worker is not None:
+            self._worker.close_at_exit(self)
         logs.loaded(self._engine)
         self._names = self._engine.tokenizer
         self._lock = threading.Lock()
@@ -363,6 +373,8 @@ class LLM(Sessions):
         if not self._engine.closed:
             logs.closing(self._engine)
         self._engine.close()
+        if self._worker is not None:
+            self._worker.join()
         with self._lock:
             dispatcher = self._dispatcher
         if dispatcher is not None:
@@ -378,10 +390,3 @@ class LLM(Sessions):
         info = self.info
         state = ", closed" if self._engine.closed else ""
         return f"LLM({info.path!r}, {info.architecture}, {info.quantization}, {self.threads} threads{state})"
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        raise InferError("device: 'cuda' was asked for, but this release computes on CPUs only; use 'cpu' or 'auto'")
-    if device not in ("auto", "cpu"):
-        raise InferError(f"device: {device!r} is unknown; use 'auto' or 'cpu'")

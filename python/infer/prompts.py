@@ -128,6 +128,8 @@ def _prompt(value: Any, where: str) -> Prompt:
 
 def _token_ids(value: Any, where: str, wanted: str = "a list is needed") -> list[int]:
     items = _sequence(value, where, wanted)
+    if all(type(item) is int for item in items):
+        return list(items)  # nearly always, and a long prompt should not wait for the rest
     for place, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, Integral):
             raise InferError(f"{where}[{place}]: a token id is an integer, got {item!r:.40}")

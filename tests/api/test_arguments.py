@@ -79,7 +79,7 @@ def test_sampling_parameters_are_values() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("device", "cuda", "this release computes on CPUs only"),
+        ("device", "tpu", "use 'auto', 'cpu' or 'cuda'"),
         ("device", "tpu", "'tpu' is unknown"),
         ("dtype", "int3", "dtype.*int3"),
         ("kv_cache_dtype", "int3", 'kv_cache_dtype must be .*"int8" or "fp8", got \'int3\''),

@@ -42,3 +42,13 @@ def test_lengths_fit_the_model(infer_cli: Cli, bare_folder: Path) -> None:
     done = infer_cli("bench", "--prompt-tokens", "128", "--model", str(bare_folder))
     assert done.returncode == 1
     assert "--prompt-tokens must be at most 127" in done.stderr
+    done = infer_cli("bench", "--context", "127", "--model", str(bare_folder))
+    assert "--context must be at most 126" in done.stderr
+
+
+def test_decode_after_a_context(infer_cli: Cli, bare_folder: Path) -> None:
+    """The context is computed once; only the completions after it count."""
+    options = ["--context", "100", "--prompt-tokens", "2", "--batch", "3", "--repeat", "1", "--json"]
+    report = json.loads(infer_cli("bench", *options, "--model", str(bare_folder)).stdout)
+    assert (report["context"], report["generate_tokens"]) == (100, 28)
+    assert report["decode_tokens_per_second"] > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def goldens() -> Iterator[Golden]:
             yield Golden(f"{folder.name}/{model.name}", model, rounded)
 
 
-def differences(golden: Golden, scratch: Path) -> tuple[float, bool]:
+def differences(golden: Golden, scratch: Path, load: Callable[..., LLM] = LLM) -> tuple[float, bool]:
     """Largest logit difference in float32, and whether greedy decoding writes the expected tokens.
 
     Parameters
@@ -66,6 +66,8 @@ def differences(golden: Golden, scratch: Path) -> tuple[float, bool]:
         What to load and compare with.
     scratch : Path
         An empty folder, used where the configuration is not the checkpoint's own.
+    load : callable
+        Opens the model, as `LLM` does.
     """
     model = golden.model
     if golden.config:
@@ -77,7 +79,7 @@ def differences(golden: Golden, scratch: Path) -> tuple[float, bool]:
     token_ids = expected["token_ids"].tolist()
     prompt = token_ids[: int(expected["prompt_tokens"][0])]
     params = SamplingParams(max_tokens=len(expected["greedy"]), temperature=0, detokenize=False)
-    with LLM(model, dtype="float32", threads=2) as llm:
+    with load(model, dtype="float32", threads=2) as llm:
         # llama.cpp's converter writes a context length for GLM that is shorter than the text: then its beginning is compared.
         length = min(len(token_ids), llm.max_model_len)
         logits = llm.logits(token_ids[:length])

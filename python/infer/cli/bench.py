@@ -57,9 +57,10 @@ def bench(
         max_num_batched_tokens=max(512, batch),
         enable_prefix_caching=context > 1,
     ) as llm:
-        prompt_length = _length(llm, "--prompt-tokens", prompt_tokens, 512)
-        completion_length = _length(llm, "--generate-tokens", generate_tokens, 128)
-        _length(llm, "--context and --generate-tokens together", context + completion_length, 0)
+        room = llm.max_model_len
+        prompt_length = _length(llm, "--prompt-tokens", prompt_tokens, 512, room - 1)
+        context = _length(llm, "--context", context, 1, room - 2)
+        completion_length = _length(llm, "--generate-tokens", generate_tokens, 128, room - context)
         prefill = _repeat(repeat, lambda run: _prefill(llm, prompt_length, batch, run))
         decode = _repeat(repeat, lambda _: _decode(llm, context, completion_length, batch))
         report = {
@@ -90,9 +91,8 @@ def bench(
         _table(report)
 
 
-def _length(llm: LLM, option: str, asked: int | None, usual: int) -> int:
-    """Return how long prompts or completions are; one more token is the first answer, or the prompt of a completion."""
-    room = llm.max_model_len - 1
+def _length(llm: LLM, option: str, asked: int | None, usual: int, room: int) -> int:
+    """Return a number of tokens, if there is room for so many beside the others of its test."""
     if asked is None:
         return min(usual, room)
     if asked > room:

@@ -62,16 +62,16 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """Return cuBLASLt of the installed CUDA."""
+    """Return cuBLASLt of the installed CUDA; its calls keep the GIL, as the driver's (launch.py)."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
+        return ctypes.PyDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
     except (ImportError, RuntimeError, OSError, TypeError):
         pass
     for name in ("libcublasLt.so.13", "libcublasLt.so.12"):
         try:
-            return ctypes.CDLL(name)
+            return ctypes.PyDLL(name)
         except OSError:
             continue
     raise InferError("cuBLASLt was not found: install the CUDA libraries, for example with `pip install 'cupy-cuda13x[ctk]'`")

@@ -43,7 +43,8 @@ class _Config(ctypes.Structure):
 def driver() -> ctypes.CDLL:
     """Return the CUDA driver's library."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        # PyDLL keeps the GIL: no call waits, and if each of a step's launches gave it up, busy threads would come in between.
+        return ctypes.PyDLL("libcuda.so.1")
     except OSError as error:
         raise InferError(f"the NVIDIA driver's library cannot be loaded: {error}") from error
 

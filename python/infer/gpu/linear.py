@@ -202,6 +202,13 @@ class LinearOperations(AttentionOperations):
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns, weight.group or weight.columns)
         kernel(self.stream, (-(-weight.rows // WARPS), -(-source.rows // 4)), WARPS * 32, (*pointers, *shape, add))
 
+    def round_rows(self, source: Rows, output: int, scales: int) -> None:
+        """Round each row to E4M3 numbers, (rows, width), times its scale, f32 (rows): the largest of them becomes 448."""
+        v = vector(source.width, source)
+        kernel = self.kernels.get("linear.cu", "quantize", VECTOR=v, WEIGHT=c_type("e4m3"), **element_macros(source.dtype))
+        arguments = (source.pointer, output, scales, source.stride, source.width)
+        kernel(self.stream, (source.rows,), norm_threads(source.width, v), arguments)
+
     def _can_unpack(self, source: Rows, output: Rows, weight: Weight) -> bool:
         fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * 2 and weight.columns % 8 == 0
         return (
@@ -220,10 +227,7 @@ class LinearOperations(AttentionOperations):
         if not (fits and can_scale and self._blas.has_scaled(rounded, weight, output)):
             self._unpacked_product(source, output, weight, alpha, beta)
             return
-        v = vector(source.width, source)
-        kernel = self.kernels.get("linear.cu", "quantize", VECTOR=v, WEIGHT=c_type(weight.type))
-        arguments = (source.pointer, rounded.pointer, self._unpacked, source.stride, source.width)
-        kernel(self.stream, (source.rows,), norm_threads(source.width, v), arguments)
+        self.round_rows(source, rounded.pointer, self._unpacked)
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._unpacked)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)

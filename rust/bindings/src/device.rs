@@ -4,6 +4,8 @@ use infer_engine as core;
 use infer_model::{Batch, BatchSequence, CpuModel, KvPage};
 use infer_text::Detokenizer;
 
+use crate::tokenizer::TextModel;
+
 /// A model on the CPU, and perhaps a smaller one that guesses for it. Pages of the same number hold the same tokens in both.
 pub struct CpuDevice {
     pub model: CpuModel,
@@ -18,7 +20,7 @@ impl core::Device for CpuDevice {
             }
         }
         if let Some(draft) = &mut self.draft {
-            compute(draft, &not_drafted(batch), logits)?;
+            compute(draft, &batch.not_drafted(), logits)?;
         }
         compute(&mut self.model, batch, logits)
     }
@@ -59,24 +61,6 @@ fn compute(model: &mut CpuModel, batch: &core::Batch, logits: &mut Vec<f32>) -> 
     model.forward(&batch, logits).map_err(|error| error.to_string())
 }
 
-/// The rows that the draft model has not computed yet; none of their logits are wanted.
-fn not_drafted(batch: &core::Batch) -> core::Batch {
-    let mut rest = core::Batch::default();
-    for sequence in batch.sequences.iter().filter(|sequence| sequence.drafted < sequence.rows) {
-        let rows = sequence.rows - sequence.drafted;
-        let first = sequence.first_row + sequence.drafted;
-        rest.sequences.push(core::BatchSequence {
-            first_row: rest.tokens.len(),
-            rows,
-            first_position: sequence.first_position + sequence.drafted,
-            drafted: 0,
-            ..sequence.clone()
-        });
-        rest.tokens.extend_from_slice(&batch.tokens[first..first + rows]);
-    }
-    rest
-}
-
 fn borrow(sequence: &core::BatchSequence) -> BatchSequence<'_> {
     BatchSequence {
         first_row: sequence.first_row,
@@ -106,4 +90,20 @@ impl core::TokenText for CompletionText {
         let text = self.detokenizer.finish();
         core::TextStep { text, stopped: self.detokenizer.stopped().map(|found| found.stop.clone()) }
     }
+}
+
+/// What makes the text of a request's completions; none where nobody wants it.
+///
+/// # Errors
+/// Stop strings that cannot be looked for.
+pub fn text_factory(
+    model: Option<&TextModel>,
+    params: &core::SamplingParams,
+    prompt: &[u32],
+) -> Result<Option<core::TextFactory>, String> {
+    let Some(model) = model.filter(|_| params.detokenize) else { return Ok(None) };
+    let (skip, stop) = (params.skip_special_tokens, params.stop.clone());
+    let made = Detokenizer::new(&model.tokenizer, skip, stop, params.include_stop_str_in_output);
+    let fresh = made.map_err(|error| error.to_string())?.after_prompt(prompt);
+    Ok(Some(Box::new(move || Box::new(CompletionText { detokenizer: fresh.clone() }))))
 }

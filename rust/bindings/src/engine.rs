@@ -4,31 +4,32 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use infer_engine::{Driver, RequestKind, SubmitOptions, TextFactory};
+use infer_engine::{Driver, Handover, RequestKind, SubmitOptions};
 use infer_store::Store;
-use infer_text::Detokenizer;
 use numpy::PyArray2;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use crate::convert::{Arg, Int, text, token_ids};
-use crate::device::CompletionText;
+use crate::device::text_factory;
 use crate::error::{engine_error, guarded, refusal};
 use crate::info::{MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, ModelInfo};
-use crate::kv::read_kv_types;
+use crate::kv::{automatic, read_kv_types};
 use crate::load::{Loaded, Settings, default_threads, load, precision};
 use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
+use crate::outside::{OutsideArgs, read_outside};
 use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
-use crate::request::{Request, fill};
+use crate::request::{Request, empty_logits, fill};
 use crate::settings::{
     MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_quantization, read_speculation, salt,
     seconds, thread_count,
 };
-use crate::tier::{read_session, write_session};
+use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, encode};
-use crate::wait::{deadline, interruptible, wait_until};
+use crate::wait::{deadline, interruptible, is_exiting, wait_until};
+use crate::work::WorkLink;
 
 const CLOSED: &str = "this LLM is closed";
 /// How long closing waits for pages to be written.
@@ -42,6 +43,7 @@ type DriverSlot = Mutex<Option<Arc<Driver>>>;
 pub struct Engine {
     driver: Owned<DriverSlot>,
     config: infer_engine::EngineConfig,
+    handover: Option<Arc<Handover>>,
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
     threads: usize,
@@ -59,11 +61,11 @@ impl Engine {
         max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
         kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), max_waiting=None,
         priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None,
-        kv_events=Arg::of(false), trace=Arg::of(false)
+        kv_events=Arg::of(false), trace=Arg::of(false), outside=None
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         quantization=None, seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
-        speculation=None, kv_offload=None, kv_events=False, trace=False)")]
+        speculation=None, kv_offload=None, kv_events=False, trace=False, outside=None)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -85,6 +87,7 @@ impl Engine {
         kv_offload: Option<OffloadArgs>,
         kv_events: Arg<bool>,
         trace: Arg<bool>,
+        outside: Option<OutsideArgs<'_>>,
     ) -> PyResult<Self> {
         guarded(|| {
             let precision = precision(&dtype.get("dtype", "a string")?)?;
@@ -94,7 +97,7 @@ impl Engine {
             let settings = Settings {
                 path: path.get("path", "a path")?,
                 precision,
-                kv_types: read_kv_types(kv_cache_dtype.as_ref(), precision)?,
+                kv_types: read_kv_types(kv_cache_dtype.as_ref(), automatic(precision))?,
                 quantization: read_quantization(quantization)?,
                 threads: threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
@@ -109,6 +112,7 @@ impl Engine {
                 step_time_target: step_time_target.map(target).transpose()?,
                 speculation,
                 draft: draft.flatten(),
+                outside: outside.map(read_outside),
                 offload: kv_offload.map(read_offload).transpose()?,
                 cache_events: kv_events.flag("kv_events")?,
                 trace: trace.flag("trace")?,
@@ -159,6 +163,14 @@ impl Engine {
         self.config.pages * self.config.page_tokens
     }
 
+    /// Where an executor outside takes its work; None where this process's CPU computes.
+    fn work_link(&self) -> PyResult<Option<WorkLink>> {
+        guarded(|| {
+            self.driver.get()?;
+            Ok(self.handover.clone().map(WorkLink::new))
+        })
+    }
+
     /// Whether `close` was called.
     #[getter]
     fn closed(&self) -> PyResult<bool> {
@@ -194,7 +206,8 @@ impl Engine {
             let prompt = self.prompt(py, prompt, add_special_tokens)?;
             let waker = ready.map(|queue| queue.waker(ready_key)).transpose()?;
             // Reads the whole prompt, as the text goes on where the prompt ends.
-            let text = py.detach(|| self.text_factory(params, &prompt))?;
+            let text =
+                py.detach(|| text_factory(self.text.as_deref(), &params.inner, &prompt)).map_err(refusal)?;
             let kind = RequestKind::Generate(Box::new(params.inner.clone()));
             let options = SubmitOptions { final_only, waker, priority, user, timeout, cache_salt };
             let handle = py.detach(|| driver.submit(prompt.into(), kind, text, options));
@@ -214,14 +227,7 @@ impl Engine {
             let rows = ids.len();
             let submit = || driver.submit(ids.into(), RequestKind::Logits, None, SubmitOptions::default());
             let handle = py.detach(submit).map_err(engine_error)?;
-            // Through Python, which reports a lack of memory as an exception.
-            let kwargs = PyDict::new(py);
-            kwargs.set_item("dtype", "float32")?;
-            let empty = py.import("numpy")?.getattr("empty")?;
-            let made = empty.call(((rows, self.config.vocabulary),), Some(&kwargs));
-            let array = made
-                .map_err(|error| refusal(format!("logits of {rows} tokens do not fit in memory: {error}")))?;
-            let array = array.cast_into::<PyArray2<f32>>()?;
+            let array = empty_logits(py, rows, self.config.vocabulary)?;
             fill(py, &handle, &array)?;
             Ok(array)
         })
@@ -250,13 +256,7 @@ impl Engine {
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
             let (salt, namespace) = (salt(cache_salt)?, self.namespace);
-            interruptible(py, "infer-session", move || {
-                let pages = driver.export_session(&ids, salt).map_err(|error| error.to_string())?;
-                if pages.is_empty() {
-                    return Err("token_ids: nothing of this prompt is in the cache".to_owned());
-                }
-                write_session(&path, namespace, pages)
-            })
+            interruptible(py, "infer-session", move || save_session(&driver, &path, &ids, salt, namespace))
         })
     }
 
@@ -273,10 +273,7 @@ impl Engine {
             let path = path.get("path", "a path")?;
             let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
             interruptible(py, "infer-session", move || {
-                let pages = read_session(&path, namespace, page_bytes)?;
-                let tokens = pages.iter().flat_map(|page| page.name.tokens.iter().copied()).collect();
-                let cached = driver.import_session(pages, salt).map_err(|error| error.to_string())?;
-                Ok((tokens, cached))
+                load_session(&driver, &path, salt, namespace, page_bytes)
             })
         })
     }
@@ -336,10 +333,17 @@ impl Engine {
 
 impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
-        let Loaded { driver, store, namespace, page_bytes, text, info, threads, began } = loaded;
+        let Loaded { driver, handover, store, namespace, page_bytes, text, info, threads, began } = loaded;
         let config = driver.config().clone();
         let (driver, store) = (Owned::new(Mutex::new(Some(Arc::new(driver)))), Mutex::new(store));
-        Self { driver, config, text, info, threads, store, namespace, page_bytes, began }
+        Self { driver, config, handover, text, info, threads, store, namespace, page_bytes, began }
+    }
+
+    /// An executor on a Python thread does nothing more once the interpreter exits.
+    fn stop_executor(&self) {
+        if let Some(handover) = &self.handover {
+            handover.stop("the interpreter is exiting");
+        }
     }
 
     fn driver(&self) -> PyResult<Arc<Driver>> {
@@ -363,29 +367,22 @@ impl Engine {
         };
         encode(py, model, text("prompt", prompt)?, add_special_tokens)
     }
-
-    fn text_factory(&self, params: &SamplingParams, prompt: &[u32]) -> PyResult<Option<TextFactory>> {
-        let Some(model) = self.text.as_ref().filter(|_| params.inner.detokenize) else { return Ok(None) };
-        let params = &params.inner;
-        let stop = params.stop.clone();
-        let made = Detokenizer::new(
-            &model.tokenizer,
-            params.skip_special_tokens,
-            stop,
-            params.include_stop_str_in_output,
-        );
-        let fresh = made.map_err(refusal)?.after_prompt(prompt);
-        Ok(Some(Box::new(move || Box::new(CompletionText { detokenizer: fresh.clone() }))))
-    }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
         let Ok(slot) = self.driver.get() else { return };
         let Some(driver) = lock(slot).take() else { return };
-        // The last step may still run: other Python threads go on meanwhile.
+        // The last step may still run: other Python threads go on meanwhile, unless the interpreter is exiting.
         let closing = Arc::clone(&driver);
-        if Python::try_attach(|py| py.detach(|| closing.close())).is_none() {
+        let close = |py: Python<'_>| {
+            if is_exiting(py) {
+                self.stop_executor();
+            }
+            py.detach(|| closing.close());
+        };
+        if Python::try_attach(close).is_none() {
+            self.stop_executor();
             driver.close();
         }
     }

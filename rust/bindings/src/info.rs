@@ -8,9 +8,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
-use crate::kv::read_kv_types;
+use crate::kv::{automatic, read_kv_types};
 use crate::load::default_threads;
-use crate::memory::{CacheLayout, CacheRequest, free_memory, plan_cache};
+use crate::memory::{Budget, CacheLayout, CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
 use crate::wait::interruptible;
 
@@ -71,7 +71,7 @@ fn cache_budget(spec: &ModelSpec, weight_bytes: u64, kv_types: &KvTypes) -> Resu
         memory_bytes: None,
     };
     let free = free_memory().map(|free| free.saturating_sub(weight_bytes));
-    let pages = plan_cache(&request, free).map_or(0, |plan| plan.pages);
+    let pages = plan_cache(&request, Budget::Host(free)).map_or(0, |plan| plan.pages);
     Ok((page_bytes, pages * PAGE_TOKENS))
 }
 
@@ -159,7 +159,7 @@ pub fn inspect(
     kv_cache_dtype: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<ModelInfo> {
     guarded(|| {
-        let kv_types = read_kv_types(kv_cache_dtype, Precision::Auto)?;
+        let kv_types = read_kv_types(kv_cache_dtype, automatic(Precision::Auto))?;
         interruptible(py, "infer-load", move || {
             let checkpoint = Checkpoint::open(&path, true).map_err(|error| error.to_string())?;
             let text = TextModel::of_checkpoint(&checkpoint)?;

@@ -11,20 +11,19 @@ use crate::error::refusal;
 const NAME: &str = "kv_cache_dtype";
 const KNOWN: &str = "\"auto\", \"float32\", \"float16\", \"bfloat16\", \"int8\" or \"fp8\"";
 
-/// What "auto" stands for: exact where `dtype` is.
-fn automatic(precision: Precision) -> KvElement {
+/// What "auto" stands for on the CPU: exact where `dtype` is.
+pub fn automatic(precision: Precision) -> KvElement {
     match precision {
         Precision::Exact => KvElement::F32,
         Precision::Auto => KvElement::F16,
     }
 }
 
-/// Reads the argument; none is "auto".
+/// Reads the argument; none is "auto", which stands for `auto`.
 ///
 /// # Errors
 /// Names the part that is wrong, its value and what would be right. Whether layers exist shows when the model is known.
-pub fn read_kv_types(argument: Option<&Bound<'_, PyAny>>, precision: Precision) -> PyResult<KvTypes> {
-    let auto = automatic(precision);
+pub fn read_kv_types(argument: Option<&Bound<'_, PyAny>>, auto: KvElement) -> PyResult<KvTypes> {
     let Some(argument) = argument else { return Ok(KvTypes::all(auto)) };
     if argument.is_instance_of::<PyString>() {
         return Ok(KvTypes { kept: auto, ..KvTypes::all(element(NAME, argument, auto)?) });
@@ -89,4 +88,15 @@ fn layers(value: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
         layers.push(number);
     }
     Ok(layers)
+}
+
+/// What a backend outside calls a type.
+pub fn element_name(element: KvElement) -> &'static str {
+    match element {
+        KvElement::F32 => "f32",
+        KvElement::F16 => "f16",
+        KvElement::Bf16 => "bf16",
+        KvElement::Int8 => "int8",
+        KvElement::E4m3 => "e4m3",
+    }
 }

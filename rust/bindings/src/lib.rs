@@ -7,6 +7,7 @@
 //! * objects remember the process that made them: in a forked child, where their threads do not exist, use raises and drop leaks
 #![forbid(unsafe_code)]
 
+mod backend;
 mod convert;
 mod device;
 mod engine;
@@ -17,6 +18,7 @@ mod kv;
 mod load;
 mod memory;
 mod metrics;
+mod outside;
 mod owned;
 mod params;
 mod quantize;
@@ -28,6 +30,7 @@ mod tier;
 mod tokenizer;
 mod vocabulary;
 mod wait;
+mod work;
 
 use pyo3::prelude::*;
 
@@ -43,6 +46,8 @@ mod _core {
     #[pymodule_export]
     use crate::info::{ModelInfo, inspect, system_info};
     #[pymodule_export]
+    use crate::outside::DeviceModel;
+    #[pymodule_export]
     use crate::params::SamplingParams;
     #[pymodule_export]
     use crate::quantize::quantize;
@@ -54,6 +59,8 @@ mod _core {
     use crate::sources::kernel_sources;
     #[pymodule_export]
     use crate::tokenizer::Tokenizer;
+    #[pymodule_export]
+    use crate::work::{Work, WorkLink};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

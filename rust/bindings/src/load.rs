@@ -2,20 +2,20 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infer_engine::{Driver, EngineConfig, LocalLayers, MonotonicClock, Speculation, Tier};
+use infer_engine::{Driver, EngineConfig, Handover, LocalLayers, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
-use infer_model::{Checkpoint, CpuModel, KvTypes, LoadOptions, Quantization};
+use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
-use crate::device::CpuDevice;
+use crate::backend::{Backend, Outside};
 use crate::error::refusal;
 use crate::info::ModelInfo;
-use crate::memory::{CacheLayout, CachePlan, CacheRequest, free_memory, plan_cache};
+use crate::memory::{CacheLayout, CachePlan, CacheRequest, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
@@ -39,6 +39,8 @@ pub struct Settings {
     pub speculation: Option<Speculation>,
     /// The model that guesses.
     pub draft: Option<PathBuf>,
+    /// Loaded models of an executor that computes instead of this process's CPU.
+    pub outside: Option<Outside>,
     pub offload: Option<Offload>,
     pub cache_events: bool,
     pub trace: bool,
@@ -53,6 +55,8 @@ pub struct Offload {
 /// A loaded model and its engine.
 pub struct Loaded {
     pub driver: Driver,
+    /// Where an executor outside finds its work.
+    pub handover: Option<Arc<Handover>>,
     pub store: Option<Arc<Store>>,
     /// The identity of this model's pages outside this process.
     pub namespace: [u8; 32],
@@ -85,89 +89,48 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
-    let info = ModelInfo::new(&checkpoint, text.as_ref(), &settings.kv_types, settings.quantization)?;
-    let options = LoadOptions {
-        threads: Some(settings.threads),
-        precision: settings.precision,
-        mmap: settings.mmap,
-        kv_types: settings.kv_types.clone(),
-        quantization: settings.quantization,
+    let (kv_types, quantization) = match &settings.outside {
+        Some(outside) => (outside.model.kv_types(), None),
+        None => (&settings.kv_types, settings.quantization),
     };
-    let mut model = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
+    let info = ModelInfo::new(&checkpoint, text.as_ref(), kv_types, quantization)?;
+    let backend = Backend::new(settings, &checkpoint)?;
     drop(checkpoint);
-    let mut draft = settings.draft.as_deref().map(|path| load_draft(path, &options, &model)).transpose()?;
-    let page_bytes = model.page_bytes() + draft.as_ref().map_or(0, CpuModel::page_bytes);
-    let layout = CacheLayout::of(model.spec(), draft.as_ref().map(CpuModel::spec));
-    let local_bytes =
-        [Some(&model), draft.as_ref()].into_iter().flatten().map(CpuModel::local_page_bytes).sum();
-    let (full, local) = layout.kinds(page_bytes, local_bytes);
+    let page_bytes = backend.page_bytes();
+    let layout = backend.layout();
+    let (full, local) = layout.kinds(page_bytes, backend.local_page_bytes());
     let request = CacheRequest {
         full,
         local,
         page_tokens: PAGE_TOKENS,
-        max_positions: model.spec().max_positions,
+        max_positions: backend.spec().max_positions,
         max_num_seqs: settings.max_num_seqs,
         max_num_batched_tokens: settings.max_num_batched_tokens,
         max_model_len: settings.max_model_len,
         memory_bytes: settings.kv_cache_memory_bytes,
     };
-    let plan = plan_cache(&request, free_memory())?;
-    let mut config = engine_config(settings, &plan, layout, &model, text.as_ref());
+    let plan = plan_cache(&request, backend.budget())?;
+    let mut config = engine_config(settings, &plan, layout, backend.spec(), text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
-    for model in [Some(&mut model), draft.as_mut()].into_iter().flatten() {
-        let allocated = match plan.local_pages {
-            Some(local_pages) => model.allocate_split_cache(plan.pages, local_pages),
-            None => model.allocate_cache(plan.pages),
-        };
-        allocated.map_err(|error| error.to_string())?;
-    }
-    let namespace = namespace(&model, draft.as_ref());
+    let namespace = backend.namespace();
     let store =
         settings.offload.as_ref().map(|offload| open_store(offload, namespace, page_bytes)).transpose()?;
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
     let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);
-    let clock = Arc::new(MonotonicClock::new());
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let device = CpuDevice { model, draft };
-    let driver = Driver::start(config, device, tier, clock).map_err(|error| error.to_string())?;
+    let (driver, handover) = backend.start(config, tier)?;
     let text = text.map(Arc::new);
-    Ok(Loaded { driver, store, namespace, page_bytes, text, info, threads: settings.threads, began })
-}
-
-/// Loads the model that guesses for `target`.
-fn load_draft(path: &Path, options: &LoadOptions, target: &CpuModel) -> Result<CpuModel, String> {
-    let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
-    // Layers are numbered in the model alone: all of the draft's have the types that were wished for. It is computed as it is stored.
-    let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
-    let options = LoadOptions { kv_types, quantization: None, ..options.clone() };
-    let draft = CpuModel::from_checkpoint(&checkpoint, &options).map_err(|error| error.to_string())?;
-    let (own, wanted) = (draft.spec().vocabulary, target.spec().vocabulary);
-    if own != wanted {
-        return Err(format!(
-            "speculative_config[\"model\"]: {} has a vocabulary of {own} tokens and the model one of {wanted}; a draft model needs the \
-             same vocabulary",
-            path.display()
-        ));
-    }
-    let (own, wanted) = (draft.spec().max_positions, target.spec().max_positions);
-    if own < wanted {
-        return Err(format!(
-            "speculative_config[\"model\"]: {} was trained for {own} positions and the model for {wanted}; a draft model needs at \
-             least as many",
-            path.display()
-        ));
-    }
-    Ok(draft)
-}
-
-/// What pages belong to: the models that computed them.
-fn namespace(model: &CpuModel, draft: Option<&CpuModel>) -> [u8; 32] {
-    let mut namespace = model.fingerprint();
-    if let Some(draft) = draft {
-        let guess = draft.fingerprint();
-        namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
-    }
-    namespace
+    Ok(Loaded {
+        driver,
+        handover,
+        store,
+        namespace,
+        page_bytes,
+        text,
+        info,
+        threads: settings.threads,
+        began,
+    })
 }
 
 fn open_store(offload: &Offload, namespace: [u8; 32], page_bytes: usize) -> Result<Arc<Store>, String> {
@@ -189,10 +152,9 @@ fn engine_config(
     settings: &Settings,
     plan: &CachePlan,
     layout: CacheLayout,
-    model: &CpuModel,
+    spec: &ModelSpec,
     text: Option<&TextModel>,
 ) -> EngineConfig {
-    let spec = model.spec();
     EngineConfig {
         pages: plan.pages,
         page_tokens: PAGE_TOKENS,

@@ -3,6 +3,9 @@
 //! Without a wish, the cache gets what `max_num_seqs` sequences of full length need, but at most 1 GiB, or more if a single sequence
 //! needs it, and never more than half of what the machine has free once the weights are there. Pages are touched as they are first
 //! used, so a small workload stays small.
+//!
+//! On a device of its own memory the same, but for the 1 GiB: there is nobody else to leave room for, so the cache gets up to nine
+//! tenths of what is free.
 
 use std::fs;
 
@@ -61,6 +64,42 @@ pub struct CacheRequest {
     pub max_num_batched_tokens: usize,
     pub max_model_len: Option<usize>,
     pub memory_bytes: Option<u64>,
+}
+
+/// Where the cache will be, and how many bytes are free there.
+#[derive(Clone, Copy)]
+pub enum Budget {
+    /// This machine's memory, if the system says what is free.
+    Host(Option<u64>),
+    /// A device's own.
+    Device(u64),
+}
+
+impl Budget {
+    /// The most that a cache gets unless told otherwise, when a single sequence of full length takes `one` bytes.
+    fn usual(self, one: u64) -> u64 {
+        match self {
+            Self::Host(free) => USUAL_BYTES.max(one).min(free.map_or(u64::MAX, |free| free / 2)),
+            Self::Device(free) => free / 10 * 9,
+        }
+    }
+
+    /// Refuses what cannot be there. (A host may have memory that it does not say is free.)
+    fn check(self, wished: Option<u64>) -> Result<(), String> {
+        match (self, wished) {
+            (Self::Device(free), Some(bytes)) if bytes > free => {
+                Err(format!("kv_cache_memory_bytes = {bytes} is more than the device has free, {free} bytes"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn describe(self) -> String {
+        match self {
+            Self::Host(free) => format!("half of the free memory ({} bytes)", free.unwrap_or(0) / 2),
+            Self::Device(free) => format!("the device's free memory ({free} bytes)"),
+        }
+    }
 }
 
 /// What was settled.
@@ -126,11 +165,11 @@ impl CacheRequest {
     }
 }
 
-/// Settles pages and the longest sequence. `free` is the machine's free memory in bytes, if known.
+/// Settles pages and the longest sequence.
 ///
 /// # Errors
 /// Names the argument that cannot be met and what would be possible.
-pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan, String> {
+pub fn plan_cache(request: &CacheRequest, budget: Budget) -> Result<CachePlan, String> {
     let longest = request.max_model_len.unwrap_or(request.max_positions);
     if longest > request.max_positions {
         return Err(format!(
@@ -138,16 +177,17 @@ pub fn plan_cache(request: &CacheRequest, free: Option<u64>) -> Result<CachePlan
             request.max_positions
         ));
     }
+    budget.check(request.memory_bytes)?;
     let one = request.bytes(longest);
     let bytes = request.memory_bytes.unwrap_or_else(|| {
         let wanted = one.saturating_mul(request.max_num_seqs as u64);
-        wanted.min(USUAL_BYTES.max(one)).min(free.map_or(u64::MAX, |free| free / 2))
+        wanted.min(budget.usual(one))
     });
     let room = request.longest_within(bytes, longest);
     if room == 0 {
         let source = match request.memory_bytes {
             Some(bytes) => format!("kv_cache_memory_bytes = {bytes}"),
-            None => format!("half of the free memory ({} bytes)", free.unwrap_or(0) / 2),
+            None => budget.describe(),
         };
         return Err(format!(
             "{source} holds not even one page of {} tokens, which takes {} bytes",

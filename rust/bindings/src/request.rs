@@ -6,6 +6,7 @@ use infer_engine as core;
 use infer_engine::{RequestHandle, StopReason, TokenLogprob};
 use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
 use crate::owned::Owned;
@@ -188,6 +189,16 @@ impl Request {
             Ok(())
         })
     }
+}
+
+/// An array for logits, made by Python, which reports a lack of memory as an exception.
+pub fn empty_logits(py: Python<'_>, rows: usize, vocabulary: usize) -> PyResult<Bound<'_, PyArray2<f32>>> {
+    let kwargs = PyDict::new(py);
+    kwargs.set_item("dtype", "float32")?;
+    let made = py.import("numpy")?.getattr("empty")?.call(((rows, vocabulary),), Some(&kwargs));
+    let array =
+        made.map_err(|error| refusal(format!("logits of {rows} tokens do not fit in memory: {error}")))?;
+    Ok(array.cast_into::<PyArray2<f32>>()?)
 }
 
 /// Copies chunks into `array` as they come.

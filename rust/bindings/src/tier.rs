@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use infer_engine::{Digest, Fetched, Tier, TierPage, Wanted};
+use infer_engine::{Digest, Driver, Fetched, Tier, TierPage, Wanted};
 use infer_store::{Page, Store, session};
 
 /// Pages on disk.
@@ -38,23 +38,42 @@ fn stored(page: TierPage) -> Page {
     Page { key, parent, tokens, payload: page.payload }
 }
 
-/// Writes a session; how many tokens it holds.
+/// Writes the cached beginning of a prompt to a file; how many tokens it holds.
 ///
 /// # Errors
-/// What is wrong with the path.
-pub fn write_session(path: &Path, namespace: [u8; 32], pages: Vec<TierPage>) -> Result<usize, String> {
+/// Nothing of it is cached, or what is wrong with the path.
+pub fn save_session(
+    driver: &Driver,
+    path: &Path,
+    token_ids: &[u32],
+    salt: Option<Arc<str>>,
+    namespace: [u8; 32],
+) -> Result<usize, String> {
+    let pages = driver.export_session(token_ids, salt).map_err(|error| error.to_string())?;
+    if pages.is_empty() {
+        return Err("token_ids: nothing of this prompt is in the cache".to_owned());
+    }
     let pages: Vec<Page> = pages.into_iter().map(stored).collect();
     session::write(path, namespace, &pages).map_err(|error| error.to_string())?;
     Ok(pages.iter().map(|page| page.tokens.len()).sum())
 }
 
-/// Reads a session.
+/// Puts a session's pages into the cache; its tokens, and how many of them are cached now.
 ///
 /// # Errors
 /// What is wrong with the file, or that it is another model's.
-pub fn read_session(path: &Path, namespace: [u8; 32], page_bytes: usize) -> Result<Vec<TierPage>, String> {
+pub fn load_session(
+    driver: &Driver,
+    path: &Path,
+    salt: Option<Arc<str>>,
+    namespace: [u8; 32],
+    page_bytes: usize,
+) -> Result<(Vec<u32>, usize), String> {
     let pages = session::read(path, namespace, page_bytes).map_err(|error| error.to_string())?;
     let page =
         |Page { key, parent, tokens, payload }| TierPage { name: Wanted { key, parent, tokens }, payload };
-    Ok(pages.into_iter().map(page).collect())
+    let pages: Vec<TierPage> = pages.into_iter().map(page).collect();
+    let tokens = pages.iter().flat_map(|page| page.name.tokens.iter().copied()).collect();
+    let cached = driver.import_session(pages, salt).map_err(|error| error.to_string())?;
+    Ok((tokens, cached))
 }

@@ -54,6 +54,12 @@ fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
     Ok(threading.call_method0("current_thread")?.is(threading.call_method0("main_thread")?))
 }
 
+/// Whether Python's other threads never run again.
+pub fn is_exiting(py: Python<'_>) -> bool {
+    let asked = py.import("sys").and_then(|sys| sys.call_method0("is_finalizing")?.extract());
+    asked.unwrap_or(true)
+}
+
 /// Runs `work` on a thread of its own while this one looks for signals. When a signal handler raises, the work's result is dropped as
 /// soon as it is there.
 pub fn interruptible<T: Send + 'static>(

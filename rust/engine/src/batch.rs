@@ -8,7 +8,7 @@ use crate::sequence::SequenceId;
 use crate::tables::PageRef;
 
 /// One step's work.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Pages to copy, (from, to), one after the other and before anything is computed.
     pub copies: Vec<(PageRef, PageRef)>,
@@ -18,6 +18,22 @@ pub struct Batch {
     pub sequences: Vec<BatchSequence>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// For each of them, how its token is drawn, where that is simple enough for a device to do itself; or empty, when none may be drawn
+    /// so. See [`crate::Device::take_choices`].
+    pub draws: Vec<Option<Draw>>,
+}
+
+/// A draw of the sampler by temperature and `min_p` alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Logits are multiplied by it; 0: the largest is taken, the lowest id among equals.
+    pub inverse_temperature: f32,
+    /// Tokens less likely than this part of the most likely one are impossible.
+    pub min_p: f32,
+    /// The completion's own seed.
+    pub seed: u64,
+    /// Position of the token; see [`crate::uniform`], whose draw 0 it is.
+    pub position: u64,
 }
 
 /// The rows of one sequence in a step.
@@ -40,6 +56,27 @@ pub struct BatchSequence {
     pub drafted: usize,
 }
 
+impl Batch {
+    /// The rows that the draft model has not computed yet; none of their logits are wanted, and no page is copied.
+    #[must_use]
+    pub fn not_drafted(&self) -> Self {
+        let mut rest = Self::default();
+        for sequence in self.sequences.iter().filter(|sequence| sequence.drafted < sequence.rows) {
+            let rows = sequence.rows - sequence.drafted;
+            let first = sequence.first_row + sequence.drafted;
+            rest.sequences.push(BatchSequence {
+                first_row: rest.tokens.len(),
+                rows,
+                first_position: sequence.first_position + sequence.drafted,
+                drafted: 0,
+                ..sequence.clone()
+            });
+            rest.tokens.extend_from_slice(&self.tokens[first..first + rows]);
+        }
+        rest
+    }
+}
+
 /// What a sequence contributes to the step in flight.
 #[derive(Debug, Clone)]
 pub(crate) struct Scheduled {
@@ -49,6 +86,8 @@ pub(crate) struct Scheduled {
     pub prompt_rows: usize,
     /// Last rows whose logits choose tokens: none, one, or one more than there are drafts.
     pub sampled_rows: usize,
+    /// A device may draw these tokens itself.
+    pub drawn: bool,
     /// Its last page began as a copy that this step makes.
     pub copied: bool,
 }
@@ -76,6 +115,10 @@ impl Core {
         let prompt_rows = self.prompt_rows(id, rows);
         let generates = matches!(self.requests[&id.request].kind, RequestKind::Generate(_));
         let model_drafts = self.draft_round.is_some();
+        let request = &self.requests[&id.request];
+        let generated = self.sequences[&id].tokens.output.len();
+        let free = request.banned(generated).is_empty();
+        let plain = request.params().and_then(|params| params.plain_draw()).filter(|_| free);
         let sequence = self.sequences.get_mut(&id).expect("a planned sequence exists");
         let (first_row, computed) = (batch.tokens.len(), sequence.computed);
         let real = rows.min(sequence.remaining());
@@ -93,6 +136,12 @@ impl Core {
         let end = first_row + rows;
         batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
         batch.logit_rows.extend((end - sampled_rows..end).map(|row| row as u32));
+        batch.draws.extend(std::iter::repeat_n(None, prompt_rows));
+        let (seed, next) = (sequence.seed, sequence.tokens.len() as u64);
+        let draw = |position| {
+            plain.map(|(inverse_temperature, min_p)| Draw { inverse_temperature, min_p, seed, position })
+        };
+        batch.draws.extend((next..next + sampled_rows as u64).map(draw));
         batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + real));
         batch.tokens.extend_from_slice(&sequence.drafts);
         batch.sequences.push(BatchSequence {
@@ -105,6 +154,6 @@ impl Core {
             // The draft model was fed the last token and all of its guesses but the last one.
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
-        Scheduled { id, rows, prompt_rows, sampled_rows, copied: copy.is_some() }
+        Scheduled { id, rows, prompt_rows, sampled_rows, drawn: plain.is_some(), copied: copy.is_some() }
     }
 }

@@ -22,13 +22,24 @@ impl Core {
     /// # Panics
     /// When no batch is in flight.
     pub fn commit(&mut self, logits: &[f32], now: Duration) {
+        self.commit_choices(logits, &[], now);
+    }
+
+    /// As [`Core::commit`], from a device that chose tokens itself: see [`crate::Device::take_choices`].
+    ///
+    /// # Panics
+    /// When no batch is in flight.
+    pub fn commit_choices(&mut self, logits: &[f32], choices: &[i32], now: Duration) {
         let scheduled = self.in_flight.take().expect("commit was called without a step in flight");
-        let rows: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
-        if logits.len() != rows * self.config.vocabulary {
+        let all: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
+        let drawn: usize = scheduled.iter().filter(|work| work.drawn).map(|work| work.sampled_rows).sum();
+        let chosen = if choices.is_empty() { 0 } else { drawn };
+        let rows = all - chosen;
+        if logits.len() != rows * self.config.vocabulary || choices.len() != chosen {
+            let (found, vocabulary) = (logits.len(), self.config.vocabulary);
             let message = format!(
-                "the device returned {} logits instead of {rows} x {}",
-                logits.len(),
-                self.config.vocabulary
+                "the device returned {found} logits and {} choices instead of {rows} x {vocabulary} and {chosen}",
+                choices.len()
             );
             self.in_flight = Some(scheduled);
             return self.fail(&message, now);
@@ -37,13 +48,15 @@ impl Core {
         self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), took);
         self.counters.histograms.step_time.add(took.as_secs_f64());
         self.settle_cancelled(now);
-        let mut rest = logits;
+        let (mut rest, mut left) = (logits, choices);
         for work in scheduled {
-            let (own, others) = rest.split_at(work.logit_rows() * self.config.vocabulary);
-            rest = others;
+            let rows = if work.drawn && chosen > 0 { work.prompt_rows } else { work.logit_rows() };
+            let (own, others) = rest.split_at(rows * self.config.vocabulary);
+            let (chosen, later) = left.split_at(if rows < work.logit_rows() { work.sampled_rows } else { 0 });
+            (rest, left) = (others, later);
             // Gone when its request was cancelled, or failed in a completion before it.
             if self.sequences.contains_key(&work.id) {
-                self.commit_rows(&work, own, now);
+                self.commit_rows(&work, own, chosen, now);
             }
         }
         self.check_invariants();
@@ -80,7 +93,7 @@ impl Core {
         }
     }
 
-    fn commit_rows(&mut self, work: &Scheduled, logits: &[f32], now: Duration) {
+    fn commit_rows(&mut self, work: &Scheduled, logits: &[f32], choices: &[i32], now: Duration) {
         let id = work.id;
         let (prompt, sampled) = logits.split_at(work.prompt_rows * self.config.vocabulary);
         let delivered = self.deliver_prompt_rows(id, prompt);
@@ -90,7 +103,7 @@ impl Core {
                 self.finish_logits(id, now);
                 Ok(())
             }
-            Ok(()) => self.commit_samples(work, sampled, now),
+            Ok(()) => self.commit_samples(work, sampled, choices, now),
             Err(error) => Err(error),
         };
         if let Err(error) = outcome {
@@ -98,17 +111,26 @@ impl Core {
         }
     }
 
-    /// Chooses a token from row after row, as long as each is the draft that the next row was computed with.
-    fn commit_samples(&mut self, work: &Scheduled, logits: &[f32], now: Duration) -> Result<(), SampleError> {
+    /// Chooses a token from row after row, as long as each is the draft that the next row was computed with: from logits, unless the
+    /// device chose already.
+    fn commit_samples(
+        &mut self,
+        work: &Scheduled,
+        logits: &[f32],
+        choices: &[i32],
+        now: Duration,
+    ) -> Result<(), SampleError> {
         let id = work.id;
         let sequence = self.sequence(id);
         let drafts = std::mem::take(&mut sequence.drafts);
         let before = sequence.first_token.map(|_| sequence.last_token);
         self.count_drafts(id.request, drafts.len());
         let mut chosen = 0;
-        for (place, row) in logits.chunks_exact(self.config.vocabulary).enumerate() {
+        let mut rows = logits.chunks_exact(self.config.vocabulary);
+        for place in 0..work.sampled_rows {
+            let row = rows.next().unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
-            let token = self.choose(id, row, now)?;
+            let token = self.choose(id, row, choices.get(place).copied(), now)?;
             self.advance(id, if place == 0 { work.rows - drafts.len() } else { 1 });
             if place > 0 {
                 self.request_metrics(id).accepted_tokens += 1;
@@ -183,7 +205,13 @@ impl Core {
         Ok(())
     }
 
-    fn choose(&mut self, id: SequenceId, logits: &[f32], now: Duration) -> Result<u32, SampleError> {
+    fn choose(
+        &mut self,
+        id: SequenceId,
+        logits: &[f32],
+        choice: Option<i32>,
+        now: Duration,
+    ) -> Result<u32, SampleError> {
         let request = self.requests.get_mut(&id.request).expect("a sequence has a request");
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
         let RequestKind::Generate(params) = &request.kind else {
@@ -194,8 +222,12 @@ impl Core {
         if planted(Bug::SampleDependsOnStep) {
             position += self.counters.steps;
         }
-        let token =
-            self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
+        let token = match choice {
+            Some(choice) => u32::try_from(choice).map_err(|_| SampleError::NoNumber)?,
+            None => {
+                self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?
+            }
+        };
         if params.has_penalties() {
             *sequence.history.output.entry(token).or_default() += 1;
         }

@@ -168,6 +168,13 @@ impl EngineConfig {
         tokens.div_ceil(self.page_tokens)
     }
 
+    /// Most rows whose logits one step gives, by default: those of whole prompts and of drafts, and one for each sequence.
+    #[must_use]
+    pub fn most_logit_rows(vocabulary: usize, max_num_seqs: usize, max_num_batched_tokens: usize) -> usize {
+        let many = (Self::MAX_LOGIT_VALUES / vocabulary.max(1)).max(1);
+        many.saturating_add(max_num_seqs).min(max_num_batched_tokens)
+    }
+
     /// Rows of whole prompts and of drafts whose logits one step may produce.
     pub(crate) fn logit_rows(&self) -> usize {
         (self.max_logit_values / self.vocabulary).max(1)

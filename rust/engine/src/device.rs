@@ -13,6 +13,13 @@ pub trait Device: Send {
     /// A sentence for the users whose requests were part of the batch.
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String>;
 
+    /// After [`Device::forward`]: the tokens of the rows that [`Batch::draws`] has draws of, in their order, or negative numbers where a
+    /// logit is NaN or infinite or none is finite. `logits` then has the other rows alone. Empty: the
+    /// device chose nothing, and `logits` has all rows.
+    fn take_choices(&mut self) -> Vec<i32> {
+        Vec::new()
+    }
+
     /// Computes rows with the draft model alone.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::cut::{Candidate, Cutter};
 use crate::logprobs::Scratch;
-use crate::params::SamplingParams;
+use crate::params::{SamplingParams, inverse_temperature};
 use crate::random::uniform;
 use crate::vector::{all_below_infinity, exponentials, maximum, sum};
 
@@ -31,6 +31,11 @@ pub enum SampleError {
         /// The first such token.
         token: usize,
     },
+    /// A device that chose by itself says so.
+    #[error(
+        "the model computed a NaN or infinite logit; its weights or this dtype overflow (try dtype=\"float32\")"
+    )]
+    NoNumber,
     /// Nothing is left to choose from.
     #[error("no token is left to choose from after allowed_token_ids, min_tokens and logit_bias")]
     NothingLeft,
@@ -83,8 +88,7 @@ impl Sampler {
         if params.temperature == 0.0 {
             return first(&self.logits, largest).ok_or(SampleError::NothingLeft);
         }
-        // Tiny temperatures would divide to infinity; any number this large already leaves only the largest logit.
-        let scale = (1.0 / params.temperature).min(f64::from(f32::MAX)) as f32;
+        let scale = inverse_temperature(params.temperature);
         exponentials(&self.logits, largest, scale, &mut self.weights);
         let draw = uniform(seed, position, 0);
         let chosen = if params.min_p == 0.0 && params.top_k == 0 && params.top_p == 1.0 {

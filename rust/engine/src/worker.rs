@@ -142,7 +142,10 @@ impl<D: Device> Worker<D> {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.device.forward(&batch, &mut self.logits)));
         let now = self.clock.now();
         match outcome {
-            Ok(Ok(())) => self.core.commit(&self.logits, now),
+            Ok(Ok(())) => {
+                let choices = self.device.take_choices();
+                self.core.commit_choices(&self.logits, &choices, now);
+            }
             Ok(Err(message)) => self.core.fail(&message, now),
             Err(panic) => self.core.fail(&format!("a bug in infer: {}", describe(&*panic)), now),
         }

@@ -57,8 +57,13 @@ impl CpuModel {
         let interpreter =
             Interpreter::load(checkpoint, quantization, Context::new(threads)?, options.precision)?;
         // After the load, which leaves the files' pages in memory.
-        let fingerprint =
-            fingerprint::of(checkpoint, quantization, options.precision, &kv_layers, interpreter.context.isa);
+        let fingerprint = fingerprint::of(
+            checkpoint,
+            quantization,
+            options.precision,
+            &kv_layers,
+            interpreter.context.isa.name(),
+        );
         Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
     }
 

@@ -8,7 +8,7 @@
 //! contents the first and the last 4 KiB and 64 pieces of 256 bytes spread evenly between: fine-tuning moves all of a
 //! tensor, and any two pieces of unrelated weights differ. What it cannot see is a file edited by hand at a few places.
 
-use infer_kernels::{BLOCK_PAGES, Isa, KvLayer, PAGE_TOKENS, Precision};
+use infer_kernels::{BLOCK_PAGES, KvLayer, PAGE_TOKENS, Precision};
 
 use crate::checkpoint::Checkpoint;
 use crate::{ModelSpec, Quantization};
@@ -22,19 +22,19 @@ const PIECES: usize = 64;
 /// Bytes of each.
 const PIECE: usize = 256;
 
-/// The fingerprint of a checkpoint rounded and computed in this way, with these types of keys and values in each layer.
+/// The fingerprint of a checkpoint rounded and computed in this way by a backend (an instruction set, or a device), with these types of keys and values in each layer.
 pub(crate) fn of(
     checkpoint: &Checkpoint,
     quantization: Option<&Quantization>,
     precision: Precision,
     kv_layers: &[KvLayer],
-    isa: Isa,
+    backend: &str,
 ) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     // What ends a text is no part of how it is computed.
     let spec = ModelSpec { eos_token_ids: Vec::new(), bos_token_id: None, ..checkpoint.spec.clone() };
     field(&mut hasher, env!("CARGO_PKG_VERSION").as_bytes());
-    field(&mut hasher, isa.name().as_bytes());
+    field(&mut hasher, backend.as_bytes());
     field(&mut hasher, format!("{PAGE_TOKENS} {BLOCK_PAGES} {precision:?} {kv_layers:?}").as_bytes());
     field(&mut hasher, format!("{} {quantization:?} {spec:?}", checkpoint.is_gguf()).as_bytes());
     let mut tensors: Vec<_> = checkpoint.tensors().collect();

@@ -292,7 +292,7 @@ fn lookup(
 }
 
 /// The matrix of the head, if it is the embedding too.
-fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
+pub(crate) fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
     let is_head = |key: &MatrixKey| key.parts.len() == 1 && key.parts[0].role == Role::Head;
     if spec.tied { program.matrices.iter().position(is_head) } else { None }
 }

@@ -6,6 +6,7 @@
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `checkpoint.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
+//! * `blueprint.rs`: program and weights for backends outside of this crate.
 //! * `packed.rs`: integers and scales that a folder stores apart. `quantization.rs`: ways of rounding.
 //! * `export/`: a checkpoint as a quantized file or folder.
 //! * `fingerprint.rs`: the identity of cached keys and values.
@@ -15,6 +16,7 @@
 
 mod arch;
 mod batch;
+mod blueprint;
 mod checkpoint;
 mod config;
 mod cpu;
@@ -40,6 +42,7 @@ mod weights;
 
 pub use arch::ARCHITECTURES;
 pub use batch::{Batch, BatchSequence, NO_PAGE};
+pub use blueprint::{Blueprint, PlainType};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};

@@ -42,10 +42,18 @@ impl Table<'_> {
 }
 
 /// Where the rows of one weight are.
-struct Source<'a> {
-    table: Table<'a>,
+pub(crate) struct Source<'a> {
+    pub table: Table<'a>,
     rows: Vec<usize>,
     bias: Option<Vec<f32>>,
+}
+
+impl Source<'_> {
+    /// The bytes of each row, in the order of outputs.
+    pub fn rows(&self) -> impl Iterator<Item = &[u8]> {
+        let width = self.table.row_bytes();
+        self.rows.iter().map(move |row| &self.table.bytes[row * width..(row + 1) * width])
+    }
 }
 
 /// The kernels' name of a tensor's type.
@@ -137,12 +145,7 @@ impl<'a> Loader<'a> {
 
     /// Packs a matrix of one or more parts.
     pub fn matrix(&self, key: &MatrixKey, context: &Context) -> Result<Matrix, ModelError> {
-        let sources = key
-            .parts
-            .iter()
-            .zip(&key.rows)
-            .map(|(part, rows)| self.source(part, *rows, key.columns))
-            .collect::<Result<Vec<_>, _>>()?;
+        let sources = self.sources(key)?;
         let format = sources[0].table.format;
         if let Some(other) = sources.iter().find(|source| source.table.format != format) {
             let found = format!("{:?}", other.table.format);
@@ -152,13 +155,7 @@ impl<'a> Loader<'a> {
                 known: "one type for gate and up".to_owned(),
             });
         }
-        let rows: Vec<&[u8]> = sources
-            .iter()
-            .flat_map(|source| {
-                let width = source.table.row_bytes();
-                source.rows.iter().map(move |row| &source.table.bytes[row * width..(row + 1) * width])
-            })
-            .collect();
+        let rows: Vec<&[u8]> = sources.iter().flat_map(Source::rows).collect();
         let target = self.target(key.parts[0].role, format);
         let packed = match target == format {
             true => PackedMatrix::pack(&context.pool, format, key.columns, &rows)?,
@@ -173,6 +170,12 @@ impl<'a> Loader<'a> {
             }
         }
         Ok(Matrix { packed, bias: joined_bias(&sources) })
+    }
+
+    /// Where the parts of a matrix are.
+    pub fn sources(&self, key: &MatrixKey) -> Result<Vec<Source<'a>>, ModelError> {
+        let parts = key.parts.iter().zip(&key.rows);
+        parts.map(|(part, rows)| self.source(part, *rows, key.columns)).collect()
     }
 
     /// A norm.
@@ -212,12 +215,17 @@ impl<'a> Loader<'a> {
         Ok(Vector { weight, bias })
     }
 
-    /// A table whose rows are looked up instead of multiplied.
-    pub fn table(&self, role: Role, rows: usize, context: &Context) -> Result<Table<'a>, ModelError> {
+    /// A table whose rows are looked up instead of multiplied, as it is stored.
+    pub fn stored_table(&self, role: Role, rows: usize) -> Result<Table<'a>, ModelError> {
         let key = WeightKey { role, layer: None, expert: None };
         let name = format!("{}.weight", self.name(&key)?);
         let tensor = self.tensor(&name).ok_or(ModelError::MissingTensor { name })?;
-        let table = self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))?;
+        self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))
+    }
+
+    /// The same, rounded if that is wished for.
+    pub fn table(&self, role: Role, rows: usize, context: &Context) -> Result<Table<'a>, ModelError> {
+        let table = self.stored_table(role, rows)?;
         let target = self.target(role, table.format);
         if target == table.format {
             return Ok(table);
@@ -350,7 +358,8 @@ pub(crate) fn unroundable(table: &Table<'_>, target: Format, error: KernelError)
     }
 }
 
-fn joined_bias(sources: &[Source<'_>]) -> Option<Vec<f32>> {
+/// The biases of a matrix's parts, zeros for parts that have none; none if no part has one.
+pub(crate) fn joined_bias(sources: &[Source<'_>]) -> Option<Vec<f32>> {
     sources.iter().any(|source| source.bias.is_some()).then(|| {
         let zeros = |source: &Source<'_>| vec![0.0; source.rows.len()];
         sources.iter().flat_map(|source| source.bias.clone().unwrap_or_else(|| zeros(source))).collect()

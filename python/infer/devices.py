@@ -1,0 +1,38 @@
+"""Where a model is computed: what `LLM(device=...)` starts.
+
+"auto" is the CPU: a program that worked on one machine shall not need other software, or give other bits, because the next has
+a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from infer._core import Engine, InferError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from infer.gpu.worker import Worker
+
+__all__ = ["start"]
+
+# Defaults of what a step may hold: (max_num_seqs, max_num_batched_tokens).
+STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
+
+
+def start(device: str, path: Path, *, enforce_eager: bool, **settings: Any) -> tuple[Engine, Worker | None]:
+    """Load a model and start its engine, and the thread that computes for it where that is not the core's own."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InferError(f"device: {device!r} is unknown; use 'auto', 'cpu' or 'cuda'")
+    if not isinstance(enforce_eager, bool):
+        raise InferError(f"enforce_eager must be True or False, got {enforce_eager!r}")
+    usual_sizes = STEP_SIZES["cuda" if device == "cuda" else "cpu"]
+    for name, usual in zip(("max_num_seqs", "max_num_batched_tokens"), usual_sizes, strict=True):
+        settings[name] = usual if settings[name] is None else settings[name]
+    if device != "cuda":
+        return Engine(path, **settings), None
+    from infer.gpu.device import Device
+    from infer.gpu.worker import open_engine
+
+    return open_engine(Device(), path, enforce_eager=enforce_eager, settings=settings)

@@ -1,0 +1,273 @@
+"""The program's steps on the device: one method per kind of step, named as the variant of `Step` in rust/model/src/step.rs.
+
+A method only enqueues; it reads what rows there are from the `Launch` at hand. Nothing is allocated after construction, so
+whatever a launch enqueues can be captured into a graph and replayed: contents of the step's arrays change, addresses and counts
+do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from infer.gpu.arrays import ELEMENT_BYTES, Routes, Rows
+from infer.gpu.attention import CHUNK_PAGES, AttentionPlan, PlanSize
+from infer.gpu.fused import FusedSteps, fuse
+from infer.gpu.memory import Buffers, KvPages
+from infer.gpu.operations import ARGMAX_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from infer._core import DeviceModel
+    from infer.gpu.arrays import StepInputs
+    from infer.gpu.device import Device
+    from infer.gpu.weights import Weights
+
+    Place = tuple[int, int, int]
+
+
+@dataclass
+class Launch:
+    """The rows of one step, padding included, and how many are left after `select`."""
+
+    inputs: StepInputs
+    rows: int
+    logit_rows: int
+    wanted: int
+    """Where the numbers of the rows whose logits are wanted are."""
+    draws: tuple[int, int, int, int]
+    """Where inverse temperatures, min_p, seeds and positions of the wanted rows' draws are."""
+    greedy: bool
+    """No row is drawn otherwise than greedily, now or when the launch is replayed."""
+    only_decode: bool
+    """No sequence has more rows than decode attention takes, now or when the launch is replayed."""
+    plain: bool = False
+    """There are more pieces of attention than the plan has room for: the kernel that needs no plan computes it."""
+
+
+class AttentionPlans:
+    """Memory of the work lists of attention: one list for each distinct window, working memory for all."""
+
+    def __init__(self, device: Device, windows: Iterable[int], size: PlanSize) -> None:
+        self.size = size
+        self._scratch = device.allocate(size.scratch_bytes)
+        device.clear(self._scratch, size.counter_bytes)
+        self._lists = {window: device.allocate(size.plan_bytes) for window in windows}
+
+    def of(self, launch: Launch) -> dict[int, AttentionPlan]:
+        """Return the plan of each window."""
+        return {
+            window: AttentionPlan(pointer, self._scratch, self.size, window, launch.only_decode, launch.plain)
+            for window, pointer in self._lists.items()
+        }
+
+
+class Executor(FusedSteps):
+    """One model on one device.
+
+    Parameters
+    ----------
+    device, operations
+        The device and its kernels.
+    model, weights
+        The program and its loaded weights.
+    rows, sequences, logit_rows
+        The most of each that a step may have.
+    fused
+        Merge neighbouring steps for which there is one kernel.
+
+    Attributes
+    ----------
+    pages, plans
+        Keys and values, and what attention over them needs; there from `allocate_pages` on.
+    """
+
+    pages: KvPages
+    plans: AttentionPlans
+
+    def __init__(
+        self,
+        device: Device,
+        operations: Any,
+        model: DeviceModel,
+        weights: Weights,
+        rows: int,
+        sequences: int,
+        logit_rows: int,
+        fused: bool = True,
+    ) -> None:
+        self._device, self._model = device, model
+        self._operations, self._weights = operations, weights
+        self._constants = model.constants
+        self._buffers = Buffers(device, model, rows, logit_rows)
+        self._logits = model.logits
+        steps = fuse(model.steps, weights, self._constants["heads"]) if fused else model.steps
+        self._steps = [(getattr(self, kind), fields) for kind, fields in steps]
+        self._body = next(place for place, (kind, _) in enumerate(steps) if kind == "select")
+        self._choices = device.allocate(logit_rows * 4)
+        self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
+        device.clear(self._scratch, logit_rows * ARGMAX_BYTES)
+        self._rows_and_sequences = rows, sequences
+        self._expert_memory(device, model, rows)
+        self._attention: dict[int, AttentionPlan] = {}
+
+    def allocate_pages(self, pages: int, max_model_len: int) -> None:
+        """Make room for keys and values, and for the work lists of attention over them."""
+        self.pages = KvPages(self._device, self._model, pages)
+        windows = {fields["window"] or 0 for kind, fields in self._model.steps if kind == "attend"}
+        heads, kv_heads, head_dim = (self._constants[name] for name in ("heads", "kv_heads", "head_dim"))
+        size = PlanSize(*self._rows_and_sequences, max_model_len, heads, kv_heads, head_dim)
+        size = replace(size, most_items=most_items(size, pages))
+        self.plans = AttentionPlans(self._device, windows, size)
+
+    def _expert_memory(self, device: Device, model: DeviceModel, rows: int) -> None:
+        used = max((fields["used"] for kind, fields in model.steps if kind == "route"), default=0)
+        width = max((fields["width"] for kind, fields in model.steps if kind == "experts"), default=0)
+        self._chosen = device.allocate(rows * used * 4)
+        self._shares = device.allocate(rows * used * 4)
+        inner = device.allocate(rows * used * width * ELEMENT_BYTES[model.element])
+        self._inner = Rows(inner, rows * used, width, width, model.element)
+        self._routes = Routes(self._chosen, self._shares, used)
+
+    def logits(self, rows: int) -> Rows:
+        """Return where the logits of the wanted rows will be."""
+        return self._buffers.rows(self._logits, rows)
+
+    def choose(self, launch: Launch) -> None:
+        """Enqueue the choice of each wanted row's token, after `forward`."""
+        logits = self.logits(launch.logit_rows)
+        if launch.greedy:
+            self._operations.argmax(logits, self._choices, self._scratch)
+        else:
+            self._operations.sample(logits, *launch.draws, self._choices)
+
+    @property
+    def choices(self) -> int:
+        """Where the choices will be: int32 (logit rows)."""
+        return self._choices
+
+    def forward(self, launch: Launch) -> None:
+        """Enqueue all steps."""
+        self._attention = self.plans.of(launch)
+        for plan in self._attention.values():
+            self._operations.attention_plan(launch.inputs, plan)
+        # What follows `select` is for logits only.
+        for step, fields in self._steps if launch.logit_rows else self._steps[: self._body]:
+            step(launch, **fields)
+
+    def _rows(self, launch: Launch, place: Place) -> Rows:
+        return self._buffers.rows(place, launch.rows)
+
+    # ---- one method per kind of step
+
+    def embed(self, launch: Launch, output: Place, scale: float) -> None:
+        """Rows of the embedding, times `scale`."""
+        self._operations.embed(launch.inputs, self._weights.embedding, self._rows(launch, output), scale)
+
+    def add_position(self, launch: Launch, rows: Place) -> None:
+        """Add the learned vector of each row's position."""
+        self._operations.add_position(launch.inputs, self._weights.positions, self._rows(launch, rows))
+
+    def norm(
+        self,
+        launch: Launch,
+        input: Place,
+        output: Place,
+        kind: str,
+        groups: int,
+        epsilon: float,
+        weight: int,
+    ) -> None:
+        """Normalise groups of columns."""
+        pointer, bias, length = self._weights.vectors[weight]
+        source, target = self._rows(launch, input), self._rows(launch, output)
+        per_group = groups > 1 and length == source.width
+        self._operations.norm(source, target, kind, epsilon, pointer, bias, groups, per_group)
+
+    def linear(self, launch: Launch, input: Place, output: Place, weight: int) -> None:
+        """Multiply by a matrix, and add its bias."""
+        self._operations.linear(self._rows(launch, input), self._rows(launch, output), self._weights.matrices[weight])
+
+    def rope(self, launch: Launch, rows: Place, heads: int, rope: int, style: str) -> None:
+        """Rotate heads by their row's position."""
+        table = self._weights.rope(rope, style)
+        self._operations.rope(launch.inputs, self._rows(launch, rows), heads, table)
+
+    def write_kv(self, launch: Launch, keys: Place, values: Place, layer: int) -> None:
+        """Store keys and values of the rows' positions."""
+        self._operations.write_kv(launch.inputs, self._rows(launch, keys), self._rows(launch, values), self.pages.layers[layer])
+
+    def attend(self, launch: Launch, queries: Place, output: Place, layer: int, window: int | None) -> None:
+        """Attend to the pages of each row's sequence."""
+        self._operations.attend(
+            launch.inputs,
+            self._attention[window or 0],
+            self._rows(launch, queries),
+            self._rows(launch, output),
+            self.pages.layers[layer],
+            self._constants["attention_scale"],
+            self._constants["attention_softcap"] or 0.0,
+        )
+
+    def gated_activation(self, launch: Launch, gate: Place, up: Place, output: Place, activation: str) -> None:
+        """``activation(gate) * up``."""
+        first, second, target = (self._rows(launch, place) for place in (gate, up, output))
+        self._operations.gated_activation(first, second, target, activation)
+
+    def activation(self, launch: Launch, rows: Place, activation: str) -> None:
+        """Apply a function to every value."""
+        self._operations.activation(self._rows(launch, rows), activation)
+
+    def add(self, launch: Launch, destination: Place, source: Place, scale: float) -> None:
+        """``destination += scale * source``."""
+        self._operations.add(self._rows(launch, destination), self._rows(launch, source), scale)
+
+    def add_gated(self, launch: Launch, destination: Place, source: Place, gate: Place) -> None:
+        """``destination += sigmoid(gate) * source``."""
+        self._operations.add_gated(self._rows(launch, destination), self._rows(launch, source), self._rows(launch, gate))
+
+    def route(self, launch: Launch, logits: Place, used: int, renormalise: bool) -> None:
+        """Choose experts of each row."""
+        routes = Routes(self._chosen, self._shares, used)
+        self._operations.route(launch.inputs, self._rows(launch, logits), renormalise, routes)
+        self._routes = routes
+
+    def experts(
+        self,
+        launch: Launch,
+        input: Place,
+        output: Place,
+        gate_up: list[int],
+        down: list[int],
+        width: int,
+        activation: str,
+    ) -> None:
+        """Weighted sum of the chosen experts' gated networks."""
+        inner = Rows(self._inner.pointer, launch.rows * self._routes.used, width, width, self._inner.dtype)
+        stacks = self._weights.stacks
+        source, target = self._rows(launch, input), self._rows(launch, output)
+        self._operations.experts(source, target, self._routes, stacks[gate_up[0]], stacks[down[0]], activation, inner)
+
+    def select(self, launch: Launch, input: Place, output: Place) -> None:
+        """Keep only the rows whose logits are wanted."""
+        source = self._rows(launch, input)
+        launch.rows = launch.logit_rows
+        self._operations.select(source, launch.wanted, self._rows(launch, output))
+
+    def scale(self, launch: Launch, rows: Place, scale: float) -> None:
+        """Multiply in place."""
+        self._operations.scale(self._rows(launch, rows), scale)
+
+    def softcap(self, launch: Launch, rows: Place, cap: float) -> None:
+        """``cap * tanh(x / cap)`` in place."""
+        self._operations.softcap(self._rows(launch, rows), cap)
+
+
+SHARING = 4
+"""How often each page may be read in a step, by sequences that share it, before plans are too large to be kept room for."""
+
+
+def most_items(size: PlanSize, pages: int) -> int:
+    """Return how many pieces of decode attention there is room for: what all pages make, read several times over."""
+    return SHARING * (pages // CHUNK_PAGES) + min(size.rows, 8 * size.sequences)

@@ -1,0 +1,337 @@
+//! `DeviceModel`: a model as a backend in Python gets it, its program and its weights one at a time.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use infer_engine::EngineConfig;
+use infer_kernels::{Activation, KvElement, NormKind, Precision, RopeStyle};
+use infer_model::{Blueprint, Checkpoint, PlainType, Role, Slice, Step};
+use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadwriteArray1};
+use pyo3::IntoPyObjectExt;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::backend::Outside;
+use crate::convert::Arg;
+use crate::error::{guarded, refusal};
+use crate::kv::{element_name, read_kv_types};
+use crate::load::{default_threads, precision};
+use crate::settings::MAX_THREADS;
+use crate::wait::interruptible;
+
+/// A norm's weight and bias.
+type Vector<'py> = (Bound<'py, PyArray1<f32>>, Option<Bound<'py, PyArray1<f32>>>);
+
+/// A checked checkpoint, ready to be read weight by weight.
+#[pyclass(frozen, module = "infer._core")]
+pub struct DeviceModel {
+    blueprint: Arc<Blueprint>,
+    threads: usize,
+}
+
+#[pymethods]
+impl DeviceModel {
+    #[new]
+    #[pyo3(signature = (path, *, backend, dtype=Arg::of("auto".to_owned()), kv_cache_dtype=None, mmap=Arg::of(true)),
+        text_signature = "(path, *, backend, dtype='auto', kv_cache_dtype='auto', mmap=True)")]
+    fn new(
+        py: Python<'_>,
+        path: Arg<PathBuf>,
+        backend: String,
+        dtype: Arg<String>,
+        kv_cache_dtype: Option<Bound<'_, PyAny>>,
+        mmap: Arg<bool>,
+    ) -> PyResult<Self> {
+        guarded(|| {
+            let (element, auto) = match precision(&dtype.get("dtype", "a string")?)? {
+                Precision::Exact => (PlainType::F32, KvElement::F32),
+                Precision::Auto => (PlainType::Bf16, KvElement::Bf16),
+            };
+            let kv_types = read_kv_types(kv_cache_dtype.as_ref(), auto)?;
+            let (path, mmap) = (path.get("path", "a path")?, mmap.flag("mmap")?);
+            let blueprint = interruptible(py, "infer-load", move || {
+                let made = Checkpoint::open(&path, mmap)
+                    .and_then(|checkpoint| Blueprint::new(checkpoint, kv_types, element, &backend));
+                made.map_err(|error| error.to_string())
+            })?;
+            Ok(Self { blueprint: Arc::new(blueprint), threads: default_threads().min(MAX_THREADS) })
+        })
+    }
+
+    /// Type of the weights: "f32" or "bf16".
+    #[getter]
+    fn element(&self) -> &'static str {
+        match self.blueprint.element() {
+            PlainType::F32 => "f32",
+            PlainType::Bf16 => "bf16",
+        }
+    }
+
+    /// Names and widths of the buffers.
+    #[getter]
+    fn buffers(&self) -> Vec<(&'static str, usize)> {
+        self.blueprint.program().buffers.iter().map(|buffer| (buffer.name, buffer.width)).collect()
+    }
+
+    /// Kind and fields of every step.
+    #[getter]
+    fn steps<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyDict>)>> {
+        self.blueprint.program().steps.iter().map(|step| fields(py, step)).collect()
+    }
+
+    /// The logits' buffer, first column and width.
+    #[getter]
+    fn logits(&self) -> (usize, usize, usize) {
+        columns(self.blueprint.program().logits)
+    }
+
+    /// (outputs, inputs) of every matrix; no outputs where it was merged into another.
+    #[getter]
+    fn matrices(&self) -> Vec<(usize, usize)> {
+        let count = self.blueprint.program().matrices.len();
+        (0..count).map(|matrix| self.blueprint.matrix_shape(matrix)).collect()
+    }
+
+    /// Number of the matrix that is the head and the embedding, if they are one.
+    #[getter]
+    fn tied_head(&self) -> Option<usize> {
+        self.blueprint.tied_head()
+    }
+
+    /// Types of each layer's keys and values.
+    #[getter]
+    fn kv_layers(&self) -> Vec<(&'static str, &'static str)> {
+        let layers = self.blueprint.kv_layers().iter();
+        layers.map(|layer| (element_name(layer.keys), element_name(layer.values))).collect()
+    }
+
+    /// Bytes of one page of all layers.
+    #[getter]
+    fn page_bytes(&self) -> usize {
+        self.blueprint.page_bytes()
+    }
+
+    /// Most rows whose logits one step of an engine gives.
+    fn max_logit_rows(&self, max_num_seqs: usize, max_num_batched_tokens: usize) -> usize {
+        let vocabulary = self.blueprint.spec().vocabulary;
+        EngineConfig::most_logit_rows(vocabulary, max_num_seqs, max_num_batched_tokens)
+    }
+
+    /// Sizes and constants of the model.
+    #[getter]
+    fn constants<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let spec = self.blueprint.spec();
+        let dict = PyDict::new(py);
+        dict.set_item("heads", spec.heads)?;
+        dict.set_item("kv_heads", spec.kv_heads)?;
+        dict.set_item("head_dim", spec.head_dim)?;
+        dict.set_item("hidden", spec.hidden)?;
+        dict.set_item("vocabulary", spec.vocabulary)?;
+        dict.set_item("max_positions", spec.max_positions)?;
+        dict.set_item("attention_scale", spec.attention_scale)?;
+        dict.set_item("attention_softcap", spec.attention_softcap)?;
+        dict.set_item("context_switch", spec.context_switch())?;
+        dict.set_item("rotary_dims", spec.ropes.iter().map(|rope| rope.rotary_dim).collect::<Vec<_>>())?;
+        Ok(dict)
+    }
+
+    /// Fill `out` (bytes) with rows of a matrix from `first` on, in the type of weights.
+    fn read_matrix(
+        &self,
+        py: Python<'_>,
+        matrix: usize,
+        first: usize,
+        mut out: PyReadwriteArray1<'_, u8>,
+    ) -> PyResult<()> {
+        guarded(|| {
+            let (matrix, out) = (self.known(matrix)?, out.as_slice_mut().map_err(refusal)?);
+            py.detach(|| self.blueprint.read_matrix(matrix, first, self.threads, out)).map_err(refusal)
+        })
+    }
+
+    /// A matrix's bias, if it has one.
+    fn matrix_bias<'py>(
+        &self,
+        py: Python<'py>,
+        matrix: usize,
+    ) -> PyResult<Option<Bound<'py, PyArray1<f32>>>> {
+        guarded(|| {
+            let bias = self.blueprint.matrix_bias(self.known(matrix)?).map_err(refusal)?;
+            Ok(bias.map(|bias| PyArray1::from_vec(py, bias)))
+        })
+    }
+
+    /// (rows, columns) of the table "embedding" or "position", if the model has it.
+    fn table_shape(&self, table: &str) -> PyResult<Option<(usize, usize)>> {
+        guarded(|| Ok(self.blueprint.table_shape(role(table)?)))
+    }
+
+    /// Fill `out` (bytes) with rows of a table from `first` on, in the type of weights.
+    fn read_table(
+        &self,
+        py: Python<'_>,
+        table: &str,
+        first: usize,
+        mut out: PyReadwriteArray1<'_, u8>,
+    ) -> PyResult<()> {
+        guarded(|| {
+            let (role, out) = (role(table)?, out.as_slice_mut().map_err(refusal)?);
+            py.detach(|| self.blueprint.read_table(role, first, self.threads, out)).map_err(refusal)
+        })
+    }
+
+    /// A norm's weight and bias.
+    fn vector<'py>(&self, py: Python<'py>, vector: usize) -> PyResult<Vector<'py>> {
+        guarded(|| {
+            let count = self.blueprint.program().vectors.len();
+            if vector >= count {
+                return Err(refusal(format!("vector must be below {count}, got {vector}")));
+            }
+            let (weight, bias) = self.blueprint.vector(vector).map_err(refusal)?;
+            Ok((PyArray1::from_vec(py, weight), bias.map(|bias| PyArray1::from_vec(py, bias))))
+        })
+    }
+
+    /// Cosines and sines: (positions, rotary_dim / 2, 2).
+    #[pyo3(signature = (rope, positions, *, long_context=false))]
+    fn rotations<'py>(
+        &self,
+        py: Python<'py>,
+        rope: usize,
+        positions: usize,
+        long_context: bool,
+    ) -> PyResult<Bound<'py, PyArray3<f32>>> {
+        guarded(|| {
+            let ropes = &self.blueprint.spec().ropes;
+            let Some(spec) = ropes.get(rope) else {
+                return Err(refusal(format!("rope must be below {}, got {rope}", ropes.len())));
+            };
+            let pairs = spec.rotary_dim / 2;
+            let values = py.detach(|| self.blueprint.rotations(rope, positions, long_context));
+            PyArray1::from_vec(py, values).reshape([positions, pairs, 2])
+        })
+    }
+}
+
+impl DeviceModel {
+    fn known(&self, matrix: usize) -> PyResult<usize> {
+        let count = self.blueprint.program().matrices.len();
+        match matrix < count {
+            true => Ok(matrix),
+            false => Err(refusal(format!("matrix must be below {count}, got {matrix}"))),
+        }
+    }
+}
+
+/// Model, draft model, and bytes that the device has free for keys and values.
+pub type OutsideArgs<'py> = (PyRef<'py, DeviceModel>, Option<PyRef<'py, DeviceModel>>, u64);
+
+/// The models of an executor outside.
+pub fn read_outside((model, draft, free): OutsideArgs<'_>) -> Outside {
+    let blueprint = |model: PyRef<'_, DeviceModel>| Arc::clone(&model.blueprint);
+    Outside { model: blueprint(model), draft: draft.map(blueprint), free }
+}
+
+fn role(table: &str) -> PyResult<Role> {
+    match table {
+        "embedding" => Ok(Role::Embedding),
+        "position" => Ok(Role::Position),
+        _ => Err(refusal(format!("table must be \"embedding\" or \"position\", got {table:?}"))),
+    }
+}
+
+fn columns(slice: Slice) -> (usize, usize, usize) {
+    (slice.buffer, slice.offset, slice.width)
+}
+
+fn norm_kind(kind: NormKind) -> &'static str {
+    match kind {
+        NormKind::Rms => "rms",
+        NormKind::Layer => "layer",
+    }
+}
+
+fn rope_style(style: RopeStyle) -> &'static str {
+    match style {
+        RopeStyle::Half => "half",
+        RopeStyle::Interleaved => "interleaved",
+    }
+}
+
+fn activation_name(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::GeluErf => "gelu_erf",
+        Activation::Relu => "relu",
+        Activation::ReluSquared => "relu_squared",
+    }
+}
+
+/// A step as a name, the variant's in snake case, and its fields; slices are (buffer, first column, width).
+fn fields<'py>(py: Python<'py>, step: &Step) -> PyResult<(&'static str, Bound<'py, PyDict>)> {
+    macro_rules! step {
+        ($name:literal $(, $field:ident = $value:expr)*) => {{
+            let dict = PyDict::new(py);
+            $(dict.set_item(stringify!($field), ($value).into_py_any(py)?)?;)*
+            Ok(($name, dict))
+        }};
+    }
+    let at = |slice: &Slice| columns(*slice);
+    match step {
+        Step::Embed { output, scale } => step!("embed", output = at(output), scale = *scale),
+        Step::AddPosition { rows } => step!("add_position", rows = at(rows)),
+        Step::Norm { input, output, kind, groups, epsilon, weight } => step!(
+            "norm",
+            input = at(input),
+            output = at(output),
+            kind = norm_kind(*kind),
+            groups = *groups,
+            epsilon = *epsilon,
+            weight = *weight
+        ),
+        Step::Linear { input, output, weight } => {
+            step!("linear", input = at(input), output = at(output), weight = *weight)
+        }
+        Step::Rope { rows, heads, rope, style } => {
+            step!("rope", rows = at(rows), heads = *heads, rope = *rope, style = rope_style(*style))
+        }
+        Step::WriteKv { keys, values, layer } => {
+            step!("write_kv", keys = at(keys), values = at(values), layer = *layer)
+        }
+        Step::Attend { queries, output, layer, window } => {
+            step!("attend", queries = at(queries), output = at(output), layer = *layer, window = *window)
+        }
+        Step::GatedActivation { gate, up, output, activation } => step!(
+            "gated_activation",
+            gate = at(gate),
+            up = at(up),
+            output = at(output),
+            activation = activation_name(*activation)
+        ),
+        Step::Activation { rows, activation } => {
+            step!("activation", rows = at(rows), activation = activation_name(*activation))
+        }
+        Step::Add { destination, source, scale } => {
+            step!("add", destination = at(destination), source = at(source), scale = *scale)
+        }
+        Step::AddGated { destination, source, gate } => {
+            step!("add_gated", destination = at(destination), source = at(source), gate = at(gate))
+        }
+        Step::Route { logits, used, renormalise } => {
+            step!("route", logits = at(logits), used = *used, renormalise = *renormalise)
+        }
+        Step::Experts { input, output, gate_up, down, width, activation } => step!(
+            "experts",
+            input = at(input),
+            output = at(output),
+            gate_up = gate_up.clone(),
+            down = down.clone(),
+            width = *width,
+            activation = activation_name(*activation)
+        ),
+        Step::Select { input, output } => step!("select", input = at(input), output = at(output)),
+        Step::Scale { rows, scale } => step!("scale", rows = at(rows), scale = *scale),
+        Step::Softcap { rows, cap } => step!("softcap", rows = at(rows), cap = *cap),
+    }
+}

@@ -1,0 +1,222 @@
+//! `WorkLink` and `Work`: the engine's work for an executor in Python, and its answers.
+
+use std::sync::Arc;
+
+use infer_engine::{Answer, Batch, Handover, Ticket};
+use infer_kernels::PAGE_TOKENS;
+use numpy::{
+    PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2, PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::error::{guarded, refusal};
+use crate::owned::Owned;
+use crate::wait::{deadline, wait_until};
+
+/// Where an executor takes its work from. It does not keep the engine alive.
+#[pyclass(frozen, module = "infer._core")]
+pub struct WorkLink {
+    handover: Owned<Arc<Handover>>,
+}
+
+impl WorkLink {
+    pub fn new(handover: Arc<Handover>) -> Self {
+        Self { handover: Owned::new(handover) }
+    }
+
+    fn answer(&self, work: &Work, answer: Result<Answer, String>) -> PyResult<()> {
+        self.handover.get()?.answer(work.ticket.number, answer);
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl WorkLink {
+    /// Wait for work; None when there will be no more.
+    #[pyo3(signature = (timeout=None))]
+    fn next_work(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Work>> {
+        guarded(|| {
+            let handover = self.handover.get()?;
+            let taken = std::sync::Mutex::new(None);
+            let hold = || taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let came = wait_until(py, deadline(timeout)?, |span| match handover.next(span) {
+                Ok(None) => false,
+                Ok(Some(ticket)) => {
+                    *hold() = Some(ticket);
+                    true
+                }
+                Err(_) => true,
+            })?;
+            if !came {
+                return Err(refusal("no work came in time"));
+            }
+            Ok(hold().take().map(|ticket| Work { ticket }))
+        })
+    }
+
+    /// Answer "forward" and "draft": logits (rows, vocabulary) of all wanted rows; or with `choices`, the tokens of the drawn ones, of the
+    /// others alone.
+    #[pyo3(signature = (work, logits, choices=None))]
+    fn finish_rows(
+        &self,
+        py: Python<'_>,
+        work: &Work,
+        logits: PyReadonlyArray2<'_, f32>,
+        choices: Option<PyReadonlyArray1<'_, i32>>,
+    ) -> PyResult<()> {
+        guarded(|| {
+            let logits = logits.as_slice().map_err(refusal)?;
+            let logits = py.detach(|| logits.to_vec());
+            let choices = choices.as_ref().map(|choices| choices.as_slice().map_err(refusal)).transpose()?;
+            self.answer(work, Ok(Answer::Rows { logits, choices: choices.unwrap_or_default().to_vec() }))
+        })
+    }
+
+    /// Answer "export".
+    fn finish_page(&self, work: &Work, page: PyReadonlyArray1<'_, u8>) -> PyResult<()> {
+        guarded(|| self.answer(work, Ok(Answer::Page(page.as_slice().map_err(refusal)?.to_vec()))))
+    }
+
+    /// Answer "import".
+    fn finish(&self, work: &Work) -> PyResult<()> {
+        guarded(|| self.answer(work, Ok(Answer::Done)))
+    }
+
+    /// Answer any work that failed, with a sentence for the users whose requests it was.
+    fn fail(&self, work: &Work, message: String) -> PyResult<()> {
+        guarded(|| self.answer(work, Err(message)))
+    }
+
+    /// Take no more work: what is at hand and whatever comes fails with this sentence. Harmless when repeated.
+    fn stop(&self, message: &str) -> PyResult<()> {
+        guarded(|| {
+            self.handover.get()?.stop(message);
+            Ok(())
+        })
+    }
+}
+
+/// One step's work.
+#[pyclass(frozen, module = "infer._core")]
+pub struct Work {
+    ticket: Ticket,
+}
+
+impl Work {
+    fn batch(&self) -> PyResult<&Batch> {
+        match &*self.ticket.work {
+            infer_engine::Work::Forward(batch) | infer_engine::Work::Draft(batch) => Ok(batch),
+            _ => Err(refusal("only \"forward\" and \"draft\" have rows")),
+        }
+    }
+}
+
+#[pymethods]
+impl Work {
+    /// "forward", "draft", "export" or "import".
+    #[getter]
+    fn kind(&self) -> &'static str {
+        match &*self.ticket.work {
+            infer_engine::Work::Forward(_) => "forward",
+            infer_engine::Work::Draft(_) => "draft",
+            infer_engine::Work::Export(_) => "export",
+            infer_engine::Work::Import(..) => "import",
+        }
+    }
+
+    /// Rows to compute.
+    #[getter]
+    fn rows(&self) -> PyResult<usize> {
+        Ok(self.batch()?.tokens.len())
+    }
+
+    /// Sequences that they belong to.
+    #[getter]
+    fn sequences(&self) -> PyResult<usize> {
+        Ok(self.batch()?.sequences.len())
+    }
+
+    /// Rows whose logits are wanted.
+    #[getter]
+    fn logit_rows(&self) -> PyResult<usize> {
+        Ok(self.batch()?.logit_rows.len())
+    }
+
+    /// Fill `out`, 24 bytes a row, with what rows are drawn with; which of the wanted rows are. See `_core.pyi`.
+    fn write_draws(&self, rows: usize, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<Vec<bool>> {
+        guarded(|| {
+            let out = out.as_slice_mut().map_err(refusal)?;
+            self.batch()?.write_draws(rows, out).map_err(refusal)
+        })
+    }
+
+    /// Pages of the sequence that has the most.
+    #[getter]
+    fn most_pages(&self) -> PyResult<usize> {
+        Ok(self.batch()?.most_pages())
+    }
+
+    /// Rows of the sequence that has the most.
+    #[getter]
+    fn most_rows(&self) -> PyResult<usize> {
+        Ok(self.batch()?.most_rows())
+    }
+
+    /// Pieces of `pages` pages that the rows of sequences of at most `most_rows` rows read, each row alone.
+    fn decode_pieces(&self, pages: usize, most_rows: usize) -> PyResult<usize> {
+        Ok(self.batch()?.decode_pieces(pages, most_rows))
+    }
+
+    /// Pages to copy before anything is computed, one after the other: (from, to).
+    #[getter]
+    fn copies(&self) -> PyResult<Vec<(u32, u32)>> {
+        Ok(self.batch()?.copies.iter().map(|(from, to)| (from.page, to.page)).collect())
+    }
+
+    /// The page to export or import.
+    #[getter]
+    fn page(&self) -> PyResult<u32> {
+        match *self.ticket.work {
+            infer_engine::Work::Export(page) | infer_engine::Work::Import(page, _) => Ok(page.page),
+            _ => Err(refusal("only \"export\" and \"import\" have a page")),
+        }
+    }
+
+    /// What the page to import holds.
+    #[getter]
+    fn contents<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        match &*self.ticket.work {
+            infer_engine::Work::Import(_, contents) => Ok(PyBytes::new(py, contents)),
+            _ => Err(refusal("only \"import\" has contents")),
+        }
+    }
+
+    /// The rows that a draft model has not computed yet.
+    fn not_drafted(&self) -> PyResult<Self> {
+        let work = Arc::new(infer_engine::Work::Forward(self.batch()?.not_drafted()));
+        Ok(Self { ticket: Ticket { number: self.ticket.number, work } })
+    }
+
+    /// Fill `out` with the rows' arrays, one after the other, padded to `rows` and `sequences`; see `_core.pyi`.
+    fn write_rows(
+        &self,
+        rows: usize,
+        sequences: usize,
+        long_context_row: usize,
+        mut out: PyReadwriteArray1<'_, i32>,
+    ) -> PyResult<()> {
+        guarded(|| {
+            let out = out.as_slice_mut().map_err(refusal)?;
+            self.batch()?.write_rows(rows, sequences, PAGE_TOKENS, long_context_row, out).map_err(refusal)
+        })
+    }
+
+    /// Fill each sequence's row of `table`, (sequences, most pages), with its pages.
+    fn write_pages(&self, mut table: PyReadwriteArray2<'_, i32>) -> PyResult<()> {
+        guarded(|| {
+            let stride = table.shape()[1];
+            self.batch()?.write_pages(stride, table.as_slice_mut().map_err(refusal)?).map_err(refusal)
+        })
+    }
+}

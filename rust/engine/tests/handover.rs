@@ -1,0 +1,141 @@
+//! A device whose executor is elsewhere: the same tokens, and nobody waits for ever.
+
+mod common;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use common::{FakeDevice, config};
+use infer_engine::{
+    Answer, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock, OutsideDevice,
+    RequestHandle, RequestKind, SamplingParams, SubmitOptions, Work,
+};
+
+const LONG: Duration = Duration::from_secs(20);
+
+fn rows(logits: Vec<f32>) -> Answer {
+    Answer::Rows { logits, choices: Vec::new() }
+}
+
+/// Does the work on a thread of its own, as often as allowed, and stops then with a reason.
+fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize) -> JoinHandle<usize> {
+    std::thread::spawn(move || {
+        for done in 0..steps {
+            let ticket = match handover.next(LONG) {
+                Ok(Some(ticket)) => ticket,
+                Ok(None) => panic!("no work came"),
+                Err(Closed) => return done,
+            };
+            let mut logits = Vec::new();
+            let mut page = Vec::new();
+            let answer = match &*ticket.work {
+                Work::Forward(batch) => {
+                    device.forward(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
+                }
+                Work::Draft(batch) => {
+                    device.draft(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
+                }
+                Work::Export(number) => {
+                    device.export_page(*number, &mut page).map(|()| Answer::Page(std::mem::take(&mut page)))
+                }
+                Work::Import(number, contents) => {
+                    device.import_page(*number, contents).map(|()| Answer::Done)
+                }
+            };
+            handover.answer(ticket.number, answer);
+        }
+        handover.stop("the executor went home");
+        steps
+    })
+}
+
+fn start<D: Device + 'static>(config: EngineConfig, device: D) -> Driver {
+    Driver::start(config, device, None, Arc::new(MonotonicClock::new())).expect("starts")
+}
+
+fn outside(steps: usize) -> (Driver, JoinHandle<usize>) {
+    let config = config(64, 4);
+    let handover = Arc::new(Handover::default());
+    let thread = executor(Arc::clone(&handover), FakeDevice::new(&config), steps);
+    (start(config, OutsideDevice::new(handover)), thread)
+}
+
+fn submit(driver: &Driver, prompt: &[u32]) -> RequestHandle {
+    let params =
+        SamplingParams { max_tokens: Some(20), ignore_eos: true, seed: Some(3), ..SamplingParams::default() };
+    let kind = RequestKind::Generate(Box::new(params));
+    driver.submit(prompt.into(), kind, None, SubmitOptions::default()).expect("accepted")
+}
+
+/// All tokens and how it ended.
+fn drain(handle: &RequestHandle) -> (Vec<u32>, FinishReason) {
+    let (mut tokens, mut reason) = (Vec::new(), None);
+    while !handle.is_finished() {
+        assert!(handle.wait(Some(LONG)), "the request never ended");
+        for update in handle.poll() {
+            tokens.extend(update.token_ids);
+            reason = update.finish.map(|finish| finish.reason).or(reason);
+        }
+    }
+    (tokens, reason.expect("it ended"))
+}
+
+#[test]
+fn an_executor_outside_gives_the_same_tokens() {
+    let config = config(64, 4);
+    let device = FakeDevice::new(&config);
+    let (own, (driver, thread)) = (start(config, device), outside(usize::MAX));
+    let prompts: [&[u32]; 3] = [&[1, 2, 3, 4, 5, 6], &[7, 8], &[1, 2, 3, 4, 5, 9]];
+    let handles = |driver: &Driver| prompts.map(|prompt| submit(driver, prompt));
+    let (expected, found) = (handles(&own), handles(&driver));
+    for (expected, found) in expected.iter().zip(&found) {
+        assert_eq!(drain(expected), drain(found));
+    }
+    driver.close();
+    assert!(thread.join().expect("the executor ends when the engine closes") >= 20);
+}
+
+#[test]
+fn an_executor_that_stops_fails_requests_instead_of_keeping_them() {
+    let (driver, thread) = outside(3);
+    let handle = submit(&driver, &[1, 2, 3]);
+    assert_eq!(drain(&handle).1, FinishReason::Error);
+    assert_eq!(handle.error().as_deref(), Some("the executor went home"));
+    let later = submit(&driver, &[4, 5]);
+    assert_eq!(drain(&later).1, FinishReason::Error, "later requests hear it too");
+    let pages = driver.export_session(&[1, 2, 3], None);
+    assert!(pages.is_err_and(|error| error.to_string() == "the executor went home"));
+    assert_eq!(thread.join().expect("it stopped"), 3);
+    driver.close();
+}
+
+#[test]
+fn an_engine_whose_executor_never_came_can_be_stopped_and_closed() {
+    let config = config(64, 4);
+    let handover = Arc::new(Handover::default());
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    let handle = submit(&driver, &[1, 2, 3]);
+    handover.stop("no GPU");
+    assert_eq!(drain(&handle).1, FinishReason::Error);
+    driver.close();
+    assert!(handover.next(LONG).is_err(), "there is no more work");
+}
+
+#[test]
+fn answers_to_other_work_are_dropped_or_named() {
+    let config = config(64, 4);
+    let handover = Arc::new(Handover::default());
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    assert!(handover.next(Duration::ZERO).is_ok_and(|ticket| ticket.is_none()));
+    let handle = submit(&driver, &[1, 2, 3]);
+    let ticket = handover.next(LONG).expect("open").expect("work");
+    handover.answer(ticket.number + 1, Err("from the future".to_owned()));
+    handover.answer(ticket.number - 1, Err("from the past".to_owned()));
+    handover.answer(ticket.number, Ok(Answer::Done));
+    handover.answer(ticket.number, Err("twice".to_owned()));
+    assert_eq!(drain(&handle).1, FinishReason::Error);
+    let error = handle.error().expect("why");
+    assert!(error.contains("a bug in infer"), "{error}");
+    drop(driver);
+}

@@ -1,0 +1,314 @@
+//! A model for a backend outside of this crate: its program, and its weights one at a time, in plain numbers.
+//!
+//! What names, fused tensors, row orders and constants a checkpoint has is undone here, by the same loader that packs for the CPU, so a
+//! backend knows only the program's matrices and vectors. Products of the same input are merged whatever their formats are, since
+//! all of them become one type. Weights are read where the backend wants them (a pinned buffer): never is more than one of them
+//! in memory, however large the model is.
+
+use std::ops::Range;
+
+use infer_kernels::{Format, KvCache, KvLayer, Precision, dequantize, quantize};
+
+use crate::checkpoint::Checkpoint;
+use crate::fingerprint;
+use crate::interpreter::tied_head;
+use crate::kv::KvTypes;
+use crate::rope::RopeTable;
+use crate::step::Role;
+use crate::weights::{Loader, joined_bias};
+use crate::{ModelError, ModelSpec, Program};
+
+/// The type in which an outside backend wants its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlainType {
+    /// Exact.
+    F32,
+    /// Rounded to nearest, ties to even.
+    Bf16,
+}
+
+impl PlainType {
+    fn format(self) -> Format {
+        match self {
+            Self::F32 => Format::F32,
+            Self::Bf16 => Format::Bf16,
+        }
+    }
+
+    /// Bytes of one value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A checked checkpoint, ready to be read weight by weight.
+pub struct Blueprint {
+    checkpoint: Checkpoint,
+    program: Program,
+    kv_types: KvTypes,
+    kv_layers: Vec<KvLayer>,
+    element: PlainType,
+    fingerprint: [u8; 32],
+}
+
+impl Blueprint {
+    /// Writes the program and checks that every weight is there, in a shape that fits, and none is left over.
+    ///
+    /// `backend` names who will compute: cached keys and values of two backends are never taken for each other.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the checkpoint, or types for layers that it has not.
+    pub fn new(
+        checkpoint: Checkpoint,
+        kv_types: KvTypes,
+        element: PlainType,
+        backend: &str,
+    ) -> Result<Self, ModelError> {
+        let kv_layers = kv_types.layers(&checkpoint.spec)?;
+        let mut program = Program::new(&checkpoint.spec);
+        program.fuse(|_, _| true);
+        let loader = Loader::new(&checkpoint, None);
+        for key in program.matrices.iter().filter(|key| !key.parts.is_empty()) {
+            loader.sources(key)?;
+        }
+        program.vectors.iter().try_for_each(|key| loader.vector(key).map(drop))?;
+        loader.stored_table(Role::Embedding, checkpoint.spec.vocabulary)?;
+        if has_positions(&checkpoint.spec) {
+            loader.stored_table(Role::Position, checkpoint.spec.max_positions)?;
+        }
+        loader.check_all_read()?;
+        let precision = match element {
+            PlainType::F32 => Precision::Exact,
+            PlainType::Bf16 => Precision::Auto,
+        };
+        let fingerprint = fingerprint::of(&checkpoint, None, precision, &kv_layers, backend);
+        Ok(Self { checkpoint, program, kv_types, kv_layers, element, fingerprint })
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn spec(&self) -> &ModelSpec {
+        &self.checkpoint.spec
+    }
+
+    /// The files.
+    #[must_use]
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Its steps; matrices without parts were merged into others.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// The type of weights.
+    #[must_use]
+    pub fn element(&self) -> PlainType {
+        self.element
+    }
+
+    /// Types of keys and values as they were wished for.
+    #[must_use]
+    pub fn kv_types(&self) -> &KvTypes {
+        &self.kv_types
+    }
+
+    /// Shape and types of each layer's keys and values.
+    #[must_use]
+    pub fn kv_layers(&self) -> &[KvLayer] {
+        &self.kv_layers
+    }
+
+    /// Bytes of one page, all layers together.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        KvCache::page_bytes(&self.kv_layers)
+    }
+
+    /// As [`crate::CpuModel::fingerprint`].
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// The matrix of the head, if it is the embedding too.
+    #[must_use]
+    pub fn tied_head(&self) -> Option<usize> {
+        tied_head(self.spec(), &self.program)
+    }
+
+    /// (outputs, inputs) of a matrix.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    #[must_use]
+    pub fn matrix_shape(&self, matrix: usize) -> (usize, usize) {
+        let key = &self.program.matrices[matrix];
+        (key.rows.iter().sum(), key.columns)
+    }
+
+    /// Fills `out` with rows of a matrix, (outputs, inputs), from `first` on, in the type of weights, little-endian.
+    ///
+    /// # Errors
+    /// A tensor that does not fit, or an `out` that is no whole number of the matrix's rows.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    pub fn read_matrix(
+        &self,
+        matrix: usize,
+        first: usize,
+        threads: usize,
+        out: &mut [u8],
+    ) -> Result<(), ModelError> {
+        let (rows, columns) = self.matrix_shape(matrix);
+        let (mut skipped, mut rest) = (self.check_rows(rows, columns, first, out)?.start, out);
+        for source in Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])? {
+            let all: Vec<&[u8]> = source.rows().collect();
+            let own = &all[skipped.min(all.len())..];
+            let own = &own[..own.len().min(rest.len() / (columns * self.element.bytes()))];
+            skipped = skipped.saturating_sub(all.len());
+            let (part, others) = rest.split_at_mut(own.len() * columns * self.element.bytes());
+            convert(source.table.format, own, columns, self.element, threads, part);
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// A matrix's bias, if it has one: (outputs).
+    ///
+    /// # Errors
+    /// A tensor that does not fit.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    pub fn matrix_bias(&self, matrix: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        let sources = Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])?;
+        Ok(joined_bias(&sources))
+    }
+
+    /// Rows and columns of the embedding, or of the learned positions, if the model has them.
+    #[must_use]
+    pub fn table_shape(&self, role: Role) -> Option<(usize, usize)> {
+        let spec = self.spec();
+        match role {
+            Role::Embedding => Some((spec.vocabulary, spec.hidden)),
+            Role::Position => has_positions(spec).then_some((spec.max_positions, spec.hidden)),
+            _ => None,
+        }
+    }
+
+    /// Fills `out` with rows of a table as [`Blueprint::read_matrix`] does.
+    ///
+    /// # Errors
+    /// A model without such a table, or an `out` that is no whole number of its rows.
+    pub fn read_table(
+        &self,
+        role: Role,
+        first: usize,
+        threads: usize,
+        out: &mut [u8],
+    ) -> Result<(), ModelError> {
+        let Some((rows, columns)) = self.table_shape(role) else {
+            return Err(ModelError::Request(format!("this model has no table of the role {role:?}")));
+        };
+        let range = self.check_rows(rows, columns, first, out)?;
+        let table = Loader::new(&self.checkpoint, None).stored_table(role, rows)?;
+        let all: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes().max(1)).collect();
+        convert(table.format, &all[range], columns, self.element, threads, out);
+        Ok(())
+    }
+
+    /// A norm's weight and bias. The weight has one value per column of a group, or one per column of all groups.
+    ///
+    /// # Errors
+    /// A tensor that does not fit.
+    ///
+    /// # Panics
+    /// If there is no such vector.
+    pub fn vector(&self, vector: usize) -> Result<(Vec<f32>, Option<Vec<f32>>), ModelError> {
+        let found = Loader::new(&self.checkpoint, None).vector(&self.program.vectors[vector])?;
+        Ok((found.weight, found.bias))
+    }
+
+    /// Cosines and sines of positions 0 to `positions`, short or long context: (positions, rotary_dim / 2, 2).
+    ///
+    /// # Panics
+    /// If the model has no such rotation.
+    #[must_use]
+    pub fn rotations(&self, rope: usize, positions: usize, long_context: bool) -> Vec<f32> {
+        let spec = &self.spec().ropes[rope];
+        let table = RopeTable::new(spec);
+        let mut all = Vec::with_capacity(positions * spec.rotary_dim);
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in 0..positions {
+            cos.clear();
+            sin.clear();
+            table.append(position, long_context, &mut cos, &mut sin);
+            all.extend(cos.iter().zip(&sin).flat_map(|(cos, sin)| [*cos, *sin]));
+        }
+        all
+    }
+
+    /// The rows that `out` has room for.
+    fn check_rows(
+        &self,
+        rows: usize,
+        columns: usize,
+        first: usize,
+        out: &[u8],
+    ) -> Result<Range<usize>, ModelError> {
+        let width = columns * self.element.bytes();
+        let count = out.len() / width;
+        match out.len().is_multiple_of(width) && first <= rows && count <= rows - first {
+            true => Ok(first..first + count),
+            false => Err(ModelError::Request(format!(
+                "a weight of {rows} rows of {width} bytes does not have {} bytes from row {first} on",
+                out.len()
+            ))),
+        }
+    }
+}
+
+fn has_positions(spec: &ModelSpec) -> bool {
+    spec.arch.positions == crate::family::Positions::Learned
+}
+
+/// Converts rows of one format, a share for each thread.
+fn convert(
+    format: Format,
+    rows: &[&[u8]],
+    columns: usize,
+    element: PlainType,
+    threads: usize,
+    out: &mut [u8],
+) {
+    let width = columns * element.bytes();
+    let share = rows.len().div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        for (rows, out) in rows.chunks(share).zip(out.chunks_mut(share * width)) {
+            scope.spawn(move || convert_rows(format, rows, columns, element, out));
+        }
+    });
+}
+
+fn convert_rows(format: Format, rows: &[&[u8]], columns: usize, element: PlainType, out: &mut [u8]) {
+    let mut values = vec![0.0; columns];
+    let mut bytes = Vec::new();
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(columns * element.bytes())) {
+        if format == element.format() {
+            out.copy_from_slice(row);
+            continue;
+        }
+        dequantize(format, row, &mut values);
+        bytes.clear();
+        quantize(element.format(), &values, &mut bytes);
+        out.copy_from_slice(&bytes);
+    }
+}

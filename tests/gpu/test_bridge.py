@@ -1,0 +1,264 @@
+"""The engine with an executor outside, on the numpy twin of a GPU: everything but the kernels, on any machine."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from golden_table import TOLERANCE, Golden, differences, goldens
+from machine import patience
+
+from infer import LLM, InferError, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy_executor import HostDevice
+
+PROMPTS = ["Once upon a time", "The cat sat on the mat. The cat sat on the", "one two three one two three one two"]
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
+SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.05, n=2)
+
+
+def texts(llm: LLM, **options: Any) -> list[Any]:
+    """What several kinds of request write, alone and together."""
+    seen: list[Any] = []
+    for params in (GREEDY, SEEDED):
+        for prompts in ([PROMPTS[0]], PROMPTS):
+            for output in llm.generate(prompts, params, **options):
+                seen.append([(one.text, list(one.token_ids), one.finish_reason) for one in output.outputs])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Any]:
+    """The same from the CPU."""
+    with LLM(dtype="float32", threads=2) as llm:
+        return texts(llm)
+
+
+@pytest.mark.parametrize("golden", list(goldens()), ids=lambda golden: golden.name)
+def test_every_family_and_container(golden: Golden, open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    largest, same = differences(golden, tmp_path, open_host)
+    assert largest <= TOLERANCE
+    assert same, "greedy decoding writes other tokens"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"enable_prefix_caching": False},
+        {"kv_cache_memory_bytes": 14 << 18, "max_model_len": 192, "max_num_seqs": 3},
+        {"max_num_batched_tokens": 8, "max_num_seqs": 5},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}},
+        {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+    ],
+    ids=str,
+)
+def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any], open_host: Callable[..., LLM]) -> None:
+    """Batching, sharing, preemption, chunks, speculation: none of them changes a token."""
+    assert texts(open_host(**options)) == expected
+
+
+def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the embedding and the head; and rows that are drawn on the device cost the host no logits."""
+    from infer.gpu import executor, runner
+
+    kinds: list[str] = []
+    taken: list[int] = []
+    fuse, collect = executor.fuse, runner.Runner._collect
+
+    def fused(*arguments: Any) -> Any:
+        steps = fuse(*arguments)
+        kinds.extend(kind for kind, _ in steps)
+        return steps
+
+    def collected(self: Any, drawn: list[bool]) -> Any:
+        outcome = collect(self, drawn)
+        taken.append(outcome.logits.size)
+        return outcome
+
+    monkeypatch.setattr(executor, "fuse", fused)
+    monkeypatch.setattr(runner.Runner, "_collect", collected)
+    with LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16) as llm:
+        layers = llm.info.layers
+        llm.generate("Once", GREEDY)
+        assert not any(taken)
+        llm.generate("Once", SEEDED)
+        assert any(taken)
+    layer = ["norm_qkv", "attend", "linear_add", "norm_linear_gated", "linear_add"]
+    assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
+
+
+def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> None:
+    """Temperature and min_p alone, with a company of other rows: the same tokens as on the CPU."""
+    params = [
+        SamplingParams(max_tokens=12, temperature=temperature, min_p=min_p, seed=seed, top_p=top_p)
+        for temperature, min_p, seed, top_p in [(1.0, 0.0, 1, 1.0), (0.7, 0.05, 2, 1.0), (0.0, 0.0, 3, 1.0), (1.5, 0.0, 4, 0.9)]
+    ]
+    with LLM(dtype="float32", threads=2) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:1] * 4, params)]
+    assert [output.outputs[0].token_ids for output in open_host().generate(PROMPTS[:1] * 4, params)] == expected
+
+
+def test_graphs_are_replayed(host: HostDevice) -> None:
+    with LLM(device="cuda", dtype="float32", max_num_seqs=4, max_num_batched_tokens=64) as llm:
+        llm.generate(PROMPTS, GREEDY)
+        assert 1 <= host.captured <= 3
+        assert host.replayed >= 6
+        logits = llm.logits("Once upon a time")
+    assert host.closed
+    assert np.isfinite(logits).all()
+
+
+def test_a_session_comes_back(open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    """Pages are read out of the device and put back, the draft model's with them."""
+    prompt = list(range(100, 180))
+    config = {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}}
+    first = open_host(**config)
+    cold = first.generate(prompt, GREEDY)[0]
+    assert first.save_session(tmp_path / "session", prompt)
+    second = open_host(**config)
+    assert second.load_session(tmp_path / "session")
+    found = second.generate(prompt, GREEDY)[0]
+    assert found.metrics.cached_tokens >= 64
+    assert found.outputs[0].token_ids == cold.outputs[0].token_ids
+    with pytest.raises(InferError, match="that of this model and its settings"):
+        open_host().load_session(tmp_path / "session")
+
+
+def test_the_prefix_cache_survives_a_restart(open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    prompt = list(range(100, 180))
+    for cached in (0, 64):
+        llm = open_host(kv_offload_dir=tmp_path / "kv")
+        output = llm.generate(prompt, GREEDY)[0]
+        assert output.metrics.cached_tokens == cached
+        llm.close()
+
+
+def test_weights_in_eight_bits(open_host: Callable[..., LLM], bare_folder: Path, tmp_path: Path) -> None:
+    """Close to the exact ones, never mixed with theirs, and a draft model keeps its own."""
+    exact, rounded = (open_host(bare_folder, quantization=kind) for kind in (None, "fp8"))
+    prompt = list(range(4, 40))
+    expected, found = exact.logits(prompt), rounded.logits(prompt)
+    assert 1e-4 < np.abs(found - expected).max() < expected.std()
+    exact.generate(prompt, SamplingParams(max_tokens=2, detokenize=False))
+    exact.save_session(tmp_path / "session", prompt)
+    with pytest.raises(InferError, match="that of this model and its settings"):
+        rounded.load_session(tmp_path / "session")
+
+
+def test_cancelling_leaves_the_others_alone(open_host: Callable[..., LLM], expected: list[Any]) -> None:
+    llm = open_host()
+    stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert texts(llm) == expected
+    assert llm.metrics()["requests_aborted"] == 1
+
+
+def test_closing_ends_what_runs_and_the_thread(open_host: Callable[..., LLM]) -> None:
+    llm = open_host()
+    ended: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            llm.generate(PROMPTS, SamplingParams(max_tokens=4000, ignore_eos=True))
+            ended.append(None)
+        except InferError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not llm.metrics()["generated_tokens"]:
+        time.sleep(0.001)
+    start = time.perf_counter()
+    llm.close()
+    thread.join()
+    assert time.perf_counter() - start < patience(5)
+    assert len(ended) == 1
+    assert not workers()
+
+
+def workers() -> list[threading.Thread]:
+    """Threads that work for a device."""
+    return [thread for thread in threading.enumerate() if thread.name == "infer-gpu"]
+
+
+def test_an_llm_that_is_dropped_gives_its_device_back(host: HostDevice) -> None:
+    llm = LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16)
+    llm.generate("Once", SamplingParams(max_tokens=2))
+    del llm
+    gc.collect()
+    deadline = time.perf_counter() + patience(5)
+    while not host.closed and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert host.closed
+
+
+def test_a_broken_device_fails_requests_and_says_so(host: HostDevice) -> None:
+    with LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16) as llm:
+        host.fail_after = 3
+        with pytest.raises(InferError, match="illegal memory access"):
+            llm.generate("Once", SamplingParams(max_tokens=20, ignore_eos=True))
+        with pytest.raises(InferError, match="the GPU failed and cannot go on"):
+            llm.generate("Once", SamplingParams(max_tokens=20))
+    assert host.closed
+
+
+def test_a_bug_in_one_step_fails_that_step(host: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr("infer.gpu.runner.Runner.enqueue", lambda self, work: 1 / 0)
+            with pytest.raises(InferError, match="a bug in infer: ZeroDivisionError"):
+                llm.generate("Once", GREEDY)
+        assert llm.generate("Once", GREEDY)[0].outputs[0].text
+
+
+def test_a_program_may_end_without_closing(run_python: Callable[..., Any]) -> None:
+    """Neither a module's variable nor a thread that still generates keeps the interpreter from exiting."""
+    from pathlib import Path
+
+    program = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import infer.gpu.device
+from numpy_executor import HostDevice
+infer.gpu.device.Device = HostDevice
+from infer import LLM, SamplingParams
+llm = LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16)
+other = LLM(device="cuda", dtype="float32", max_num_seqs=2, max_num_batched_tokens=16)
+stream = llm.stream("Once", SamplingParams(max_tokens=500, ignore_eos=True))
+print(next(stream).text)
+"""
+    result = run_python(program, str(Path(__file__).parent), timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
+    with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
+        open_host(kv_cache_dtype="int8")
+    with pytest.raises(InferError, match="quantization must be None or 'fp8' with device='cuda', got 'int8'"):
+        open_host(quantization="int8")
+    with pytest.raises(InferError, match="max_num_seqs must be at least 1, got 0"):
+        open_host(max_num_seqs=0)
+    with pytest.raises(InferError, match="enforce_eager must be True or False"):
+        open_host(enforce_eager=1)
+    with pytest.raises(InferError, match="more than the device has free"):
+        open_host(kv_cache_memory_bytes=1 << 40)
+    assert not workers()
+
+
+def test_without_cupy_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(InferError, match=r"needs CuPy.*pip install 'infer\[cuda13\]'"):
+        LLM(device="cuda")

@@ -1,0 +1,190 @@
+"""Whole models on a GPU: every family against Hugging Face transformers, graphs against single launches, the engine's features.
+
+Needs an NVIDIA GPU and CuPy; skipped elsewhere, where `test_bridge.py` tests all but the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
+
+from infer import LLM, SamplingParams
+from infer.gpu.runner import Runner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+PROMPTS = ["Once upon a time", "The cat sat on the mat. The cat sat on the", "one two three one two three one two"]
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+SEEDED = SamplingParams(max_tokens=48, temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.05, n=2)
+WITH_LOGPROBS = SamplingParams(max_tokens=48, temperature=0.0, logprobs=3)
+BF16_TOLERANCE = 0.4
+"""Largest difference of a logit with bfloat16 activations, in standard deviations of the expected logits."""
+
+
+def load(model: Any = None, **options: Any) -> LLM:
+    """An LLM on the GPU, in float32 unless told otherwise."""
+    sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 256 << 20}
+    return LLM(model, **{"dtype": "float32", "device": "cuda", **sizes, **options})
+
+
+def texts(llm: LLM) -> list[Any]:
+    """What several kinds of request write, alone and together."""
+    seen: list[Any] = []
+    for params in (GREEDY, SEEDED):
+        for prompts in ([PROMPTS[0]], PROMPTS):
+            for output in llm.generate(prompts, params):
+                seen.append([(one.text, list(one.token_ids), one.finish_reason) for one in output.outputs])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Any]:
+    """The same from the CPU."""
+    with LLM(dtype="float32", threads=2) as llm:
+        return texts(llm)
+
+
+@pytest.mark.parametrize("golden", list(goldens()), ids=lambda golden: golden.name)
+def test_logits_and_greedy_text(golden: Golden, tmp_path: Path) -> None:
+    largest, same = differences(golden, tmp_path, load)
+    assert largest <= TOLERANCE
+    assert same, "greedy decoding writes other tokens"
+
+
+@pytest.mark.parametrize("golden", [golden for golden in goldens() if "/" not in golden.name], ids=lambda golden: golden.name)
+def test_logits_in_bfloat16(golden: Golden) -> None:
+    expected = read_safetensors(golden.expected)
+    with load(golden.model, dtype="auto") as llm:
+        length = min(len(expected["token_ids"]), llm.max_model_len)
+        logits = llm.logits(expected["token_ids"][:length].tolist())
+    reference = expected["logits"][:length]
+    assert np.abs(logits - reference).max() <= BF16_TOLERANCE * reference.std()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"enable_prefix_caching": False},
+        {"kv_cache_memory_bytes": 14 << 18, "max_model_len": 192, "max_num_seqs": 3},
+        {"max_num_batched_tokens": 8, "max_num_seqs": 5},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}},
+        {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+    ],
+    ids=str,
+)
+def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any]) -> None:
+    """Batching, sharing, preemption, chunks, speculation: none of them changes a token in float32."""
+    with load(**options) as llm:
+        assert texts(llm) == expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replayed step is computed again kernel by kernel, into the same pages."""
+    compared: list[bool] = []
+    original = Runner.enqueue
+
+    def enqueue(self: Runner, work: Any) -> Any:
+        outcome = original(self, work)
+        size = self._graph_size(work)
+        if size is not None and self._graphs.get((*size, True)) is not None:
+            replayed, eager = (np.empty((work.rows, self._host_logits.shape[1]), np.float32) for _ in range(2))
+            pointer = self._executor.logits(work.rows).pointer
+            self._device.download(replayed, pointer)
+            self._device.synchronize()
+            self._device.clear(pointer, eager.nbytes)
+            self._executor.forward(self._launch(work, *size, size[0], True))
+            self._device.download(eager, pointer)
+            self._device.synchronize()
+            compared.append(bool((replayed.view(np.int32) == eager.view(np.int32)).all()))
+        return outcome
+
+    monkeypatch.setattr(Runner, "enqueue", enqueue)
+    with load(dtype=dtype) as llm:
+        for prompts in (PROMPTS[:1], PROMPTS, PROMPTS * 3):
+            llm.generate(prompts, GREEDY)
+            llm.generate(prompts, WITH_LOGPROBS)
+    assert all(compared)
+    assert len(compared) > 200
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_fused_steps_compute_what_they_stand_for(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(100, 164))
+    with load(dtype=dtype) as llm:
+        fused = llm.logits(prompt)
+    with monkeypatch.context() as patch:
+        patch.setattr("infer.gpu.executor.fuse", lambda steps, *_: steps)
+        with load(dtype=dtype) as llm:
+            plain = llm.logits(prompt)
+    assert np.abs(fused - plain).max() <= (BF16_TOLERANCE if dtype == "auto" else 1e-5) * plain.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "qwen2", "gpt2"])
+def test_weights_in_eight_bits(name: str) -> None:
+    """Rounded weights change logits a little, where no expert is chosen otherwise for it."""
+    folder = GOLDEN / name
+    expected = read_safetensors(folder / "expected.safetensors")
+    tokens = expected["token_ids"].tolist()
+    with load(folder, dtype="auto", quantization="fp8") as llm:
+        logits = llm.logits(tokens)
+        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+        assert len(llm.generate([{"prompt_token_ids": tokens[:8]}] * 3, params)[2].outputs[0].token_ids) == 8
+    difference = np.abs(logits - expected["logits"])
+    assert difference.mean() <= 0.2 * expected["logits"].std()
+
+
+def test_draws_on_the_gpu_are_the_cores() -> None:
+    """Temperature and min_p alone, beside rows that the core draws: the same tokens as on the CPU."""
+    kinds = [(1.0, 0.0, 1.0), (0.7, 0.05, 1.0), (0.0, 0.0, 1.0), (1.5, 0.0, 0.9), (1.2, 0.02, 1.0), (1.0, 0.0, 1.0)]
+    params = [
+        SamplingParams(max_tokens=40, temperature=temperature, min_p=min_p, top_p=top_p, seed=seed)
+        for seed, (temperature, min_p, top_p) in enumerate(kinds)
+    ]
+    prompts = [PROMPTS[0]] * len(params)
+    with LLM(dtype="float32", threads=2) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with load() as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+
+
+def test_a_session_comes_back(tmp_path: Path) -> None:
+    prompt = list(range(100, 180))
+    with load(dtype="auto") as llm:
+        cold = llm.generate(prompt, GREEDY)[0].outputs[0]
+        llm.save_session(tmp_path / "session", prompt)
+    with load(dtype="auto") as llm:
+        llm.load_session(tmp_path / "session")
+        found = llm.generate(prompt, GREEDY)[0]
+    assert found.metrics.cached_tokens >= 64
+    assert found.outputs[0].token_ids == cold.token_ids
+
+
+def test_memory_comes_back() -> None:
+    from cupy.cuda import runtime
+
+    def cycle() -> int:
+        with load() as llm:
+            llm.generate(PROMPTS, GREEDY)
+        return int(runtime.memGetInfo()[0])
+
+    first = cycle()  # modules and the driver's own memory stay
+    assert first - cycle() < 32 << 20
+
+
+def test_a_request_is_cancelled_and_an_engine_closed_at_work() -> None:
+    with load() as llm:
+        stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        stream.close()
+        assert llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].token_ids
+        other = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(other)
