@@ -27,6 +27,7 @@ __all__ = [
     "WorkLink",
     "__version__",
     "inspect",
+    "kernel_sources",
     "quantize",
     "system_info",
 ]

@@ -48,6 +48,12 @@ def test_any_field_of_the_parameters(infer_cli: Cli, llm: LLM) -> None:
     assert infer_cli("generate", "The king", "-n", "4", "-p", "n=2").stdout.count("--- ") == 2
 
 
+def test_a_device_that_is_none_is_refused(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "Once", "--device", "tpu")
+    assert done.returncode != 0
+    assert "device: 'tpu' is unknown; use 'auto', 'cpu' or 'cuda'" in " ".join(done.stderr.split())
+
+
 def test_stop_ends_the_text(infer_cli: Cli) -> None:
     done = infer_cli("generate", "The king", "-n", "200", "--temperature", "0", "--stop", " the", "--stop", ",", "--no-echo")
     assert " the" not in done.stdout

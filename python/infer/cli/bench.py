@@ -16,6 +16,7 @@ import typer
 
 from infer import LLM, InferError, SamplingParams, __version__, system_info
 from infer.cli.common import (
+    DeviceOption,
     DtypeOption,
     JsonOption,
     KvCacheDtypeOption,
@@ -40,6 +41,7 @@ def bench(
     context: Annotated[int, typer.Option(min=1, help="Tokens that each completion of the decode test follows.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
@@ -50,6 +52,7 @@ def bench(
     with LLM(
         model,
         threads=threads,
+        device=device,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=types,
@@ -72,6 +75,7 @@ def bench(
             "weight_bytes": llm.info.weight_bytes,
             "isa": system_info()["isa"],
             "threads": llm.threads,
+            "device": device,
             "dtype": dtype,
             "kv_cache_dtype": types,
             "kv_bytes_per_token": llm.info.kv_bytes_per_token,

@@ -19,6 +19,7 @@ import typer
 from infer import LLM, InferError
 from infer.cli.common import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     MaxTokensOption,
@@ -54,13 +55,14 @@ def chat(
     stop: StopOption = None,
     param: ParamOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     max_model_len: ContextOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
-    with LLM(model, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
+    with LLM(model, device=device, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
         need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         conversation = Conversation(llm, params, system, as_json=as_json)

@@ -22,6 +22,7 @@ ModelOption: TypeAlias = Annotated[
 ThreadsOption: TypeAlias = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="Threads that compute; one per core unless said.")
 ]
+DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="'cpu', 'cuda' for an NVIDIA GPU, or 'auto': the CPU.")]
 DtypeOption: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="'auto', or 'float32' for exact weights and float32 activations.")
 ]
@@ -37,7 +38,9 @@ KvCacheDtypeOption: TypeAlias = Annotated[
 ]
 QuantizationOption: TypeAlias = Annotated[
     str | None,
-    typer.Option("--quantization", "-q", help="Round a model of floats while loading: 'int8', 'int4' or 'int4-g128'."),
+    typer.Option(
+        "--quantization", "-q", help="Round a model of floats while loading: 'int8', 'int4' or 'int4-g128'; on a GPU 'fp8'."
+    ),
 ]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 MaxTokensOption: TypeAlias = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]

@@ -10,6 +10,7 @@ import typer
 from infer import LLM, InferError
 from infer.cli.common import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     MaxTokensOption,
@@ -42,6 +43,7 @@ def generate(
     param: ParamOption = None,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     max_model_len: ContextOption = None,
@@ -49,7 +51,7 @@ def generate(
 ) -> None:
     """Complete a prompt and print the text as it comes."""
     text = _standard_input() if prompt == "-" else prompt
-    with LLM(model, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
+    with LLM(model, device=device, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
         need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
         if as_json:

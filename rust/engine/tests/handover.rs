@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::{FakeDevice, config};
+use common::{FakeDevice, VOCABULARY, config};
 use infer_engine::{
-    Answer, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock, OutsideDevice,
-    RequestHandle, RequestKind, SamplingParams, SubmitOptions, Work,
+    Answer, Batch, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock,
+    OutsideDevice, RequestHandle, RequestKind, Sampler, SamplingParams, SubmitOptions, TokenHistory, Work,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -18,8 +18,27 @@ fn rows(logits: Vec<f32>) -> Answer {
     Answer::Rows { logits, choices: Vec::new() }
 }
 
+/// Draws what may be drawn outside with the engine's own sampler, and keeps the other rows' logits.
+fn draw(batch: &Batch, logits: &[f32]) -> Answer {
+    let (mut rest, mut choices) = (Vec::new(), Vec::new());
+    for (row, draw) in logits.chunks_exact(VOCABULARY).zip(&batch.draws) {
+        let Some(draw) = draw else {
+            rest.extend_from_slice(row);
+            continue;
+        };
+        let temperature =
+            if draw.inverse_temperature == 0.0 { 0.0 } else { 1.0 / f64::from(draw.inverse_temperature) };
+        let params =
+            SamplingParams { temperature, min_p: f64::from(draw.min_p), ..SamplingParams::default() };
+        let history = TokenHistory::default();
+        let token = Sampler::default().sample(row, &params, &history, &[], draw.seed, draw.position);
+        choices.push(token.map_or(-1, |token| token as i32));
+    }
+    Answer::Rows { logits: rest, choices }
+}
+
 /// Does the work on a thread of its own, as often as allowed, and stops then with a reason.
-fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize) -> JoinHandle<usize> {
+fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize, draws: bool) -> JoinHandle<usize> {
     std::thread::spawn(move || {
         for done in 0..steps {
             let ticket = match handover.next(LONG) {
@@ -30,6 +49,9 @@ fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize) -> Jo
             let mut logits = Vec::new();
             let mut page = Vec::new();
             let answer = match &*ticket.work {
+                Work::Forward(batch) if draws => {
+                    device.forward(batch, &mut logits).map(|()| draw(batch, &logits))
+                }
                 Work::Forward(batch) => {
                     device.forward(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
                 }
@@ -54,16 +76,19 @@ fn start<D: Device + 'static>(config: EngineConfig, device: D) -> Driver {
     Driver::start(config, device, None, Arc::new(MonotonicClock::new())).expect("starts")
 }
 
-fn outside(steps: usize) -> (Driver, JoinHandle<usize>) {
+fn outside(steps: usize, draws: bool) -> (Driver, JoinHandle<usize>) {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
-    let thread = executor(Arc::clone(&handover), FakeDevice::new(&config), steps);
+    let thread = executor(Arc::clone(&handover), FakeDevice::new(&config), steps, draws);
     (start(config, OutsideDevice::new(handover)), thread)
 }
 
 fn submit(driver: &Driver, prompt: &[u32]) -> RequestHandle {
-    let params =
-        SamplingParams { max_tokens: Some(20), ignore_eos: true, seed: Some(3), ..SamplingParams::default() };
+    submit_with(driver, prompt, SamplingParams::default())
+}
+
+fn submit_with(driver: &Driver, prompt: &[u32], params: SamplingParams) -> RequestHandle {
+    let params = SamplingParams { max_tokens: Some(20), ignore_eos: true, seed: Some(3), ..params };
     let kind = RequestKind::Generate(Box::new(params));
     driver.submit(prompt.into(), kind, None, SubmitOptions::default()).expect("accepted")
 }
@@ -85,7 +110,7 @@ fn drain(handle: &RequestHandle) -> (Vec<u32>, FinishReason) {
 fn an_executor_outside_gives_the_same_tokens() {
     let config = config(64, 4);
     let device = FakeDevice::new(&config);
-    let (own, (driver, thread)) = (start(config, device), outside(usize::MAX));
+    let (own, (driver, thread)) = (start(config, device), outside(usize::MAX, false));
     let prompts: [&[u32]; 3] = [&[1, 2, 3, 4, 5, 6], &[7, 8], &[1, 2, 3, 4, 5, 9]];
     let handles = |driver: &Driver| prompts.map(|prompt| submit(driver, prompt));
     let (expected, found) = (handles(&own), handles(&driver));
@@ -97,8 +122,48 @@ fn an_executor_outside_gives_the_same_tokens() {
 }
 
 #[test]
+fn an_executor_that_draws_gives_the_same_tokens() {
+    let config = config(64, 4);
+    let device = FakeDevice::new(&config);
+    let (own, (driver, thread)) = (start(config, device), outside(usize::MAX, true));
+    let params = [
+        SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        SamplingParams { temperature: 0.5, min_p: 0.1, ..SamplingParams::default() },
+        SamplingParams { top_k: 5, ..SamplingParams::default() }, // not outside
+        SamplingParams { temperature: 0.0, min_tokens: 3, ..SamplingParams::default() }, // outside from its fourth token on
+        SamplingParams { logprobs: Some(1), ..SamplingParams::default() },               // not outside
+    ];
+    let handles =
+        |driver: &Driver| params.clone().map(|params| submit_with(driver, &[1, 2, 3, 4, 5], params));
+    let (expected, found) = (handles(&own), handles(&driver));
+    for (expected, found) in expected.iter().zip(&found) {
+        assert_eq!(drain(expected), drain(found));
+    }
+    driver.close();
+    thread.join().expect("the executor ends when the engine closes");
+}
+
+#[test]
+fn what_an_executor_cannot_draw_fails_its_request_alone() {
+    let config = config(64, 4);
+    let handover = Arc::new(Handover::default());
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    let handle = submit(&driver, &[1, 2, 3]);
+    let ticket = handover.next(LONG).expect("open").expect("work");
+    handover.answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![-1] }));
+    assert_eq!(drain(&handle).1, FinishReason::Error);
+    assert!(handle.error().is_some_and(|error| error.contains("NaN or infinite")));
+    let other = submit(&driver, &[4, 5]);
+    let ticket = handover.next(LONG).expect("open").expect("work");
+    handover.answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![1, 2] }));
+    assert!(drain(&other).0.is_empty(), "a choice too many");
+    assert!(other.error().is_some_and(|error| error.contains("2 choices instead of")));
+    driver.close();
+}
+
+#[test]
 fn an_executor_that_stops_fails_requests_instead_of_keeping_them() {
-    let (driver, thread) = outside(3);
+    let (driver, thread) = outside(3, false);
     let handle = submit(&driver, &[1, 2, 3]);
     assert_eq!(drain(&handle).1, FinishReason::Error);
     assert_eq!(handle.error().as_deref(), Some("the executor went home"));
