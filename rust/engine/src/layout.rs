@@ -82,7 +82,8 @@ impl Batch {
         let (positions, rest) = rest.split_at_mut(8 * rows);
         let (temperatures, min_ps) = rest.split_at_mut(4 * rows);
         let mut drawn = vec![false; wanted];
-        for (row, draw) in self.draws.iter().enumerate().filter_map(|(row, draw)| Some((row, draw.as_ref()?))) {
+        for (row, draw) in self.draws.iter().enumerate().filter_map(|(row, draw)| Some((row, draw.as_ref()?)))
+        {
             seeds[8 * row..][..8].copy_from_slice(&draw.seed.to_le_bytes());
             positions[8 * row..][..8].copy_from_slice(&draw.position.to_le_bytes());
             temperatures[4 * row..][..4].copy_from_slice(&draw.inverse_temperature.to_le_bytes());
