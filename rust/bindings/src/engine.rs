@@ -15,7 +15,7 @@ use crate::device::text_factory;
 use crate::error::{engine_error, guarded, refusal};
 use crate::info::{MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, ModelInfo};
 use crate::kv::{automatic, read_kv_types};
-use crate::load::{Loaded, Settings, default_threads, load, precision};
+use crate::load::{Loaded, Settings, load, precision};
 use crate::metrics::{KvEvent, Moment, engine_metrics, kv_event, moment};
 use crate::outside::{OutsideArgs, read_outside};
 use crate::owned::Owned;
@@ -99,7 +99,8 @@ impl Engine {
                 precision,
                 kv_types: read_kv_types(kv_cache_dtype.as_ref(), automatic(precision))?,
                 quantization: read_quantization(quantization)?,
-                threads: threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?,
+                threads: threads
+                    .map_or(Ok(infer_kernels::default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
                 max_num_seqs: max_num_seqs.positive("max_num_seqs")?,
                 max_num_batched_tokens: max_num_batched_tokens.positive("max_num_batched_tokens")?,

@@ -9,7 +9,6 @@ use pyo3::types::PyDict;
 
 use crate::error::{guarded, refusal};
 use crate::kv::{automatic, read_kv_types};
-use crate::load::default_threads;
 use crate::memory::{Budget, CacheLayout, CacheRequest, free_memory, plan_cache};
 use crate::tokenizer::TextModel;
 use crate::wait::interruptible;
@@ -175,7 +174,7 @@ pub fn system_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         let dict = PyDict::new(py);
         dict.set_item("isa", Isa::from_env().map_err(refusal)?.name())?;
         dict.set_item("available_isas", Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>())?;
-        dict.set_item("threads", default_threads())?;
+        dict.set_item("threads", infer_kernels::default_threads())?;
         Ok(dict)
     })
 }

@@ -68,11 +68,6 @@ pub struct Loaded {
     pub began: Duration,
 }
 
-/// Threads that compute unless told otherwise: what the process may use.
-pub fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 /// `dtype` as the kernels' precision.
 pub fn precision(dtype: &str) -> PyResult<Precision> {
     match dtype {

@@ -15,7 +15,7 @@ use crate::backend::Outside;
 use crate::convert::Arg;
 use crate::error::{guarded, refusal};
 use crate::kv::{element_name, read_kv_types};
-use crate::load::{default_threads, precision};
+use crate::load::precision;
 use crate::settings::MAX_THREADS;
 use crate::wait::interruptible;
 
@@ -54,7 +54,10 @@ impl DeviceModel {
                     .and_then(|checkpoint| Blueprint::new(checkpoint, kv_types, element, &backend));
                 made.map_err(|error| error.to_string())
             })?;
-            Ok(Self { blueprint: Arc::new(blueprint), threads: default_threads().min(MAX_THREADS) })
+            Ok(Self {
+                blueprint: Arc::new(blueprint),
+                threads: infer_kernels::default_threads().min(MAX_THREADS),
+            })
         })
     }
 

@@ -13,7 +13,6 @@ use pyo3::prelude::*;
 
 use crate::convert::{Arg, Int};
 use crate::error::guarded;
-use crate::load::default_threads;
 use crate::settings::{MAX_THREADS, read_quantization, thread_count};
 use crate::vocabulary;
 use crate::wait::interruptible;
@@ -51,7 +50,7 @@ pub fn quantize(
     guarded(|| {
         let (path, output) = (path.get("path", "a path")?, output.get("output", "a path")?);
         let quantization = read_quantization(Some(quantization))?;
-        let threads = threads.map_or(Ok(default_threads().min(MAX_THREADS)), thread_count)?;
+        let threads = threads.map_or(Ok(infer_kernels::default_threads().min(MAX_THREADS)), thread_count)?;
         let mmap = mmap.flag("mmap")?;
         let stop = Arc::new(AtomicBool::new(false));
         let (sender, done) = sync_channel(1);

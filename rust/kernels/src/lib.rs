@@ -8,6 +8,7 @@
 //! * [`KvCache`]: keys and values in fixed-size pages.
 
 mod context;
+mod cores;
 mod error;
 pub mod kv;
 pub mod matrix;
@@ -19,6 +20,7 @@ mod scratch;
 pub mod simd;
 
 pub use context::Context;
+pub use cores::default_threads;
 pub use error::KernelError;
 pub use kv::*;
 pub use matrix::{PackedMatrix, round_rows};

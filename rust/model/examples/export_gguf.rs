@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (key, value) in ["general.name", "general.license"].into_iter().zip(rest) {
         metadata.push((key.to_owned(), Value::String(value.clone())));
     }
-    let context = Context::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let context = Context::new(infer_kernels::default_threads())?;
     let options = ExportOptions {
         quantization: Some(&quantization),
         metadata,

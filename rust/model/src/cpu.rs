@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use infer_kernels::{Context, KvCache, KvLayer, Precision};
+use infer_kernels::{Context, KvCache, KvLayer, Precision, default_threads};
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
@@ -189,8 +189,4 @@ impl CpuModel {
 
 fn no_cache() -> ModelError {
     ModelError::Request("no KV cache was allocated".to_owned())
-}
-
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
