@@ -377,7 +377,7 @@ impl Drop for Engine {
         // The last step may still run: other Python threads go on meanwhile, unless the interpreter is exiting.
         let closing = Arc::clone(&driver);
         let close = |py: Python<'_>| {
-            if is_exiting(py) {
+            if self.handover.is_some() && is_exiting(py) {
                 self.stop_executor();
             }
             py.detach(|| closing.close());

@@ -54,9 +54,13 @@ fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
     Ok(threading.call_method0("current_thread")?.is(threading.call_method0("main_thread")?))
 }
 
-/// Whether Python's other threads never run again.
+/// Whether Python's other threads never run again. An exception on its way stays on it: objects are dropped while one is, too.
 pub fn is_exiting(py: Python<'_>) -> bool {
+    let pending = PyErr::take(py);
     let asked = py.import("sys").and_then(|sys| sys.call_method0("is_finalizing")?.extract());
+    if let Some(pending) = pending {
+        pending.restore(py);
+    }
     asked.unwrap_or(true)
 }
 
