@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from golden_table import TOLERANCE, Golden, differences, goldens
 from machine import patience
+from samples import PROMPTS, texts
 
 from infer import LLM, InferError, SamplingParams
 
@@ -20,26 +21,15 @@ if TYPE_CHECKING:
 
     from numpy_executor import HostDevice
 
-PROMPTS = ["Once upon a time", "The cat sat on the mat. The cat sat on the", "one two three one two three one two"]
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=10, temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.05, n=2)
-
-
-def texts(llm: LLM, **options: Any) -> list[Any]:
-    """What several kinds of request write, alone and together."""
-    seen: list[Any] = []
-    for params in (GREEDY, SEEDED):
-        for prompts in ([PROMPTS[0]], PROMPTS):
-            for output in llm.generate(prompts, params, **options):
-                seen.append([(one.text, list(one.token_ids), one.finish_reason) for one in output.outputs])
-    return seen
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[Any]:
     """The same from the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
-        return texts(llm)
+        return texts(llm, GREEDY, SEEDED)
 
 
 @pytest.mark.parametrize("golden", list(goldens()), ids=lambda golden: golden.name)
@@ -64,7 +54,7 @@ def test_every_family_and_container(golden: Golden, open_host: Callable[..., LLM
 )
 def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any], open_host: Callable[..., LLM]) -> None:
     """Batching, sharing, preemption, chunks, speculation: none of them changes a token."""
-    assert texts(open_host(**options)) == expected
+    assert texts(open_host(**options), GREEDY, SEEDED) == expected
 
 
 def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +150,7 @@ def test_cancelling_leaves_the_others_alone(open_host: Callable[..., LLM], expec
     stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)
     stream.close()
-    assert texts(llm) == expected
+    assert texts(llm, GREEDY, SEEDED) == expected
     assert llm.metrics()["requests_aborted"] == 1
 
 

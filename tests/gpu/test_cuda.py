@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
+from samples import PROMPTS, texts
 
 from infer import LLM, SamplingParams
 from infer.gpu.runner import Runner
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
-PROMPTS = ["Once upon a time", "The cat sat on the mat. The cat sat on the", "one two three one two three one two"]
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=48, temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.05, n=2)
 WITH_LOGPROBS = SamplingParams(max_tokens=48, temperature=0.0, logprobs=3)
@@ -33,21 +33,11 @@ def load(model: Any = None, **options: Any) -> LLM:
     return LLM(model, **{"dtype": "float32", "device": "cuda", **sizes, **options})
 
 
-def texts(llm: LLM) -> list[Any]:
-    """What several kinds of request write, alone and together."""
-    seen: list[Any] = []
-    for params in (GREEDY, SEEDED):
-        for prompts in ([PROMPTS[0]], PROMPTS):
-            for output in llm.generate(prompts, params):
-                seen.append([(one.text, list(one.token_ids), one.finish_reason) for one in output.outputs])
-    return seen
-
-
 @pytest.fixture(scope="module")
 def expected() -> list[Any]:
     """The same from the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
-        return texts(llm)
+        return texts(llm, GREEDY, SEEDED)
 
 
 @pytest.mark.parametrize("golden", list(goldens()), ids=lambda golden: golden.name)
@@ -83,7 +73,7 @@ def test_logits_in_bfloat16(golden: Golden) -> None:
 def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any]) -> None:
     """Batching, sharing, preemption, chunks, speculation: none of them changes a token in float32."""
     with load(**options) as llm:
-        assert texts(llm) == expected
+        assert texts(llm, GREEDY, SEEDED) == expected
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -11,7 +11,6 @@ from infer.gpu.rows import RowOperations, element_macros
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from infer.gpu.kernels import Kernels
 
 CHUNK_PAGES = 32
 """Pages whose scores are weighed together when decoding; part of the result's last bits, never a function of the batch."""
@@ -121,9 +120,6 @@ class AttentionPlan:
 
 class AttentionOperations(RowOperations):
     """Attention, rotation and storing, enqueued on one stream."""
-
-    def __init__(self, kernels: Kernels, stream: int) -> None:
-        super().__init__(kernels, stream)
 
     def rope(self, inputs: StepInputs, rows: Rows, heads: int, table: RopeTable) -> None:
         """Rotate the heads of each row by its position."""

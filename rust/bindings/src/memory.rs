@@ -9,6 +9,7 @@
 
 use std::fs;
 
+use infer_engine::pages_at_once;
 use infer_model::ModelSpec;
 
 /// The default cache's size unless one sequence needs more.
@@ -120,10 +121,7 @@ const USUAL_PART: usize = 4;
 impl CacheRequest {
     /// Pages that a sequence of so many tokens holds at most in layers of one kind.
     fn most(&self, kind: PageKind, tokens: usize) -> u64 {
-        let pages_for = |tokens: usize| tokens.div_ceil(self.page_tokens) as u64;
-        // As the engine counts: one page more than the window and a step span, and another kept for a prompt that begins alike.
-        let spanned = |window: usize| pages_for(window.saturating_add(self.max_num_batched_tokens)) + 2;
-        pages_for(tokens).min(kind.window.map_or(u64::MAX, spanned))
+        pages_at_once(tokens, self.page_tokens, kind.window, self.max_num_batched_tokens) as u64
     }
 
     fn kinds(&self) -> impl Iterator<Item = PageKind> {

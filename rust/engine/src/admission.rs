@@ -89,9 +89,12 @@ impl Core {
     fn held_alone(&self, sequence: &Sequence) -> Need {
         let alone = |pool: &PagePool, page: u32| usize::from(page != NO_PAGE && pool.references(page) == 1);
         let pages = sequence.tables.pages.iter().map(|&page| alone(&self.cache.pool, page)).sum();
-        let pool = self.cache.local.as_ref().map(|local| &local.pool);
-        let locals = sequence.tables.locals.iter().zip(pool.iter().cycle());
-        Need { pages, locals: locals.map(|(&page, pool)| alone(pool, page)).sum() }
+        let locals = self
+            .cache
+            .local
+            .as_ref()
+            .map_or(0, |local| sequence.tables.locals.iter().map(|&page| alone(&local.pool, page)).sum());
+        Need { pages, locals }
     }
 
     /// What a sequence holds at most for the tokens that it has.

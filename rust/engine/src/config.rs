@@ -145,22 +145,15 @@ impl EngineConfig {
 
     /// The most pages that a sequence of `tokens` tokens holds at once: all of them, or what its window and one step span.
     pub(crate) fn most_pages(&self, tokens: usize) -> usize {
-        self.spanned(self.window, 1, tokens)
+        pages_at_once(tokens, self.page_tokens, self.window, self.max_num_batched_tokens)
     }
 
     /// The same in the layers that see only a window, where others see everything; 0 without such layers.
     pub(crate) fn most_local_pages(&self, tokens: usize) -> usize {
-        // One more is kept for a prompt that begins with the same tokens.
-        self.local.map_or(0, |local| self.spanned(Some(local.window), 2, tokens))
-    }
-
-    fn spanned(&self, window: Option<usize>, more: usize, tokens: usize) -> usize {
-        let all = self.pages_for(tokens);
-        // The window begins anywhere in its first page, and so does the step's last page end.
-        let spanned = |window: usize| {
-            self.pages_for(window.saturating_add(self.max_num_batched_tokens)).saturating_add(more)
+        let seen = |local: LocalLayers| {
+            pages_at_once(tokens, self.page_tokens, Some(local.window), self.max_num_batched_tokens)
         };
-        window.map_or(all, |window| all.min(spanned(window)))
+        self.local.map_or(0, seen)
     }
 
     /// Pages that hold `tokens` tokens.
@@ -179,4 +172,16 @@ impl EngineConfig {
     pub(crate) fn logit_rows(&self) -> usize {
         (self.max_logit_values / self.vocabulary).max(1)
     }
+}
+
+/// The most pages of `page_tokens` tokens that a sequence of `tokens` tokens holds at once in layers that see at most `window` positions,
+/// when a step computes up to `rows` of its tokens: all of them, or what the window and one step span. Whoever divides memory
+/// counts with it as well.
+#[must_use]
+pub fn pages_at_once(tokens: usize, page_tokens: usize, window: Option<usize>, rows: usize) -> usize {
+    let all = tokens.div_ceil(page_tokens);
+    // The window begins anywhere in its first page, and so does the step's last page end; and one page before the window stays for
+    // a prompt that begins with the same tokens (`LocalPages::first_kept`).
+    let spanned = |window: usize| window.saturating_add(rows).div_ceil(page_tokens).saturating_add(2);
+    window.map_or(all, |window| all.min(spanned(window)))
 }

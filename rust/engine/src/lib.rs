@@ -62,7 +62,7 @@ mod worker;
 
 pub use crate::batch::{Batch, BatchSequence, Draw};
 pub use crate::clock::{Clock, MonotonicClock};
-pub use crate::config::{EngineConfig, LocalLayers};
+pub use crate::config::{EngineConfig, LocalLayers, pages_at_once};
 pub use crate::core::Core;
 pub use crate::device::Device;
 pub use crate::digest::Digest;

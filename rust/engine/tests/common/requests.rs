@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use infer_engine::{
     EngineConfig, LocalLayers, Prompt, RequestId, RequestKind, RequestOptions, SamplingParams, Speculation,
-    Submission, TextFactory,
+    Submission, TextFactory, pages_at_once,
 };
 
 use super::{TagText, VOCABULARY, mix};
@@ -47,9 +47,8 @@ pub fn random_config(dice: &mut Dice) -> EngineConfig {
 /// Layers with a window, and no more pages for them than one sequence needs and a few.
 fn random_local(dice: &mut Dice, config: &EngineConfig) -> LocalLayers {
     let window = 1 + dice.roll(30);
-    let pages_for = |tokens: usize| tokens.div_ceil(config.page_tokens);
-    let spanned = pages_for(window + config.max_num_batched_tokens) + 2;
-    let pages = spanned.min(pages_for(config.max_model_len)) + dice.roll(8);
+    let (tokens, rows) = (config.max_model_len, config.max_num_batched_tokens);
+    let pages = pages_at_once(tokens, config.page_tokens, Some(window), rows) + dice.roll(8);
     LocalLayers { window, pages }
 }
 
