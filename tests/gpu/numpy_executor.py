@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from packed_weights import NumpyPacking, packed_weight, view
 
 from infer.gpu.arrays import PAGE_TOKENS, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan
@@ -31,12 +32,6 @@ def _e4m3(code: int) -> float:
 E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
 
 
-def view(pointer: int, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
-    """Memory at an address as an array."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype).reshape(shape)
-
-
 def matrix(rows: Rows) -> NDArray[Any]:
     """Rows of a buffer as an array."""
     assert rows.dtype == "f32", "the twin computes in float32"
@@ -48,6 +43,8 @@ def matrix(rows: Rows) -> NDArray[Any]:
 
 def weight_of(weight: Weight, expert: int = 0) -> NDArray[Any]:
     """A matrix, or that of one expert."""
+    if weight.is_packed:
+        return packed_weight(weight)[expert * weight.rows : (expert + 1) * weight.rows]
     if weight.type == "e4m3":
         codes = view(weight.pointer, (weight.rows, weight.columns), np.uint8)
         return E4M3[codes] * view(weight.scales, (weight.rows, 1))
@@ -108,13 +105,15 @@ class HostDevice:
 
     def use(self) -> None: ...
 
-    def operations(self, rounded: bool) -> NumpyOperations:
+    def operations(self) -> NumpyOperations:
         return NumpyOperations()
 
     def allocate(self, size: int) -> int:
         block = np.full(max(size, 256) + 256, 0xFF, np.uint8)  # NaN: whatever is read must have been written
         self.blocks.append(block)
         return -(-block.ctypes.data // 256) * 256
+
+    def give_back(self, pointer: int) -> None: ...
 
     def free_bytes(self) -> int:
         return self.free
@@ -160,7 +159,7 @@ class HostDevice:
         self.blocks.clear()
 
 
-class NumpyOperations:
+class NumpyOperations(NumpyPacking):
     """The kernels' operations, done at once."""
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None: ...

@@ -30,10 +30,14 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_stream.cuh",
     "mma.cuh",
     "norm.cu",
+    "pack.cu",
     "rope.cu",
     "rope.cuh",
     "rows.cu",
     "sampler.cu",
+    "stream_packed.cuh",
+    "stream_plain.cuh",
+    "weights.cuh",
 ];
 
 /// The sources of the GPU kernels, by file name.
