@@ -131,13 +131,13 @@ DEVICE void add_group(const Step &step, int group, const float (&sums)[TILES][PA
 }
 
 // Multiplies a step's weights by the input in a slot of the ring.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, int turn, const Constants &constants, Sums &all) {
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, int slot, const Constants &constants, Sums &all) {
     float sums[TILES][PARTS][4], totals[PARTS][4];
     const u32(&one)[4] = constants.total;
 #pragma unroll
     for (int quarter = 0; quarter < 4; quarter++) {
         uint4 values[PARTS];
-        input.read(turn, quarter * 4 + input.t, values, all);
+        input.read(slot, quarter * 4 + input.t, values);
         const bool is_first = quarter % (4 / GROUPS) == 0;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
