@@ -65,6 +65,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(**STREAMED, EPILOGUE=[2], PAIRED=[1])
     + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
     + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"]),
+    "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
     "rows.cu": choices(**BOTH, TABLE=["bf16", "f16"]),

@@ -47,9 +47,9 @@ class RowOperations:
         kernel(self.stream, (-(-width // (THREADS * v)), rows.rows), THREADS, arguments)
 
     def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
-        """``output[row] = scale * table[tokens[row]]``."""
+        """``output[row] = scale * table[token]`` of each row's token, which may be what the step before chose."""
         v = vector(output.width, output) if table.pointer % 16 == 0 else 1
-        arguments = (table.pointer, inputs.tokens, output.pointer, table.rows, output.stride, output.width, scale)
+        arguments = (table.pointer, inputs.tokens, inputs.chosen, output.pointer, table.rows, output.stride, output.width, scale)
         self._over_columns("rows.cu", "embed", output, output.width, v, arguments, TABLE=c_type(table.type))
 
     def add_position(self, inputs: StepInputs, table: Weight, rows: Rows) -> None:

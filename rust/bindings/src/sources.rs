@@ -20,6 +20,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "attention_plan.cu",
     "attention_prefill.cu",
     "common.cuh",
+    "draw.cuh",
     "elementwise.cu",
     "experts.cu",
     "kv.cu",
@@ -28,12 +29,14 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_rope.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
+    "logprobs.cu",
     "mma.cuh",
     "norm.cu",
     "rope.cu",
     "rope.cuh",
     "rows.cu",
     "sampler.cu",
+    "select.cuh",
 ];
 
 /// The sources of the GPU kernels, by file name.
