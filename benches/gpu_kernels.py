@@ -1,6 +1,7 @@
 """What the GPU kernels achieve: bytes and operations per second.
 
-usage: gpu_kernels.py [--json FILE] [--only PART ...]     (parts: decode, linear, small, attention, prefill; default: all)
+usage: gpu_kernels.py [--json FILE] [--only PART ...] [--weights TYPE ...]
+(parts: decode, linear, small, attention, prefill; default: all)
 
 Random data, replayed as graphs over memory that outgrows the caches.
 
@@ -25,9 +26,13 @@ from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Row
 from infer.gpu.attention import AttentionPlan, PlanSize
 from infer.gpu.kernels import Kernels
 from infer.gpu.operations import Operations
+from infer.gpu.packing import Packed, sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES_OF_ROTATION = 1 << 30
+
+KINDS = ("bf16", "e4m3", "int8", "int4", "int4-g128")
+"""Types of weights."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ SHAPES = (
 class Bench:
     """A device, its operations, and random arrays."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: list[str]) -> None:
+        self.kinds = kinds  # of weights
         sources = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "cuda").iterdir() if p.suffix in (".cu", ".cuh")}
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.kernels = Kernels(sources)
@@ -86,7 +92,12 @@ class Bench:
         return Rows(self.random(rows * width, dtype), rows, width, width, dtype)
 
     def weight(self, rows: int, columns: int, kind: str = "bf16") -> Weight:
-        """Return a random weight."""
+        """Return a random weight; "int4-g128" has a scale for each 128 columns, "int4" and "int8" for each 32."""
+        if kind.startswith("int"):
+            name, group = kind[:4], 128 if "g128" in kind else 32
+            size, scale_bytes = sizes(rows, columns, Packed(name, group, False, 0, 0, 0))
+            scales = self.put(np.full(scale_bytes // 2, 0.01, np.float16))
+            return Weight(self.random(size, "e4m3"), rows, columns, name, scales=scales, group=group)
         scales = self.put(np.full(rows, 0.1, np.float32)) if kind == "e4m3" else 0
         return Weight(self.random(rows * columns, kind), rows, columns, kind, scales=scales, group=columns)
 
@@ -166,7 +177,7 @@ def reading_rate(bench: Bench) -> float:
 def decode(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
     """All kernels of a decode step of a dense model, but for the embedding, with a context of 256 tokens."""
     for shape in SHAPES:
-        for kind in ("bf16", "e4m3"):
+        for kind in bench.kinds:
             for rows in (1, 8, 16):
                 measured = decode_step(bench, shape, kind, rows, rate)
                 yield {"part": "decode", "shape": shape.name, "weights": kind, "rows": rows, **measured}
@@ -188,7 +199,7 @@ def decode_step(bench: Bench, shape: Shape, kind: str, rows: int, rate: float) -
         )
         for _ in range(shape.layers)
     ]
-    head = bench.weight(shape.vocabulary, shape.hidden)
+    head = bench.weight(shape.vocabulary, shape.hidden, "int8" if kind.startswith("int") else "bf16")
     norm = bench.random(shape.hidden, "f32")
     hidden, qkv, attended = (bench.rows(rows, width) for width in (shape.hidden, all_heads * dim, shape.heads * dim))
     inner, both, normed = (bench.rows(rows, width) for width in (shape.width, 2 * shape.width, shape.hidden))
@@ -211,7 +222,7 @@ def decode_step(bench: Bench, shape: Shape, kind: str, rows: int, rate: float) -
 
     microseconds = bench.time(step)
     parts = [weight for group in weights for weight in group[:4]]
-    read = sum(w.rows * w.columns * ELEMENT_BYTES[w.type] for w in [*parts, head])
+    read = sum(weight_bytes(weight) for weight in [*parts, head])
     read += rows * context * shape.kv_heads * dim * 4 * shape.layers
     return {
         "microseconds": microseconds,
@@ -221,14 +232,21 @@ def decode_step(bench: Bench, shape: Shape, kind: str, rows: int, rate: float) -
     }
 
 
+def weight_bytes(weight: Weight) -> int:
+    """Return the bytes that a product reads of a weight."""
+    scales = weight.rows * weight.columns // weight.group * 2 if weight.is_packed else 0
+    return weight.rows * weight.row_bytes + scales
+
+
 def linear(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
     """Products with each matrix of a layer, over as many copies as outgrow the caches."""
     cases = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (3072, 2048), (2048, 2048), (2048, 8192)]
     for outputs, columns in cases:
-        for kind in ("bf16", "e4m3"):
+        for kind in bench.kinds:
             for rows in (1, 8, 16, 64, 2048):
-                size = outputs * columns * ELEMENT_BYTES[kind]
-                weights = [bench.weight(outputs, columns, kind) for _ in range(max(4, BYTES_OF_ROTATION // size))]
+                weights = [bench.weight(outputs, columns, kind)]
+                size = weight_bytes(weights[0])
+                weights += [bench.weight(outputs, columns, kind) for _ in range(max(4, BYTES_OF_ROTATION // size))]
                 source, output = bench.rows(rows, columns), bench.rows(rows, outputs)
                 each = bench.time(over(bench.ops.linear, [(source, output, weight) for weight in weights])) / len(weights)
                 teraflops = 2 * rows * outputs * columns / each / 1e6
@@ -302,8 +320,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--weights", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
-    bench = Bench()
+    bench = Bench(options.weights)
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     rate = reading_rate(bench)
     result: dict[str, Any] = {

@@ -164,10 +164,13 @@ DEVICE void copy_16(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 }
 
-// Copies 16 bytes that this multiprocessor reads again, or clears them.
-DEVICE void copy_16_cached(void *to, const void *from, bool exists) {
-    const u32 place = u32(__cvta_generic_to_shared(to));
+// Copies 16 bytes that this multiprocessor reads again, or clears them; to an address in shared memory.
+DEVICE void copy_16_to(u32 place, const void *from, bool exists) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+
+DEVICE void copy_16_cached(void *to, const void *from, bool exists) {
+    copy_16_to(u32(__cvta_generic_to_shared(to)), from, exists);
 }
 
 DEVICE void copy_4(void *to, const void *from) {

@@ -2,10 +2,8 @@
 // experts, so its sum does not depend on its neighbours. Weights are read once per row that chose them: right for few rows.
 #include "common.cuh"
 #include "activation.cuh"
+#include "weights.cuh"
 
-#ifndef WEIGHT
-#define WEIGHT bf16
-#endif
 #ifndef VECTOR
 #define VECTOR 1
 #endif
@@ -62,11 +60,11 @@ KERNEL route(const T *logits, const int *row_sequence, int *chosen, float *weigh
 }
 
 // The dot product of a row of weights with a row of activations, by a warp.
-DEVICE float dot(const WEIGHT *weight, const T *input, int columns, int lane) {
+DEVICE float dot(const Matrix &matrix, size_t row, const T *input, int lane) {
     float sum = 0.0f;
-    for (int i = lane * V; i < columns; i += WARP * V) {
+    for (int i = lane * V; i < matrix.columns; i += WARP * V) {
         float a[V], b[V];
-        load<V>(weight + i, a);
+        matrix.row(row, i, a);
         load<V>(input + i, b);
 #pragma unroll
         for (int j = 0; j < V; j++) sum = fmaf(a[j], b[j], sum);
@@ -76,34 +74,36 @@ DEVICE float dot(const WEIGHT *weight, const T *input, int columns, int lane) {
 
 // inner[row * used + i] = activation(gate) * up of the i-th chosen expert. weight is (experts, 2 * width, columns), gate first; bias
 // (experts, 2 * width) may be null. Launch: grid (ceil(width / WARPS), rows * used), WARPS warps.
-KERNEL experts_gate_up(const T *input, const int *chosen, const WEIGHT *weight, const float *bias, T *inner, int input_stride,
-                       int columns, int width, int used) {
+KERNEL experts_gate_up(const T *input, const int *chosen, const WEIGHT *weight, const float *bias, const Scale *scales,
+                       const Scale *minima, T *inner, int input_stride, int columns, int width, int used, int group) {
     let_next_start();
     wait_for_previous();
     const int column = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, expert = chosen[blockIdx.y];
     if (column >= width || expert < 0) return;
     const size_t first = size_t(expert) * 2 * width;
     input += size_t(blockIdx.y / used) * input_stride;
-    float gate = dot(weight + (first + column) * columns, input, columns, lane);
-    float up = dot(weight + (first + width + column) * columns, input, columns, lane);
+    const Matrix matrix = {weight, scales, minima, columns, group};
+    float gate = dot(matrix, first + column, input, lane), up = dot(matrix, first + width + column, input, lane);
     if (bias) gate += bias[first + column], up += bias[first + width + column];
     if (lane == 0) inner[size_t(blockIdx.y) * width + column] = from_float<T>(activate(gate) * up);
 }
 
 // output[row] = sum over the chosen experts of their weight times (down * inner). weight is (experts, rows of weight, width); bias
 // (experts, rows of weight) may be null. Launch: grid (ceil(rows of weight / WARPS), rows), WARPS warps.
-KERNEL experts_down(const T *inner, const int *chosen, const float *weights, const WEIGHT *weight, const float *bias, T *output,
-                    int output_stride, int weight_rows, int width, int used) {
+KERNEL experts_down(const T *inner, const int *chosen, const float *weights, const WEIGHT *weight, const float *bias,
+                    const Scale *scales, const Scale *minima, T *output, int output_stride, int weight_rows, int width, int used,
+                    int group) {
     let_next_start();
     wait_for_previous();
     const int column = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, row = blockIdx.y;
     if (column >= weight_rows) return;
+    const Matrix matrix = {weight, scales, minima, width, group};
     float sum = 0.0f;
     for (int i = 0; i < used; i++) {
         const int expert = chosen[row * used + i];
         if (expert < 0) continue;
         const size_t place = size_t(expert) * weight_rows + column;
-        float result = dot(weight + place * width, inner + size_t(row * used + i) * width, width, lane);
+        float result = dot(matrix, place, inner + size_t(row * used + i) * width, lane);
         if (bias) result += bias[place];
         sum = fmaf(weights[row * used + i], result, sum);
     }

@@ -1,10 +1,8 @@
 // A weight matrix times input rows, the plain way: any shape, alignment and type of weight, in float. What runs where neither the
 // streaming kernel (linear_stream.cu) nor cuBLASLt applies, and the oracle of both.
 #include "common.cuh"
+#include "weights.cuh"
 
-#ifndef WEIGHT
-#define WEIGHT bf16
-#endif
 #ifndef OUTPUT
 #define OUTPUT T
 #endif
@@ -15,28 +13,26 @@ constexpr int V = VECTOR;
 constexpr int WARPS = 8;
 constexpr int ROWS = 4; // input rows that share a reading of the weights
 
-// output = input * weight^T + bias; weight is (weight_rows, columns), scales (weight_rows, ceil(columns / group)) for 8-bit types, else null;
-// bias (weight_rows) may be null. With `add` not 0: output += add * that. A warp per row of the weight.
+// output = input * weight^T + bias; weight, scales and minima as weights.cuh says; bias (weight_rows) may be null. With `add` not 0: output += add * that. A warp per row of the weight.
 // Launch: grid (ceil(weight_rows / WARPS), ceil(rows / ROWS)), WARPS warps.
-KERNEL linear(const T *input, const WEIGHT *weight, const float *bias, const float *scales, OUTPUT *output, int input_stride,
-              int output_stride, int rows, int weight_rows, int columns, int group, float add) {
+KERNEL linear(const T *input, const WEIGHT *weight, const float *bias, const Scale *scales, const Scale *minima, OUTPUT *output,
+              int input_stride, int output_stride, int rows, int weight_rows, int columns, int group, float add) {
     let_next_start();
     wait_for_previous();
     const int column = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, first = blockIdx.y * ROWS;
     if (column >= weight_rows) return;
+    const Matrix matrix = {weight, scales, minima, columns, group};
     float sums[ROWS] = {};
     for (int i = lane * V; i < columns; i += WARP * V) {
         float a[V];
-        load<V>(weight + size_t(column) * columns + i, a);
-        const float factor = sizeof(WEIGHT) == 1 ? scales[size_t(column) * ((columns + group - 1) / group) + i / group] : 1.0f;
+        matrix.row(column, i, a);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             if (first + row >= rows) break;
-            float b[V], part = 0.0f;
+            float b[V];
             load<V>(input + size_t(first + row) * input_stride + i, b);
 #pragma unroll
-            for (int j = 0; j < V; j++) part = fmaf(a[j], b[j], part);
-            sums[row] = fmaf(factor, part, sums[row]);
+            for (int j = 0; j < V; j++) sums[row] = fmaf(a[j], b[j], sums[row]);
         }
     }
     for (int row = 0; row < ROWS && first + row < rows; row++) {
@@ -46,19 +42,17 @@ KERNEL linear(const T *input, const WEIGHT *weight, const float *bias, const flo
     }
 }
 
-// output = weight as bfloat16: what cuBLASLt multiplies by many rows. Launch: grid (ceil(columns / (threads * V)), weight_rows).
-KERNEL dequantize(const WEIGHT *weight, const float *scales, bf16 *output, int columns, int group) {
+// output = weight as T, times its scales: what cuBLASLt multiplies by many rows. Rows from `first` on, weight_rows of them in all.
+// Launch: grid (ceil(columns / (threads * V)), rows).
+KERNEL dequantize(const WEIGHT *weight, const Scale *scales, const Scale *minima, T *output, int first, int columns, int group) {
     let_next_start();
     wait_for_previous();
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (column >= columns) return;
-    const size_t row = blockIdx.y;
-    const float factor = sizeof(WEIGHT) == 1 ? scales[row * ((columns + group - 1) / group) + column / group] : 1.0f;
+    const Matrix matrix = {weight, scales, minima, columns, group};
     float values[V];
-    load<V>(weight + row * columns + column, values);
-#pragma unroll
-    for (int i = 0; i < V; i++) values[i] *= factor;
-    store<V>(output + row * columns + column, values);
+    matrix.row(first + blockIdx.y, column, values);
+    store<V>(output + size_t(blockIdx.y) * columns + column, values);
 }
 
 // Rows in E4M3, each with its scale: the greatest magnitude becomes 448. output is (rows, columns), contiguous. Launch: grid (rows).

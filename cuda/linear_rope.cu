@@ -36,12 +36,13 @@ struct Places {
 // As linear_stream; weight is ((heads + 2 * kv_heads) * HEAD_DIM, columns), output (rows, heads * HEAD_DIM and more), table (table rows,
 // HALF) of (cosine, sine). Launch: any grid of up to weight_rows / (2 * OUTPUTS) blocks, WARPS warps, dynamic shared memory as linear_stream.
 BOUNDED_KERNEL(WARPS * WARP, 16 / WARPS)
-linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const float *scales, const float *norm, bf16 *output,
-            KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const float2 *table, const int *rope_rows, const int *slots,
+linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Scale *scales, const Scale *minima, const float *norm,
+            bf16 *output, KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const float2 *table, const int *rope_rows, const int *slots,
             int input_stride, int output_stride, int rows, int columns, int heads, int kv_heads, int all_slots, float epsilon) {
     extern __shared__ uint4 dynamic[];
     const int units = (heads + 2 * kv_heads) * UNITS_OF_HEAD;
-    const Product product = {input, weight, scales, norm, input_stride, rows, (heads + 2 * kv_heads) * HEAD_DIM, columns, units, HALF};
+    const Product product = {input, weight, scales, minima, norm, input_stride, rows, (heads + 2 * kv_heads) * HEAD_DIM, columns,
+                             units, HALF};
     const Ending ending = {bias, scales, columns, epsilon};
     const Places places = {output, key_pages, value_pages, slots, output_stride, heads, kv_heads, all_slots};
     const auto first_row = [](int unit) { return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * OUTPUTS; };

@@ -18,15 +18,17 @@
 #define GATED 2
 static_assert((EPILOGUE == GATED) == PAIRED, "gates are combined with the rows of up");
 
-// input (rows, columns), columns a multiple of 8, or 16 for 8-bit weights; weight (weight_rows, columns), both aligned to 16 bytes; scales
-// (weight_rows) for 8-bit weights, or (weight_rows, ceil(columns / STEP)) for GROUPED ones, else null; bias (weight_rows) may be null. Launch: any grid of up to ceil(outputs / OUTPUTS) blocks,
-// WARPS warps, 2 * sizeof(Shared) + WARPS * DEPTH * SLOT bytes of dynamic shared memory.
+// input (rows, columns), columns a multiple of 8, or 16 for E4M3 weights; weight (weight_rows, columns), both aligned to 16 bytes; scales
+// (weight_rows) for E4M3, or (weight_rows, ceil(columns / STEP)) for GROUPED ones; scales and minima of PACKED weights as weights.cuh says,
+// then the rows that are combined, too, begin with a block; bias (weight_rows) may be null. Launch: any grid of up to
+// ceil(outputs / OUTPUTS) blocks, WARPS warps, 2 * sizeof(Shared) + WARPS * RING * SLOT bytes of dynamic shared memory.
 BOUNDED_KERNEL(WARPS * WARP, 16 / WARPS)
-linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const float *scales, const float *norm, OUTPUT *output,
-              int input_stride, int output_stride, int rows, int weight_rows, int columns, float add, float epsilon) {
+linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const Scale *scales, const Scale *minima, const float *norm,
+              OUTPUT *output, int input_stride, int output_stride, int rows, int weight_rows, int columns, float add, float epsilon) {
     extern __shared__ uint4 dynamic[];
     const int outputs = EPILOGUE == GATED ? weight_rows / 2 : weight_rows, second = outputs;
-    const Product product = {input, weight, scales, norm, input_stride, rows, weight_rows, columns, (outputs + OUTPUTS - 1) / OUTPUTS, second};
+    const Product product = {input, weight, scales, minima, norm, input_stride, rows, weight_rows, columns,
+                             (outputs + OUTPUTS - 1) / OUTPUTS, second};
     const Ending ending = {bias, scales, columns, epsilon};
     stream(product, dynamic, [](int unit) { return unit * OUTPUTS; }, [&](const Shared &shared, int unit) {
         for (int i = threadIdx.x; i < OUTPUTS * rows; i += WARPS * WARP) {

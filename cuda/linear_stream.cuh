@@ -9,6 +9,7 @@
 //
 // NORM 1: input rows are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the end, when
 // the sum of squares is known.
+#include "weights.cuh"
 
 #ifndef TOKENS
 #define TOKENS 8
@@ -22,9 +23,6 @@
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef WEIGHT
-#define WEIGHT bf16
-#endif
 #ifndef WARPS
 #define WARPS 8
 #endif
@@ -36,19 +34,8 @@
 #endif
 
 constexpr int PARTS = TOKENS / 8;           // of 8 tokens, the width of one matrix instruction
-constexpr int STEP = 128 / sizeof(WEIGHT);  // columns
-constexpr int LOADS = 2;                    // of 16 bytes, for each lane and row of a step
-constexpr int RUN = STEP / LOADS / 4;      // columns of one such load
-constexpr int EIGHTS = STEP / 8;            // 16 bytes of an input row each, in a step
-constexpr int SLOT = TOKENS * STEP * 2 + NORM * STEP * 4; // bytes of a step in the ring
-
 constexpr int ROWS = PAIRED ? 8 : 16;       // neighbouring weight rows of a tile
 constexpr int OUTPUTS = ROWS * TILES;       // of a unit
-
-struct Step {
-    uint4 words[TILES][2][LOADS];
-    float scales[TILES][2]; // of GROUPED weights
-};
 
 // The sums of one warp, and what they need at the end.
 struct Sums {
@@ -56,26 +43,24 @@ struct Sums {
     float squares[PARTS];
 };
 
-// Four neighbouring columns' worth of the first operand, in the order in which expand() gives weights.
-DEVICE void operand(u32 word0, u32 word1, u32 &b0, u32 &b1) {
-    if constexpr (sizeof(WEIGHT) == 1) {
-        b0 = __byte_perm(word0, word1, 0x5410);
-        b1 = __byte_perm(word0, word1, 0x7632);
-    } else {
-        b0 = word0, b1 = word1;
-    }
-}
+// What one launch multiplies, and where a unit of work (TILES tiles) finds its rows of the weight.
+struct Product {
+    const bf16 *input;
+    const WEIGHT *weight;
+    const Scale *scales, *minima;
+    const float *norm;
+    int input_stride, rows, weight_rows, columns;
+    int units, second; // units in all; from a row to the one that it is combined with
+};
 
-// The weights of four columns (number `quad` of a load), for rows g and g + 8.
-DEVICE void expand(const uint4 &upper, const uint4 &lower, int quad, u32 (&a)[4]) {
-    if constexpr (sizeof(WEIGHT) == 1) {
-        expand_e4m3(word_of(upper, quad), a[0], a[2]);
-        expand_e4m3(word_of(lower, quad), a[1], a[3]);
-    } else {
-        a[0] = word_of(upper, 2 * quad), a[2] = word_of(upper, 2 * quad + 1);
-        a[1] = word_of(lower, 2 * quad), a[3] = word_of(lower, 2 * quad + 1);
-    }
-}
+#if PACKED
+#include "stream_packed.cuh"
+#else
+#include "stream_plain.cuh"
+#endif
+constexpr int EIGHTS = STEP / 8;                                    // 16 bytes of an input row each, in a step
+constexpr int RING = TOKENS * STEP > 1024 ? DEPTH / 2 : DEPTH;      // steps of input that are under way
+constexpr int SLOT = TOKENS * STEP * 2 + NORM * STEP * 4;           // bytes of a step in the ring
 
 // Eight input values of a token times the norm's factors, and their squares added up.
 DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
@@ -91,72 +76,37 @@ DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
     values = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-struct Reader {
-    const u8 *rows[TILES][2]; // the lane's rows of the weight
-    const float *scales[TILES][2]; // and of its scales
-    int columns, t;
-    u64 policy;
-
-    // Points at the rows of another unit; `second` is how far the rows are that a tile's first 8 rows are combined with.
-    DEVICE void move(const WEIGHT *weight, const float *all_scales, int first, int second, int weight_rows, int g) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = min(first + tile * ROWS + half * (PAIRED ? second : 8) + g, weight_rows - 1);
-                rows[tile][half] = reinterpret_cast<const u8 *>(weight + size_t(row) * columns) + t * 16;
-                if (GROUPED) scales[tile][half] = all_scales + size_t(row) * ((columns + STEP - 1) / STEP);
-            }
-        }
-    }
-
-    DEVICE void operator()(Step &step, int number) const {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int column = number * STEP + i * (STEP / LOADS);
-            const bool inside = column + t * RUN < columns;
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    step.words[tile][half][i] = make_uint4(0, 0, 0, 0);
-                    if (GROUPED && i == 0) step.scales[tile][half] = number * STEP < columns ? __ldg(scales[tile][half] + number) : 0.0f;
-                    if (inside) step.words[tile][half][i] = load_stream(rows[tile][half] + column * int(sizeof(WEIGHT)), policy);
-                }
-            }
-        }
-    }
-};
-
-// A warp's ring of input rows: DEPTH steps of (TOKENS, STEP) and of the norm's STEP factors. Rows that do not exist stay zero.
+// A warp's ring of input rows: RING steps of (TOKENS, STEP) and of the norm's STEP factors. Rows that do not exist stay zero.
 struct Input {
     const bf16 *from; // the lane's part of its first row
     const float *norm;
-    u8 *ring, *to; // where the lane's part goes
+    u8 *ring;
+    u32 to; // where the lane's part goes, an address in shared memory
     int stride, rows, columns, lane, g, t;
 
     // Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
     DEVICE static int place(int token, int eight) {
-        const int load = sizeof(WEIGHT) == 1 ? eight / 8 : 0, half = sizeof(WEIGHT) == 1 ? eight % 2 : eight / 4;
-        const int quarter = sizeof(WEIGHT) == 1 ? eight / 2 % 4 : eight % 4;
-        return token * STEP * 2 + load * 128 + (half ^ token % 2) * 64 + quarter * 16;
+        constexpr bool INTERLEAVED_READS = !PACKED && sizeof(WEIGHT) == 1; // a lane reads two neighbouring eights
+        const int half = INTERLEAVED_READS ? eight % 2 : eight / 4 % 2, quarter = INTERLEAVED_READS ? eight / 2 % 4 : eight % 4;
+        return token * STEP * 2 + eight / 8 * 128 + (half ^ token % 2) * 64 + quarter * 16;
     }
 
     DEVICE void clear() const {
         for (int i = rows * STEP * 2 + lane * 16; i < TOKENS * STEP * 2; i += WARP * 16) {
-            for (int turn = 0; turn < DEPTH; turn++) *reinterpret_cast<uint4 *>(ring + turn * SLOT + i) = make_uint4(0, 0, 0, 0);
+            for (int turn = 0; turn < RING; turn++) *reinterpret_cast<uint4 *>(ring + turn * SLOT + i) = make_uint4(0, 0, 0, 0);
         }
     }
 
-    // Starts copying a step's columns; what lies beyond the row becomes zeros.
+    // Starts copying a step's columns; what lies beyond the row becomes zeros, and is not read.
     DEVICE void copy(int number, int turn) const {
-        const int column = number * STEP + lane % EIGHTS * 8;
-        const bool inside = column < columns;
-        const bf16 *source = from + (inside ? number * STEP : 0);
+        const bool inside = number * STEP + lane % EIGHTS * 8 < columns;
+        const bf16 *source = from + number * STEP;
+        u32 target = to + turn * SLOT;
 #pragma unroll 1
-        for (int token = lane / EIGHTS, i = 0; token < rows; token += WARP / EIGHTS, i++) {
-            copy_16_cached(to + turn * SLOT + i * (WARP / EIGHTS) * STEP * 2, source, inside);
+        for (int token = lane / EIGHTS; token < rows; token += WARP / EIGHTS) {
+            copy_16_to(target, source, inside);
             source += WARP / EIGHTS * size_t(stride);
+            target += WARP / EIGHTS * STEP * 2;
         }
         if (NORM && lane < STEP / 4) {
             const int at = number * STEP + lane * 4;
@@ -165,52 +115,16 @@ struct Input {
         end_group();
     }
 
-    // Multiplies a step's weights.
-    DEVICE void multiply(const Step &step, int turn, Sums &all) const {
-        Sums sums = {}; // of this step, where it has a scale of its own
-        if (!GROUPED) sums = all;
+    // The lane's eight columns of each token in a slot, normalised; their squares are added up.
+    DEVICE void read(int turn, int eight, uint4 (&values)[PARTS], Sums &sums) const {
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-#pragma unroll
-            for (int part_of_span = 0; part_of_span < RUN / 8; part_of_span++) {
-                const int eight = i * (EIGHTS / LOADS) + t * (RUN / 8) + part_of_span;
-                uint4 values[PARTS];
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    values[part] = *reinterpret_cast<const uint4 *>(ring + turn * SLOT + place(part * 8 + g, eight));
-                    if (NORM) {
-                        const float *factors = reinterpret_cast<const float *>(ring + turn * SLOT + TOKENS * STEP * 2) + eight * 8;
-                        normalise(values[part], factors, sums.squares[part]);
-                    }
-                }
-#pragma unroll
-                for (int quad = 0; quad < 2; quad++) {
-#pragma unroll
-                    for (int tile = 0; tile < TILES; tile++) {
-                        u32 a[4];
-                        expand(step.words[tile][0][i], step.words[tile][1][i], part_of_span * 2 + quad, a);
-#pragma unroll
-                        for (int part = 0; part < PARTS; part++) {
-                            u32 b0, b1;
-                            operand(word_of(values[part], 2 * quad), word_of(values[part], 2 * quad + 1), b0, b1);
-                            mma(sums.values[tile][part], a[0], a[1], a[2], a[3], b0, b1);
-                        }
-                    }
-                }
+        for (int part = 0; part < PARTS; part++) {
+            values[part] = *reinterpret_cast<const uint4 *>(ring + turn * SLOT + place(part * 8 + g, eight));
+            if (NORM) {
+                const float *factors = reinterpret_cast<const float *>(ring + turn * SLOT + TOKENS * STEP * 2) + eight * 8;
+                normalise(values[part], factors, sums.squares[part]);
             }
         }
-        if (!GROUPED) {
-            all = sums;
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < TILES * PARTS * 4; i++) {
-            const int tile = i / (PARTS * 4), part = i / 4 % PARTS;
-            float &sum = all.values[tile][part][i % 4];
-            sum = fmaf(step.scales[tile][i % 4 / 2], sums.values[tile][part][i % 4], sum);
-        }
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) all.squares[part] += sums.squares[part];
     }
 };
 
@@ -240,7 +154,8 @@ DEVICE void publish(const Sums &sums, int warp, int g, int t, Shared &shared) {
 
 // What ends a product: the norm's scale, the weights' scale, the bias. `row` is the weight's.
 struct Ending {
-    const float *bias, *scales;
+    const float *bias;
+    const Scale *scales;
     int columns;
     float epsilon;
 
@@ -253,43 +168,37 @@ struct Ending {
             for (int warp = 0; warp < WARPS; warp++) square += shared.squares[warp][token];
             sum *= 1.0f / sqrtf(square / columns + epsilon);
         }
-        if (sizeof(WEIGHT) == 1 && !GROUPED) sum *= scales[row];
+        if (!PACKED && sizeof(WEIGHT) == 1 && !GROUPED) sum *= to_float(scales[row]);
         return bias ? sum + bias[row] : sum;
     }
 };
 
-// What one launch multiplies, and where a unit of work (TILES tiles) finds its rows of the weight.
-struct Product {
-    const bf16 *input;
-    const WEIGHT *weight;
-    const float *scales, *norm;
-    int input_stride, rows, weight_rows, columns;
-    int units, second; // units in all; from a row to the one that it is combined with
-};
-
 // Runs this block's units: first_row(unit) is the weight's row that the first tile begins with, finish(shared, unit) takes the sums of all
-// warps, by all threads. `dynamic` is two of Shared and the warps' rings: WARPS * DEPTH * SLOT bytes.
+// warps, by all threads. `dynamic` is two of Shared and the warps' rings: WARPS * RING * SLOT bytes.
 template <class FirstRow, class Finish>
 DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, Finish finish) {
-    const auto [input, weight, scales, norm, input_stride, rows, weight_rows, columns, units, second] = product;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int steps = (columns + STEP - 1) / STEP;
+    const int steps = (product.columns + STEP - 1) / STEP;
     Shared *memory = reinterpret_cast<Shared *>(dynamic); // two, taken in turns
-    Reader read = {{}, {}, columns, t, streaming_policy()};
+    Reader read = {product, g, t, streaming_policy()};
+    const Constants constants;
     int unit = blockIdx.x;
-    read.move(weight, scales, first_row(unit), second, weight_rows, g);
+    read.move(first_row(unit));
     Step ring[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) read(ring[i], warp + i * WARPS);
     let_next_start();
-    u8 *own = reinterpret_cast<u8 *>(memory + 2) + warp * DEPTH * SLOT;
-    const Input inputs = {input + size_t(lane / EIGHTS) * input_stride + lane % EIGHTS * 8, norm, own,
-                          own + Input::place(lane / EIGHTS, lane % EIGHTS), input_stride, rows, columns, lane, g, t};
+    u8 *own = reinterpret_cast<u8 *>(memory + 2) + warp * RING * SLOT;
+    const bf16 *from = product.input + size_t(lane / EIGHTS) * product.input_stride + lane % EIGHTS * 8;
+    u32 to = u32(__cvta_generic_to_shared(own + Input::place(lane / EIGHTS, lane % EIGHTS)));
+    asm volatile("" : "+l"(from), "+r"(to)); // or they are computed anew in every step
+    const Input inputs = {from, product.norm, own, to, product.input_stride,
+                          product.rows, product.columns, lane, g, t};
     inputs.clear();
     wait_for_previous();
 #pragma unroll 1
-    for (int i = 0; i < DEPTH; i++) inputs.copy(warp + i * WARPS, i);
-    for (int turn = 0; unit < units; turn ^= 1) {
+    for (int i = 0; i < RING; i++) inputs.copy(warp + i * WARPS, i);
+    for (int turn = 0; unit < product.units; turn ^= 1) {
         Sums sums = {};
         const int next_unit = unit + gridDim.x;
 #pragma unroll 1
@@ -297,17 +206,18 @@ DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, F
             int next = base + DEPTH * WARPS;
             if (next - warp >= steps) {
                 // The rows of the next unit; beyond the last, nothing is read.
-                next = next_unit < units ? warp : steps;
-                if (next_unit < units) read.move(weight, scales, first_row(next_unit), second, weight_rows, g);
+                next = next_unit < product.units ? warp : steps;
+                if (next_unit < product.units) read.move(first_row(next_unit));
             }
 #pragma unroll
             for (int i = 0; i < DEPTH; i++) {
-                wait_group<DEPTH - 1>();
+                wait_group<RING - 1>();
                 __syncwarp();
-                if (base + i * WARPS < steps) inputs.multiply(ring[i], i, sums);
+                if (base + i * WARPS < steps) multiply(inputs, ring[i], i % RING, constants, sums);
                 read(ring[i], next + i * WARPS);
                 __syncwarp();
-                inputs.copy(next + i * WARPS, i);
+                // Every unit has the same input, so what comes RING steps later may be the next one's.
+                inputs.copy(i + RING < DEPTH ? base + (i + RING) * WARPS : next + (i + RING - DEPTH) * WARPS, i % RING);
             }
         }
         publish(sums, warp, g, t, memory[turn]);

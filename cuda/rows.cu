@@ -5,14 +5,15 @@
 #ifndef VECTOR
 #define VECTOR 1
 #endif
-#ifndef TABLE
-#define TABLE T // element type of the table
+#ifndef WEIGHT
+#define WEIGHT T // element type of the table
 #endif
+#include "weights.cuh"
 constexpr int V = VECTOR;
 
 // output[row] = scale * table[token]; a token beyond the table gives zeros. A token of -1 - i is the one that `chosen` has in place i.
-KERNEL embed(const TABLE *table, const int *tokens, const int *chosen, T *output, int table_rows, int output_stride, int width,
-             float scale) {
+KERNEL embed(const WEIGHT *table, const Scale *scales, const Scale *minima, const int *tokens, const int *chosen, T *output,
+             int table_rows, int output_stride, int width, int group, float scale) {
     let_next_start();
     wait_for_previous();
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -20,14 +21,14 @@ KERNEL embed(const TABLE *table, const int *tokens, const int *chosen, T *output
     int token = tokens[blockIdx.y];
     if (token < 0) token = chosen[~token];
     float values[V] = {};
-    if (u32(token) < u32(table_rows)) load<V>(table + size_t(token) * width + column, values);
+    if (u32(token) < u32(table_rows)) Matrix{table, scales, minima, width, group}.row(token, column, values);
 #pragma unroll
     for (int i = 0; i < V; i++) values[i] *= scale;
     store<V>(output + size_t(blockIdx.y) * output_stride + column, values);
 }
 
 // rows[row] += table[positions[row]]; a position beyond the table adds nothing.
-KERNEL add_position(const TABLE *table, const int *positions, T *rows, int table_rows, int stride, int width) {
+KERNEL add_position(const WEIGHT *table, const int *positions, T *rows, int table_rows, int stride, int width) {
     let_next_start();
     wait_for_previous();
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;

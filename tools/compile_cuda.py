@@ -50,6 +50,18 @@ HEADS: list[Macros] = [
 ]
 KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3"], "VALUE_TYPE": ["bf16", "e4m3"]}
 STREAMED = {"TOKENS": [8, 16], "NORM": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
+PACKED = [
+    {"WEIGHT": "u8", "PACKED": bits, "WEIGHT_GROUP": group, "MINIMA": minima}
+    for bits, group, minima in ((4, 32, 0), (4, 32, 1), (4, 128, 0), (8, 32, 0))
+]
+"""Layouts of packed weights."""
+
+
+def packed(variants: list[Macros]) -> list[Macros]:
+    """Return variants for each packed layout."""
+    return [{**layout, **macros} for layout in PACKED for macros in variants]
+
+
 VARIANTS: dict[str, list[Macros]] = {
     "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]),
     "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
@@ -57,18 +69,22 @@ VARIANTS: dict[str, list[Macros]] = {
     "attention_plan.cu": ONE,
     "attention_prefill.cu": HEADS,
     "elementwise.cu": choices(**BOTH),
-    "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]),
+    "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]) + packed(choices(VECTOR=[8])),
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
-    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]),
-    "linear_rope.cu": choices(PAIRED=[1], NORM=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"]),
+    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(**BOTH)),
+    "linear_rope.cu": choices(PAIRED=[1], NORM=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
+    + packed(choices(PAIRED=[1], TOKENS=[8, 16])),
     "linear_stream.cu": choices(**STREAMED)
     + choices(**STREAMED, EPILOGUE=[2], PAIRED=[1])
     + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
-    + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"]),
+    + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"])
+    + packed(choices(TOKENS=[8, 16], EPILOGUE=[1]) + choices(TOKENS=[8, 16], EPILOGUE=[2], PAIRED=[1])),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
+    "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED if not layout["MINIMA"]]
+    + [{**PACKED[index], "FORMAT": number} for number, index in ((1, 3), (2, 0), (3, 1), (4, 2))],
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
-    "rows.cu": choices(**BOTH, TABLE=["bf16", "f16"]),
+    "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(**BOTH)),
     "sampler.cu": ONE,
 }
 

@@ -435,6 +435,7 @@ class DeviceModel:
         backend: str,
         dtype: str = "auto",
         kv_cache_dtype: str | Mapping[str, Any] = "auto",
+        quantization: str | None = None,
         mmap: bool = True,
     ) -> DeviceModel: ...
     @property
@@ -470,14 +471,24 @@ class DeviceModel:
     def max_logit_rows(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
         """The most rows whose logits one step gives."""
 
-    def read_matrix(self, matrix: int, first: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` with rows from ``first`` on."""
+    def matrix_formats(self, matrix: int) -> list[tuple[int, str, str]]:
+        """For each part of a matrix: rows, the format in which they are stored, and that to compute with."""
+
+    def table_formats(self, table: str) -> tuple[int, str, str]:
+        """The same of the table "embedding" or "position"."""
+
+    def read_matrix(
+        self, matrix: int, first: int, out: NDArray[np.uint8], form: Literal["f32", "bf16", "stored"] | None = None
+    ) -> None:
+        """Fill ``out`` with rows from ``first`` on: as floats, as they are stored, or (None) in the type of weights."""
 
     def matrix_bias(self, matrix: int) -> NDArray[np.float32] | None: ...
     def table_shape(self, table: str) -> tuple[int, int] | None:
         """(rows, columns) of the table "embedding" or "position", if the model has it."""
 
-    def read_table(self, table: str, first: int, out: NDArray[np.uint8]) -> None: ...
+    def read_table(
+        self, table: str, first: int, out: NDArray[np.uint8], form: Literal["f32", "bf16", "stored"] | None = None
+    ) -> None: ...
     def vector(self, vector: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """A norm's weight and bias."""
 

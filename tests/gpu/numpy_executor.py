@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from numpy_sampler import DRAW, choose, tell, view
+from numpy_sampler import DRAW, choose, tell
+from packed_weights import NumpyPacking, packed_weight, view
 
 from infer.gpu.arrays import LOGPROB_VALUES, PAGE_TOKENS, Draws, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan
@@ -43,6 +44,8 @@ def matrix(rows: Rows) -> NDArray[Any]:
 
 def weight_of(weight: Weight, expert: int = 0) -> NDArray[Any]:
     """A matrix, or that of one expert."""
+    if weight.is_packed:
+        return packed_weight(weight)[expert * weight.rows : (expert + 1) * weight.rows]
     if weight.type == "e4m3":
         codes = view(weight.pointer, (weight.rows, weight.columns), np.uint8)
         return E4M3[codes] * view(weight.scales, (weight.rows, 1))
@@ -82,13 +85,15 @@ class HostDevice:
 
     def use(self) -> None: ...
 
-    def operations(self, rounded: bool) -> NumpyOperations:
+    def operations(self) -> NumpyOperations:
         return NumpyOperations()
 
     def allocate(self, size: int) -> int:
         block = np.full(max(size, 256) + 256, 0xFF, np.uint8)  # NaN: whatever is read must have been written
         self.blocks.append(block)
         return -(-block.ctypes.data // 256) * 256
+
+    def give_back(self, pointer: int) -> None: ...
 
     def free_bytes(self) -> int:
         return self.free
@@ -139,7 +144,7 @@ class HostDevice:
         self.blocks.clear()
 
 
-class NumpyOperations:
+class NumpyOperations(NumpyPacking):
     """The kernels' operations, done at once."""
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None: ...

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from golden_table import TOLERANCE, Golden, differences, goldens
+from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
 from machine import patience
 from samples import PROMPTS, choices, same_choices, texts
 
@@ -267,8 +267,10 @@ print(next(stream).text)
 def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
     with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
         open_host(kv_cache_dtype="int8")
-    with pytest.raises(InferError, match="quantization must be None or 'fp8' with device='cuda', got 'int8'"):
-        open_host(quantization="int8")
+    with pytest.raises(InferError, match='quantization must be one of .*got "int3"'):
+        open_host(quantization="int3")
+    with pytest.raises(InferError, match="is quantized already"):
+        open_host(quantization="int4")
     with pytest.raises(InferError, match="max_num_seqs must be at least 1, got 0"):
         open_host(max_num_seqs=0)
     with pytest.raises(InferError, match="enforce_eager must be True or False"):
@@ -284,3 +286,19 @@ def test_without_cupy_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(InferError, match=r"needs CuPy.*pip install 'infer\[cuda13\]'"):
         LLM(device="cuda")
+
+
+QUANTIZED = ("llama", "gpt2", "qwen2", "starcoder2")
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_rounded_weights_are_those_of_the_cpu(name: str, quantization: str, open_host: Callable[..., LLM]) -> None:
+    """The same integers and scales, computed with in float32 here as there: logits differ by the order of sums alone."""
+    folder = GOLDEN / name
+    tokens = read_safetensors(folder / "expected.safetensors")["token_ids"][:24].tolist()
+    with LLM(folder, dtype="float32", threads=2, quantization=quantization) as llm:
+        expected = llm.logits(tokens)
+    llm = open_host(folder, quantization=quantization)
+    assert llm.info.quantization == quantization
+    assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=48, temperature=0.9, top_p=0.95, seed=5, repetition_penalty=1.05, n=2)
 WITH_LOGPROBS = SamplingParams(max_tokens=48, temperature=0.0, logprobs=3)
+QUANTIZED = ("llama", "gpt2", "qwen2", "starcoder2")  # models whose rows are whole groups of 32
 BF16_TOLERANCE = 0.4
 """Largest difference of a logit with bfloat16 activations, in standard deviations of the expected logits."""
 
@@ -148,6 +149,21 @@ def test_keys_and_values_in_eight_bits(dtype: str, tolerance: float) -> None:
     with load(dtype=dtype, kv_cache_dtype="fp8") as llm:
         assert np.abs(llm.logits(prompt) - expected).max() < tolerance * expected.std()
         assert len(llm.generate([prompt, prompt[:7]], GREEDY)[1].outputs[0].token_ids) > 0
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("model", QUANTIZED)
+def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> None:
+    """The same integers and scales: in float32 as there but for the order of sums; in bfloat16 near that, few rows and many."""
+    folder = GOLDEN / model
+    tokens = read_safetensors(folder / "expected.safetensors")["token_ids"][:24].tolist()
+    with LLM(folder, dtype="float32", threads=2, quantization=quantization) as llm:
+        expected = llm.logits(tokens)
+    with load(folder, quantization=quantization) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+    for step in (256, 8):
+        with load(folder, dtype="auto", quantization=quantization, max_num_batched_tokens=step, max_num_seqs=8) as llm:
+            assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
 
 
 def test_draws_on_the_gpu_are_the_cores() -> None:

@@ -26,6 +26,13 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")
 """In the order of the numbers in cuda/activation.cuh."""
 
 
+PACKED_BITS = {"int4": 4, "int8": 8}
+"""Bits of the integers of packed weights, by type."""
+
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
+"""Of a block of a packed weight, as in cuda/weights.cuh."""
+
+
 def c_type(element: str) -> str:
     """Return the name of an element type in the kernels' sources."""
     return "float" if element == "f32" else element
@@ -53,20 +60,39 @@ class Rows:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix (rows, columns), row-major and contiguous, or with ``experts`` many of them one after the other."""
+    """A matrix (rows, columns), row-major and contiguous or packed, or with ``experts`` many of them one after the other."""
 
     pointer: int
     rows: int
     columns: int
     type: str
-    """"bf16", "f16", "f32" or "e4m3"."""
+    """"bf16", "f16", "f32" or "e4m3"; "int4" or "int8" for packed integers, laid out as cuda/weights.cuh says."""
     bias: int = 0
     """f32 (rows), or (experts, rows); 0 for none."""
     scales: int = 0
-    """f32 (rows, ceil(columns / group)) for 8-bit types, else 0."""
+    """f32 (rows, ceil(columns / group)) for e4m3; of packed integers f16, in their layout; else 0."""
     group: int = 0
-    """Columns that share a scale: 0 for all of a row, else a multiple of 8; 128 is streamed."""
+    """Columns that share a scale. e4m3: 0 for all of a row, else a multiple of 8; 128 is streamed. Packed: 32 or 128."""
     experts: int = 1
+    minima: int = 0
+    """What is added to each group of packed integers, laid out as their scales; 0 for none."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether these are packed integers."""
+        return self.type in PACKED_BITS
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, without scales."""
+        return self.columns * PACKED_BITS[self.type] // 8 if self.is_packed else self.columns * ELEMENT_BYTES[self.type]
+
+    @property
+    def macros(self) -> dict[str, int | str]:
+        """What kernels are compiled with to read it."""
+        if not self.is_packed:
+            return {"WEIGHT": c_type(self.type)}
+        return {"WEIGHT": "u8", "PACKED": PACKED_BITS[self.type], "WEIGHT_GROUP": self.group, "MINIMA": int(self.minima != 0)}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INSTALL = "install the GPU's libraries with `pip install 'infer[cuda13]'`, or `'infer[cuda12]'` for drivers before 580"
 WORKSPACE_BYTES = 32 << 20  # of matrix products; what cuBLASLt wants on Hopper
-ROUNDED_BYTES = 256 << 20  # ... and of products of many rows with 8-bit weights: rounded rows, or weights that were unpacked
+UNPACKED_BYTES = 256 << 20  # ... and of products of many rows with weights of few bits: rounded rows, or unpacked weights
 LEAST_DRIVER = 12000  # CUDA 12
 LEAST_CAPABILITY = 80  # bfloat16 and cp.async
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
@@ -68,12 +68,12 @@ class Device:
         """Make the GPU current in the calling thread."""
         self._device.use()
 
-    def operations(self, rounded: bool) -> Any:
-        """Return the kernels' operations, enqueued on this device's stream; whether some weights have 8 bits."""
+    def operations(self) -> Any:
+        """Return the kernels' operations, enqueued on this device's stream."""
         from infer.gpu.kernels import Kernels
         from infer.gpu.operations import Operations
 
-        size = WORKSPACE_BYTES + (ROUNDED_BYTES if rounded else 0)
+        size = WORKSPACE_BYTES + UNPACKED_BYTES
         workspace = self.allocate(size)
         self.clear(workspace, size)
         return Operations(Kernels(), self.stream, workspace, size)
@@ -88,6 +88,11 @@ class Device:
             raise InferError(f"the GPU cannot give {size} bytes, it has {free} free; {advice} ({error})") from error
         self._blocks.append(pointer)
         return pointer
+
+    def give_back(self, pointer: int) -> None:
+        """Give back what `allocate` gave, once nothing enqueued uses it."""
+        self._blocks.remove(pointer)
+        self._runtime.free(pointer)
 
     def free_bytes(self) -> int:
         """Return how many bytes nobody has taken."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from infer._core import InferError
-from infer.gpu.arrays import ACTIVATIONS, Routes, Rows, Weight, c_type
+from infer.gpu.arrays import ACTIVATIONS, Routes, Rows, Weight
 from infer.gpu.rows import RowOperations, element_macros, vector
 
 if TYPE_CHECKING:
@@ -36,14 +36,16 @@ class ExpertOperations(RowOperations):
         (rows * routes.used, width), contiguous.
         """
         width = gate_up.rows // 2
-        macros = {**element_macros(source.dtype), "WEIGHT": c_type(gate_up.type), "ACTIVATION": ACTIVATIONS.index(activation)}
+        macros = {**element_macros(source.dtype), "ACTIVATION": ACTIVATIONS.index(activation)}
         v = vector(gate_up.columns, source) if gate_up.pointer % 16 == 0 else 1
-        first = self.kernels.get("experts.cu", "experts_gate_up", VECTOR=v, **macros)
-        pointers = (source.pointer, routes.chosen, gate_up.pointer, gate_up.bias, inner.pointer)
-        shape = (source.stride, gate_up.columns, width, routes.used)
+        first = self.kernels.get("experts.cu", "experts_gate_up", VECTOR=v, **macros, **gate_up.macros)
+        weight = (gate_up.pointer, gate_up.bias, gate_up.scales, gate_up.minima)
+        pointers = (source.pointer, routes.chosen, *weight, inner.pointer)
+        shape = (source.stride, gate_up.columns, width, routes.used, gate_up.group or gate_up.columns)
         first(self.stream, (-(-width // WARPS), source.rows * routes.used), WARPS * 32, (*pointers, *shape))
         v = vector(width, inner) if down.pointer % 16 == 0 else 1
-        second = self.kernels.get("experts.cu", "experts_down", VECTOR=v, **{**macros, "WEIGHT": c_type(down.type)})
-        arguments = (inner.pointer, routes.chosen, routes.weights, down.pointer, down.bias, output.pointer)
-        shape = (output.stride, down.rows, width, routes.used)
+        second = self.kernels.get("experts.cu", "experts_down", VECTOR=v, **macros, **down.macros)
+        weight = (down.pointer, down.bias, down.scales, down.minima)
+        arguments = (inner.pointer, routes.chosen, routes.weights, *weight, output.pointer)
+        shape = (output.stride, down.rows, width, routes.used, down.group or down.columns)
         second(self.stream, (-(-down.rows // WARPS), source.rows), WARPS * 32, (*arguments, *shape))

@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight, c_type
+from infer.gpu.arrays import (
+    ACTIVATIONS,
+    BLOCK_ROWS,
+    ELEMENT_BYTES,
+    PAGE_TOKENS,
+    KvLayer,
+    RopeTable,
+    Rows,
+    StepInputs,
+    Weight,
+    c_type,
+)
 from infer.gpu.attention import AttentionOperations, kv_macros
 from infer.gpu.blas import Blas, can_multiply
 from infer.gpu.rows import THREADS, element_macros, norm_threads, vector
@@ -23,6 +34,7 @@ STREAM_ROWS = 16
 BLAS_BYTES = 32 << 20
 UNPACKED_ROWS = 64
 """Weight rows that are unpacked at a time are a multiple of this."""
+MOST_GRID_ROWS = 65535
 
 STORE, ADD, GATED = 0, 1, 2
 WARPS = 8  # of the plain kernel
@@ -85,7 +97,7 @@ class LinearOperations(AttentionOperations):
         ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
         """
         width = weight.rows // 2
-        if can_stream(source, output, weight):
+        if can_stream(source, output, weight) and can_pair(weight):
             self._stream(source, output, weight, GATED, activation=activation)
             return
         self.linear(source, scratch.part(0, weight.rows), weight)
@@ -111,7 +123,7 @@ class LinearOperations(AttentionOperations):
         scratch: Rows,
     ) -> None:
         """``linear_gated`` of ``rms_norm(source)``; ``normed`` is working memory as wide as the source."""
-        if can_stream(source, output, weight) and can_normalise(source, weight):
+        if can_stream(source, output, weight) and can_normalise(source, weight) and can_pair(weight):
             self._stream(source, output, weight, GATED, norm=norm, epsilon=epsilon, activation=activation)
             return
         self.norm(source, normed, "rms", epsilon, norm)
@@ -147,7 +159,7 @@ class LinearOperations(AttentionOperations):
             source, norm = scratch, 0
         launch = self._launch(weight.rows // 2, source.rows, GATED, norm != 0, weight)
         kernel = self.kernels.get("linear_rope.cu", "linear_rope", **launch.macros, **kv_macros(layer))
-        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, qkv.pointer)
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, qkv.pointer)
         places = (layer.keys, layer.values, table.pointer, inputs.rope_rows, inputs.slots)
         shape = (source.stride, qkv.stride, source.rows, weight.columns, heads, layer.kv_heads, layer.pages * PAGE_TOKENS)
         kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *places, *shape, epsilon), launch.shared)
@@ -171,7 +183,7 @@ class LinearOperations(AttentionOperations):
             "ACTIVATION": ACTIVATIONS.index(activation),
         }
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
-        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, norm, output.pointer)
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
         kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *shape, add, epsilon), launch.shared)
 
@@ -179,13 +191,13 @@ class LinearOperations(AttentionOperations):
         """Choose how a streaming product runs."""
         processors, paired = self.kernels.multiprocessors, epilogue == GATED
         blocks = -(-outputs // (8 if paired else 16))
-        warps = stream_warps(blocks, weight.columns * ELEMENT_BYTES[weight.type], processors)
+        warps = stream_warps(blocks, weight.row_bytes, processors)
         tokens = 8 if rows <= 8 else 16
         shared = stream_shared_bytes(warps, tokens, has_norm, weight.type)
         if shared > self.kernels.shared_limit:
             warps, shared = 8, stream_shared_bytes(8, tokens, has_norm, weight.type)
         macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
-        macros |= {"WEIGHT": c_type(weight.type), "GROUPED": int(0 < weight.group < weight.columns)}
+        macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
         return _Launch(macros, min(blocks, processors * (16 // warps)), warps, shared)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
@@ -194,11 +206,11 @@ class LinearOperations(AttentionOperations):
             "linear.cu",
             "linear",
             VECTOR=v,
-            WEIGHT=c_type(weight.type),
             OUTPUT=c_type(output.dtype),
+            **weight.macros,
             **element_macros(source.dtype),
         )
-        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, output.pointer)
+        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns, weight.group or weight.columns)
         kernel(self.stream, (-(-weight.rows // WARPS), -(-source.rows // 4)), WARPS * 32, (*pointers, *shape, add))
 
@@ -210,20 +222,21 @@ class LinearOperations(AttentionOperations):
         kernel(self.stream, (source.rows,), norm_threads(source.width, v), arguments)
 
     def _can_unpack(self, source: Rows, output: Rows, weight: Weight) -> bool:
-        fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * 2 and weight.columns % 8 == 0
+        fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * ELEMENT_BYTES[source.dtype] and weight.columns % 8 == 0
         return (
             source.rows > STREAM_ROWS
-            and weight.type == "e4m3"
+            and (weight.type == "e4m3" or weight.is_packed)
             and fits
-            and can_multiply(source, replace(weight, type="bf16"), output)
+            and can_multiply(source, replace(weight, type=source.dtype), output)
         )
 
     def _wide_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
-        """Multiply E4M3 weights by many rows: in E4M3 as well where the hardware does that, else in bfloat16."""
+        """Multiply weights of few bits by many rows: E4M3 by E4M3 where the hardware does that, else unpacked."""
         scales_bytes = -(-source.rows * 4 // 256) * 256
         rounded = Rows(self._unpacked + scales_bytes, source.rows, source.width, source.width, "e4m3")
         fits = scales_bytes + source.rows * source.width <= self._unpacked_bytes
-        can_scale = weight.group in (0, weight.columns) and weight.columns % 16 == 0 and weight.rows % 16 == 0
+        can_scale = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)
+        can_scale = can_scale and weight.columns % 16 == 0 and weight.rows % 16 == 0
         if not (fits and can_scale and self._blas.has_scaled(rounded, weight, output)):
             self._unpacked_product(source, output, weight, alpha, beta)
             return
@@ -233,15 +246,16 @@ class LinearOperations(AttentionOperations):
             self._add_bias(output, weight.bias, alpha)
 
     def _unpacked_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
-        group = weight.group or weight.columns
-        kernel = self.kernels.get("linear.cu", "dequantize", VECTOR=8, WEIGHT=c_type(weight.type))
-        step = self._unpacked_bytes // (weight.columns * 2) // UNPACKED_ROWS * UNPACKED_ROWS
+        macros = {**weight.macros, **element_macros(source.dtype)}
+        kernel = self.kernels.get("linear.cu", "dequantize", VECTOR=8, **macros)
+        row_bytes = weight.columns * ELEMENT_BYTES[source.dtype]
+        step = min(self._unpacked_bytes // row_bytes, MOST_GRID_ROWS) // UNPACKED_ROWS * UNPACKED_ROWS
         for first in range(0, weight.rows, step):
             rows = min(step, weight.rows - first)
-            pointer, scales = weight.pointer + first * weight.columns, weight.scales + first * -(-weight.columns // group) * 4
+            arguments = (weight.pointer, weight.scales, weight.minima, self._unpacked, first, weight.columns)
             grid = (-(-weight.columns // (THREADS * 8)), rows)
-            kernel(self.stream, grid, THREADS, (pointer, scales, self._unpacked, weight.columns, group))
-            part = replace(weight, pointer=self._unpacked, rows=rows, type="bf16")
+            kernel(self.stream, grid, THREADS, (*arguments, weight.group or weight.columns))
+            part = replace(weight, pointer=self._unpacked, rows=rows, type=source.dtype)
             self._blas.product(self.stream, source, part, output.part(first, rows), alpha, beta)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)
@@ -254,12 +268,17 @@ class LinearOperations(AttentionOperations):
 
 def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     """Return whether the streaming kernel takes this product."""
-    whole = 16 // ELEMENT_BYTES[weight.type]
-    aligned = weight.columns % max(whole, 8) == 0 and source.stride % 8 == 0
+    whole = 16 if weight.type == "e4m3" else 8
+    aligned = weight.columns % whole == 0 and source.stride % 8 == 0
     aligned = aligned and weight.pointer % 16 == 0 and source.pointer % 16 == 0
-    types = source.dtype == "bf16" and weight.type in ("bf16", "e4m3") and output.dtype in ("bf16", "f32")
-    scales = weight.type == "bf16" or weight.group in (0, 128, weight.columns)
-    return 0 < source.rows <= STREAM_ROWS and aligned and types and scales
+    types = source.dtype == "bf16" and output.dtype in ("bf16", "f32")
+    known = weight.type == "bf16" or weight.is_packed or (weight.type == "e4m3" and weight.group in (0, 128, weight.columns))
+    return 0 < source.rows <= STREAM_ROWS and aligned and types and known
+
+
+def can_pair(weight: Weight) -> bool:
+    """Return whether the streaming kernels may combine the two halves of the rows: packed ones begin with a block."""
+    return not weight.is_packed or weight.rows // 2 % BLOCK_ROWS == 0
 
 
 def can_normalise(source: Rows, weight: Weight) -> bool:
@@ -287,6 +306,6 @@ def stream_warps(blocks: int, row_bytes: int, processors: int) -> int:
 
 def stream_shared_bytes(warps: int, tokens: int, has_norm: bool, weight_type: str) -> int:
     """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cuh."""
-    step = 128 // ELEMENT_BYTES[weight_type]
-    ring = 4 * (tokens * step * 2 + (step * 4 if has_norm else 0))
+    step = 64 if weight_type == "bf16" else 128
+    ring = (2 if tokens * step > 1024 else 4) * (tokens * step * 2 + (step * 4 if has_norm else 0))
     return warps * (ring + 2 * 4 * (16 * (tokens + 1) + tokens))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from infer._core import InferError
 from infer.gpu.experts import ExpertOperations
 from infer.gpu.linear import LinearOperations
+from infer.gpu.packing import PackOperations
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import Draws, Rows
@@ -18,7 +19,7 @@ ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
 
-class Operations(LinearOperations, ExpertOperations):
+class Operations(LinearOperations, ExpertOperations, PackOperations):
     """Operations on one device and stream. They only enqueue, allocate nothing, and may be captured into a graph.
 
     ``workspace`` is device memory for products, used by one operation after the other.

@@ -49,14 +49,15 @@ class RowOperations:
     def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
         """``output[row] = scale * table[token]`` of each row's token, which may be what the step before chose."""
         v = vector(output.width, output) if table.pointer % 16 == 0 else 1
-        arguments = (table.pointer, inputs.tokens, inputs.chosen, output.pointer, table.rows, output.stride, output.width, scale)
-        self._over_columns("rows.cu", "embed", output, output.width, v, arguments, TABLE=c_type(table.type))
+        pointers = (table.pointer, table.scales, table.minima, inputs.tokens, inputs.chosen, output.pointer)
+        shape = (table.rows, output.stride, output.width, table.group or table.columns)
+        self._over_columns("rows.cu", "embed", output, output.width, v, (*pointers, *shape, scale), **table.macros)
 
     def add_position(self, inputs: StepInputs, table: Weight, rows: Rows) -> None:
         """``rows[row] += table[positions[row]]``."""
         v = vector(rows.width, rows) if table.pointer % 16 == 0 else 1
         arguments = (table.pointer, inputs.positions, rows.pointer, table.rows, rows.stride, rows.width)
-        self._over_columns("rows.cu", "add_position", rows, rows.width, v, arguments, TABLE=c_type(table.type))
+        self._over_columns("rows.cu", "add_position", rows, rows.width, v, arguments, **table.macros)
 
     def select(self, source: Rows, wanted: int, output: Rows) -> None:
         """``output[row] = source[wanted[row]]``; ``wanted`` is int32 (output rows) on the device."""

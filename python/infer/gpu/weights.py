@@ -6,10 +6,14 @@ Host memory stays at two pieces, however large the model is.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from infer.gpu.arrays import ELEMENT_BYTES, RopeTable, Rows, Weight
+from infer._core import InferError
+from infer.gpu.arrays import BLOCK_ROWS, ELEMENT_BYTES, RopeTable, Rows, Weight
 from infer.gpu.device import as_bytes
+from infer.gpu.packing import Packed, Plan, from_row, plan, sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
     from infer._core import DeviceModel
     from infer.gpu.device import Device
+    from infer.gpu.packing import Form
 
     Reader = Callable[[int, NDArray[np.uint8]], None]
     Done = Callable[[int, int], None]
@@ -38,9 +43,12 @@ class Staging:
     def load(self, pointer: int, rows: int, row_bytes: int, read: Reader, done: Done | None = None) -> None:
         """Fill device memory with rows that ``read`` gives: it fills an array with rows from a number on.
 
-        With ``done``, all pieces go to the same place, and it enqueues what is to become of each: the first row, and how many.
+        With ``done``, all pieces go to the same place, and it enqueues what is to become of each: the first row, a multiple of
+        BLOCK_ROWS, and how many.
         """
         most = len(self._pieces[0]) // row_bytes
+        if done is not None:
+            most = most // BLOCK_ROWS * BLOCK_ROWS
         for first in range(0, rows, most):
             piece = self._pieces[self._next][: min(most, rows - first) * row_bytes]
             read(first, piece)
@@ -73,7 +81,7 @@ class Weights:
     table_positions
         How many positions the tables of cosines and sines have.
     rounded
-        Round matrices to E4M3 with a scale for each row, but for the head and what belongs to experts.
+        Round matrices that are not packed to E4M3 with a scale for each row, but for the head and what belongs to experts.
 
     Attributes
     ----------
@@ -92,15 +100,26 @@ class Weights:
         self.matrices: dict[int, Weight] = {}
         self.stacks: dict[int, Weight] = {}
         widest = max([columns for rows, columns in model.matrices if rows] + [width for _, width in model.buffers])
-        self._staging = Staging(device, widest * self._bytes)
-        self._piece = device.allocate(self._staging.piece_bytes) if rounded else 0
+        self._staging = Staging(device, widest * 4 * BLOCK_ROWS)
+        self._piece = device.allocate(self._staging.piece_bytes)
+        self._refused = device.allocate(4)
+        device.clear(self._refused, 4)
         self._load_matrices(self._roundable() if rounded else set())
         self.embedding = self._embedding()
         self.positions = self._table("position")
         self.vectors = [self._vector(number) for number in range(self._vector_count())]
         self._tables = self._ropes(table_positions)
-        device.synchronize()
+        self._check_refused()
+        device.give_back(self._piece)
         del self._staging
+
+    def _check_refused(self) -> None:
+        """Wait for everything, and raise if a weight could not be rounded."""
+        refused = self._device.pinned((1,), "int32")
+        self._device.download(refused, self._refused)
+        self._device.synchronize()
+        if refused[0]:
+            raise InferError("quantization: a weight is not finite, or its magnitude exceeds 65504; leave quantization away")
 
     def _roundable(self) -> set[int]:
         """Return the matrices that lose little by being rounded: not the head, nor those that choose experts."""
@@ -114,43 +133,68 @@ class Weights:
         for kind, fields in self._model.steps:
             if kind == "experts":
                 for numbers in (fields["gate_up"], fields["down"]):
-                    self.stacks[numbers[0]] = self._stack(numbers)
+                    self.stacks[numbers[0]] = self._loaded(numbers, False)
                     experts.update(numbers)
         for number, (rows, _) in enumerate(self._model.matrices):
             if rows and number not in experts:
-                self.matrices[number] = self._rounded(number) if number in rounded else self._stack([number])
+                self.matrices[number] = self._loaded([number], number in rounded)
+
+    def _loaded(self, numbers: list[int], rounded: bool) -> Weight:
+        """Load matrices of one shape, one after the other: packed if they can be, else rounded to E4M3 or expanded."""
+        how = plan(chain.from_iterable(self._model.matrix_formats(number) for number in numbers))
+        if how is not None and (len(numbers) == 1 or self._model.matrices[numbers[0]][0] % BLOCK_ROWS == 0):
+            return self._packed(numbers, how)
+        return self._rounded(numbers[0]) if rounded else self._stack(numbers)
+
+    def _packed(self, numbers: list[int], how: Plan) -> Weight:
+        """Load matrices packed, each piece by the device."""
+        rows, columns = self._model.matrices[numbers[0]]
+        bias = self._biases(numbers)
+        whole = self._packed_memory(rows * len(numbers), columns, how.packed)
+        for place, number in enumerate(numbers):
+            self._fill(from_row(whole, place * rows), rows, how, partial(self._read_matrix, number, form=how.form))
+        return replace(whole, rows=rows, bias=bias, experts=len(numbers))
+
+    def _packed_memory(self, rows: int, columns: int, packed: Packed) -> Weight:
+        size, scale_bytes = sizes(rows, columns, packed)
+        pointer, scales = self._device.allocate(size), self._device.allocate(scale_bytes)
+        minima = self._device.allocate(scale_bytes) if packed.has_minima else 0
+        return Weight(pointer, rows, columns, packed.type, scales=scales, group=packed.group, minima=minima)
+
+    def _fill(self, weight: Weight, rows: int, how: Plan, read: Reader) -> None:
+        def done(first: int, count: int) -> None:
+            self._operations.pack(self._piece, from_row(weight, first), how, count, self._refused)
+
+        self._staging.load(self._piece, rows, how.row_bytes(weight.columns), read, done)
+
+    def _read_matrix(self, number: int, first: int, piece: NDArray[np.uint8], form: Form | None = None) -> None:
+        self._model.read_matrix(number, first, piece, form)
+
+    def _biases(self, numbers: list[int]) -> int:
+        biases = [self._model.matrix_bias(number) for number in numbers]
+        return self._stacked([bias for bias in biases if bias is not None])
 
     def _rounded(self, number: int) -> Weight:
         """Load a matrix, rounding each piece on the device."""
         rows, columns = self._model.matrices[number]
         pointer, scales = self._device.allocate(rows * columns), self._device.allocate(rows * 4)
 
-        def read(first: int, piece: NDArray[np.uint8]) -> None:
-            self._model.read_matrix(number, first, piece)
-
         def done(first: int, count: int) -> None:
             source = Rows(self._piece, count, columns, columns, self.element)
             self._operations.round_rows(source, pointer + first * columns, scales + first * 4)
 
-        self._staging.load(self._piece, rows, columns * self._bytes, read, done)
-        bias = self._model.matrix_bias(number)
-        bias_pointer = self._stacked([] if bias is None else [bias])
-        return Weight(pointer, rows, columns, "e4m3", bias=bias_pointer, scales=scales, group=columns)
+        self._staging.load(self._piece, rows, columns * self._bytes, partial(self._read_matrix, number), done)
+        return Weight(pointer, rows, columns, "e4m3", bias=self._biases([number]), scales=scales, group=columns)
 
     def _stack(self, numbers: list[int]) -> Weight:
         """Load matrices of one shape, one after the other."""
         rows, columns = self._model.matrices[numbers[0]]
         size = rows * columns * self._bytes
         pointer = self._device.allocate(size * len(numbers))
-        biases = [self._model.matrix_bias(number) for number in numbers]
         for place, number in enumerate(numbers):
-
-            def read(first: int, piece: NDArray[np.uint8], number: int = number) -> None:
-                self._model.read_matrix(number, first, piece)
-
+            read = partial(self._read_matrix, number)
             self._staging.load(pointer + place * size, rows, columns * self._bytes, read)
-        bias = self._stacked([bias for bias in biases if bias is not None])
-        return Weight(pointer, rows, columns, self.element, bias=bias, experts=len(numbers))
+        return Weight(pointer, rows, columns, self.element, bias=self._biases(numbers), experts=len(numbers))
 
     def _stacked(self, arrays: list[NDArray[np.float32]]) -> int:
         """Load arrays one after the other; 0 for none."""
@@ -174,11 +218,17 @@ class Weights:
         if shape is None:
             return None
         rows, columns = shape
-        pointer = self._device.allocate(rows * columns * self._bytes)
 
         def read(first: int, piece: NDArray[np.uint8]) -> None:
-            self._model.read_table(name, first, piece)
+            self._model.read_table(name, first, piece, how and how.form)
 
+        # Positions are added, which only knows plain tables.
+        how = plan([self._model.table_formats(name)]) if name == "embedding" else None
+        if how is not None:
+            table = self._packed_memory(rows, columns, how.packed)
+            self._fill(table, rows, how, read)
+            return table
+        pointer = self._device.allocate(rows * columns * self._bytes)
         self._staging.load(pointer, rows, columns * self._bytes, read)
         return Weight(pointer, rows, columns, self.element)
 

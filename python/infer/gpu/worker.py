@@ -229,17 +229,16 @@ def _open(device: Device, path: Path, graphs: bool, settings: dict[str, Any]) ->
         if least is not None and (not isinstance(least, int) or least < 1):
             raise InferError(f"{name} must be at least 1, got {least!r}")
     quantization = settings["quantization"]
-    if quantization not in (None, "fp8"):
-        raise InferError(f"quantization must be None or 'fp8' with device='cuda', got {quantization!r}")
+    rounded = quantization == "fp8"
     speculation = settings["speculation"]
     paths = [path] if speculation is None or speculation[4] is None else [path, speculation[4]]
     options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap")}
-    # A draft model is computed as it is stored.
-    rounded = [quantization is not None, False][: len(paths)]
-    names = [f"{device.name} {quantization}" if each else device.name for each in rounded]
-    models = [DeviceModel(each, backend=name, **options) for each, name in zip(paths, names, strict=True)]
-    operations = device.operations(any(rounded))
-    loaded = [_Loaded(device, operations, model, settings, rounds) for model, rounds in zip(models, rounded, strict=True)]
+    # A draft model is computed as it is stored. E4M3 is a matter of this device; the core knows the other ways of rounding.
+    name = f"{device.name} fp8" if rounded else device.name
+    models = [DeviceModel(path, backend=name, quantization=None if rounded else quantization, **options)]
+    models += [DeviceModel(each, backend=device.name, **options) for each in paths[1:]]
+    operations = device.operations()
+    loaded = [_Loaded(device, operations, model, settings, rounded and model is models[0]) for model in models]
     device.synchronize()
     outside = (models[0], models[1] if len(models) > 1 else None, device.free_bytes())
     engine = Engine(path, **{**settings, "quantization": None}, outside=outside)

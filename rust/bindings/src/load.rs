@@ -85,7 +85,7 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
     let (kv_types, quantization) = match &settings.outside {
-        Some(outside) => (outside.model.kv_types(), None),
+        Some(outside) => (outside.model.kv_types(), outside.model.quantization()),
         None => (&settings.kv_types, settings.quantization),
     };
     let info = ModelInfo::new(&checkpoint, text.as_ref(), kv_types, quantization)?;

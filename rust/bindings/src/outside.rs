@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use infer_engine::EngineConfig;
 use infer_kernels::{Activation, KvElement, NormKind, Precision, RopeStyle};
-use infer_model::{Blueprint, Checkpoint, PlainType, Role, Slice, Step};
+use infer_model::{Blueprint, Checkpoint, PlainType, Role, RowForm, Slice, Step, StoredRows};
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadwriteArray1};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
@@ -16,11 +16,14 @@ use crate::convert::Arg;
 use crate::error::{guarded, refusal};
 use crate::kv::{element_name, read_kv_types};
 use crate::load::precision;
-use crate::settings::MAX_THREADS;
+use crate::settings::{MAX_THREADS, read_quantization};
 use crate::wait::interruptible;
 
 /// A norm's weight and bias.
 type Vector<'py> = (Bound<'py, PyArray1<f32>>, Option<Bound<'py, PyArray1<f32>>>);
+
+/// How many rows, the format in which they are stored, and that to compute with.
+type Formats = (usize, &'static str, &'static str);
 
 /// A checked checkpoint, ready to be read weight by weight.
 #[pyclass(frozen, module = "infer._core")]
@@ -32,14 +35,15 @@ pub struct DeviceModel {
 #[pymethods]
 impl DeviceModel {
     #[new]
-    #[pyo3(signature = (path, *, backend, dtype=Arg::of("auto".to_owned()), kv_cache_dtype=None, mmap=Arg::of(true)),
-        text_signature = "(path, *, backend, dtype='auto', kv_cache_dtype='auto', mmap=True)")]
+    #[pyo3(signature = (path, *, backend, dtype=Arg::of("auto".to_owned()), kv_cache_dtype=None, quantization=None, mmap=Arg::of(true)),
+        text_signature = "(path, *, backend, dtype='auto', kv_cache_dtype='auto', quantization=None, mmap=True)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
         backend: String,
         dtype: Arg<String>,
         kv_cache_dtype: Option<Bound<'_, PyAny>>,
+        quantization: Option<Arg<String>>,
         mmap: Arg<bool>,
     ) -> PyResult<Self> {
         guarded(|| {
@@ -48,10 +52,12 @@ impl DeviceModel {
                 Precision::Auto => (PlainType::Bf16, KvElement::Bf16),
             };
             let kv_types = read_kv_types(kv_cache_dtype.as_ref(), auto)?;
+            let quantization = read_quantization(quantization)?;
             let (path, mmap) = (path.get("path", "a path")?, mmap.flag("mmap")?);
             let blueprint = interruptible(py, "infer-load", move || {
-                let made = Checkpoint::open(&path, mmap)
-                    .and_then(|checkpoint| Blueprint::new(checkpoint, kv_types, element, &backend));
+                let made = Checkpoint::open(&path, mmap).and_then(|checkpoint| {
+                    Blueprint::new(checkpoint, kv_types, element, quantization, &backend)
+                });
                 made.map_err(|error| error.to_string())
             })?;
             Ok(Self {
@@ -138,17 +144,33 @@ impl DeviceModel {
         Ok(dict)
     }
 
-    /// Fill `out` (bytes) with rows of a matrix from `first` on, in the type of weights.
+    /// For each part of a matrix: rows, the format in which they are stored, and that to compute with.
+    fn matrix_formats(&self, matrix: usize) -> PyResult<Vec<Formats>> {
+        guarded(|| {
+            let parts = self.blueprint.matrix_formats(self.known(matrix)?).map_err(refusal)?;
+            Ok(parts.into_iter().map(formats).collect())
+        })
+    }
+
+    /// The same of a table.
+    fn table_formats(&self, table: &str) -> PyResult<Formats> {
+        guarded(|| self.blueprint.table_formats(role(table)?).map(formats).map_err(refusal))
+    }
+
+    /// Fill `out` (bytes) with rows of a matrix from `first` on: as "f32", "bf16", "stored", or None for the type of weights.
+    #[pyo3(signature = (matrix, first, out, form=None))]
     fn read_matrix(
         &self,
         py: Python<'_>,
         matrix: usize,
         first: usize,
         mut out: PyReadwriteArray1<'_, u8>,
+        form: Option<&str>,
     ) -> PyResult<()> {
         guarded(|| {
             let (matrix, out) = (self.known(matrix)?, out.as_slice_mut().map_err(refusal)?);
-            py.detach(|| self.blueprint.read_matrix(matrix, first, self.threads, out)).map_err(refusal)
+            let form = self.form(form)?;
+            py.detach(|| self.blueprint.read_matrix(matrix, first, self.threads, form, out)).map_err(refusal)
         })
     }
 
@@ -169,17 +191,20 @@ impl DeviceModel {
         guarded(|| Ok(self.blueprint.table_shape(role(table)?)))
     }
 
-    /// Fill `out` (bytes) with rows of a table from `first` on, in the type of weights.
+    /// Fill `out` (bytes) with rows of a table from `first` on, in a form of `read_matrix`.
+    #[pyo3(signature = (table, first, out, form=None))]
     fn read_table(
         &self,
         py: Python<'_>,
         table: &str,
         first: usize,
         mut out: PyReadwriteArray1<'_, u8>,
+        form: Option<&str>,
     ) -> PyResult<()> {
         guarded(|| {
             let (role, out) = (role(table)?, out.as_slice_mut().map_err(refusal)?);
-            py.detach(|| self.blueprint.read_table(role, first, self.threads, out)).map_err(refusal)
+            let form = self.form(form)?;
+            py.detach(|| self.blueprint.read_table(role, first, self.threads, form, out)).map_err(refusal)
         })
     }
 
@@ -217,6 +242,18 @@ impl DeviceModel {
 }
 
 impl DeviceModel {
+    fn form(&self, form: Option<&str>) -> PyResult<RowForm> {
+        match form {
+            None => Ok(RowForm::Plain(self.blueprint.element())),
+            Some("f32") => Ok(RowForm::Plain(PlainType::F32)),
+            Some("bf16") => Ok(RowForm::Plain(PlainType::Bf16)),
+            Some("stored") => Ok(RowForm::Stored),
+            Some(other) => {
+                Err(refusal(format!("form must be None, \"f32\", \"bf16\" or \"stored\", got {other:?}")))
+            }
+        }
+    }
+
     fn known(&self, matrix: usize) -> PyResult<usize> {
         let count = self.blueprint.program().matrices.len();
         match matrix < count {
@@ -233,6 +270,10 @@ pub type OutsideArgs<'py> = (PyRef<'py, DeviceModel>, Option<PyRef<'py, DeviceMo
 pub fn read_outside((model, draft, free): OutsideArgs<'_>) -> Outside {
     let blueprint = |model: PyRef<'_, DeviceModel>| Arc::clone(&model.blueprint);
     Outside { model: blueprint(model), draft: draft.map(blueprint), free }
+}
+
+fn formats(rows: StoredRows) -> Formats {
+    (rows.rows, rows.stored.name(), rows.target.name())
 }
 
 fn role(table: &str) -> PyResult<Role> {

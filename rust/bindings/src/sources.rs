@@ -32,11 +32,15 @@ const SOURCES: &[(&str, &str)] = sources![
     "logprobs.cu",
     "mma.cuh",
     "norm.cu",
+    "pack.cu",
     "rope.cu",
     "rope.cuh",
     "rows.cu",
     "sampler.cu",
     "select.cuh",
+    "stream_packed.cuh",
+    "stream_plain.cuh",
+    "weights.cuh",
 ];
 
 /// The sources of the GPU kernels, by file name.

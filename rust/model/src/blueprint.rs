@@ -13,10 +13,11 @@ use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::interpreter::tied_head;
 use crate::kv::KvTypes;
+use crate::quantization::unsuitable;
 use crate::rope::RopeTable;
 use crate::step::Role;
-use crate::weights::{Loader, joined_bias};
-use crate::{ModelError, ModelSpec, Program};
+use crate::weights::{Loader, format_of, joined_bias};
+use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// The type in which an outside backend wants its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,36 @@ impl PlainType {
     }
 }
 
+/// In what form rows of a weight are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowForm {
+    /// Converted to plain numbers.
+    Plain(PlainType),
+    /// In blocks of the format in which they are stored.
+    Stored,
+}
+
+impl RowForm {
+    /// Bytes of a row; none where no row of the format has so many columns.
+    fn row_bytes(self, stored: Format, columns: usize) -> Option<usize> {
+        match self {
+            Self::Plain(element) => columns.checked_mul(element.bytes()),
+            Self::Stored => stored.row_bytes(columns),
+        }
+    }
+}
+
+/// Rows of a weight that are stored alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredRows {
+    /// How many.
+    pub rows: usize,
+    /// Their format.
+    pub stored: Format,
+    /// The format that a backend is to compute with: the same, unless they are to be rounded.
+    pub target: Format,
+}
+
 /// A checked checkpoint, ready to be read weight by weight.
 pub struct Blueprint {
     checkpoint: Checkpoint,
@@ -52,22 +83,26 @@ pub struct Blueprint {
     kv_types: KvTypes,
     kv_layers: Vec<KvLayer>,
     element: PlainType,
+    quantization: Option<&'static Quantization>,
     fingerprint: [u8; 32],
 }
 
 impl Blueprint {
     /// Writes the program and checks that every weight is there, in a shape that fits, and none is left over.
     ///
-    /// `backend` names who will compute: cached keys and values of two backends are never taken for each other.
+    /// `backend` names who will compute: cached keys and values of two backends are never taken for each other. `quantization` says to
+    /// which formats the backend is to round weights that are stored as floats.
     ///
     /// # Errors
-    /// Whatever is wrong with the checkpoint, or types for layers that it has not.
+    /// Whatever is wrong with the checkpoint, types for layers that it has not, or a wish to round what is rounded already.
     pub fn new(
         checkpoint: Checkpoint,
         kv_types: KvTypes,
         element: PlainType,
+        quantization: Option<&'static Quantization>,
         backend: &str,
     ) -> Result<Self, ModelError> {
+        let quantization = checkpoint.rounding(quantization)?;
         let kv_layers = kv_types.layers(&checkpoint.spec)?;
         let mut program = Program::new(&checkpoint.spec);
         program.fuse(|_, _| true);
@@ -85,8 +120,8 @@ impl Blueprint {
             PlainType::F32 => Precision::Exact,
             PlainType::Bf16 => Precision::Auto,
         };
-        let fingerprint = fingerprint::of(&checkpoint, None, precision, &kv_layers, backend);
-        Ok(Self { checkpoint, program, kv_types, kv_layers, element, fingerprint })
+        let fingerprint = fingerprint::of(&checkpoint, quantization, precision, &kv_layers, backend);
+        Ok(Self { checkpoint, program, kv_types, kv_layers, element, quantization, fingerprint })
     }
 
     /// What the model is.
@@ -153,10 +188,45 @@ impl Blueprint {
         (key.rows.iter().sum(), key.columns)
     }
 
-    /// Fills `out` with rows of a matrix, (outputs, inputs), from `first` on, in the type of weights, little-endian.
+    /// How weights that are stored as floats are rounded, if they are.
+    #[must_use]
+    pub fn quantization(&self) -> Option<&'static Quantization> {
+        self.quantization
+    }
+
+    /// The formats of a matrix's rows, in their order.
     ///
     /// # Errors
-    /// A tensor that does not fit, or an `out` that is no whole number of the matrix's rows.
+    /// A tensor that does not fit, or whose rows are no whole number of the target's blocks.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    pub fn matrix_formats(&self, matrix: usize) -> Result<Vec<StoredRows>, ModelError> {
+        let (key, loader) =
+            (&self.program.matrices[matrix], Loader::new(&self.checkpoint, self.quantization));
+        let formats = key.parts.iter().zip(&key.rows).map(|(part, rows)| {
+            let (tensor, _) = loader.find(part, *rows)?;
+            stored_rows(&loader, part.role, (format_of(tensor)?, &tensor.info.name), [*rows, key.columns])
+        });
+        formats.collect()
+    }
+
+    /// The format of a table's rows.
+    ///
+    /// # Errors
+    /// A model without such a table, or as [`Blueprint::matrix_formats`].
+    pub fn table_formats(&self, role: Role) -> Result<StoredRows, ModelError> {
+        let Some((rows, columns)) = self.table_shape(role) else { return Err(no_table(role)) };
+        let loader = Loader::new(&self.checkpoint, self.quantization);
+        let table = loader.stored_table(role, rows)?;
+        stored_rows(&loader, role, (table.format, table.name), [rows, columns])
+    }
+
+    /// Fills `out` with rows of a matrix, (outputs, inputs), from `first` on, little-endian.
+    ///
+    /// # Errors
+    /// A tensor that does not fit, an `out` that is no whole number of the matrix's rows, or rows to be read as they are stored whose
+    /// formats differ.
     ///
     /// # Panics
     /// If there is no such matrix.
@@ -165,17 +235,26 @@ impl Blueprint {
         matrix: usize,
         first: usize,
         threads: usize,
+        form: RowForm,
         out: &mut [u8],
     ) -> Result<(), ModelError> {
         let (rows, columns) = self.matrix_shape(matrix);
-        let (mut skipped, mut rest) = (self.check_rows(rows, columns, first, out)?.start, out);
-        for source in Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])? {
+        let sources = Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])?;
+        let Some(stored) = sources.first().map(|source| source.table.format) else { return Ok(()) };
+        if form == RowForm::Stored && sources.iter().any(|source| source.table.format != stored) {
+            return Err(ModelError::Request(format!(
+                "parts of matrix {matrix} are stored in several formats"
+            )));
+        }
+        let width = form.row_bytes(stored, columns).unwrap_or(0);
+        let (mut skipped, mut rest) = (check_rows(rows, width, first, out)?.start, out);
+        for source in sources {
             let all: Vec<&[u8]> = source.rows().collect();
             let own = &all[skipped.min(all.len())..];
-            let own = &own[..own.len().min(rest.len() / (columns * self.element.bytes()))];
+            let own = &own[..own.len().min(rest.len() / width)];
             skipped = skipped.saturating_sub(all.len());
-            let (part, others) = rest.split_at_mut(own.len() * columns * self.element.bytes());
-            convert(source.table.format, own, columns, self.element, threads, part);
+            let (part, others) = rest.split_at_mut(own.len() * width);
+            convert(source.table.format, own, columns, form, threads, part);
             rest = others;
         }
         Ok(())
@@ -213,15 +292,14 @@ impl Blueprint {
         role: Role,
         first: usize,
         threads: usize,
+        form: RowForm,
         out: &mut [u8],
     ) -> Result<(), ModelError> {
-        let Some((rows, columns)) = self.table_shape(role) else {
-            return Err(ModelError::Request(format!("this model has no table of the role {role:?}")));
-        };
-        let range = self.check_rows(rows, columns, first, out)?;
+        let Some((rows, columns)) = self.table_shape(role) else { return Err(no_table(role)) };
         let table = Loader::new(&self.checkpoint, None).stored_table(role, rows)?;
+        let range = check_rows(rows, form.row_bytes(table.format, columns).unwrap_or(0), first, out)?;
         let all: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes().max(1)).collect();
-        convert(table.format, &all[range], columns, self.element, threads, out);
+        convert(table.format, &all[range], columns, form, threads, out);
         Ok(())
     }
 
@@ -255,25 +333,36 @@ impl Blueprint {
         }
         all
     }
+}
 
-    /// The rows that `out` has room for.
-    fn check_rows(
-        &self,
-        rows: usize,
-        columns: usize,
-        first: usize,
-        out: &[u8],
-    ) -> Result<Range<usize>, ModelError> {
-        let width = columns * self.element.bytes();
-        let count = out.len() / width;
-        match out.len().is_multiple_of(width) && first <= rows && count <= rows - first {
-            true => Ok(first..first + count),
-            false => Err(ModelError::Request(format!(
-                "a weight of {rows} rows of {width} bytes does not have {} bytes from row {first} on",
-                out.len()
-            ))),
-        }
+/// The rows of `width` bytes that `out` has room for.
+fn check_rows(rows: usize, width: usize, first: usize, out: &[u8]) -> Result<Range<usize>, ModelError> {
+    let count = out.len() / width.max(1);
+    match width > 0 && out.len().is_multiple_of(width) && first <= rows && count <= rows - first {
+        true => Ok(first..first + count),
+        false => Err(ModelError::Request(format!(
+            "a weight of {rows} rows of {width} bytes does not have {} bytes from row {first} on",
+            out.len()
+        ))),
     }
+}
+
+/// What rows of a role, in this format and tensor, are to become.
+fn stored_rows(
+    loader: &Loader<'_>,
+    role: Role,
+    (stored, name): (Format, &str),
+    shape: [usize; 2],
+) -> Result<StoredRows, ModelError> {
+    let target = loader.target(role, stored);
+    match target.row_bytes(shape[1]) {
+        Some(_) => Ok(StoredRows { rows: shape[0], stored, target }),
+        None => Err(unsuitable(name, &shape, target)),
+    }
+}
+
+fn no_table(role: Role) -> ModelError {
+    ModelError::Request(format!("this model has no table of the role {role:?}"))
 }
 
 fn has_positions(spec: &ModelSpec) -> bool {
@@ -281,19 +370,20 @@ fn has_positions(spec: &ModelSpec) -> bool {
 }
 
 /// Converts rows of one format, a share for each thread.
-fn convert(
-    format: Format,
-    rows: &[&[u8]],
-    columns: usize,
-    element: PlainType,
-    threads: usize,
-    out: &mut [u8],
-) {
-    let width = columns * element.bytes();
+fn convert(format: Format, rows: &[&[u8]], columns: usize, form: RowForm, threads: usize, out: &mut [u8]) {
+    let width = form.row_bytes(format, columns).unwrap_or(0).max(1);
     let share = rows.len().div_ceil(threads.max(1)).max(1);
     std::thread::scope(|scope| {
         for (rows, out) in rows.chunks(share).zip(out.chunks_mut(share * width)) {
-            scope.spawn(move || convert_rows(format, rows, columns, element, out));
+            scope.spawn(move || match form {
+                RowForm::Plain(element) if element.format() != format => {
+                    convert_rows(format, rows, columns, element, out);
+                }
+                _ => rows
+                    .iter()
+                    .zip(out.chunks_exact_mut(width))
+                    .for_each(|(row, out)| out.copy_from_slice(row)),
+            });
         }
     });
 }
@@ -302,10 +392,6 @@ fn convert_rows(format: Format, rows: &[&[u8]], columns: usize, element: PlainTy
     let mut values = vec![0.0; columns];
     let mut bytes = Vec::new();
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(columns * element.bytes())) {
-        if format == element.format() {
-            out.copy_from_slice(row);
-            continue;
-        }
         dequantize(format, row, &mut values);
         bytes.clear();
         quantize(element.format(), &values, &mut bytes);

@@ -42,7 +42,7 @@ mod weights;
 
 pub use arch::ARCHITECTURES;
 pub use batch::{Batch, BatchSequence, NO_PAGE};
-pub use blueprint::{Blueprint, PlainType};
+pub use blueprint::{Blueprint, PlainType, RowForm, StoredRows};
 pub use checkpoint::{Checkpoint, Tensor, known_architectures};
 pub use config::Config;
 pub use cpu::{CpuModel, LoadOptions};

@@ -96,7 +96,7 @@ impl<'a> Loader<'a> {
     }
 
     /// The format that a weight of this role has in memory.
-    fn target(&self, role: Role, stored: Format) -> Format {
+    pub fn target(&self, role: Role, stored: Format) -> Format {
         let rounded = self.quantization.and_then(|quantization| quantization.format(role));
         rounded.filter(|_| stored.is_float()).unwrap_or(stored)
     }

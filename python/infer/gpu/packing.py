@@ -1,0 +1,107 @@
+"""Packed weights: which formats of files they hold exactly, how large they are, and the kernel that makes them.
+
+Weights of a quantized file are moved as they are stored and laid out anew on the device (cuda/pack.cu); floats are rounded there,
+exactly as the CPU rounds them. What no packed layout holds exactly is expanded to the type of activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from infer.gpu.arrays import BLOCK_COLUMNS, BLOCK_ROWS, PACKED_BITS, Weight
+from infer.gpu.rows import RowOperations, element_macros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Literal
+
+    Form = Literal["f32", "bf16", "stored"]
+
+SHARERS = 16  # threads of a group, as in cuda/pack.cu
+FLOATS = ("F32", "F16", "BF16")
+
+
+class Packed(NamedTuple):
+    """How weights of a format are packed."""
+
+    type: str
+    group: int
+    has_minima: bool
+    number: int
+    """FORMAT of cuda/pack.cu."""
+    block: int
+    """Columns of a block of the format in files, and the bytes of it."""
+    block_bytes: int
+
+
+FORMATS = {
+    "Q8_0": Packed("int8", 32, False, 1, 32, 34),
+    "Q4_0": Packed("int4", 32, False, 2, 32, 18),
+    "Q4_1": Packed("int4", 32, True, 3, 32, 20),
+    "INT4_G128": Packed("int4", 128, False, 4, 128, 66),
+}
+"""Packed layouts by the names of formats (rust/kernels/src/quant)."""
+
+
+class Plan(NamedTuple):
+    """How a weight comes to the device."""
+
+    packed: Packed
+    form: Form
+    """In which rows are read: "stored", or floats to be rounded."""
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row as it is read."""
+        if self.form == "stored":
+            return columns // self.packed.block * self.packed.block_bytes
+        return columns * (2 if self.form == "bf16" else 4)
+
+
+def plan(formats: Iterable[tuple[int, str, str]]) -> Plan | None:
+    """Return how rows of (count, stored format, format to compute with) are packed; None if they are expanded."""
+    stored, targets = (set(names) for names in list(zip(*formats, strict=True))[1:])
+    target = next(iter(targets))
+    if len(targets) > 1 or target not in FORMATS:
+        return None
+    if stored == targets:
+        return Plan(FORMATS[target], "stored")
+    if stored <= set(FLOATS):
+        return Plan(FORMATS[target], "bf16" if stored == {"BF16"} else "f32")
+    return None
+
+
+def sizes(rows: int, columns: int, packed: Packed) -> tuple[int, int]:
+    """Return the bytes of a packed matrix, and of its scales (or of its minima)."""
+    blocks = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
+    values = blocks * BLOCK_ROWS * BLOCK_COLUMNS
+    return values * PACKED_BITS[packed.type] // 8, values // packed.group * 2
+
+
+def from_row(weight: Weight, first: int) -> Weight:
+    """Return a packed matrix from a row on, which a block begins with."""
+    blocks = first // BLOCK_ROWS * -(-weight.columns // BLOCK_COLUMNS)
+    scales = blocks * BLOCK_ROWS * BLOCK_COLUMNS // weight.group * 2
+    return replace(
+        weight,
+        pointer=weight.pointer + blocks * BLOCK_ROWS * BLOCK_COLUMNS * PACKED_BITS[weight.type] // 8,
+        rows=weight.rows - first,
+        scales=weight.scales + scales,
+        minima=weight.minima and weight.minima + scales,
+    )
+
+
+class PackOperations(RowOperations):
+    """Packing, enqueued on one stream."""
+
+    def pack(self, source: int, weight: Weight, plan: Plan, rows: int, refused: int) -> None:
+        """Fill the first rows of a packed matrix from rows as ``plan`` reads them, at ``source``.
+
+        ``refused`` is an int32 that becomes 1 where a float is not finite, or exceeds half precision.
+        """
+        number, element = (plan.packed.number, {}) if plan.form == "stored" else (0, element_macros(plan.form))
+        kernel = self.kernels.get("pack.cu", "pack", FORMAT=number, **element, **weight.macros)
+        grid = (-(-weight.columns // BLOCK_COLUMNS), -(-rows // BLOCK_ROWS))
+        threads = BLOCK_ROWS * BLOCK_COLUMNS // weight.group * SHARERS
+        pointers = (source, weight.pointer, weight.scales, weight.minima, refused)
+        kernel(self.stream, grid, threads, (*pointers, rows, weight.columns, plan.row_bytes(weight.columns)))

@@ -1,0 +1,178 @@
+"""Packed weights in numpy: the rounding and the layout of cuda/pack.cu, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from numpy_sampler import view
+
+from infer.gpu.arrays import Weight
+from infer.gpu.packing import FORMATS, Packed, Plan, sizes
+
+LANES = 16
+FIT = range(56, 92)  # eighths that are tried, as in rust/kernels/src/quant/fit.rs
+ROWS, COLUMNS = 8, 128  # of a block
+
+
+def _lane_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sums of groups (..., group), in the order of sixteen lanes."""
+    parts = values.reshape(*values.shape[:-1], -1, LANES)
+    lanes = np.zeros_like(parts[..., 0, :])
+    for index in range(parts.shape[-2]):
+        lanes = lanes + parts[..., index, :]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _nibble(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.rint(np.clip(values, np.float32(-8), np.float32(7)))
+
+
+def round_to_nibbles(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """Scales (...) and integers (..., group) of groups that are rounded to 4 bits."""
+
+    def least_squares(inverse: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        integers = _nibble(values * inverse[..., None])
+        products, squares = _lane_sum(values * integers), _lane_sum(integers * integers)
+        some = squares > 0
+        return np.where(some, products / squares, 0), np.where(some, products * products / squares, 0)
+
+    with np.errstate(all="ignore"):
+        place = np.abs(values).argmax(-1)[..., None]
+        greatest = np.take_along_axis(values, place, -1)[..., 0]
+        best, best_gain = greatest / np.float32(-8), np.zeros_like(greatest)
+        for eighths in FIT:
+            scale, gain = least_squares(np.float32(eighths) / np.float32(-8) / greatest)
+            better = gain > best_gain
+            best, best_gain = np.where(better, scale, best), np.where(better, gain, best_gain)
+        for _ in range(2):
+            best, _ = least_squares(np.float32(1) / best)
+        scales = np.where(greatest == 0, 0, np.clip(best, -65504, 65504)).astype(np.float16)
+        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales.astype(np.float32)).astype(np.float32)
+    return scales, _nibble(values * inverse[..., None]).astype(np.int8)
+
+
+def round_to_bytes(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """The same with 8 bits: ties go away from zero."""
+    scales = np.abs(values).max(-1) / np.float32(127)
+    with np.errstate(all="ignore"):
+        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales).astype(np.float32)
+    exact = values * inverse[..., None]
+    return scales.astype(np.float16), (np.sign(exact) * np.floor(np.abs(exact) + np.float32(0.5))).astype(np.int8)
+
+
+def groups_of(numbers: NDArray[np.float32], kind: str, group: int) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """Scales and integers of a matrix (rows, columns) that is rounded."""
+    groups = numbers.reshape(len(numbers), -1, group).astype(np.float32)
+    return (round_to_nibbles if kind == "int4" else round_to_bytes)(groups)
+
+
+def blocks_of(name: str, data: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """Scales, integers and minima of rows (rows, bytes) of a file's format."""
+    size = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "INT4_G128": 66}[name]
+    blocks = data.reshape(len(data), -1, size)
+    scales = blocks[..., :2].copy().view(np.float16)[..., 0]
+    if name == "Q8_0":
+        return scales, blocks[..., 2:].view(np.int8), None
+    if name == "INT4_G128":
+        pairs = blocks[..., 2:]
+        return scales, np.stack([pairs & 15, pairs >> 4], -1).reshape(*pairs.shape[:-1], -1).astype(np.int8) - 8, None
+    before = 4 if name == "Q4_1" else 2
+    nibbles = np.concatenate([blocks[..., before:] & 15, blocks[..., before:] >> 4], -1).astype(np.int8)
+    if name == "Q4_0":
+        return scales, nibbles - 8, None
+    return scales, nibbles, blocks[..., 2:4].copy().view(np.float16)[..., 0]
+
+
+def values_of(scales: NDArray[Any], integers: NDArray[Any], minima: NDArray[Any] | None) -> NDArray[np.float32]:
+    """What they stand for: (rows, columns)."""
+    values = scales.astype(np.float32)[..., None] * integers.astype(np.float32)
+    values = values if minima is None else values + minima.astype(np.float32)[..., None]
+    return values.reshape(len(values), -1)
+
+
+def _blocked(array: NDArray[Any], columns: int) -> NDArray[Any]:
+    """(rows, n) as (row blocks, 8, column blocks, columns), with zeros at the edges."""
+    rows, width = -(-len(array) // ROWS) * ROWS, -(-array.shape[1] // columns) * columns
+    padded = np.zeros((rows, width), array.dtype)
+    padded[: len(array), : array.shape[1]] = array
+    return padded.reshape(rows // ROWS, ROWS, width // columns, columns)
+
+
+def lay_out(scales: NDArray[Any], integers: NDArray[Any], kind: str, minima: NDArray[Any] | None = None) -> list[NDArray[Any]]:
+    """Integers, scales and minima as they lie on the device."""
+    group, rows = integers.shape[-1], len(integers)
+    offset = 8 if kind == "int4" and minima is None else 0
+    codes = _blocked(integers.reshape(rows, -1).astype(np.int16) + offset, COLUMNS)
+    if offset:  # what is missing at the edges stands for zero
+        codes = np.where(_blocked(np.ones(integers.reshape(rows, -1).shape, np.int16), COLUMNS) == 0, 8, codes)
+    words = codes.astype(np.uint8).reshape(*codes.shape[:-1], 4, 4, 8)  # (row blocks, g, steps, quarter, t, column)
+    words = words.transpose(0, 2, 1, 4, 3, 5)  # (row blocks, steps, g, t, quarter, column)
+    per_word = 8 if kind == "int4" else 4
+    words = words.reshape(*words.shape[:-1], -1, per_word).astype(np.uint32)
+    shifts = [16 * (j % 2) + (4 if kind == "int4" else 8) * (j // 2) for j in range(per_word)]
+    packed = sum(words[..., j] << np.uint32(shift) for j, shift in enumerate(shifts))  # (..., g, t, quarter, words)
+    if kind == "int8":  # the first 64 columns of all lanes before the others
+        packed = packed.reshape(*packed.shape[:4], 2, 2, 2).transpose(0, 1, 4, 2, 3, 5, 6)
+    result = [np.ascontiguousarray(packed).reshape(-1)]
+    for numbers in (scales, minima):
+        if numbers is not None:
+            blocked = _blocked(numbers.view(np.uint16), COLUMNS // group).transpose(0, 2, 1, 3)
+            result.append(np.ascontiguousarray(blocked).reshape(-1))
+    return result
+
+
+def read_back(
+    packed: NDArray[np.uint32], scales: NDArray[Any], minima: NDArray[Any] | None, kind: str, shape: tuple[int, int], group: int
+) -> NDArray[np.float32]:
+    """The matrix (rows, columns) that a packed one stands for."""
+    blocks = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
+    if kind == "int8":
+        packed = packed.reshape(*blocks, 2, 8, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5, 6)
+    words = packed.reshape(*blocks, 8, 4, 4, -1)  # (row blocks, steps, g, t, quarter, words)
+    bits, per_word = (4, 8) if kind == "int4" else (8, 4)
+    columns = [words >> np.uint32(16 * (j % 2) + bits * (j // 2)) & ((1 << bits) - 1) for j in range(per_word)]
+    codes = np.stack(columns, -1).reshape(*blocks, 8, 4, 4, 8).transpose(0, 2, 1, 4, 3, 5)
+    codes = codes.reshape(blocks[0] * 8, -1)
+    integers = codes.astype(np.uint8).view(np.int8) if kind == "int8" else codes.astype(np.int8) - (8 if minima is None else 0)
+
+    def of_columns(numbers: NDArray[Any]) -> NDArray[np.float32]:
+        rows = numbers.view(np.float16).reshape(*blocks, 8, -1).transpose(0, 2, 1, 3).reshape(blocks[0] * 8, -1)
+        return rows.astype(np.float32).repeat(group, 1)
+
+    values = of_columns(scales) * integers
+    values = values if minima is None else values + of_columns(minima)
+    return values[: shape[0], : shape[1]]
+
+
+def packed_weight(weight: Weight) -> NDArray[np.float32]:
+    """All rows of packed integers, those of all experts."""
+    shape = weight.experts * weight.rows, weight.columns
+    size, scale_bytes = sizes(*shape, Packed(weight.type, weight.group, weight.minima != 0, 0, 0, 0))
+    numbers = [view(place, (scale_bytes // 2,), np.uint16) if place else None for place in (weight.scales, weight.minima)]
+    return read_back(view(weight.pointer, (size // 4,), np.uint32), *numbers, weight.type, shape, weight.group)
+
+
+class NumpyPacking:
+    """The operation of cuda/pack.cu, done at once."""
+
+    def pack(self, source: int, weight: Weight, plan: Plan, rows: int, refused: int) -> None:
+        data = view(source, (rows, plan.row_bytes(weight.columns)), np.uint8)
+        if plan.form == "stored":
+            name = next(name for name, packed in FORMATS.items() if packed == plan.packed)
+            scales, integers, minima = blocks_of(name, data)
+        else:
+            wide = data.view(np.uint16).astype(np.uint32) << 16 if plan.form == "bf16" else data
+            numbers = wide.view(np.float32)
+            minima = None
+            if not (np.abs(numbers) <= 65504).all():
+                view(refused, (1,), np.int32)[0] = 1
+                return
+            scales, integers = groups_of(numbers, weight.type, weight.group)
+        places = (weight.pointer, weight.scales, weight.minima)
+        for place, array in zip(places, lay_out(scales, integers, weight.type, minima), strict=False):
+            view(place, array.shape, array.dtype)[:] = array
