@@ -11,14 +11,15 @@
 #include "weights.cuh"
 constexpr int V = VECTOR;
 
-// output[row] = scale * table[tokens[row]]; a token beyond the table gives zeros.
-KERNEL embed(const WEIGHT *table, const Scale *scales, const Scale *minima, const int *tokens, T *output, int table_rows,
-             int output_stride, int width, int group, float scale) {
+// output[row] = scale * table[token]; a token beyond the table gives zeros. A token of -1 - i is the one that `chosen` has in place i.
+KERNEL embed(const WEIGHT *table, const Scale *scales, const Scale *minima, const int *tokens, const int *chosen, T *output,
+             int table_rows, int output_stride, int width, int group, float scale) {
     let_next_start();
     wait_for_previous();
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (column >= width) return;
-    const int token = tokens[blockIdx.y];
+    int token = tokens[blockIdx.y];
+    if (token < 0) token = chosen[~token];
     float values[V] = {};
     if (u32(token) < u32(table_rows)) Matrix{table, scales, minima, width, group}.row(token, column, values);
 #pragma unroll

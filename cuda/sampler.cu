@@ -1,15 +1,16 @@
 // From a row of logits to a token: the largest, or one drawn with the CPU's random numbers (rust/engine/src/random.rs, sampler.rs).
-#include "common.cuh"
+#include "draw.cuh"
+#include "select.cuh"
 
-constexpr int THREADS = 256;
+constexpr int ARGMAX_THREADS = 256;
 
-// What makes comparing keys compare logits, and among equal ones prefer the lower id. NaN and +inf win against everything.
-DEVICE u64 key_of(float value, int id) {
-    if (!(value < INFINITE)) return ~0ull;
-    const u32 bits = __float_as_uint(value + 0.0f); // -0 becomes +0: the two are equal
-    const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return u64(ordered) << 32 | u32(~id);
-}
+constexpr u64 NO_NUMBER = ~0ull;
+
+// A logit's key; NaN and +inf win against everything.
+DEVICE u64 logit_key(float value, int id) { return value < INFINITE ? key_of(ordered(value), id) : NO_NUMBER; }
+
+// Whether a row's largest key is that of a finite logit: minus infinity, and nothing at all, are below.
+DEVICE bool is_finite(u64 best) { return best != NO_NUMBER && likelihood_of(best) > ordered(-INFINITE); }
 
 struct Best {
     u64 key;
@@ -18,21 +19,23 @@ struct Best {
 
 // Rows are cut into parts for several blocks; whoever ends last tells the result.
 // chosen[row] = the id of the largest logit, the lowest among equals; -1 if the row holds a NaN or +inf, or nothing finite.
-// logits (rows, width) float; scratch (rows) is zero before and after. Launch: grid (parts, rows), THREADS threads.
+// logits (rows, width) float; scratch (rows) is zero before and after. Launch: grid (parts, rows), ARGMAX_THREADS threads.
 KERNEL argmax(const float *logits, int *chosen, Best *scratch, int stride, int width) {
-    __shared__ u64 keys[THREADS / WARP];
+    __shared__ u64 keys[ARGMAX_THREADS / WARP];
     let_next_start();
     wait_for_previous();
     logits += size_t(blockIdx.y) * stride;
     u64 best = 0;
 #pragma unroll 8
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < width; i += gridDim.x * THREADS) best = max(best, key_of(logits[i], i));
+    for (int i = blockIdx.x * ARGMAX_THREADS + threadIdx.x; i < width; i += gridDim.x * ARGMAX_THREADS) {
+        best = max(best, logit_key(logits[i], i));
+    }
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
     if (threadIdx.x % WARP == 0) keys[threadIdx.x / WARP] = best;
     __syncthreads();
     if (threadIdx.x > 0) return;
-    for (int i = 1; i < THREADS / WARP; i++) best = max(best, keys[i]);
+    for (int i = 1; i < ARGMAX_THREADS / WARP; i++) best = max(best, keys[i]);
     Best *own = scratch + blockIdx.y;
     atomicMax(&own->key, best);
     __threadfence();
@@ -40,13 +43,8 @@ KERNEL argmax(const float *logits, int *chosen, Best *scratch, int stride, int w
     __threadfence();
     best = atomicExch(&own->key, 0ull);
     own->arrived = 0;
-    // Minus infinity, and nothing at all, are below every finite number.
-    const bool is_finite = best != ~0ull && best >> 32 > u64(0x007fffffu);
-    chosen[blockIdx.y] = is_finite ? int(~u32(best)) : -1;
+    chosen[blockIdx.y] = is_finite(best) ? id_of(best) : -1;
 }
-
-constexpr int SAMPLE_THREADS = 1024; // also the logits of a tile
-constexpr int MOST_TILES = 512;
 
 // A number in [0, 1) with 53 random bits, from Philox4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) keyed by (seed, position).
 DEVICE double uniform(u64 seed, u64 position) {
@@ -60,46 +58,66 @@ DEVICE double uniform(u64 seed, u64 position) {
     return double((u64(state[1]) << 32 | state[0]) >> 11) * 0x1p-53;
 }
 
-DEVICE double warp_sum(double value) {
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
-    return value;
+// ---- changes of single logits
+
+DEVICE float changed(float logit, float bias, u32 seen, const Draw &draw) {
+    if (!(logit < INFINITE)) return logit; // it fails the row, whatever is done to it
+    logit = __fadd_rn(logit, bias);
+    if (seen & 1) logit = logit > 0.0f ? __fdiv_rn(logit, draw.repetition) : __fmul_rn(logit, draw.repetition);
+    if (seen < 2) return logit;
+    return __fsub_rn(logit, __fadd_rn(__fmul_rn(draw.frequency, float(seen >> 1)), draw.presence));
 }
 
-// Sums of `value` over this lane and those before it.
-DEVICE double running_sum(double value) {
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const double before = __shfl_up_sync(ALL_LANES, value, step);
-        if (int(threadIdx.x % WARP) >= step) value += before;
+// Applies biases, bans and penalties, and keeps what was there. `latest` is (rows). Launch: grid (rows), 256 threads.
+KERNEL change(float *logits, const Draw *draws, Change *changes, Latest *latest, const int *chosen, int stride) {
+    __shared__ int found;
+    let_next_start();
+    wait_for_previous();
+    const Draw draw = draws[blockIdx.x];
+    const int token = draw.uncounted < 0 ? -1 : chosen[draw.uncounted];
+    logits += size_t(blockIdx.x) * stride;
+    if (threadIdx.x == 0) found = 0, latest[blockIdx.x].token = -1;
+    __syncthreads();
+    for (int i = threadIdx.x; i < draw.changes; i += blockDim.x) {
+        Change &own = changes[draw.first_change + i];
+        const bool is_latest = own.token == token;
+        if (is_latest) found = 1;
+        own.saved = logits[own.token];
+        logits[own.token] = changed(own.saved, own.bias, is_latest ? (own.seen | 1) + 2 : own.seen, draw);
     }
-    return value;
+    __syncthreads();
+    if (threadIdx.x == 0 && token >= 0 && !found) {
+        latest[blockIdx.x] = {token, logits[token]};
+        logits[token] = changed(logits[token], 0.0f, 3, draw);
+    }
 }
 
-struct Draw {
-    u64 best[WARP];
-    double masses[MOST_TILES], warps[WARP], left;
-    int tile, first, last;
-};
+// ---- drawing
 
-// A row's weights: exp((logit - largest) / temperature), 0 below `least`.
+// A row's tokens by their weights: exp((logit - largest) / temperature), 0 for what is forbidden or below `least`.
 struct Weights {
     const float *logits;
+    const u32 *allowed;
     float largest, inverse, least;
     int width;
 
-    DEVICE float operator()(int id) const {
-        if (id >= width) return 0.0f;
-        const float weight = expf((logits[id] - largest) * inverse);
+    DEVICE float weight(int id) const {
+        if (allowed && !(allowed[id / 32] >> (id % 32) & 1)) return 0.0f;
+        const float weight = exp_exact(__fmul_rn(__fsub_rn(logits[id], largest), inverse));
         return weight >= least ? weight : 0.0f;
+    }
+
+    DEVICE u64 operator()(int id) const {
+        const float own = weight(id);
+        return own > 0.0f ? key_of(__float_as_uint(own), id) : 0;
     }
 };
 
-// Finds the tile of 1024 weights in which `draw` of all mass is reached, and how much of it is left there. By the first warp.
-DEVICE void find_tile(Draw &draw, int tiles, double share) {
+// Finds the tile of THREADS tokens in which `share` of all mass is reached, and how much of it is left there. By the first warp.
+DEVICE void find_tile(Work &work, const double *masses, int tiles, double share) {
     const int lane = threadIdx.x, each = (tiles + WARP - 1) / WARP, begin = min(lane * each, tiles), end = min(begin + each, tiles);
     double own = 0.0;
-    for (int tile = begin; tile < end; tile++) own += draw.masses[tile];
+    for (int tile = begin; tile < end; tile++) own += masses[tile];
     const double until = running_sum(own), total = __shfl_sync(ALL_LANES, until, WARP - 1), wanted = share * total;
     // The last lane that holds mass takes what rounding leaves over.
     const u32 reached = __ballot_sync(ALL_LANES, own > 0.0 && until > wanted), holding = __ballot_sync(ALL_LANES, own > 0.0);
@@ -108,62 +126,101 @@ DEVICE void find_tile(Draw &draw, int tiles, double share) {
     double left = wanted - (until - own);
     int tile = begin, last = begin;
     for (; tile < end; tile++) {
-        if (draw.masses[tile] > 0.0) last = tile;
-        if (draw.masses[tile] > left) break;
-        left -= draw.masses[tile];
+        if (masses[tile] > 0.0) last = tile;
+        if (masses[tile] > left) break;
+        left -= masses[tile];
     }
-    draw.tile = tile < end ? tile : last;
-    draw.left = tile < end ? left : draw.masses[last];
+    work.digit = tile < end ? tile : last;
+    work.left = tile < end ? left : masses[last];
 }
 
-// chosen[row] = a token drawn in proportion to exp(logit / temperature), of those that weigh at least min_p times the likeliest; or the
-// first of the largest where inverse_temperatures[row] is 0; or -1 as argmax. All arrays but logits are (rows). Width up to
-// MOST_TILES * SAMPLE_THREADS. Launch: grid (rows), SAMPLE_THREADS threads.
-KERNEL sample(const float *logits, const float *inverse_temperatures, const float *min_ps, const u64 *seeds, const u64 *positions,
-              int *chosen, int stride, int width) {
-    __shared__ Draw draw;
-    let_next_start();
-    wait_for_previous();
-    const int row = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    logits += size_t(row) * stride;
-    u64 best = 0;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < width; i += SAMPLE_THREADS) best = max(best, key_of(logits[i], i));
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
-    if (lane == 0) draw.best[warp] = best;
-    if (threadIdx.x == 0) draw.first = width, draw.last = -1;
+// Draws from all tokens with keys of at least `least`.
+DEVICE int draw_from_all(const Weights &weights, Work &work, u64 least, double share) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, tiles = (weights.width + THREADS - 1) / THREADS;
+    double *masses = reinterpret_cast<double *>(work.list);
+    const auto weight = [&](int id) {
+        if (id >= weights.width) return 0.0f;
+        const float own = weights.weight(id);
+        return own > 0.0f && key_of(__float_as_uint(own), id) >= least ? own : 0.0f;
+    };
     __syncthreads();
-    for (int i = 0; i < WARP; i++) best = max(best, draw.best[i]);
-    const bool is_finite = best != ~0ull && best >> 32 > u64(0x007fffffu);
-    const float inverse = inverse_temperatures[row];
-    if (!is_finite || inverse == 0.0f) {
-        if (threadIdx.x == 0) chosen[row] = is_finite ? int(~u32(best)) : -1;
-        return;
-    }
-    const float min_p = min_ps[row];
-    const Weights weights = {logits, logits[~u32(best)], inverse, min_p > 0.0f ? fmaxf(min_p, 0x1p-126f) : 0.0f, width};
-    const int tiles = (width + SAMPLE_THREADS - 1) / SAMPLE_THREADS;
-    for (int tile = warp; tile < tiles; tile += WARP) {
+    for (int tile = warp; tile < tiles; tile += WARPS) {
         double mass = 0.0;
 #pragma unroll 8
-        for (int i = 0; i < SAMPLE_THREADS / WARP; i++) mass += weights(tile * SAMPLE_THREADS + i * WARP + lane);
+        for (int i = 0; i < THREADS / WARP; i++) mass += weight(tile * THREADS + i * WARP + lane);
         mass = warp_sum(mass);
-        if (lane == 0) draw.masses[tile] = mass;
+        if (lane == 0) masses[tile] = mass;
     }
     __syncthreads();
-    if (warp == 0) find_tile(draw, tiles, uniform(seeds[row], positions[row]));
+    if (warp == 0) find_tile(work, masses, tiles, share);
     __syncthreads();
-    const int id = draw.tile * SAMPLE_THREADS + threadIdx.x;
-    const double weight = weights(id);
-    double until = running_sum(weight);
-    if (lane == WARP - 1) draw.warps[warp] = until;
-    __syncthreads();
-    for (int i = 0; i < warp; i++) until += draw.warps[i];
-    if (weight > 0.0) {
-        if (until > draw.left) atomicMin(&draw.first, id);
-        atomicMax(&draw.last, id);
+    const int first = work.digit * THREADS;
+    const double left = work.left, own = weight(first + threadIdx.x);
+    double total;
+    const double until = block_running_sum(own, work, total);
+    const int place = block_first(own > 0.0 && until > left, work);
+    if (place < THREADS) return first + place;
+    // Rounding can leave a crumb after the last weight.
+    return first + THREADS - 1 - block_first(weight(first + THREADS - 1 - threadIdx.x) > 0.0f, work);
+}
+
+// Draws from few tokens, of which the best `cut.wanted` by number, or by mass, are kept.
+DEVICE int draw_from_few(const Weights &weights, Work &work, const Cut &cut, bool by_mass, double top_p, double share) {
+    gather(weights, work, cut.least, cut.kept);
+    const int place = threadIdx.x;
+    const u64 own = place < cut.kept ? work.ranked[place] : 0;
+    const bool counted = own && (by_mass || place < cut.wanted);
+    const double weight = counted ? __uint_as_float(likelihood_of(own)) : 0.0f;
+    double total;
+    const double until = block_running_sum(weight, work, total);
+    const double wanted = by_mass ? cut.wanted : top_p * total;
+    const bool kept = counted && (until - weight < wanted || !by_mass && top_p >= 1.0);
+    const u64 entry = u64(id_of(own)) << 32 | likelihood_of(own);
+    work.list[place] = kept ? entry : ~0ull;
+    const int count = __syncthreads_count(kept);
+    if (kept) {
+        int rank = 0;
+        for (int i = 0; i < cut.kept; i++) rank += work.list[i] < entry;
+        work.ranked[rank] = entry;
     }
     __syncthreads();
-    if (threadIdx.x == 0) chosen[row] = draw.first < width ? draw.first : draw.last;
+    const double mass = place < count ? __uint_as_float(u32(work.ranked[place])) : 0.0f;
+    const double reached = block_running_sum(mass, work, total);
+    const int chosen = block_first(place < count && reached > share * total, work);
+    return int(work.ranked[chosen < THREADS ? chosen : count - 1] >> 32);
+}
+
+// chosen[row] = the first of the largest where the inverse temperature is 0; else a token drawn in proportion to exp(logit / temperature)
+// of those that min_p, top_k and top_p leave, in this order; -1 if the row holds a NaN or +inf; -2 if nothing is left. Width up to
+// THREADS * THREADS / 2. Launch: grid (rows), THREADS threads.
+BOUNDED_KERNEL(THREADS, 1) sample(const float *logits, const Draw *draws, const u32 *words, int *chosen, int stride, int width) {
+    __shared__ Work work;
+    let_next_start();
+    wait_for_previous();
+    const Draw draw = draws[blockIdx.x];
+    const u32 *allowed = draw.allowed < 0 ? nullptr : words + draw.allowed;
+    logits += size_t(blockIdx.x) * stride;
+    u64 best = 0;
+#pragma unroll 8
+    for (int id = threadIdx.x; id < width; id += THREADS) {
+        const u64 key = logit_key(logits[id], id);
+        const bool may = key == NO_NUMBER || !allowed || allowed[id / 32] >> (id % 32) & 1;
+        if (may) best = max(best, key);
+    }
+    best = block_max(best, work);
+    int token = id_of(best);
+    if (!is_finite(best)) {
+        token = best == NO_NUMBER ? -1 : -2;
+    } else if (draw.inverse_temperature != 0.0f) {
+        const float least = fmaxf(draw.min_p, 0x1p-126f);
+        const Weights weights = {logits, allowed, logits[token], draw.inverse_temperature, least, width};
+        const double share = uniform(draw.seed, draw.position);
+        Cut cut = {1, 0.0, 0, false};
+        if (draw.top_k > 0) cut = select<false>(weights, work, 1, draw.top_k);
+        const bool by_mass = draw.top_p < 1.0 && !cut.few;
+        if (by_mass) cut = select<true>(weights, work, cut.least, draw.top_p);
+        token = cut.few ? draw_from_few(weights, work, cut, by_mass, draw.top_p, share)
+                        : draw_from_all(weights, work, cut.least, share);
+    }
+    if (threadIdx.x == 0) chosen[blockIdx.x] = token;
 }

@@ -80,6 +80,7 @@ CUDA_TWINS = {
     "kv": "rust/kernels/src/kv.rs",
     "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",
+    "logprobs": "rust/engine/src/logprobs.rs",
     "pack": "rust/kernels/src/quant/fit.rs",
     "rows": "rust/model/src/interpreter.rs",
     "sampler": "rust/engine/src/sampler.rs",

@@ -79,6 +79,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
     + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"])
     + packed(choices(TOKENS=[8, 16], EPILOGUE=[1]) + choices(TOKENS=[8, 16], EPILOGUE=[2], PAIRED=[1])),
+    "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED if not layout["MINIMA"]]
     + [{**PACKED[index], "FORMAT": number} for number, index in ((1, 3), (2, 0), (3, 1), (4, 2))],

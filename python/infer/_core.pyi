@@ -500,18 +500,30 @@ class Work:
     """One step's work for an executor outside."""
 
     @property
-    def kind(self) -> Literal["forward", "draft", "export", "import"]: ...
+    def kind(self) -> Literal["forward", "finish", "draft", "export", "import"]:
+        """What is to be done, in the order in which it comes.
+
+        "forward" begins a step, and is not answered; "finish" wants the outcome of the first step that was begun and not finished,
+        of which there are two at most.
+        """
     @property
     def rows(self) -> int: ...
     @property
     def sequences(self) -> int: ...
     @property
     def logit_rows(self) -> int: ...
-    def write_draws(self, rows: int, out: NDArray[np.uint8]) -> list[bool]:
-        """Write what rows are drawn with, and return which of the wanted rows are, all False for "draft".
+    @property
+    def drawn(self) -> list[bool]:
+        """Which of the wanted rows are drawn; none for "draft"."""
 
-        One after the other, (rows) each: seeds and positions (64-bit integers), inverse temperatures and ``min_p`` (float32).
-        An inverse temperature of 0 takes the largest logit, the lowest id among equals; the draw is that of rust/engine/src/sampler.rs.
+    @property
+    def draw_kind(self) -> int:
+        """What draws need: 0 the largest logits, 1 draws, 2 changes of logits before or log-probabilities after them."""
+
+    def write_draws(self, rows: int, out: NDArray[np.uint8], words: NDArray[np.uint32]) -> int:
+        """Write how the wanted rows are drawn, 72 bytes each and padded to ``rows``, and the words that they refer to; return how many.
+
+        See rust/engine/src/draw_layout.rs and cuda/draw.cuh.
         """
 
     @property
@@ -540,7 +552,8 @@ class Work:
         """Write the arrays of a step's rows, padded to so many rows and sequences.
 
         One after the other: tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows)
-        each, then the sequences' first rows, (sequences + 1). See rust/engine/src/layout.rs.
+        each, then the sequences' first rows, (sequences + 1). A token of -1 - i is the one chosen for the i-th wanted row of the step
+        begun before. See rust/engine/src/layout.rs.
         """
 
     def write_pages(self, table: NDArray[np.int32]) -> None:
@@ -553,10 +566,18 @@ class WorkLink:
     def next_work(self, timeout: float | None = None) -> Work | None:
         """Wait for work; None when there will be no more."""
 
-    def finish_rows(self, work: Work, logits: NDArray[np.float32], choices: NDArray[np.int32] | None = None) -> None:
-        """Answer "forward" and "draft": the logits of the wanted rows; or, with ``choices``, the tokens of drawn rows, of the others alone.
+    def finish_rows(
+        self,
+        work: Work,
+        step: Work,
+        logits: NDArray[np.float32],
+        choices: NDArray[np.int32] | None = None,
+        logprobs: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Answer "finish" (of ``step``) and "draft" (itself): the logits of the wanted rows; or, with ``choices``, of those not drawn.
 
-        A choice is -1 where a logit is NaN or infinite or none is finite.
+        Choices and log-probabilities, (values of a row) each, have an entry for every wanted row. A choice is -1 where a logit is NaN
+        or infinite, and -2 where no token is left. See rust/engine/src/draw_layout.rs.
         """
 
     def finish_page(self, work: Work, page: NDArray[np.uint8]) -> None: ...

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from numpy_sampler import DRAW, choose, tell
 from packed_weights import NumpyPacking, packed_weight, view
 
-from infer.gpu.arrays import PAGE_TOKENS, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
+from infer.gpu.arrays import LOGPROB_VALUES, PAGE_TOKENS, Draws, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan
 
-DTYPES = {"f32": np.float32, "f16": np.float16}
+DTYPES = {"f32": np.float32, "f16": np.float16, "e4m3": np.uint8}
 NO_PAGE = -1
 
 
@@ -66,27 +67,6 @@ def activate(name: str, x: NDArray[Any]) -> NDArray[Any]:
         return x / 2 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
     positive = np.maximum(x, 0)
     return positive if name == "relu" else positive**2
-
-
-def uniform(seed: int, position: int) -> float:
-    """Philox4x32-10: the number in [0, 1) that the core draws for the token at a position."""
-    key, word = [seed & 0xFFFFFFFF, seed >> 32], 0xFFFFFFFF
-    state = [position & word, position >> 32, 0, 0]
-    for _ in range(10):
-        first, second = 0xD2511F53 * state[0], 0xCD9E8D57 * state[2]
-        state = [(second >> 32) ^ state[1] ^ key[0], second & word, (first >> 32) ^ state[3] ^ key[1], first & word]
-        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
-    return float((state[1] << 32 | state[0]) >> 11) / (1 << 53)
-
-
-def draw(logits: NDArray[Any], inverse: float, min_p: float, seed: int, position: int) -> int:
-    """The largest logit at an inverse temperature of 0; else a token by inverting the cumulative distribution."""
-    if inverse == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) * np.float32(inverse)).astype(np.float64)
-    weights[weights < min_p] = 0
-    total = np.cumsum(weights)
-    return int(np.searchsorted(total, uniform(seed, position) * total[-1], side="right"))
 
 
 class HostDevice:
@@ -136,6 +116,11 @@ class HostDevice:
     def clear(self, pointer: int, size: int) -> None:
         ctypes.memset(pointer, 0, size)
 
+    def mark(self) -> None: ...
+
+    def reach(self, mark: None) -> None:
+        self.synchronize()
+
     def synchronize(self) -> None:
         if self.fail_after is not None:
             if self.fail_after == 0:
@@ -165,7 +150,10 @@ class NumpyOperations(NumpyPacking):
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None: ...
 
     def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
-        tokens = view(inputs.tokens, (inputs.rows,), np.int32)
+        tokens = view(inputs.tokens, (inputs.rows,), np.int32).copy()
+        for row in np.flatnonzero(tokens < 0):
+            tokens[row] = view(inputs.chosen + 4 * ~int(tokens[row]), (1,), np.int32)[0]
+        tokens = np.maximum(tokens, 0)  # whose step before found no number
         matrix(output)[:] = weight_of(table)[tokens] * np.float32(scale)
 
     def add_position(self, inputs: StepInputs, table: Weight, rows: Rows) -> None:
@@ -222,9 +210,9 @@ class NumpyOperations(NumpyPacking):
     def write_kv(self, inputs: StepInputs, keys: Rows, values: Rows, layer: KvLayer) -> None:
         slots = view(inputs.slots, (inputs.rows,), np.int32)
         kept = np.flatnonzero(slots >= 0)
-        for rows, pages in ((keys, key_pages(layer)), (values, value_pages(layer))):
+        for rows, part in ((keys, KvPart(layer, 0)), (values, KvPart(layer, 1))):
             split = matrix(rows).reshape(inputs.rows, layer.kv_heads, layer.head_dim)
-            pages[slots[kept] // PAGE_TOKENS, :, slots[kept] % PAGE_TOKENS] = split[kept]
+            part.write(slots[kept], split[kept])
 
     def attend(
         self,
@@ -248,8 +236,9 @@ class NumpyOperations(NumpyPacking):
             seen = np.arange(first, positions[row] + 1)
             pages = tables[owners[row]][seen // PAGE_TOKENS]
             assert (pages != NO_PAGE).all() and (pages < layer.pages).all(), "a page that is seen is there"
-            keys = key_pages(layer)[pages, :, seen % PAGE_TOKENS].astype(np.float64)  # (positions, kv_heads, head_dim)
-            values = value_pages(layer)[pages, :, seen % PAGE_TOKENS].astype(np.float64)
+            places = pages * PAGE_TOKENS + seen % PAGE_TOKENS
+            keys = KvPart(layer, 0).read(places).astype(np.float64)  # (positions, kv_heads, head_dim)
+            values = KvPart(layer, 1).read(places).astype(np.float64)
             query = matrix(queries)[row].reshape(layer.kv_heads, group, layer.head_dim).astype(np.float64)
             scores = np.einsum("hgd,phd->hgp", query, keys) * scale
             scores = softcap * np.tanh(scores / softcap) if softcap else scores
@@ -262,14 +251,15 @@ class NumpyOperations(NumpyPacking):
         bad = ~(values < np.inf).all(-1) | ~np.isfinite(values.max(-1, initial=-np.inf))
         view(chosen, (logits.rows,), np.int32)[:] = np.where(bad, -1, values.argmax(-1))
 
-    def sample(self, logits: Rows, inverse_temperatures: int, min_ps: int, seeds: int, positions: int, chosen: int) -> None:
-        count = (logits.rows,)
-        draws = [view(place, count) for place in (inverse_temperatures, min_ps)]
-        draws += [view(place, count, np.uint64) for place in (seeds, positions)]
-        tokens = view(chosen, count, np.int32)
-        for row, (values, inverse, min_p, seed, position) in enumerate(zip(matrix(logits), *draws, strict=True)):
-            finite = (values < np.inf).all() and np.isfinite(values.max(initial=-np.inf))
-            tokens[row] = draw(values, inverse, min_p, int(seed), int(position)) if finite else -1
+    def sample(self, logits: Rows, draws: Draws, chosen: int, full: bool) -> None:
+        tokens = view(chosen, (logits.rows,), np.int32)
+        kinds = view(draws.pointer, (logits.rows,), DRAW)
+        before = view(chosen, (int(kinds["uncounted"].max()) + 1,), np.int32).copy()
+        for row, (values, draw) in enumerate(zip(matrix(logits), kinds, strict=True)):
+            tokens[row] = choose(values, draw, draws.words, before, full)
+            if full and draw["logprobs"] >= 0 and tokens[row] >= 0:
+                out = view(draws.told, (logits.rows, LOGPROB_VALUES), np.int32)[row]
+                tell(values, int(tokens[row]), int(draw["logprobs"]), out)
 
     def gated_activation(self, gate: Rows, up: Rows, output: Rows, name: str) -> None:
         matrix(output)[:] = activate(name, matrix(gate)) * matrix(up)
@@ -388,11 +378,28 @@ class NumpyOperations(NumpyPacking):
         self.rope_write_kv(inputs, qkv, layer, heads, table)
 
 
-def key_pages(layer: KvLayer) -> NDArray[Any]:
-    """Keys of a layer: (pages, kv_heads, PAGE_TOKENS, head_dim)."""
-    return view(layer.keys, (layer.pages, layer.kv_heads, PAGE_TOKENS, layer.head_dim), DTYPES[layer.key_type])
+class KvPart:
+    """Keys (0) or values (1) of a layer: (pages, kv_heads, PAGE_TOKENS, head_dim), and the scales of 8-bit ones."""
 
+    def __init__(self, layer: KvLayer, part: int) -> None:
+        kind, shape = (layer.key_type, layer.value_type)[part], (layer.pages, layer.kv_heads, PAGE_TOKENS)
+        self.pages = view((layer.keys, layer.values)[part], (*shape, layer.head_dim), DTYPES[kind])
+        scales = (layer.key_scales, layer.value_scales)[part]
+        self.scales = view(scales, shape) if scales else None
 
-def value_pages(layer: KvLayer) -> NDArray[Any]:
-    """Values of a layer: (pages, kv_heads, PAGE_TOKENS, head_dim)."""
-    return view(layer.values, (layer.pages, layer.kv_heads, PAGE_TOKENS, layer.head_dim), DTYPES[layer.value_type])
+    def write(self, slots: NDArray[Any], values: NDArray[Any]) -> None:
+        """Store (slots, kv_heads, head_dim)."""
+        place = slots // PAGE_TOKENS, slice(None), slots % PAGE_TOKENS
+        if self.scales is None:
+            self.pages[place] = values
+            return
+        largest = np.abs(values).max(-1, keepdims=True)
+        self.scales[place] = largest[..., 0] / np.float32(448)
+        scaled = np.divide(values, largest / np.float32(448), out=np.zeros_like(values), where=largest > 0)
+        nearest = np.abs(np.abs(scaled)[..., None] - E4M3[:127]).argmin(-1)
+        self.pages[place] = nearest | np.where(values < 0, 128, 0)
+
+    def read(self, slots: NDArray[Any]) -> NDArray[Any]:
+        """Return (slots, kv_heads, head_dim)."""
+        place = slots // PAGE_TOKENS, slice(None), slots % PAGE_TOKENS
+        return self.pages[place] if self.scales is None else E4M3[self.pages[place]] * self.scales[place][..., None]

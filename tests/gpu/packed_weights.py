@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from numpy_sampler import view
 
 from infer.gpu.arrays import Weight
 from infer.gpu.packing import FORMATS, Packed, Plan, sizes
@@ -147,12 +147,6 @@ def read_back(
     values = of_columns(scales) * integers
     values = values if minima is None else values + of_columns(minima)
     return values[: shape[0], : shape[1]]
-
-
-def view(pointer: int, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
-    """Memory at an address as an array."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype).reshape(shape)
 
 
 def packed_weight(weight: Weight) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
 from machine import patience
-from samples import PROMPTS, texts
+from samples import PROMPTS, choices, same_choices, texts
 
 from infer import LLM, InferError, SamplingParams
 
@@ -70,8 +70,8 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         kinds.extend(kind for kind, _ in steps)
         return steps
 
-    def collected(self: Any, drawn: list[bool]) -> Any:
-        outcome = collect(self, drawn)
+    def collected(self: Any, *arguments: Any) -> Any:
+        outcome = collect(self, *arguments)
         taken.append(outcome.logits.size)
         return outcome
 
@@ -82,20 +82,36 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         llm.generate("Once", GREEDY)
         assert not any(taken)
         llm.generate("Once", SEEDED)
+        assert not any(taken)
+        llm.generate("Once", SamplingParams(max_tokens=2, logprobs=40))
         assert any(taken)
     layer = ["norm_qkv", "attend", "linear_add", "norm_linear_gated", "linear_add"]
     assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
 
 
 def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> None:
-    """Temperature and min_p alone, with a company of other rows: the same tokens as on the CPU."""
-    params = [
-        SamplingParams(max_tokens=12, temperature=temperature, min_p=min_p, seed=seed, top_p=top_p)
-        for temperature, min_p, seed, top_p in [(1.0, 0.0, 1, 1.0), (0.7, 0.05, 2, 1.0), (0.0, 0.0, 3, 1.0), (1.5, 0.0, 4, 0.9)]
-    ]
+    """All that sampling can be asked for, each beside all others: the same tokens and log-probabilities as on the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:1] * 4, params)]
-    assert [output.outputs[0].token_ids for output in open_host().generate(PROMPTS[:1] * 4, params)] == expected
+        expected = choices(llm)
+    found = choices(open_host())
+    assert same_choices(found, expected)
+
+
+def test_steps_are_begun_before_their_tokens_are_known(open_host: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    from infer.gpu.worker import Worker
+
+    depths: list[int] = []
+    forward = Worker._forward
+
+    def counted(self: Worker, work: Any) -> Any:
+        depths.append(len(self._begun))
+        return forward(self, work)
+
+    monkeypatch.setattr(Worker, "_forward", counted)
+    llm = open_host()
+    llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
+    assert set(depths) == {0, 1}
+    assert sum(depths) > 35
 
 
 def test_graphs_are_replayed(host: HostDevice) -> None:
@@ -143,6 +159,22 @@ def test_weights_in_eight_bits(open_host: Callable[..., LLM], bare_folder: Path,
     exact.save_session(tmp_path / "session", prompt)
     with pytest.raises(InferError, match="that of this model and its settings"):
         rounded.load_session(tmp_path / "session")
+
+
+def test_keys_and_values_in_eight_bits(open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    """The CPU rounds alike, and pages are read out with their scales."""
+    prompt = list(range(100, 180))
+    with LLM(dtype="float32", threads=2, kv_cache_dtype="fp8") as llm:
+        expected = llm.logits(prompt)
+    first = open_host(kv_cache_dtype="fp8")
+    assert np.abs(first.logits(prompt) - expected).max() < 0.1 * expected.std()
+    cold = first.generate(prompt, GREEDY)[0].outputs[0].token_ids
+    assert first.save_session(tmp_path / "session", prompt)
+    second = open_host(kv_cache_dtype="fp8")
+    assert second.load_session(tmp_path / "session")
+    assert second.generate(prompt, GREEDY)[0].outputs[0].token_ids == cold
+    mixed = open_host(kv_cache_dtype={"key": "float16", "value": "fp8", "skip_layers": [0]})
+    assert np.abs(mixed.logits(prompt) - expected).max() < 0.5 * expected.std()
 
 
 def test_cancelling_leaves_the_others_alone(open_host: Callable[..., LLM], expected: list[Any]) -> None:

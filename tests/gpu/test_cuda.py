@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
-from samples import PROMPTS, texts
+from samples import PROMPTS, choices, same_choices, texts
 
 from infer import LLM, SamplingParams
 from infer.gpu.runner import Runner
@@ -84,16 +84,23 @@ def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) 
     original = Runner.enqueue
 
     def enqueue(self: Runner, work: Any) -> Any:
+        before, after = (np.empty(self._host.choices.shape, np.int32) for _ in range(2))
+        self._device.download(before, self._executor.choices)
+        self._device.synchronize()
         outcome = original(self, work)
         size = self._graph_size(work)
-        if size is not None and self._graphs.get((*size, True)) is not None:
+        if size is not None and self._graphs.get((*size, work.draw_kind)) is not None:
             replayed, eager = (np.empty((work.rows, self._host_logits.shape[1]), np.float32) for _ in range(2))
             pointer = self._executor.logits(work.rows).pointer
             self._device.download(replayed, pointer)
             self._device.synchronize()
             self._device.clear(pointer, eager.nbytes)
-            self._executor.forward(self._launch(work, *size, size[0], True))
+            self._device.download(after, self._executor.choices)
+            self._device.synchronize()
+            self._device.upload(self._executor.choices, before)  # rows may follow what the step before chose
+            self._executor.forward(self._launch(work, *size, size[0], work.draw_kind))
             self._device.download(eager, pointer)
+            self._device.upload(self._executor.choices, after)
             self._device.synchronize()
             compared.append(bool((replayed.view(np.int32) == eager.view(np.int32)).all()))
         return outcome
@@ -133,6 +140,17 @@ def test_weights_in_eight_bits(name: str) -> None:
     assert difference.mean() <= 0.2 * expected["logits"].std()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.1), ("auto", BF16_TOLERANCE)])
+def test_keys_and_values_in_eight_bits(dtype: str, tolerance: float) -> None:
+    """The CPU rounds alike, but for numbers in the middle between two."""
+    prompt = list(range(100, 180))
+    with LLM(dtype="float32", threads=2, kv_cache_dtype="fp8") as llm:
+        expected = llm.logits(prompt)
+    with load(dtype=dtype, kv_cache_dtype="fp8") as llm:
+        assert np.abs(llm.logits(prompt) - expected).max() < tolerance * expected.std()
+        assert len(llm.generate([prompt, prompt[:7]], GREEDY)[1].outputs[0].token_ids) > 0
+
+
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
 @pytest.mark.parametrize("model", QUANTIZED)
 def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> None:
@@ -149,17 +167,12 @@ def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> 
 
 
 def test_draws_on_the_gpu_are_the_cores() -> None:
-    """Temperature and min_p alone, beside rows that the core draws: the same tokens as on the CPU."""
-    kinds = [(1.0, 0.0, 1.0), (0.7, 0.05, 1.0), (0.0, 0.0, 1.0), (1.5, 0.0, 0.9), (1.2, 0.02, 1.0), (1.0, 0.0, 1.0)]
-    params = [
-        SamplingParams(max_tokens=40, temperature=temperature, min_p=min_p, top_p=top_p, seed=seed)
-        for seed, (temperature, min_p, top_p) in enumerate(kinds)
-    ]
-    prompts = [PROMPTS[0]] * len(params)
+    """All that sampling can be asked for, each beside all others: the same tokens and log-probabilities as on the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
-        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        expected = choices(llm)
     with load() as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+        found = choices(llm)
+    assert same_choices(found, expected)
 
 
 def test_a_session_comes_back(tmp_path: Path) -> None:

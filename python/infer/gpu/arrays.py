@@ -13,6 +13,15 @@ PAGE_TOKENS = 16
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e4m3": 1}
 """Bytes of each element type that kernels read; the names are those of the types in cuda/common.cuh, but for `float`."""
 
+DRAW_BYTES = 72
+"""Of a draw, as in rust/engine/src/draw_layout.rs."""
+
+MOST_DRAW_WORDS = 1 << 20
+"""Of changes and masks in a step, as in rust/engine/src/draw.rs."""
+
+LOGPROB_VALUES = 66
+"""Of a row, as in rust/engine/src/draw_layout.rs."""
+
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")
 """In the order of the numbers in cuda/activation.cuh."""
 
@@ -137,6 +146,22 @@ class StepInputs:
     page_table: int
     """(sequences, page_stride): pages of each sequence, -1 for those that no row sees."""
     page_stride: int
+    chosen: int = 0
+    """(rows wanted by the step before): what that step chose; a token of -1 - i stands for the i-th of them."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the tokens of wanted rows are drawn, and where what is drawn with is: see cuda/draw.cuh."""
+
+    pointer: int
+    """(rows) of DRAW_BYTES"""
+    words: int
+    """Changes of logits, then masks: uint32."""
+    latest: int
+    """(rows) of 8 bytes: working memory."""
+    told: int
+    """int32 (rows, LOGPROB_VALUES): log-probabilities, where they are wanted."""
 
 
 @dataclass(frozen=True)

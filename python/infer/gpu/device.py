@@ -60,6 +60,7 @@ class Device:
         self._number = self._runtime.getDevice()
         self._device = cupy.cuda.Device(self._number)
         self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._event = cupy.cuda.Event
         self._blocks: list[int] = []
         self.stream = int(self._stream.ptr)
 
@@ -124,6 +125,16 @@ class Device:
     def clear(self, pointer: int, size: int) -> None:
         """Enqueue zeros."""
         self._runtime.memsetAsync(pointer, 0, size, self.stream)
+
+    def mark(self) -> Any:
+        """Return what `reach` waits for: all that is enqueued up to here."""
+        event = self._event(disable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def reach(self, mark: Any) -> None:
+        """Wait until everything before a mark is done; other Python threads go on meanwhile."""
+        mark.synchronize()
 
     def synchronize(self) -> None:
         """Wait until everything enqueued is done; other Python threads go on meanwhile."""

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from infer._core import DeviceModel
-    from infer.gpu.arrays import StepInputs
+    from infer.gpu.arrays import Draws, StepInputs
     from infer.gpu.device import Device
     from infer.gpu.weights import Weights
 
     Place = tuple[int, int, int]
+
+
+GREEDY, SAMPLED, FULL = range(3)  # as `DrawKind` in rust/engine/src/draw_layout.rs
 
 
 @dataclass
@@ -36,10 +39,9 @@ class Launch:
     logit_rows: int
     wanted: int
     """Where the numbers of the rows whose logits are wanted are."""
-    draws: tuple[int, int, int, int]
-    """Where inverse temperatures, min_p, seeds and positions of the wanted rows' draws are."""
-    greedy: bool
-    """No row is drawn otherwise than greedily, now or when the launch is replayed."""
+    draws: Draws
+    draw_kind: int
+    """GREEDY, SAMPLED or FULL: what rows are drawn with at most, now or when the launch is replayed."""
     only_decode: bool
     """No sequence has more rows than decode attention takes, now or when the launch is replayed."""
     plain: bool = False
@@ -137,10 +139,10 @@ class Executor(FusedSteps):
     def choose(self, launch: Launch) -> None:
         """Enqueue the choice of each wanted row's token, after `forward`."""
         logits = self.logits(launch.logit_rows)
-        if launch.greedy:
+        if launch.draw_kind == GREEDY:
             self._operations.argmax(logits, self._choices, self._scratch)
         else:
-            self._operations.sample(logits, *launch.draws, self._choices)
+            self._operations.sample(logits, launch.draws, self._choices, launch.draw_kind == FULL)
 
     @property
     def choices(self) -> int:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from infer._core import InferError
-from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, Rows, StepInputs
+from infer.gpu.arrays import (
+    DRAW_BYTES,
+    ELEMENT_BYTES,
+    LOGPROB_VALUES,
+    MOST_DRAW_WORDS,
+    PAGE_TOKENS,
+    Draws,
+    KvLayer,
+    Rows,
+    StepInputs,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +26,8 @@ if TYPE_CHECKING:
 
 ROW_ARRAYS = 6  # tokens, positions, slots, rope rows, row's sequence, logit rows
 SMALL_TABLES = 1 << 18  # bytes of page tables that are sooner copied whole than by columns
-DRAW_BYTES = 24  # seed, position, inverse temperature, min_p
-KV_TYPES = ("f32", "bf16", "f16")
+STEPS_AT_ONCE = 2  # that the engine begins before it waits for the first
+KV_TYPES = ("f32", "bf16", "f16", "e4m3")
 
 
 class Buffers:
@@ -45,20 +55,41 @@ class Buffers:
         return self._buffers[number].part(offset, width).first(rows)
 
 
-class Plan:
-    """The arrays that say what a step computes: filled in pinned memory, copied to the device at once (page tables apart)."""
+class _PinnedPlan:
+    """What one step's arrays are copied from."""
 
-    def __init__(self, device: Device, rows: int, sequences: int, pages: int, long_context_row: int) -> None:
-        self._device = device
+    def __init__(self, device: Device, rows: int, sequences: int, pages: int) -> None:
+        self.rows = device.pinned((ROW_ARRAYS * rows + sequences + 1,), "int32")
+        self.draws = device.pinned((DRAW_BYTES * rows,), "uint8")
+        self.words = device.pinned((MOST_DRAW_WORDS,), "uint32")
+        self.table = device.pinned((sequences, pages), "int32")
+
+
+class Plan:
+    """The arrays that say what a step computes: filled in pinned memory, copied to the device at once (page tables apart).
+
+    Each step has the pinned memory that the last one did not have: that may not have been copied yet. ``chosen`` is where the
+    device keeps what the last step chose.
+    """
+
+    def __init__(self, device: Device, rows: int, sequences: int, pages: int, long_context_row: int, chosen: int) -> None:
+        self._device, self._chosen = device, chosen
         self._long_context_row = long_context_row
-        self._host = device.pinned((ROW_ARRAYS * rows + sequences + 1,), "int32")
-        self._pointer = device.allocate(self._host.nbytes)
-        self._host_draws = device.pinned((DRAW_BYTES * rows,), "uint8")
-        self._draws = device.allocate(self._host_draws.nbytes)
-        self._table = device.pinned((sequences, pages), "int32")
-        self._table_pointer = device.allocate(self._table.nbytes)
-        device.upload(self._pointer, self._host)
-        device.upload(self._table_pointer, self._table)
+        self._host, self._other = (_PinnedPlan(device, rows, sequences, pages) for _ in range(STEPS_AT_ONCE))
+        self._pointer = device.allocate(self._host.rows.nbytes)
+        self.draws = Draws(
+            device.allocate(self._host.draws.nbytes),
+            device.allocate(self._host.words.nbytes),
+            device.allocate(8 * rows),
+            device.allocate(4 * LOGPROB_VALUES * rows),
+        )
+        self._table_pointer = device.allocate(self._host.table.nbytes)
+        device.upload(self._pointer, self._host.rows)
+        device.upload(self._table_pointer, self._host.table)
+
+    def turn(self) -> None:
+        """Begin another step."""
+        self._host, self._other = self._other, self._host
 
     def inputs(self, rows: int, sequences: int) -> StepInputs:
         """Return where the arrays of a step of so many rows and sequences, padding included, are."""
@@ -73,65 +104,68 @@ class Plan:
             row_sequence=row_sequence,
             first_row=first_row,
             page_table=self._table_pointer,
-            page_stride=self._table.shape[1],
+            page_stride=self._host.table.shape[1],
+            chosen=self._chosen,
         )
 
     def logit_rows(self, rows: int) -> int:
         """Return where the numbers of the rows whose logits are wanted are."""
         return self._arrays(rows)[5]
 
-    def draws(self, rows: int) -> tuple[int, int, int, int]:
-        """Return where inverse temperatures, min_p, seeds and positions of so many wanted rows are."""
-        return self._draws + 16 * rows, self._draws + 20 * rows, self._draws, self._draws + 8 * rows
-
-    def send_draws(self, work: Work, rows: int) -> tuple[list[bool], bool]:
-        """Enqueue the copy of what wanted rows are drawn with, padded to so many; returns which are, and if all greedily."""
-        own = self._host_draws[: DRAW_BYTES * rows]
-        drawn = work.write_draws(rows, own)
-        greedy = not own[16 * rows : 20 * rows].any()
-        if not greedy:
-            self._device.upload(self._draws, own)
-        return drawn, greedy
+    def send_draws(self, work: Work, rows: int) -> None:
+        """Enqueue the copy of how wanted rows are drawn, padded to so many."""
+        own = self._host.draws[: DRAW_BYTES * rows]
+        count = work.write_draws(rows, own, self._host.words)
+        self._device.upload(self.draws.pointer, own)
+        if count:
+            self._device.upload(self.draws.words, self._host.words[:count])
 
     def _arrays(self, rows: int) -> list[int]:
         return [self._pointer + 4 * rows * array for array in range(ROW_ARRAYS + 1)]
 
     def send(self, work: Work, rows: int, sequences: int) -> None:
         """Enqueue the copy of a step's arrays, padded to so many rows and sequences."""
-        own = self._host[: ROW_ARRAYS * rows + sequences + 1]
+        own, table = self._host.rows[: ROW_ARRAYS * rows + sequences + 1], self._host.table
         work.write_rows(rows, sequences, self._long_context_row, own)
-        work.write_pages(self._table)
+        work.write_pages(table)
         self._device.upload(self._pointer, own)
-        tables = self._table[: work.sequences]
+        tables = table[: work.sequences]
         if tables.nbytes <= SMALL_TABLES:
             self._device.upload(self._table_pointer, tables)
         else:
-            self._device.upload_columns(self._table_pointer, self._table, len(tables), work.most_pages)
+            self._device.upload_columns(self._table_pointer, table, len(tables), work.most_pages)
 
 
 class KvPages:
     """Pages of keys and values of all layers.
 
-    A layer's keys are (pages, kv_heads, PAGE_TOKENS, head_dim), and so are its values. A page read out is layer after layer its
-    keys, then its values, in the layer's types.
+    A layer's keys are (pages, kv_heads, PAGE_TOKENS, head_dim), and so are its values; 8-bit ones have scales, f32 (pages,
+    kv_heads, PAGE_TOKENS). A page read out is layer after layer its keys, then its values, each with their scales behind them.
     """
 
     def __init__(self, device: Device, model: DeviceModel, pages: int) -> None:
         self._device = device
         heads, head_dim = model.constants["kv_heads"], model.constants["head_dim"]
-        elements = heads * PAGE_TOKENS * head_dim
-        sizes = [elements * ELEMENT_BYTES[kind] for kinds in model.kv_layers for kind in kinds]
-        base = device.allocate(sum(sizes) * pages)
-        device.clear(base, sum(sizes) * pages)
-        self.page_bytes = sum(sizes)
+        scales = {"e4m3": heads * PAGE_TOKENS * 4}
+        kinds = [kind for both in model.kv_layers for kind in both]
+        sizes = [(heads * PAGE_TOKENS * head_dim * ELEMENT_BYTES[kind], scales.get(kind, 0)) for kind in kinds]
+        self.page_bytes = sum(map(sum, sizes))
+        base = device.allocate(self.page_bytes * pages)
+        device.clear(base, self.page_bytes * pages)
         self._parts: list[tuple[int, int]] = []  # pointer to the first page, bytes of a page
-        for size in sizes:
+        for size in (size for both in sizes for size in both):
             self._parts.append((base, size))
             base += size * pages
         self.layers = [
-            KvLayer(self._parts[2 * layer][0], self._parts[2 * layer + 1][0], *kinds, heads, head_dim, pages)
+            self._layer(self._parts[4 * layer : 4 * layer + 4], *kinds, heads, head_dim, pages)
             for layer, kinds in enumerate(model.kv_layers)
         ]
+        self._parts = [(pointer, size) for pointer, size in self._parts if size]
+
+    @staticmethod
+    def _layer(parts: list[tuple[int, int]], keys: str, values: str, heads: int, head_dim: int, pages: int) -> KvLayer:
+        pointers = [pointer if size else 0 for pointer, size in parts]
+        return KvLayer(pointers[0], pointers[2], keys, values, heads, head_dim, pages, pointers[1], pointers[3])
 
     def copy(self, source: int, target: int) -> None:
         """Enqueue a copy of a page over another."""
@@ -160,9 +194,8 @@ class KvPages:
 
 def check_kv_types(model: DeviceModel) -> None:
     """Refuse types of keys and values that the GPU path does not store."""
-    names = {"int8": "int8", "e4m3": "fp8"}
     for kinds in model.kv_layers:
         for kind in kinds:
             if kind not in KV_TYPES:
-                known = '"auto", "float32", "bfloat16" or "float16"'
-                raise InferError(f"kv_cache_dtype must be {known} with device='cuda', got {names[kind]!r}")
+                known = '"auto", "float32", "bfloat16", "float16" or "fp8"'
+                raise InferError(f"kv_cache_dtype must be {known} with device='cuda', got {kind!r}")

@@ -10,7 +10,7 @@ from infer.gpu.linear import LinearOperations
 from infer.gpu.packing import PackOperations
 
 if TYPE_CHECKING:
-    from infer.gpu.arrays import Rows
+    from infer.gpu.arrays import Draws, Rows
     from infer.gpu.kernels import Kernels
 
 MOST_VOCABULARY = 1 << 19
@@ -28,19 +28,26 @@ class Operations(LinearOperations, ExpertOperations, PackOperations):
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
         LinearOperations.__init__(self, kernels, stream, workspace, workspace_bytes)
 
-    def sample(self, logits: Rows, inverse_temperatures: int, min_ps: int, seeds: int, positions: int, chosen: int) -> None:
-        """``chosen[row]`` = a token drawn as on the CPU, by temperature and min_p; the largest if the inverse temperature is 0.
+    def sample(self, logits: Rows, draws: Draws, chosen: int, full: bool) -> None:
+        """``chosen[row]`` = a token drawn as on the CPU; -1 for rows that hold a NaN or +inf, -2 where none is left.
 
-        f32 (rows): ``min(1 / temperature, largest float)``, or 0 for greedy, and min_p; u64 (rows): the completion's seed, and
-        the position of the token that is drawn. Rows of NaN or +inf, or without anything finite, give -1.
+        ``full``: some rows have changes of their logits, or want log-probabilities; `chosen` then holds what the step before
+        chose until it is written. Of rows with changes, logits are as they were only where log-probabilities are wanted.
         """
         if logits.width > MOST_VOCABULARY:
             raise InferError(
                 f"a vocabulary of {logits.width} tokens is more than the {MOST_VOCABULARY} that the GPU path samples from"
             )
+        grid = (logits.rows,)
+        if full:
+            kernel = self.kernels.get("sampler.cu", "change")
+            kernel(self.stream, grid, 256, (logits.pointer, draws.pointer, draws.words, draws.latest, chosen, logits.stride))
         kernel = self.kernels.get("sampler.cu", "sample")
-        arguments = (logits.pointer, inverse_temperatures, min_ps, seeds, positions, chosen, logits.stride, logits.width)
-        kernel(self.stream, (logits.rows,), 1024, arguments)
+        kernel(self.stream, grid, 1024, (logits.pointer, draws.pointer, draws.words, chosen, logits.stride, logits.width))
+        if full:
+            kernel = self.kernels.get("logprobs.cu", "logprobs")
+            pointers = (logits.pointer, draws.pointer, draws.words, draws.latest, chosen, draws.told)
+            kernel(self.stream, grid, 1024, (*pointers, logits.stride, logits.width))
 
     def argmax(self, logits: Rows, chosen: int, scratch: int) -> None:
         """``chosen[row]`` = id of the largest logit, the lowest among equals; -1 if a NaN or +inf is there, or nothing finite.

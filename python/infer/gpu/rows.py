@@ -47,9 +47,9 @@ class RowOperations:
         kernel(self.stream, (-(-width // (THREADS * v)), rows.rows), THREADS, arguments)
 
     def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
-        """``output[row] = scale * table[tokens[row]]``."""
+        """``output[row] = scale * table[token]`` of each row's token, which may be what the step before chose."""
         v = vector(output.width, output) if table.pointer % 16 == 0 else 1
-        pointers = (table.pointer, table.scales, table.minima, inputs.tokens, output.pointer)
+        pointers = (table.pointer, table.scales, table.minima, inputs.tokens, inputs.chosen, output.pointer)
         shape = (table.rows, output.stride, output.width, table.group or table.columns)
         self._over_columns("rows.cu", "embed", output, output.width, v, (*pointers, *shape, scale), **table.macros)
 

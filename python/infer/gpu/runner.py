@@ -4,8 +4,8 @@ Steps of decoding, in which every row's logits are wanted and sequences have a f
 each size is captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and
 replayed from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
 
-Rows that are drawn by temperature and min_p alone, or are greedy, are drawn on the device: of a vocabulary of 128,256 a row of
-logits is half a megabyte to copy, and more work to look through on the host than a step takes on the device.
+Tokens are drawn on the device, with all sampling parameters: of a vocabulary of 128,256 a row of logits is half a megabyte to
+copy, and more work to look through on the host than a step takes on the device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from infer.gpu.arrays import LOGPROB_VALUES
 from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
-from infer.gpu.executor import Launch
-from infer.gpu.memory import Plan
+from infer.gpu.executor import FULL, GREEDY, Launch
+from infer.gpu.memory import STEPS_AT_ONCE, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,17 +43,22 @@ def padded(count: int) -> int:
 
 @dataclass
 class Outcome:
-    """What a step gives, in pinned memory that the next step overwrites."""
+    """What a step gives, in pinned memory: logits until the next step that gives some, the rest until the step after the next."""
 
     logits: NDArray[np.float32]
     """Of the rows that are not drawn, one after the other."""
-    _choices: NDArray[np.int32] | None
-    _drawn: list[bool]
+    choices: NDArray[np.int32] | None
+    """Of all wanted rows; None where none are drawn."""
+    logprobs: NDArray[np.int32] | None
+    """(wanted rows, LOGPROB_VALUES); None where nobody wants any."""
 
-    @property
-    def choices(self) -> NDArray[np.int32] | None:
-        """The tokens of drawn rows; None where there are none."""
-        return None if self._choices is None else self._choices[self._drawn]
+
+class _PinnedOutcome:
+    """What one step's choices are copied to."""
+
+    def __init__(self, device: Device, rows: int) -> None:
+        self.choices = device.pinned((rows,), "int32")
+        self.logprobs = device.pinned((rows, LOGPROB_VALUES), "int32")
 
 
 class Runner:
@@ -87,29 +93,32 @@ class Runner:
         self._device, self._executor = device, executor
         self.pages = executor.pages
         self._sequences = sequences
-        self._plan = Plan(device, rows, sequences, pages, long_context_row)
+        self._plan = Plan(device, rows, sequences, pages, long_context_row, executor.choices)
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
-        self._host_choices = device.pinned((logit_rows,), "int32")
+        self._host, self._other = (_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE))
         self._most_graph_rows = min(MOST_GRAPH_ROWS, logit_rows, rows) if graphs else 0
-        self._graphs: dict[tuple[int, int, bool], Callable[[], None] | None] = {}
+        self._graphs: dict[tuple[int, int, int], Callable[[], None] | None] = {}
 
     def enqueue(self, work: Work) -> Outcome:
-        """Enqueue a step; returns where its outcome will be once the device is synchronized."""
+        """Enqueue a step; returns where its outcome will be once it is done."""
+        self._plan.turn()
+        self._host, self._other = self._other, self._host
         rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
-        size = self._graph_size(work)
-        drawn, greedy = self._plan.send_draws(work, wanted if size is None else size[0])
+        size, drawn, kind = self._graph_size(work), work.drawn, work.draw_kind
+        if kind != GREEDY:
+            self._plan.send_draws(work, wanted if size is None else size[0])
         if size is None:
-            launch = self._launch(work, rows, sequences, wanted, greedy)
+            launch = self._launch(work, rows, sequences, wanted, kind)
             self._plan.send(work, rows, sequences)
             self._executor.forward(launch)
             if any(drawn):
                 self._executor.choose(launch)
         else:
             self._plan.send(work, *size)
-            self._decode(work, size, greedy)
-        return self._collect(drawn)
+            self._decode(work, size, kind)
+        return self._collect(drawn, kind)
 
-    def _collect(self, drawn: list[bool]) -> Outcome:
+    def _collect(self, drawn: list[bool], kind: int) -> Outcome:
         """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not drawn."""
         place = 0
         logits = self._executor.logits(len(drawn))
@@ -119,11 +128,14 @@ class Runner:
                 part = self._host_logits[place : place + len(numbers)]
                 self._device.download(part, logits.pointer + 4 * logits.stride * numbers[0])
                 place += len(numbers)
-        choices = None
+        outcome = Outcome(self._host_logits[:place], None, None)
         if place < len(drawn):
-            choices = self._host_choices[: len(drawn)]
-            self._device.download(choices, self._executor.choices)
-        return Outcome(self._host_logits[:place], choices, drawn)
+            outcome.choices = self._host.choices[: len(drawn)]
+            self._device.download(outcome.choices, self._executor.choices)
+        if kind == FULL:
+            outcome.logprobs = self._host.logprobs[: len(drawn)]
+            self._device.download(outcome.logprobs, self._plan.draws.told)
+        return outcome
 
     def _graph_size(self, work: Work) -> tuple[int, int] | None:
         """Return the padded rows and sequences of a step that a graph is made for: a decoding step that is not too large."""
@@ -139,21 +151,21 @@ class Runner:
     def _only_decodes(self, work: Work) -> bool:
         return work.most_rows <= DECODE_ROWS
 
-    def _launch(self, work: Work, rows: int, sequences: int, wanted: int, greedy: bool) -> Launch:
+    def _launch(self, work: Work, rows: int, sequences: int, wanted: int, kind: int) -> Launch:
         inputs, logit_rows = self._plan.inputs(rows, sequences), self._plan.logit_rows(rows)
-        draws = self._plan.draws(wanted)
-        return Launch(inputs, rows, wanted, logit_rows, draws, greedy, self._only_decodes(work), self._is_plain(work))
+        draws = self._plan.draws
+        return Launch(inputs, rows, wanted, logit_rows, draws, kind, self._only_decodes(work), self._is_plain(work))
 
-    def _decode(self, work: Work, size: tuple[int, int], greedy: bool) -> None:
+    def _decode(self, work: Work, size: tuple[int, int], kind: int) -> None:
         """Enqueue a decoding step of a padded size."""
         rows, sequences = size
 
         def run() -> None:
-            launch = self._launch(work, rows, sequences, rows, greedy)
+            launch = self._launch(work, rows, sequences, rows, kind)
             self._executor.forward(launch)
             self._executor.choose(launch)
 
-        key = (*size, greedy)
+        key = (*size, kind)
         if key not in self._graphs:
             self._graphs[key] = None
             run()

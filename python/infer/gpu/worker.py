@@ -4,6 +4,9 @@ The engine never calls Python: it lays its work on a desk (rust/engine/src/hando
 thread keeps the device and the models alive, but not the engine: when that is closed or dropped there is no more work, and the
 thread gives the memory back and ends. Whatever goes wrong here ends requests with a sentence; nothing waits for a thread that
 is gone.
+
+Steps are enqueued when they are begun and waited for when they are finished: the engine begins the next one before, if it can,
+so that the device goes from one to the other by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from infer._core import DeviceModel, Engine, InferError
@@ -21,6 +25,7 @@ from infer.gpu.runner import Runner, padded
 from infer.gpu.weights import Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from infer._core import Work, WorkLink
@@ -46,6 +51,7 @@ class Worker:
     def __init__(self, device: Device, link: WorkLink, target: Runner, draft: Runner | None) -> None:
         self._device, self._link = device, link
         self._target, self._draft = target, draft
+        self._begun: deque[tuple[Work, Callable[[], Outcome]]] = deque()
         self._thread = threading.Thread(target=self._run, name="infer-gpu", daemon=True)
         self._thread.start()
 
@@ -91,28 +97,50 @@ class Worker:
 
         kind = work.kind
         if kind == "forward":
-            self._forward(work)
+            self._begun.append((work, self._begin(work)))
+        elif kind == "finish":
+            step, wait = self._begun.popleft()
+            self._finish(work, step, wait())
         elif kind == "draft":
             if self._draft is None:
                 raise InferError("this engine has no draft model")
-            self._finish(work, self._draft.enqueue(work))
+            outcome = self._draft.enqueue(work)
+            self._device.synchronize()
+            self._finish(work, work, outcome)
         elif kind == "export":
             self._link.finish_page(work, self._read(work.page))
         else:
             self._write(work.page, np.frombuffer(work.contents, np.uint8))
             self._link.finish(work)
 
-    def _forward(self, work: Work) -> None:
+    def _begin(self, work: Work) -> Callable[[], Outcome]:
+        """Enqueue a step; returns what waits for its outcome, or raises what went wrong already."""
+        try:
+            outcome, mark = self._forward(work), self._device.mark()
+        except Exception as error:
+            failure = error
+
+            def fail() -> Outcome:
+                raise failure
+
+            return fail
+
+        def wait() -> Outcome:
+            self._device.reach(mark)
+            return outcome
+
+        return wait
+
+    def _forward(self, work: Work) -> Outcome:
         for source, target in work.copies:
             for runner in self._runners():
                 runner.pages.copy(source, target)
         if self._draft is not None and (rest := work.not_drafted()).rows:
             self._draft.enqueue(rest)
-        self._finish(work, self._target.enqueue(work))
+        return self._target.enqueue(work)
 
-    def _finish(self, work: Work, outcome: Outcome) -> None:
-        self._device.synchronize()
-        self._link.finish_rows(work, outcome.logits, outcome.choices)
+    def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
+        self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]

@@ -147,7 +147,7 @@ impl Backend {
             }
             Self::Outside(_) => {
                 let handover = Arc::new(Handover::default());
-                let device = OutsideDevice::new(Arc::clone(&handover));
+                let device = OutsideDevice::new(Arc::clone(&handover), true);
                 Ok((Driver::start(config, device, tier, clock).map_err(failed)?, Some(handover)))
             }
         }

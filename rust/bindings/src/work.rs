@@ -55,21 +55,29 @@ impl WorkLink {
         })
     }
 
-    /// Answer "forward" and "draft": logits (rows, vocabulary) of all wanted rows; or with `choices`, the tokens of the drawn ones, of the
-    /// others alone.
-    #[pyo3(signature = (work, logits, choices=None))]
+    /// Answer "finish" and "draft": logits (rows, vocabulary) of all wanted rows of `step`; or with `choices`, of those that are not drawn.
+    #[pyo3(signature = (work, step, logits, choices=None, logprobs=None))]
     fn finish_rows(
         &self,
         py: Python<'_>,
         work: &Work,
+        step: &Work,
         logits: PyReadonlyArray2<'_, f32>,
         choices: Option<PyReadonlyArray1<'_, i32>>,
+        logprobs: Option<PyReadonlyArray2<'_, i32>>,
     ) -> PyResult<()> {
         guarded(|| {
             let logits = logits.as_slice().map_err(refusal)?;
             let logits = py.detach(|| logits.to_vec());
-            let choices = choices.as_ref().map(|choices| choices.as_slice().map_err(refusal)).transpose()?;
-            self.answer(work, Ok(Answer::Rows { logits, choices: choices.unwrap_or_default().to_vec() }))
+            let choices = match &choices {
+                Some(choices) => {
+                    let told = logprobs.as_ref().map(|told| told.as_slice().map_err(refusal)).transpose()?;
+                    let choices = choices.as_slice().map_err(refusal)?;
+                    step.batch()?.read_choices(choices, told.unwrap_or_default()).map_err(refusal)?
+                }
+                None => Vec::new(),
+            };
+            self.answer(work, Ok(Answer::Rows { logits, choices }))
         })
     }
 
@@ -114,11 +122,12 @@ impl Work {
 
 #[pymethods]
 impl Work {
-    /// "forward", "draft", "export" or "import".
+    /// "forward", "finish", "draft", "export" or "import".
     #[getter]
     fn kind(&self) -> &'static str {
         match &*self.ticket.work {
             infer_engine::Work::Forward(_) => "forward",
+            infer_engine::Work::Finish => "finish",
             infer_engine::Work::Draft(_) => "draft",
             infer_engine::Work::Export(_) => "export",
             infer_engine::Work::Import(..) => "import",
@@ -143,11 +152,28 @@ impl Work {
         Ok(self.batch()?.logit_rows.len())
     }
 
-    /// Fill `out`, 24 bytes a row, with what rows are drawn with; which of the wanted rows are. See `_core.pyi`.
-    fn write_draws(&self, rows: usize, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<Vec<bool>> {
+    /// Which of the wanted rows are drawn.
+    #[getter]
+    fn drawn(&self) -> PyResult<Vec<bool>> {
+        Ok(self.batch()?.drawn())
+    }
+
+    /// What draws need: 0 the largest logits, 1 draws, 2 changes before or log-probabilities after them.
+    #[getter]
+    fn draw_kind(&self) -> PyResult<u8> {
+        Ok(self.batch()?.draw_kind() as u8)
+    }
+
+    /// Fill `out` with how rows are drawn, and `words` with what that refers to; how many there are. See `_core.pyi`.
+    fn write_draws(
+        &self,
+        rows: usize,
+        mut out: PyReadwriteArray1<'_, u8>,
+        mut words: PyReadwriteArray1<'_, u32>,
+    ) -> PyResult<usize> {
         guarded(|| {
-            let out = out.as_slice_mut().map_err(refusal)?;
-            self.batch()?.write_draws(rows, out).map_err(refusal)
+            let (out, words) = (out.as_slice_mut().map_err(refusal)?, words.as_slice_mut().map_err(refusal)?);
+            self.batch()?.write_draws(rows, out, words).map_err(refusal)
         })
     }
 

@@ -1,6 +1,7 @@
 //! One step's work, as a backend gets it: plain integers.
 
 use crate::core::Core;
+use crate::draw::{CHANGE_WORDS, Change, Draw, MOST_DRAW_WORDS};
 use crate::planted::{Bug, planted};
 use crate::request::RequestKind;
 use crate::scheduler::Plan;
@@ -14,6 +15,8 @@ pub struct Batch {
     pub copies: Vec<(PageRef, PageRef)>,
     /// The rows' tokens: (rows).
     pub tokens: Vec<u32>,
+    /// Rows, ascending, whose token is what the step before chose, and which of that step's `logit_rows` chose it. Their entry in `tokens` is 0.
+    pub follows: Vec<(u32, u32)>,
     /// The rows' sequences, one after the other.
     pub sequences: Vec<BatchSequence>,
     /// Rows whose logits are wanted, ascending.
@@ -21,19 +24,10 @@ pub struct Batch {
     /// For each of them, how its token is drawn, where that is simple enough for a device to do itself; or empty, when none may be drawn
     /// so. See [`crate::Device::take_choices`].
     pub draws: Vec<Option<Draw>>,
-}
-
-/// A draw of the sampler by temperature and `min_p` alone.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Draw {
-    /// Logits are multiplied by it; 0: the largest is taken, the lowest id among equals.
-    pub inverse_temperature: f32,
-    /// Tokens less likely than this part of the most likely one are impossible.
-    pub min_p: f32,
-    /// The completion's own seed.
-    pub seed: u64,
-    /// Position of the token; see [`crate::uniform`], whose draw 0 it is.
-    pub position: u64,
+    /// What changes single logits of rows that are drawn.
+    pub changes: Vec<Change>,
+    /// Which tokens rows may choose: masks, one after the other.
+    pub allowed: Vec<u32>,
 }
 
 /// The rows of one sequence in a step.
@@ -57,6 +51,12 @@ pub struct BatchSequence {
 }
 
 impl Batch {
+    /// Words that changes and masks take.
+    #[must_use]
+    pub fn draw_words(&self) -> usize {
+        self.changes.len() * CHANGE_WORDS + self.allowed.len()
+    }
+
     /// The rows that the draft model has not computed yet; none of their logits are wanted, and no page is copied.
     #[must_use]
     pub fn not_drafted(&self) -> Self {
@@ -115,10 +115,6 @@ impl Core {
         let prompt_rows = self.prompt_rows(id, rows);
         let generates = matches!(self.requests[&id.request].kind, RequestKind::Generate(_));
         let model_drafts = self.draft_round.is_some();
-        let request = &self.requests[&id.request];
-        let generated = self.sequences[&id].tokens.output.len();
-        let free = request.banned(generated).is_empty();
-        let plain = request.params().and_then(|params| params.plain_draw()).filter(|_| free);
         let sequence = self.sequences.get_mut(&id).expect("a planned sequence exists");
         let (first_row, computed) = (batch.tokens.len(), sequence.computed);
         let real = rows.min(sequence.remaining());
@@ -137,11 +133,6 @@ impl Core {
         batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
         batch.logit_rows.extend((end - sampled_rows..end).map(|row| row as u32));
         batch.draws.extend(std::iter::repeat_n(None, prompt_rows));
-        let (seed, next) = (sequence.seed, sequence.tokens.len() as u64);
-        let draw = |position| {
-            plain.map(|(inverse_temperature, min_p)| Draw { inverse_temperature, min_p, seed, position })
-        };
-        batch.draws.extend((next..next + sampled_rows as u64).map(draw));
         batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + real));
         batch.tokens.extend_from_slice(&sequence.drafts);
         batch.sequences.push(BatchSequence {
@@ -154,6 +145,17 @@ impl Core {
             // The draft model was fed the last token and all of its guesses but the last one.
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
-        Scheduled { id, rows, prompt_rows, sampled_rows, drawn: plain.is_some(), copied: copy.is_some() }
+        let drawn = sampled_rows > 0 && self.add_draws(batch, id, sampled_rows);
+        Scheduled { id, rows, prompt_rows, sampled_rows, drawn, copied: copy.is_some() }
+    }
+
+    /// Says how a sequence's next tokens are drawn; false where the sampler must draw them.
+    fn add_draws(&self, batch: &mut Batch, id: SequenceId, count: usize) -> bool {
+        let drawn = self.draw(&self.sequences[&id], 0, count);
+        match drawn.filter(|drawn| batch.draw_words() + drawn.words() <= MOST_DRAW_WORDS) {
+            Some(drawn) => drawn.put(count, None, batch),
+            None => batch.draws.extend(std::iter::repeat_n(None, count)),
+        }
+        batch.draws.last().is_some_and(Option::is_some)
     }
 }

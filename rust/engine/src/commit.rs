@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::batch::Scheduled;
 use crate::core::Core;
+use crate::draw::{Changes, Choice};
 use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
-use crate::logprobs::token_logprobs;
+use crate::logprobs::{TokenLogprob, token_logprobs};
 use crate::metrics::RequestMetrics;
 use crate::planted::{Bug, planted};
 use crate::request::{RequestId, RequestKind};
@@ -22,15 +23,16 @@ impl Core {
     /// # Panics
     /// When no batch is in flight.
     pub fn commit(&mut self, logits: &[f32], now: Duration) {
-        self.commit_choices(logits, &[], now);
+        self.commit_choices(logits, Vec::new(), now);
     }
 
     /// As [`Core::commit`], from a device that chose tokens itself: see [`crate::Device::take_choices`].
     ///
     /// # Panics
     /// When no batch is in flight.
-    pub fn commit_choices(&mut self, logits: &[f32], choices: &[i32], now: Duration) {
-        let scheduled = self.in_flight.take().expect("commit was called without a step in flight");
+    pub fn commit_choices(&mut self, logits: &[f32], mut choices: Vec<Choice>, now: Duration) {
+        let flight = self.in_flight.pop_front().expect("commit was called without a step in flight");
+        let scheduled = &flight.scheduled;
         let all: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
         let drawn: usize = scheduled.iter().filter(|work| work.drawn).map(|work| work.sampled_rows).sum();
         let chosen = if choices.is_empty() { 0 } else { drawn };
@@ -41,22 +43,25 @@ impl Core {
                 "the device returned {found} logits and {} choices instead of {rows} x {vocabulary} and {chosen}",
                 choices.len()
             );
-            self.in_flight = Some(scheduled);
+            self.in_flight.push_front(flight);
             return self.fail(&message, now);
         }
-        let took = now.saturating_sub(self.step_started);
+        // A step that was begun while another was computed had the device for itself only afterwards.
+        let took = now.saturating_sub(flight.started.max(self.step_ended));
+        self.step_ended = now;
         self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), took);
         self.counters.histograms.step_time.add(took.as_secs_f64());
         self.settle_cancelled(now);
-        let (mut rest, mut left) = (logits, choices);
-        for work in scheduled {
+        let (mut rest, mut left) = (logits, choices.as_mut_slice());
+        for work in &flight.scheduled {
             let rows = if work.drawn && chosen > 0 { work.prompt_rows } else { work.logit_rows() };
             let (own, others) = rest.split_at(rows * self.config.vocabulary);
-            let (chosen, later) = left.split_at(if rows < work.logit_rows() { work.sampled_rows } else { 0 });
+            let (chosen, later) =
+                left.split_at_mut(if rows < work.logit_rows() { work.sampled_rows } else { 0 });
             (rest, left) = (others, later);
             // Gone when its request was cancelled, or failed in a completion before it.
             if self.sequences.contains_key(&work.id) {
-                self.commit_rows(&work, own, chosen, now);
+                self.commit_rows(work, own, chosen, now);
             }
         }
         self.check_invariants();
@@ -67,7 +72,9 @@ impl Core {
     /// # Panics
     /// When no batch is in flight.
     pub fn fail(&mut self, message: &str, now: Duration) {
-        let scheduled = self.in_flight.take().expect("fail was called without a step in flight");
+        let flight = self.in_flight.pop_front().expect("fail was called without a step in flight");
+        let scheduled = flight.scheduled;
+        self.step_ended = now;
         for work in scheduled.iter().filter(|work| work.copied) {
             // Nobody knows whether the copy was made: what it should hold is not to be found.
             if let Some(sequence) = self.sequences.get_mut(&work.id) {
@@ -93,7 +100,7 @@ impl Core {
         }
     }
 
-    fn commit_rows(&mut self, work: &Scheduled, logits: &[f32], choices: &[i32], now: Duration) {
+    fn commit_rows(&mut self, work: &Scheduled, logits: &[f32], choices: &mut [Choice], now: Duration) {
         let id = work.id;
         let (prompt, sampled) = logits.split_at(work.prompt_rows * self.config.vocabulary);
         let delivered = self.deliver_prompt_rows(id, prompt);
@@ -117,7 +124,7 @@ impl Core {
         &mut self,
         work: &Scheduled,
         logits: &[f32],
-        choices: &[i32],
+        choices: &mut [Choice],
         now: Duration,
     ) -> Result<(), SampleError> {
         let id = work.id;
@@ -130,14 +137,19 @@ impl Core {
         for place in 0..work.sampled_rows {
             let row = rows.next().unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
-            let token = self.choose(id, row, choices.get(place).copied(), now)?;
+            let choice = choices.get_mut(place);
+            let token = self.choose(id, row, choice.as_deref(), now)?;
+            let logprobs = match choice {
+                Some(choice) => choice.logprobs.take(),
+                None => self.logprobs(id, row, token),
+            };
             self.advance(id, if place == 0 { work.rows - drafts.len() } else { 1 });
             if place > 0 {
                 self.request_metrics(id).accepted_tokens += 1;
                 self.counters.accepted_tokens += 1;
             }
             chosen += 1;
-            self.append(id, token, row, now);
+            self.append(id, token, logprobs, now);
             let right =
                 drafts.get(place) == Some(&token) || planted(Bug::DraftsAreTrusted) && place < drafts.len();
             if !self.sequences.contains_key(&id) || !right {
@@ -209,7 +221,7 @@ impl Core {
         &mut self,
         id: SequenceId,
         logits: &[f32],
-        choice: Option<i32>,
+        choice: Option<&Choice>,
         now: Duration,
     ) -> Result<u32, SampleError> {
         let request = self.requests.get_mut(&id.request).expect("a sequence has a request");
@@ -223,7 +235,7 @@ impl Core {
             position += self.counters.steps;
         }
         let token = match choice {
-            Some(choice) => u32::try_from(choice).map_err(|_| SampleError::NoNumber)?,
+            Some(choice) => choice.token()?,
             None => {
                 self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?
             }
@@ -232,6 +244,13 @@ impl Core {
             *sequence.history.output.entry(token).or_default() += 1;
         }
         sequence.tokens.output.push(token);
+        if let Some(changes) = &mut sequence.changes {
+            changes.count(token);
+            let generated = sequence.tokens.output.len();
+            if !changes.holds(request.banned(generated)) {
+                sequence.changes = Changes::new(request, &sequence.history, generated);
+            }
+        }
         sequence.first_token.get_or_insert(now);
         sequence.last_token = now;
         request.metrics.generated_tokens += 1;
@@ -245,8 +264,14 @@ impl Core {
         Ok(token)
     }
 
+    /// Log-probabilities of a chosen token, if they are wanted.
+    fn logprobs(&mut self, id: SequenceId, logits: &[f32], token: u32) -> Option<Vec<TokenLogprob>> {
+        let count = self.requests[&id.request].params()?.logprobs?;
+        Some(self.sampler.logprobs(logits, token, count))
+    }
+
     /// Reports the new token, starts the request's other completions after their first, and ends the completion if it is time.
-    fn append(&mut self, id: SequenceId, token: u32, logits: &[f32], now: Duration) {
+    fn append(&mut self, id: SequenceId, token: u32, logprobs: Option<Vec<TokenLogprob>>, now: Duration) {
         self.spawn_others(id.request, now);
         let request = &self.requests[&id.request];
         let params = request.params().expect("only Generate rows are sampled");
@@ -269,8 +294,6 @@ impl Core {
         } else if generated >= request.max_output {
             finish = Some(Finish::because(FinishReason::Length));
         }
-        let logprobs =
-            params.logprobs.map(|count| token_logprobs(logits, token, count, &mut self.sampler.scratch));
         self.emit(id.request, EventKind::Token { index: id.index, token, text: step.text, logprobs });
         if let Some(finish) = finish {
             self.finish_text(id, finish, now);

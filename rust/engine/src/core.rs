@@ -1,13 +1,14 @@
 //! The state machine: requests in, batches out, logits in, events out. Deterministic: the same calls give the same answers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::batch::Scheduled;
+use crate::ahead::Flight;
 use crate::cache::PageCache;
 use crate::config::EngineConfig;
 use crate::costs::Costs;
+use crate::draw::Changes;
 use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::journal::{CacheEvent, TraceEvent, TraceKind};
@@ -35,9 +36,14 @@ pub struct Core {
     /// Sequences without pages.
     pub(crate) waiting: WaitingQueue,
     pub(crate) fairness: Fairness,
-    pub(crate) in_flight: Option<Vec<Scheduled>>,
-    /// When the step in flight was put together.
-    pub(crate) step_started: Duration,
+    /// Steps that were handed out, the oldest first; the second one was planned ahead.
+    pub(crate) in_flight: VecDeque<Flight>,
+    /// When the last step came back.
+    pub(crate) step_ended: Duration,
+    /// Steps planned ahead since the last that was not.
+    pub(crate) steps_ahead: usize,
+    /// The last plan admitted what it could, and since then nothing came or went.
+    pub(crate) admitted_all: bool,
     pub(crate) draft_round: Option<DraftRound>,
     /// Cancelled while a step that touches their pages was in flight.
     pub(crate) cancelled: Vec<(RequestId, FinishReason)>,
@@ -71,8 +77,10 @@ impl Core {
             running: BTreeSet::new(),
             waiting: WaitingQueue::default(),
             fairness: Fairness::default(),
-            in_flight: None,
-            step_started: Duration::ZERO,
+            in_flight: VecDeque::new(),
+            step_ended: Duration::ZERO,
+            steps_ahead: 0,
+            admitted_all: false,
             draft_round: None,
             cancelled: Vec::new(),
             deadlines: BTreeSet::new(),
@@ -132,7 +140,7 @@ impl Core {
     }
 
     fn stop(&mut self, id: RequestId, reason: FinishReason, now: Duration) {
-        if self.in_flight.is_some() {
+        if !self.in_flight.is_empty() {
             self.cancelled.extend((!planted(Bug::CancelDuringStepIsLost)).then_some((id, reason)));
         } else {
             self.end_request(id, reason, None, now);
@@ -243,6 +251,7 @@ impl Core {
         let seed = if id.index == 0 { seed } else { stream_seed(seed, u64::from(id.index)) };
         let repetition = request.params().is_some_and(|params| params.repetition_penalty != 1.0);
         let prompt = if repetition { request.prompt.iter().copied().collect() } else { Default::default() };
+        let history = TokenHistory { prompt, output: Default::default() };
         let domain = Domain {
             long_context: self.config.context_switch.is_some_and(|switch| request.prompt.len() > switch),
             private_to: (!self.config.enable_prefix_caching).then_some(id.request),
@@ -263,12 +272,14 @@ impl Core {
             drafts: Vec::new(),
             delivered: 0,
             blocked: false,
-            history: TokenHistory { prompt, output: Default::default() },
+            changes: Changes::new(request, &history, 0),
+            history,
             seed,
             text: request.text.as_ref().map(|make| make()),
             first_token: None,
             last_token: Duration::ZERO,
         };
+        self.admitted_all = false;
         self.waiting.insert(&sequence, request.options.user.clone(), now);
         self.sequences.insert(id, sequence);
     }
@@ -309,7 +320,7 @@ impl Core {
 
     /// Gives back everything a completion holds.
     fn drop_sequence(&mut self, id: SequenceId, now: Duration) {
-        assert!(self.in_flight.is_none(), "a step in flight keeps its pages");
+        self.admitted_all = false;
         if self.sequences.contains_key(&id) && !planted(Bug::EndedSequenceKeepsPages) {
             self.give_up_pages(id);
         }

@@ -1,6 +1,7 @@
 //! What computes batches: any backend.
 
 use crate::batch::Batch;
+use crate::draw::Choice;
 use crate::tables::PageRef;
 
 /// A backend with its model and its pages.
@@ -13,11 +14,30 @@ pub trait Device: Send {
     /// A sentence for the users whose requests were part of the batch.
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String>;
 
-    /// After [`Device::forward`]: the tokens of the rows that [`Batch::draws`] has draws of, in their order, or negative numbers where a
-    /// logit is NaN or infinite or none is finite. `logits` then has the other rows alone. Empty: the
-    /// device chose nothing, and `logits` has all rows.
-    fn take_choices(&mut self) -> Vec<i32> {
+    /// After [`Device::forward`] or [`Device::finish`]: what was chosen for the rows that [`Batch::draws`] has draws of, in their order.
+    /// `logits` then has the other rows alone. Empty: the device chose nothing, and `logits` has all rows.
+    fn take_choices(&mut self) -> Vec<Choice> {
         Vec::new()
+    }
+
+    /// Whether steps may be begun while one is computed. Such a device draws every token of [`Batch::draws`] itself, and does in the order
+    /// in which it is asked whatever it is asked for: steps, pages read out, pages filled.
+    fn works_ahead(&self) -> bool {
+        false
+    }
+
+    /// Begins a step, which [`Device::finish`] ends; at most two are begun and not ended. Only for devices that work ahead.
+    fn begin(&mut self, batch: Batch) {
+        let _ = batch;
+    }
+
+    /// Waits for the first step that was begun and not ended: what [`Device::forward`] does otherwise.
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), String> {
+        let _ = logits;
+        Err("this device does not work ahead".to_owned())
     }
 
     /// Computes rows with the draft model alone.

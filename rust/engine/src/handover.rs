@@ -6,15 +6,20 @@
 //! stopped ([`Handover::stop`]) fails the work at hand and all later work with its reason, and when the device is dropped the
 //! executor hears that there is no more work.
 //!
+//! Work is done in the order in which it is laid down. Steps are begun with one piece of work, which is not answered, and ended with
+//! another: so the executor may begin a second step before it waits for the first one.
+//!
 //! Both sides look for news in a short busy loop before they sleep: waking a thread costs more than many a small kernel. The loop
 //! yields, so that where there is one core for both the other side gets it.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::device::Device;
+use crate::draw::Choice;
 use crate::tables::PageRef;
 
 /// How long a side looks before it sleeps: about as long as the other takes between steps of decoding.
@@ -23,8 +28,10 @@ const GLANCE: Duration = Duration::from_micros(200);
 /// What an executor is to do. Pages of the draft model, if there is one, have the same numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Work {
-    /// As [`Device::forward`].
+    /// As [`Device::begin`]. It is not answered: what goes wrong is the answer to its [`Work::Finish`].
     Forward(Batch),
+    /// As [`Device::finish`]: of the first [`Work::Forward`] that was not finished.
+    Finish,
     /// As [`Device::draft`].
     Draft(Batch),
     /// As [`Device::export_page`].
@@ -36,12 +43,12 @@ pub enum Work {
 /// What an executor answers.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
-    /// To [`Work::Forward`] and [`Work::Draft`].
+    /// To [`Work::Finish`] and [`Work::Draft`].
     Rows {
         /// (rows, vocabulary), of all rows or of those that were not chosen from.
         logits: Vec<f32>,
         /// As [`Device::take_choices`].
-        choices: Vec<i32>,
+        choices: Vec<Choice>,
     },
     /// To [`Work::Export`].
     Page(Vec<u8>),
@@ -63,7 +70,9 @@ struct State {
     /// Number of the latest work.
     number: u64,
     /// Until the executor takes it.
-    work: Option<Ticket>,
+    work: VecDeque<Ticket>,
+    /// Number of the work whose answer is awaited; 0 for none.
+    awaited: u64,
     answer: Option<Result<Answer, String>>,
     /// Why the executor takes no more.
     stopped: Option<String>,
@@ -86,20 +95,21 @@ impl Handover {
     /// # Errors
     /// There will be no more: the engine has closed its device, or the executor said itself that it stopped.
     pub fn next(&self, timeout: Duration) -> Result<Option<Ticket>, Closed> {
-        self.glance(|state| state.work.is_some() || state.closed || state.stopped.is_some());
-        let idle = |state: &mut State| state.work.is_none() && !state.closed && state.stopped.is_none();
+        self.glance(|state| !state.work.is_empty() || state.closed || state.stopped.is_some());
+        let idle = |state: &mut State| state.work.is_empty() && !state.closed && state.stopped.is_none();
         let waited = self.changed.wait_timeout_while(self.lock(), timeout, idle);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         match state.closed || state.stopped.is_some() {
             true => Err(Closed),
-            false => Ok(state.work.take()),
+            false => Ok(state.work.pop_front()),
         }
     }
 
     /// Answers the work of this number; a sentence for users where it failed. An answer that nobody waits for is dropped.
     pub fn answer(&self, number: u64, answer: Result<Answer, String>) {
         let mut state = self.lock();
-        if state.number == number && state.work.is_none() && state.answer.is_none() {
+        let taken = state.work.front().is_none_or(|next| next.number > number);
+        if state.awaited == number && taken && state.answer.is_none() {
             state.answer = Some(answer);
             self.tell(state);
         }
@@ -135,18 +145,25 @@ impl Handover {
         }
     }
 
-    fn ask(&self, work: Work) -> Result<Answer, String> {
-        let mut state = self.lock();
+    /// Lays work down.
+    fn put<'a>(&self, mut state: MutexGuard<'a, State>, work: Work) -> MutexGuard<'a, State> {
         state.number += 1;
+        let number = state.number;
+        state.work.push_back(Ticket { number, work: Arc::new(work) });
+        state
+    }
+
+    fn ask(&self, work: Work) -> Result<Answer, String> {
+        let mut state = self.put(self.lock(), work);
         state.answer = None;
-        state.work = Some(Ticket { number: state.number, work: Arc::new(work) });
+        state.awaited = state.number;
         self.tell(state);
         self.glance(|state| state.answer.is_some() || state.stopped.is_some());
         let waits = |state: &mut State| state.answer.is_none() && state.stopped.is_none();
         let waited = self.changed.wait_while(self.lock(), waits);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         let answer = state.answer.take();
-        state.work = None;
+        state.awaited = 0;
         answer.unwrap_or_else(|| Err(state.stopped.clone().unwrap_or_default()))
     }
 }
@@ -158,14 +175,15 @@ pub struct Closed;
 /// A device whose executor is elsewhere.
 pub struct OutsideDevice {
     handover: Arc<Handover>,
-    choices: Vec<i32>,
+    draws: bool,
+    choices: Vec<Choice>,
 }
 
 impl OutsideDevice {
-    /// A device that hands its work over there.
+    /// A device that hands its work over there, and whether the executor draws all tokens that [`Batch::draws`] asks for.
     #[must_use]
-    pub fn new(handover: Arc<Handover>) -> Self {
-        Self { handover, choices: Vec::new() }
+    pub fn new(handover: Arc<Handover>, draws: bool) -> Self {
+        Self { handover, draws, choices: Vec::new() }
     }
 
     fn rows(&mut self, work: Work, logits: &mut Vec<f32>) -> Result<(), String> {
@@ -182,10 +200,24 @@ impl OutsideDevice {
 
 impl Device for OutsideDevice {
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        self.rows(Work::Forward(batch.clone()), logits)
+        self.begin(batch.clone());
+        self.finish(logits)
     }
 
-    fn take_choices(&mut self) -> Vec<i32> {
+    fn works_ahead(&self) -> bool {
+        self.draws
+    }
+
+    fn begin(&mut self, batch: Batch) {
+        let state = self.handover.put(self.handover.lock(), Work::Forward(batch));
+        self.handover.tell(state);
+    }
+
+    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), String> {
+        self.rows(Work::Finish, logits)
+    }
+
+    fn take_choices(&mut self) -> Vec<Choice> {
         std::mem::take(&mut self.choices)
     }
 

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use crate::ahead::Flight;
 use crate::batch::Scheduled;
 use crate::core::Core;
 use crate::pages::PagePool;
 use crate::prefix::Parent;
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, SequenceId};
 use crate::tables::NO_PAGE;
 
 impl Core {
@@ -17,8 +18,10 @@ impl Core {
             self.check_names();
             self.sequences.values().for_each(|sequence| self.check_sequence(sequence));
             self.check_requests();
-            if let Some(scheduled) = &self.in_flight {
-                self.check_step(scheduled);
+            let mut before = BTreeMap::new();
+            for flight in &self.in_flight {
+                self.check_step(flight, &before);
+                before.extend(flight.scheduled.iter().map(|work| (work.id, work.rows)));
             }
         }
     }
@@ -170,18 +173,23 @@ impl Core {
         assert_eq!(open, self.sequences.len(), "open completions are sequences");
     }
 
-    /// The step keeps to its budgets and writes only pages that it alone holds and nobody can find.
-    fn check_step(&self, scheduled: &[Scheduled]) {
+    /// The step keeps to its budgets and writes only pages that it alone holds and nobody can find. `before` are rows of the step before it
+    /// that is in flight too.
+    fn check_step(&self, flight: &Flight, before: &BTreeMap<SequenceId, usize>) {
+        let scheduled = &flight.scheduled;
         let rows: usize = scheduled.iter().map(|work| work.rows).sum();
         assert!(rows <= self.config.max_num_batched_tokens, "max_num_batched_tokens");
         let prompt_rows: usize = scheduled.iter().map(|work| work.prompt_rows).sum();
         let drafts: usize = scheduled.iter().map(|work| work.sampled_rows.saturating_sub(1)).sum();
         assert!(prompt_rows + drafts <= self.config.logit_rows(), "max_logit_values");
-        self.check_decodes(scheduled);
+        if !flight.ahead {
+            self.check_decodes(scheduled);
+        }
         for work in scheduled {
             let Some(sequence) = self.sequences.get(&work.id) else { continue };
-            let first = sequence.computed / self.config.page_tokens;
-            let end = self.config.pages_for(sequence.computed + work.rows);
+            let computed = sequence.computed + before.get(&work.id).copied().unwrap_or(0);
+            let first = computed / self.config.page_tokens;
+            let end = self.config.pages_for(computed + work.rows);
             for page in (first..end).map(|place| sequence.tables.at(place)) {
                 let copied = self.sequences.values().filter_map(|other| other.copy_from);
                 let copies = copied.clone().filter(|other| other.page == page.page).count();

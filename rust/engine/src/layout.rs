@@ -21,7 +21,7 @@ impl Batch {
     /// tokens (rows), positions (rows), slots (rows), rope_rows (rows), row_sequence (rows), logit_rows (rows), first_row (sequences + 1)
     /// ```
     ///
-    /// A slot is `page * page_tokens + offset in the page`. A rope row is the position, plus `long_context_row` in sequences that use the
+    /// A token that the step before chose is `-1 - place`, where that step's wanted row `place` chose it. A slot is `page * page_tokens + offset in the page`. A rope row is the position, plus `long_context_row` in sequences that use the
     /// long-context variant. Sequence `s` has the rows from `first_row[s]` to `first_row[s + 1]`.
     ///
     /// # Errors
@@ -51,6 +51,9 @@ impl Batch {
         let (tokens, positions, slots) = (array(0), array(0), array(NONE));
         let (rope_rows, row_sequence, logit_rows) = (array(0), array(NONE), array(0));
         copy(tokens, self.tokens.iter().map(|token| *token as usize));
+        for &(row, place) in &self.follows {
+            tokens[row as usize] = !(place as i32);
+        }
         copy(logit_rows, self.logit_rows.iter().map(|row| *row as usize));
         first_row.fill(own_rows as i32);
         for (index, sequence) in self.sequences.iter().enumerate() {
@@ -65,32 +68,6 @@ impl Batch {
             copy(&mut slots[range], (position..position + sequence.rows).map(slot));
         }
         Ok(())
-    }
-
-    /// Writes what rows are drawn with, (rows) each, zeros where a row is not: seeds and positions (64 bits), inverse temperatures and `min_p`
-    /// (32-bit floats), one after the other. Returns which of the wanted rows are drawn.
-    ///
-    /// # Errors
-    /// An `out` that is not 24 bytes a row, or has fewer rows than are wanted.
-    pub fn write_draws(&self, rows: usize, out: &mut [u8]) -> Result<Vec<bool>, String> {
-        let wanted = self.logit_rows.len();
-        if out.len() != 24 * rows || wanted > rows {
-            return Err(format!("{wanted} draws do not fit {rows} rows and {} bytes", out.len()));
-        }
-        out.fill(0);
-        let (seeds, rest) = out.split_at_mut(8 * rows);
-        let (positions, rest) = rest.split_at_mut(8 * rows);
-        let (temperatures, min_ps) = rest.split_at_mut(4 * rows);
-        let mut drawn = vec![false; wanted];
-        for (row, draw) in self.draws.iter().enumerate().filter_map(|(row, draw)| Some((row, draw.as_ref()?)))
-        {
-            seeds[8 * row..][..8].copy_from_slice(&draw.seed.to_le_bytes());
-            positions[8 * row..][..8].copy_from_slice(&draw.position.to_le_bytes());
-            temperatures[4 * row..][..4].copy_from_slice(&draw.inverse_temperature.to_le_bytes());
-            min_ps[4 * row..][..4].copy_from_slice(&draw.min_p.to_le_bytes());
-            drawn[row] = true;
-        }
-        Ok(drawn)
     }
 
     /// Pages of the sequence that has the most.
@@ -141,7 +118,7 @@ fn copy(array: &mut [i32], values: impl Iterator<Item = usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{BatchSequence, Draw};
+    use crate::batch::BatchSequence;
 
     fn batch() -> Batch {
         let sequence = |first_row, rows, first_position, pages: &[u32], long_context| BatchSequence {
@@ -154,11 +131,11 @@ mod tests {
             drafted: 0,
         };
         Batch {
-            copies: Vec::new(),
             tokens: vec![7, 8, 9],
             sequences: vec![sequence(0, 1, 5, &[u32::MAX, 3], true), sequence(1, 2, 3, &[2, 6], false)],
             logit_rows: vec![0, 2],
-            draws: Vec::new(),
+            follows: vec![(2, 5)],
+            ..Batch::default()
         }
     }
 
@@ -167,7 +144,7 @@ mod tests {
         let mut out = vec![99; Batch::row_values(4, 3)];
         batch().write_rows(4, 3, 4, 100, &mut out).expect("fits");
         let expected: [&[i32]; 7] = [
-            &[7, 8, 9, 0],
+            &[7, 8, -6, 0],
             &[5, 3, 4, 0],
             &[13, 11, 24, -1],
             &[105, 3, 4, 0],
@@ -178,22 +155,6 @@ mod tests {
         assert_eq!(out, expected.concat());
         assert!(batch().write_rows(2, 3, 4, 0, &mut [0; 16]).is_err(), "too few rows");
         assert!(batch().write_rows(4, 3, 4, 0, &mut [0; 16]).is_err(), "too short");
-    }
-
-    #[test]
-    fn draws_are_laid_out() {
-        let draw = Draw { inverse_temperature: 2.0, min_p: 0.25, seed: 7, position: 9 };
-        let batch = Batch { draws: vec![None, Some(draw)], ..batch() };
-        let mut out = vec![99; 24 * 3];
-        assert_eq!(batch.write_draws(3, &mut out), Ok(vec![false, true]));
-        let mut expected = vec![0; 24 * 3];
-        expected[8] = 7;
-        expected[24 + 8] = 9;
-        expected[48 + 4..48 + 8].copy_from_slice(&2.0_f32.to_le_bytes());
-        expected[60 + 4..60 + 8].copy_from_slice(&0.25_f32.to_le_bytes());
-        assert_eq!(out, expected);
-        assert!(batch.write_draws(3, &mut [0; 71]).is_err());
-        assert!(batch.write_draws(1, &mut [0; 24]).is_err());
     }
 
     #[test]

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod ahead;
 mod batch;
 mod cache;
 mod clock;
@@ -26,6 +27,8 @@ mod costs;
 mod cut;
 mod device;
 mod digest;
+mod draw;
+mod draw_layout;
 mod driver;
 mod error;
 mod event;
@@ -60,12 +63,14 @@ mod tier;
 mod vector;
 mod worker;
 
-pub use crate::batch::{Batch, BatchSequence, Draw};
+pub use crate::batch::{Batch, BatchSequence};
 pub use crate::clock::{Clock, MonotonicClock};
 pub use crate::config::{EngineConfig, LocalLayers, pages_at_once};
 pub use crate::core::Core;
 pub use crate::device::Device;
 pub use crate::digest::Digest;
+pub use crate::draw::{CHANGE_WORDS, Change, Choice, Draw, MOST_DRAW_WORDS, MOST_LOGPROBS};
+pub use crate::draw_layout::{DRAW_BYTES, DrawKind, LOGPROB_VALUES};
 pub use crate::driver::{Driver, SubmitOptions};
 pub use crate::error::EngineError;
 pub use crate::event::{Event, EventKind, Finish, FinishReason, StopReason};

@@ -207,17 +207,6 @@ impl SamplingParams {
         Ok(())
     }
 
-    /// What of the sampler's steps there is to do, if it is nothing but temperature and `min_p`: (inverse temperature, `min_p`).
-    pub(crate) fn plain_draw(&self) -> Option<(f32, f32)> {
-        let free = self.logit_bias.is_empty() && self.allowed_token_ids.is_none() && !self.has_penalties();
-        let uncut = self.temperature == 0.0 || (self.top_k == 0 && self.top_p == 1.0);
-        let inverse = match self.temperature == 0.0 {
-            true => 0.0,
-            false => inverse_temperature(self.temperature),
-        };
-        (free && uncut && self.logprobs.is_none()).then_some((inverse, self.min_p as f32))
-    }
-
     /// Whether any penalty needs to know which tokens were seen.
     pub(crate) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::EngineConfig;
+use crate::draw::mask;
 use crate::error::{EngineError, refuse};
 use crate::metrics::RequestMetrics;
 use crate::params::SamplingParams;
@@ -109,6 +110,8 @@ pub(crate) struct Request {
     pub stop_tokens: Vec<u32>,
     /// Most tokens a completion may generate.
     pub max_output: usize,
+    /// `allowed_token_ids` as a mask.
+    pub allowed: Option<Arc<[u32]>>,
 }
 
 impl Request {
@@ -131,6 +134,10 @@ impl Request {
             }
         };
         let ended = vec![false; completions as usize];
+        let allowed = match &kind {
+            RequestKind::Generate(params) => mask(params, config.vocabulary),
+            RequestKind::Logits => None,
+        };
         Self {
             spawned: ended.len() == 1,
             kind,
@@ -141,6 +148,7 @@ impl Request {
             ended,
             stop_tokens,
             max_output,
+            allowed,
         }
     }
 

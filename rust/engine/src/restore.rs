@@ -48,6 +48,7 @@ impl Core {
     /// A fetch was answered, and its first `pages` pages are on the device where [`Core::restore_pages`] said; the others are computed.
     pub fn restored(&mut self, ticket: u64, pages: usize, now: Duration) {
         let Some(id) = self.tickets.remove(&ticket) else { return };
+        self.admitted_all = false;
         let sequence = self.sequences.get_mut(&id).expect("a ticket has a sequence");
         let Restoring { wanted, since, .. } =
             sequence.restoring.take().expect("a ticket is of a waiting sequence");

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use thiserror::Error;
 
 use crate::cut::{Candidate, Cutter};
-use crate::logprobs::Scratch;
+use crate::logprobs::{Scratch, TokenLogprob, token_logprobs};
 use crate::params::{SamplingParams, inverse_temperature};
 use crate::random::uniform;
 use crate::vector::{all_below_infinity, exponentials, maximum, sum};
@@ -97,6 +97,11 @@ impl Sampler {
             self.pick_among_the_likely(params, draw)
         };
         chosen.or_else(|| first(&self.logits, largest)).ok_or(SampleError::NothingLeft)
+    }
+
+    /// Log-probabilities of the chosen token and of the `count` most likely ones, as outputs have them.
+    pub fn logprobs(&mut self, logits: &[f32], chosen: u32, count: u32) -> Vec<TokenLogprob> {
+        token_logprobs(logits, chosen, count, &mut self.scratch)
     }
 
     fn pick_among_the_likely(&mut self, params: &SamplingParams, draw: f64) -> Option<u32> {

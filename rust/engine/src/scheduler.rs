@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::time::Duration;
 
-use crate::batch::Batch;
+use crate::ahead::Flight;
+use crate::batch::{Batch, Scheduled};
 use crate::core::Core;
 use crate::journal::TraceKind;
 use crate::planted::{Bug, planted};
@@ -38,7 +39,7 @@ impl Core {
     /// # Panics
     /// When the previous batch was neither committed nor failed.
     pub fn next_batch(&mut self, now: Duration) -> Option<Batch> {
-        assert!(self.in_flight.is_none(), "next_batch was called with a step in flight");
+        assert!(self.in_flight.is_empty(), "next_batch was called with a step in flight");
         self.expire(now);
         let plan = self.plan_step(now);
         if plan.rows.is_empty() {
@@ -54,14 +55,25 @@ impl Core {
         }
         let (batch, scheduled) = self.build_batch(&plan);
         self.draft_round = None;
+        self.steps_ahead = 0;
+        Some(self.depart(batch, scheduled, false, now))
+    }
+
+    /// Counts a step that is handed out.
+    pub(crate) fn depart(
+        &mut self,
+        batch: Batch,
+        scheduled: Vec<Scheduled>,
+        ahead: bool,
+        now: Duration,
+    ) -> Batch {
         self.counters.steps += 1;
         self.counters.computed_tokens += batch.tokens.len() as u64;
         self.counters.copied_pages += batch.copies.len() as u64;
         self.counters.histograms.step_tokens.add(batch.tokens.len() as f64);
-        self.step_started = now;
-        self.in_flight = Some(scheduled);
+        self.in_flight.push_back(Flight { scheduled, started: now, ahead });
         self.check_invariants();
-        Some(batch)
+        batch
     }
 
     fn plan_step(&mut self, now: Duration) -> Plan {
@@ -96,6 +108,7 @@ impl Core {
             self.schedule(id, &mut plan, now);
         }
         while plan.budget > 0 && self.admit_next(&mut plan, now) {}
+        self.admitted_all = plan.budget > 0;
         plan
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cache::Tail;
+use crate::draw::Changes;
 use crate::prefix::Domain;
 use crate::request::RequestId;
 use crate::sampler::TokenHistory;
@@ -103,6 +104,8 @@ pub(crate) struct Sequence {
     /// Waits until the consumer has taken the last chunk of logits.
     pub blocked: bool,
     pub history: TokenHistory,
+    /// The same for a device that draws, with biases and bans.
+    pub changes: Option<Changes>,
     pub seed: u64,
     pub text: Option<Box<dyn TokenText>>,
     pub first_token: Option<Duration>,

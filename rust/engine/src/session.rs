@@ -52,7 +52,7 @@ impl Core {
 
     /// Makes room for consecutive blocks of tokens, each a full page but the last, as far as memory that nobody uses goes.
     pub fn adopt(&mut self, blocks: Vec<Box<[u32]>>, salt: Option<Arc<str>>) -> Adoption {
-        assert!(self.in_flight.is_none(), "pages are adopted between steps");
+        assert!(self.in_flight.is_empty(), "pages are adopted between steps");
         let tokens = Tokens { prompt: blocks.concat().into(), output: Vec::new() };
         let domain = self.session_domain(tokens.len(), salt);
         let (mut tables, tail) = self.cache.take_prefix(&domain, &tokens, tokens.len());

@@ -87,7 +87,7 @@ impl Core {
     /// When a step is in flight.
     pub fn next_draft(&mut self) -> Option<Batch> {
         let Some(Speculation::DraftModel { .. }) = self.config.speculation else { return None };
-        assert!(self.in_flight.is_none(), "drafts are made between steps");
+        assert!(self.in_flight.is_empty(), "drafts are made between steps");
         if self.draft_round.is_none() {
             self.draft_round = Some(DraftRound { open: self.open_draft_round() });
         }

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::batch::Batch;
 use crate::clock::Clock;
 use crate::core::Core;
 use crate::device::Device;
@@ -74,6 +75,7 @@ impl<D: Device> Worker<D> {
                 busy = self.save(saves);
             }
         }
+        self.finish_steps();
         let now = self.clock.now();
         for id in self.core.live_requests().collect::<Vec<_>>() {
             self.core.cancel(id, now);
@@ -121,13 +123,48 @@ impl<D: Device> Worker<D> {
                 let _ = reply.send(saves.into_iter().map(|save| self.read_out(&save)).collect());
             }
             Command::Import(pages, salt, reply) => {
+                self.finish_steps();
                 let _ = reply.send(self.import(pages, salt));
             }
         }
     }
 
-    /// One step; false when nothing could run.
+    /// One step; false when nothing could run. On a device that works ahead, the step after it is begun before its outcome is awaited: as
+    /// long as that can be planned, the device has work while tokens become text and requests are told.
     fn step(&mut self) -> bool {
+        if !self.device.works_ahead() {
+            let Some(batch) = self.plan() else { return false };
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.device.forward(&batch, &mut self.logits)));
+            self.land(outcome);
+            return true;
+        }
+        if self.core.steps_in_flight() == 0 {
+            let Some(batch) = self.plan() else { return false };
+            self.device.begin(batch);
+        }
+        if let Some(batch) = self.core.next_ahead(self.clock.now()) {
+            let saves = self.core.take_saves(SAVES_PER_STEP);
+            self.save(saves);
+            self.device.begin(batch);
+        }
+        self.finish_step();
+        true
+    }
+
+    /// Waits for the oldest step in flight.
+    fn finish_step(&mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.device.finish(&mut self.logits)));
+        self.land(outcome);
+    }
+
+    fn finish_steps(&mut self) {
+        while self.core.steps_in_flight() > 0 {
+            self.finish_step();
+        }
+    }
+
+    /// The next step's work, with everything done that comes before it.
+    fn plan(&mut self) -> Option<Batch> {
         self.make_drafts();
         let batch = self.core.next_batch(self.clock.now());
         // Before the step writes, and before pages that come back are filled.
@@ -138,18 +175,20 @@ impl<D: Device> Worker<D> {
                 tier.fetch(fetch.ticket, fetch.wanted);
             }
         }
-        let Some(batch) = batch else { return false };
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.device.forward(&batch, &mut self.logits)));
+        batch
+    }
+
+    /// Commits what a step came to.
+    fn land(&mut self, outcome: std::thread::Result<Result<(), String>>) {
         let now = self.clock.now();
         match outcome {
             Ok(Ok(())) => {
                 let choices = self.device.take_choices();
-                self.core.commit_choices(&self.logits, &choices, now);
+                self.core.commit_choices(&self.logits, choices, now);
             }
             Ok(Err(message)) => self.core.fail(&message, now),
             Err(panic) => self.core.fail(&format!("a bug in infer: {}", describe(&*panic)), now),
         }
-        true
     }
 
     fn make_drafts(&mut self) {

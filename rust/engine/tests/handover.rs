@@ -2,44 +2,32 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::{FakeDevice, VOCABULARY, config};
+use common::{FakeDevice, config};
 use infer_engine::{
-    Answer, Batch, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock,
-    OutsideDevice, RequestHandle, RequestKind, Sampler, SamplingParams, SubmitOptions, TokenHistory, Work,
+    Answer, Choice, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock,
+    OutsideDevice, RequestHandle, RequestKind, SamplingParams, SubmitOptions, Ticket, Work,
 };
 
 const LONG: Duration = Duration::from_secs(20);
+
+fn choice(token: i32) -> Choice {
+    Choice { token, logprobs: None }
+}
 
 fn rows(logits: Vec<f32>) -> Answer {
     Answer::Rows { logits, choices: Vec::new() }
 }
 
-/// Draws what may be drawn outside with the engine's own sampler, and keeps the other rows' logits.
-fn draw(batch: &Batch, logits: &[f32]) -> Answer {
-    let (mut rest, mut choices) = (Vec::new(), Vec::new());
-    for (row, draw) in logits.chunks_exact(VOCABULARY).zip(&batch.draws) {
-        let Some(draw) = draw else {
-            rest.extend_from_slice(row);
-            continue;
-        };
-        let temperature =
-            if draw.inverse_temperature == 0.0 { 0.0 } else { 1.0 / f64::from(draw.inverse_temperature) };
-        let params =
-            SamplingParams { temperature, min_p: f64::from(draw.min_p), ..SamplingParams::default() };
-        let history = TokenHistory::default();
-        let token = Sampler::default().sample(row, &params, &history, &[], draw.seed, draw.position);
-        choices.push(token.map_or(-1, |token| token as i32));
-    }
-    Answer::Rows { logits: rest, choices }
-}
-
 /// Does the work on a thread of its own, as often as allowed, and stops then with a reason.
 fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize, draws: bool) -> JoinHandle<usize> {
+    device.draws = draws;
     std::thread::spawn(move || {
+        let mut begun = VecDeque::new();
         for done in 0..steps {
             let ticket = match handover.next(LONG) {
                 Ok(Some(ticket)) => ticket,
@@ -49,12 +37,14 @@ fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize, draws
             let mut logits = Vec::new();
             let mut page = Vec::new();
             let answer = match &*ticket.work {
-                Work::Forward(batch) if draws => {
-                    device.forward(batch, &mut logits).map(|()| draw(batch, &logits))
-                }
                 Work::Forward(batch) => {
-                    device.forward(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
+                    let outcome = device.forward(batch, &mut logits);
+                    let choices = device.take_choices();
+                    begun.push_back(outcome.map(|()| Answer::Rows { logits, choices }));
+                    assert!(begun.len() <= if draws { 2 } else { 1 }, "no more steps are begun");
+                    continue;
                 }
+                Work::Finish => begun.pop_front().expect("a step that was begun"),
                 Work::Draft(batch) => {
                     device.draft(batch, &mut logits).map(|()| rows(std::mem::take(&mut logits)))
                 }
@@ -72,6 +62,18 @@ fn executor(handover: Arc<Handover>, mut device: FakeDevice, steps: usize, draws
     })
 }
 
+/// Takes a step, and the work that ends it.
+fn finish(handover: &Handover) -> Ticket {
+    loop {
+        let ticket = handover.next(LONG).expect("open").expect("work");
+        match *ticket.work {
+            Work::Forward(_) => {}
+            Work::Finish => return ticket,
+            _ => panic!("other work came"),
+        }
+    }
+}
+
 fn start<D: Device + 'static>(config: EngineConfig, device: D) -> Driver {
     Driver::start(config, device, None, Arc::new(MonotonicClock::new())).expect("starts")
 }
@@ -80,7 +82,7 @@ fn outside(steps: usize, draws: bool) -> (Driver, JoinHandle<usize>) {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
     let thread = executor(Arc::clone(&handover), FakeDevice::new(&config), steps, draws);
-    (start(config, OutsideDevice::new(handover)), thread)
+    (start(config, OutsideDevice::new(handover, draws)), thread)
 }
 
 fn submit(driver: &Driver, prompt: &[u32]) -> RequestHandle {
@@ -129,9 +131,9 @@ fn an_executor_that_draws_gives_the_same_tokens() {
     let params = [
         SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         SamplingParams { temperature: 0.5, min_p: 0.1, ..SamplingParams::default() },
-        SamplingParams { top_k: 5, ..SamplingParams::default() }, // not outside
-        SamplingParams { temperature: 0.0, min_tokens: 3, ..SamplingParams::default() }, // outside from its fourth token on
-        SamplingParams { logprobs: Some(1), ..SamplingParams::default() },               // not outside
+        SamplingParams { top_k: 5, presence_penalty: 1.0, ..SamplingParams::default() },
+        SamplingParams { temperature: 0.0, min_tokens: 3, ..SamplingParams::default() },
+        SamplingParams { logprobs: Some(33), ..SamplingParams::default() }, // not outside
     ];
     let handles =
         |driver: &Driver| params.clone().map(|params| submit_with(driver, &[1, 2, 3, 4, 5], params));
@@ -147,15 +149,16 @@ fn an_executor_that_draws_gives_the_same_tokens() {
 fn what_an_executor_cannot_draw_fails_its_request_alone() {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
-    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover), false));
     let handle = submit(&driver, &[1, 2, 3]);
-    let ticket = handover.next(LONG).expect("open").expect("work");
-    handover.answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![-1] }));
+    let ticket = finish(&handover);
+    handover.answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![choice(-1)] }));
     assert_eq!(drain(&handle).1, FinishReason::Error);
     assert!(handle.error().is_some_and(|error| error.contains("NaN or infinite")));
     let other = submit(&driver, &[4, 5]);
-    let ticket = handover.next(LONG).expect("open").expect("work");
-    handover.answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![1, 2] }));
+    let ticket = finish(&handover);
+    handover
+        .answer(ticket.number, Ok(Answer::Rows { logits: Vec::new(), choices: vec![choice(1), choice(2)] }));
     assert!(drain(&other).0.is_empty(), "a choice too many");
     assert!(other.error().is_some_and(|error| error.contains("2 choices instead of")));
     driver.close();
@@ -179,7 +182,7 @@ fn an_executor_that_stops_fails_requests_instead_of_keeping_them() {
 fn an_engine_whose_executor_never_came_can_be_stopped_and_closed() {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
-    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover), false));
     let handle = submit(&driver, &[1, 2, 3]);
     handover.stop("no GPU");
     assert_eq!(drain(&handle).1, FinishReason::Error);
@@ -191,10 +194,10 @@ fn an_engine_whose_executor_never_came_can_be_stopped_and_closed() {
 fn answers_to_other_work_are_dropped_or_named() {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
-    let driver = start(config, OutsideDevice::new(Arc::clone(&handover)));
+    let driver = start(config, OutsideDevice::new(Arc::clone(&handover), false));
     assert!(handover.next(Duration::ZERO).is_ok_and(|ticket| ticket.is_none()));
     let handle = submit(&driver, &[1, 2, 3]);
-    let ticket = handover.next(LONG).expect("open").expect("work");
+    let ticket = finish(&handover);
     handover.answer(ticket.number + 1, Err("from the future".to_owned()));
     handover.answer(ticket.number - 1, Err("from the past".to_owned()));
     handover.answer(ticket.number, Ok(Answer::Done));

@@ -26,11 +26,12 @@ fn simulations() -> u64 {
 
 #[test]
 fn every_request_gets_in_a_crowd_what_it_gets_alone() {
-    let mut steps = 0;
+    let (mut steps, mut ahead) = (0, 0);
     let mut sum = EngineMetrics::default();
     for seed in 0..simulations() {
         let outcome = simulate(seed, 20, false);
         steps += outcome.steps;
+        ahead += outcome.steps_ahead;
         sum.preemptions += outcome.metrics.preemptions;
         sum.cached_tokens += outcome.metrics.cached_tokens;
         sum.copied_pages += outcome.metrics.copied_pages;
@@ -44,6 +45,7 @@ fn every_request_gets_in_a_crowd_what_it_gets_alone() {
     let enough =
         |count: u64, least: u64| assert!(count >= least * simulations() / 400, "{count} of {least}: {sum:?}");
     enough(steps as u64, 5_000);
+    enough(ahead as u64, 1_000);
     enough(sum.preemptions, 200);
     enough(sum.cached_tokens, 1_000);
     enough(sum.copied_pages, 100);

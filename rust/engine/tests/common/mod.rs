@@ -8,7 +8,10 @@ pub mod simulate;
 pub mod tier;
 pub mod world;
 
-use infer_engine::{Batch, BatchSequence, Device, EngineConfig, PageRef, TextStep, TokenText};
+use infer_engine::{
+    Batch, BatchSequence, Choice, Device, Draw, EngineConfig, PageRef, SampleError, Sampler, SamplingParams,
+    TextStep, TokenHistory, TokenText,
+};
 
 pub const VOCABULARY: usize = 48;
 pub const EOS: u32 = 0;
@@ -147,6 +150,11 @@ pub struct FakeDevice {
     pub nan_every: Option<u64>,
     /// The draft model's logits are the target's but for one prefix of so many.
     pub draft_errs_every: u64,
+    /// Draws tokens itself.
+    pub draws: bool,
+    /// What each wanted row of the last step chose, if it succeeded.
+    chosen: Option<Vec<i32>>,
+    choices: Vec<Choice>,
 }
 
 impl FakeDevice {
@@ -159,6 +167,9 @@ impl FakeDevice {
             failing: Vec::new(),
             nan_every: None,
             draft_errs_every: 4,
+            draws: false,
+            chosen: None,
+            choices: Vec::new(),
         }
     }
 
@@ -167,8 +178,15 @@ impl FakeDevice {
         self.rows += batch.tokens.len();
         let fails = self.failing.contains(&self.steps);
         let failure = Err(format!("step {} failed", self.steps));
-        if fails && self.steps % 2 == 1 {
+        let chosen = self.chosen.take();
+        // What follows a step that failed at its beginning has nothing to follow.
+        if fails && self.steps % 2 == 1 || chosen.is_none() && !batch.follows.is_empty() {
             return failure;
+        }
+        let mut tokens = batch.tokens.clone();
+        for &(row, place) in &batch.follows {
+            assert_eq!(tokens[row as usize], 0, "nobody knows the token yet");
+            tokens[row as usize] = chosen.as_ref().map_or(0, |chosen| chosen[place as usize].max(0)) as u32;
         }
         for &(from, to) in &batch.copies {
             self.target.copy(from, to);
@@ -179,7 +197,7 @@ impl FakeDevice {
         for sequence in &batch.sequences {
             for row in 0..sequence.rows {
                 let position = sequence.first_position + row;
-                let token = batch.tokens[sequence.first_row + row];
+                let token = tokens[sequence.first_row + row];
                 let prefix = self.target.row(sequence, position, token);
                 if let Some(draft) = self.draft.as_mut().filter(|_| row >= sequence.drafted) {
                     assert_eq!(
@@ -194,12 +212,78 @@ impl FakeDevice {
             }
         }
         assert!(wanted.next().is_none(), "logit rows are rows of the batch, ascending");
+        if self.draws {
+            self.draw(batch, logits, chosen.as_deref().unwrap_or_default());
+        }
         if fails { failure } else { Ok(()) }
+    }
+
+    /// Draws with the engine's own sampler what may be drawn, and keeps the other rows' logits.
+    fn draw(&mut self, batch: &Batch, logits: &mut Vec<f32>, before: &[i32]) {
+        let (mut rest, mut chosen) = (Vec::new(), Vec::new());
+        self.choices.clear();
+        for (row, draw) in logits.chunks_exact(VOCABULARY).zip(&batch.draws) {
+            let Some(draw) = draw else {
+                rest.extend_from_slice(row);
+                chosen.push(i32::MIN);
+                continue;
+            };
+            let choice = choose(batch, draw, row, before);
+            chosen.push(choice.token);
+            self.choices.push(choice);
+        }
+        *logits = rest;
+        self.chosen = Some(chosen);
     }
 
     fn row_logits(&self, prefix: u64) -> impl Iterator<Item = f32> + use<> {
         let poisoned = self.nan_every.is_some_and(|every| prefix.is_multiple_of(every));
         row_logits(prefix).map(move |logit| if poisoned { f32::NAN } else { logit })
+    }
+}
+
+/// What a draw is, in the engine's own words.
+fn choose(batch: &Batch, draw: &Draw, row: &[f32], before: &[i32]) -> Choice {
+    let mut params = SamplingParams {
+        temperature: match draw.inverse_temperature {
+            0.0 => 0.0,
+            inverse => 1.0 / f64::from(inverse),
+        },
+        min_p: f64::from(draw.min_p),
+        top_k: draw.top_k,
+        top_p: draw.top_p,
+        repetition_penalty: f64::from(draw.repetition),
+        frequency_penalty: f64::from(draw.frequency),
+        presence_penalty: f64::from(draw.presence),
+        ..SamplingParams::default()
+    };
+    let (mut history, mut banned) = (TokenHistory::default(), Vec::new());
+    for change in &batch.changes[draw.changes.0 as usize..][..draw.changes.1 as usize] {
+        match change.bias == f32::NEG_INFINITY {
+            true => banned.push(change.token),
+            false => drop(params.logit_bias.insert(change.token, change.bias)),
+        }
+        if change.count > 0 {
+            history.output.insert(change.token, change.count);
+        } else if change.seen {
+            history.prompt.insert(change.token);
+        }
+    }
+    if let Some(token) = draw.uncounted.map(|place| before[place as usize]).filter(|&token| token >= 0) {
+        *history.output.entry(token as u32).or_default() += 1;
+    }
+    params.allowed_token_ids = draw.allowed.map(|first| {
+        let set = |&token: &u32| batch.allowed[first as usize + token as usize / 32] >> (token % 32) & 1 == 1;
+        (0..VOCABULARY as u32).filter(set).collect()
+    });
+    let mut sampler = Sampler::default();
+    match sampler.sample(row, &params, &history, &banned, draw.seed, draw.position) {
+        Ok(token) => {
+            let logprobs = draw.logprobs.map(|count| sampler.logprobs(row, token, count));
+            Choice { token: token as i32, logprobs }
+        }
+        Err(SampleError::NothingLeft) => Choice { token: -2, logprobs: None },
+        Err(_) => Choice { token: -1, logprobs: None },
     }
 }
 
@@ -221,6 +305,10 @@ pub fn expected_logits(tokens: &[u32], long_context: bool) -> Vec<f32> {
 impl Device for FakeDevice {
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.compute(batch, logits)
+    }
+
+    fn take_choices(&mut self) -> Vec<Choice> {
+        std::mem::take(&mut self.choices)
     }
 
     fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {

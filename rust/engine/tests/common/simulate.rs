@@ -56,6 +56,7 @@ pub struct Outcome {
     pub log: Vec<Event>,
     /// Steps of the crowd, without those of its requests alone.
     pub steps: usize,
+    pub steps_ahead: usize,
     pub metrics: EngineMetrics,
 }
 
@@ -82,6 +83,7 @@ impl Drop for Replay {
 fn random_world(seed: u64, dice: &mut Dice, config: &EngineConfig, faults: bool) -> World {
     let tier = dice.chance(2).then(|| FakeTier::new(seed, if faults { 7 } else { 0 }));
     let mut world = World::new(config, tier);
+    world.ahead = dice.chance(2);
     if faults {
         world.device.failing = (0..4).map(|_| 1 + dice.roll(200)).collect();
         world.device.nan_every = dice.chance(2).then_some(61);
@@ -139,14 +141,17 @@ pub fn simulate(seed: u64, requests: usize, faults: bool) -> Outcome {
             blocked.drain(..).for_each(|id| world.resume(id));
         }
         if dice.chance(40) {
+            world.finish_all();
+            blocked.extend(world.collect());
             save_and_load(&mut world, &mut dice, &stems);
         }
         turns += 1;
         assert!(turns < requests * 4000, "seed {seed}: no progress");
     }
+    world.finish_all();
     check_outcome(seed, &config, &world, &planned, &cuts);
     let metrics = world.core.metrics();
-    Outcome { log: world.log, steps: world.steps, metrics }
+    Outcome { log: world.log, steps: world.steps, steps_ahead: world.steps_ahead, metrics }
 }
 
 /// Takes a stem's pages out of the cache and puts them back, or into the cache of another salt.
@@ -215,7 +220,8 @@ fn check_outcome(
         let expected = alone(config, id, request, world.device.nan_every);
         if done.is_some() {
             // The first bad row ends the request; which of its completions meets it first depends on the company.
-            assert_eq!(done, expected.done.as_ref().unwrap(), "seed {seed}: request {id}");
+            let alone = expected.done.as_ref().unwrap();
+            assert_eq!(cause(done), cause(alone), "seed {seed}: request {id}");
         } else {
             assert_eq!(seen, &expected, "seed {seed}: request {id}");
         }
@@ -228,6 +234,12 @@ fn check_outcome(
             assert!(seen.logits.iter().zip(&expected).all(fine), "seed {seed}: request {id}");
         }
     }
+}
+
+/// An error without its token, which a device that draws does not tell.
+fn cause(error: &Option<String>) -> Option<&str> {
+    let error = error.as_deref()?;
+    Some(error.strip_prefix("the model computed a NaN or infinite logit").map_or(error, |_| "no number"))
 }
 
 /// A request that was cut short saw a beginning of what it sees alone.

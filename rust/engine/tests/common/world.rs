@@ -1,13 +1,13 @@
 //! A core with a fake device, tier and clock, and everything that its consumers see.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use infer_engine::{
-    CacheEvent, Core, Device, Digest, EngineConfig, Event, EventKind, FinishReason, RequestId, Save, Tier,
-    TierPage,
+    Batch, CacheEvent, Choice, Core, Device, Digest, EngineConfig, Event, EventKind, FinishReason, RequestId,
+    Save, Tier, TierPage,
 };
 
 use super::tier::FakeTier;
@@ -54,6 +54,9 @@ impl Seen {
     }
 }
 
+/// Logits, and what was drawn.
+type Rows = (Vec<f32>, Vec<Choice>);
+
 thread_local! {
     static STEPS: Cell<u64> = const { Cell::new(0) };
 }
@@ -80,6 +83,11 @@ pub struct World {
     unread: HashSet<RequestId>,
     /// When the last step was put together.
     pub began: Duration,
+    /// Steps are begun while one is in flight, where that can be planned; the device draws.
+    pub ahead: bool,
+    /// Outcomes of steps in flight, oldest first: logits and choices.
+    outcomes: VecDeque<Result<Rows, String>>,
+    pub steps_ahead: usize,
 }
 
 impl World {
@@ -101,6 +109,9 @@ impl World {
             named: HashMap::new(),
             unread: HashSet::new(),
             began: Duration::ZERO,
+            ahead: false,
+            outcomes: VecDeque::new(),
+            steps_ahead: 0,
         }
     }
 
@@ -140,27 +151,70 @@ impl World {
     pub fn step(&mut self, cancel_in_flight: Option<RequestId>) -> bool {
         STEPS.set(STEPS.get() + 1);
         self.now += Duration::from_millis(3);
-        self.make_drafts();
         self.began = self.now;
+        if self.core.steps_in_flight() == 0 && !self.begin() {
+            return false;
+        }
+        let early = self.steps.is_multiple_of(2);
+        if let Some(id) = cancel_in_flight.filter(|_| early) {
+            self.core.cancel(id, self.now);
+        }
+        self.begin_ahead();
+        if let Some(id) = cancel_in_flight.filter(|_| !early) {
+            self.core.cancel(id, self.now);
+        }
+        self.finish();
+        true
+    }
+
+    /// Plans a step with everything known, and begins it.
+    fn begin(&mut self) -> bool {
+        self.make_drafts();
         let batch = self.core.next_batch(self.now);
         let saves = self.core.take_saves(usize::from(batch.is_some()));
         self.save(saves);
         for fetch in self.core.take_fetches() {
             self.tier.as_ref().expect("only a tier is asked").fetch(fetch.ticket, fetch.wanted);
         }
-        let Some(batch) = batch else { return false };
-        if let Some(id) = cancel_in_flight {
-            self.core.cancel(id, self.now);
+        batch.is_some_and(|batch| self.compute(&batch))
+    }
+
+    /// Begins the step after the one in flight, most of the times that it can be planned.
+    fn begin_ahead(&mut self) {
+        if !self.ahead || mix(self.steps as u64, 3).is_multiple_of(9) {
+            return self.core.expire(self.now);
         }
+        if let Some(batch) = self.core.next_ahead(self.now) {
+            self.steps_ahead += 1;
+            let saves = self.core.take_saves(1);
+            self.save(saves);
+            self.compute(&batch);
+        }
+    }
+
+    /// What a device does is done in order, so it may be done at once.
+    fn compute(&mut self, batch: &Batch) -> bool {
         let mut logits = Vec::new();
-        let outcome = self.device.compute(&batch, &mut logits);
+        self.device.draws = self.ahead;
+        let outcome = self.device.compute(batch, &mut logits);
+        self.outcomes.push_back(outcome.map(|()| (logits, self.device.take_choices())));
         self.now += Duration::from_micros(150 * batch.tokens.len() as u64);
-        match outcome {
-            Ok(()) => self.core.commit(&logits, self.now),
+        true
+    }
+
+    fn finish(&mut self) {
+        match self.outcomes.pop_front().expect("a step in flight has an outcome") {
+            Ok((logits, choices)) => self.core.commit_choices(&logits, choices, self.now),
             Err(message) => self.core.fail(&message, self.now),
         }
         self.steps += 1;
-        true
+    }
+
+    /// Waits until nothing is in flight.
+    pub fn finish_all(&mut self) {
+        while self.core.steps_in_flight() > 0 {
+            self.finish();
+        }
     }
 
     pub fn make_drafts(&mut self) {

@@ -107,6 +107,8 @@ impl Value for f32 {
 pub(crate) struct Rounding {
     /// What sums of bytes are multiplied with: what must be added to the layout's bytes to make them integers.
     pub(crate) weight_offset: i32,
+    /// Groups that share a scale of activations: as many as share one of weights, or what its scales are counted in.
+    pub(crate) span: usize,
     /// One sum for each half of a group, instead of one for both.
     pub(crate) halves: bool,
     /// Sums of the activations as well.
@@ -130,7 +132,7 @@ pub(crate) struct IntegerTiles<'a> {
     scales: &'a [f32],
     offsets: &'a [i32],
     totals: &'a [f32],
-    rounding: Rounding,
+    pub(crate) rounding: Rounding,
 }
 
 /// One of them. Everything is (groups, width of the tile).
@@ -138,11 +140,11 @@ pub(crate) struct IntegerTiles<'a> {
 pub(crate) struct IntegerTile<'a> {
     /// The values: an activation is its byte times its scale.
     pub(crate) bytes: &'a [[u8; GROUP]],
-    /// Scales of every row and group.
+    /// Scales of every row and span of groups: (spans, width).
     pub(crate) scales: &'a [f32],
     /// Sums of the bytes of every row and group, times what the layout asked for: (groups, parts, width).
     pub(crate) offsets: &'a [i32],
-    /// Sums of the activations, if the layout asked for them, else nothing: (groups, parts, width).
+    /// Sums of the bytes, if the layout asked for them, else nothing: (groups, parts, width).
     pub(crate) totals: &'a [f32],
 }
 
@@ -153,9 +155,10 @@ impl<'a> IntegerTiles<'a> {
         let (start, len) = (self.tiles.first(tile) * self.groups, self.tiles.width(tile) * self.groups);
         let parts = self.rounding.parts();
         let totals = if self.rounding.totals { start * parts..(start + len) * parts } else { 0..0 };
+        let span = self.rounding.span;
         IntegerTile {
             bytes: &self.bytes[start..][..len],
-            scales: &self.scales[start..][..len],
+            scales: &self.scales[start / span..][..len / span],
             offsets: &self.offsets[start * parts..][..len * parts],
             totals: &self.totals[totals],
         }
@@ -220,12 +223,13 @@ impl Activations {
         rounding: Rounding,
         tiles: Tiles,
     ) -> IntegerTiles<'_> {
-        let groups = input.width() / GROUP;
+        let (groups, span) = (input.width() / GROUP, rounding.span);
+        debug_assert!(groups.is_multiple_of(span), "rows are whole blocks of the weights' format");
         let len = tiles.padded_rows() * groups;
         // SAFETY: these types hold bytes and no padding; the former's size is twice the latter's.
         let all_bytes = unsafe { at_least(&mut self.bytes, len.div_ceil(2)).align_to_mut::<[u8; GROUP]>() }.1;
         let bytes = SharedSlice::new(&mut *all_bytes);
-        let scales = SharedSlice::new(at_least(&mut self.scales, len));
+        let scales = SharedSlice::new(at_least(&mut self.scales, len / span));
         let parts = rounding.parts();
         let offsets = SharedSlice::new(at_least(&mut self.offsets, len * parts));
         let share = if rounding.totals { parts } else { 0 };
@@ -233,7 +237,8 @@ impl Activations {
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let (bytes, scales) = unsafe { (bytes.part_mut(start, len), scales.part_mut(start, len)) };
+            let (bytes, scales) =
+                unsafe { (bytes.part_mut(start, len), scales.part_mut(start / span, len / span)) };
             // SAFETY: the same.
             let (offsets, totals) = unsafe {
                 (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * share, len * share))
@@ -296,23 +301,26 @@ impl Kernel for QuantizeTile<'_> {
     fn run<S: Simd>(mut self, simd: S) {
         let (width, rows) = (self.tiles.width(self.tile), self.tiles.rows(self.tile));
         for lane in 0..rows {
-            let row = self.input.row(self.tiles.first(self.tile) + lane);
-            for (group, values) in row.as_chunks::<GROUP>().0.iter().enumerate() {
-                let at = group * width + lane;
-                let (scale, sums) = quantize_group(simd, values, &mut self.bytes[at]);
-                self.scales[at] = scale;
-                if self.rounding.halves {
-                    self.sums(simd, scale, 2 * group * width + lane, sums.0);
-                    self.sums(simd, scale, (2 * group + 1) * width + lane, sums.1);
-                } else {
-                    self.sums(simd, scale, at, simd.add_i32(sums.0, sums.1));
+            let row = self.input.row(self.tiles.first(self.tile) + lane).as_chunks::<GROUP>().0;
+            for (span, groups) in row.chunks_exact(self.rounding.span).enumerate() {
+                let (scale, inverse) = scale_of(simd, groups);
+                self.scales[span * width + lane] = scale;
+                for (index, values) in groups.iter().enumerate() {
+                    let group = span * self.rounding.span + index;
+                    let at = group * width + lane;
+                    let sums = quantize_group(simd, values, inverse, &mut self.bytes[at]);
+                    if self.rounding.halves {
+                        self.sums(simd, 2 * group * width + lane, sums.0);
+                        self.sums(simd, (2 * group + 1) * width + lane, sums.1);
+                    } else {
+                        self.sums(simd, at, simd.add_i32(sums.0, sums.1));
+                    }
                 }
             }
         }
         for lane in rows..width {
-            for at in (lane..self.bytes.len()).step_by(width) {
-                (self.bytes[at], self.scales[at]) = ([0; GROUP], 0.0);
-            }
+            self.bytes.iter_mut().skip(lane).step_by(width).for_each(|bytes| *bytes = [0; GROUP]);
+            self.scales.iter_mut().skip(lane).step_by(width).for_each(|scale| *scale = 0.0);
             self.offsets.iter_mut().skip(lane).step_by(width).for_each(|offset| *offset = 0);
             self.totals.iter_mut().skip(lane).step_by(width).for_each(|total| *total = 0.0);
         }
@@ -322,42 +330,52 @@ impl Kernel for QuantizeTile<'_> {
 impl QuantizeTile<'_> {
     /// Notes what follows from the bytes' sums per lane.
     #[inline(always)]
-    fn sums<S: Simd>(&mut self, simd: S, scale: f32, at: usize, lanes: S::I32) {
+    fn sums<S: Simd>(&mut self, simd: S, at: usize, lanes: S::I32) {
         let sum = simd.reduce_sum_i32(lanes);
         self.offsets[at] = self.rounding.weight_offset * sum;
         if self.rounding.totals {
-            self.totals[at] = scale * sum as f32;
+            self.totals[at] = sum as f32;
         }
     }
 }
 
-/// Rounds 32 values to multiples of a scale that makes the greatest magnitude 127; gives that scale and the bytes
-/// of each half. A NaN or infinity makes the scale one, so that it reaches the result; magnitudes below 127 / `f32::MAX`
-/// vanish.
+/// The scale that makes the greatest magnitude of some groups 127, and what values are multiplied with for it. A NaN or
+/// infinity makes the scale one, so that it reaches the result, and the values zeros; magnitudes below 127 / `f32::MAX` vanish.
+#[inline(always)]
+fn scale_of<S: Simd>(simd: S, groups: &[[f32; GROUP]]) -> (f32, Option<f32>) {
+    let mut magnitudes = simd.splat_i32(0);
+    for (low, high) in groups.iter().map(halves) {
+        // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
+        let (low, high) = (simd.to_bits(simd.abs(simd.load(low))), simd.to_bits(simd.abs(simd.load(high))));
+        magnitudes = simd.max_i32(magnitudes, simd.max_i32(low, high));
+    }
+    let greatest = f32::from_bits(simd.reduce_max_i32(magnitudes) as u32);
+    let inverse = 127.0 / greatest;
+    (greatest / 127.0, (greatest.is_finite() && inverse.is_finite()).then_some(inverse))
+}
+
+/// Rounds 32 values, multiplied with `inverse`, to bytes; the bytes of each half as integers.
 #[inline(always)]
 fn quantize_group<S: Simd>(
     simd: S,
     values: &[f32; GROUP],
+    inverse: Option<f32>,
     bytes: &mut [u8; GROUP],
-) -> (f32, (S::I32, S::I32)) {
-    let (low, high) = halves(values);
-    let (low, high) = (simd.load(low), simd.load(high));
-    // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
-    let magnitude = simd.max_i32(simd.to_bits(simd.abs(low)), simd.to_bits(simd.abs(high)));
-    let greatest = f32::from_bits(simd.reduce_max_i32(magnitude) as u32);
-    let inverse = 127.0 / greatest;
-    if !(greatest.is_finite() && inverse.is_finite()) {
+) -> (S::I32, S::I32) {
+    let Some(inverse) = inverse else {
         *bytes = [0; GROUP];
-        return (greatest / 127.0, (simd.splat_i32(0), simd.splat_i32(0)));
-    }
+        return (simd.splat_i32(0), simd.splat_i32(0));
+    };
+    let (low, high) = halves(values);
     let inverse = simd.splat(inverse);
-    let (low, high) = (simd.to_i32(simd.mul(low, inverse)), simd.to_i32(simd.mul(high, inverse)));
+    let low = simd.to_i32(simd.mul(simd.load(low), inverse));
+    let high = simd.to_i32(simd.mul(simd.load(high), inverse));
     let (mut low_bytes, mut high_bytes) = ([0; LANES], [0; LANES]);
     simd.store_low_bytes(low, &mut low_bytes);
     simd.store_low_bytes(high, &mut high_bytes);
     bytes[..LANES].copy_from_slice(&low_bytes);
     bytes[LANES..].copy_from_slice(&high_bytes);
-    (greatest / 127.0, (low, high))
+    (low, high)
 }
 
 #[inline(always)]
@@ -366,14 +384,14 @@ fn halves(values: &[f32; GROUP]) -> (&[f32; LANES], &[f32; LANES]) {
     (&low[0], &high[0])
 }
 
-/// The oracle of the kernel above: every value rounded to 8 bits and back.
+/// The oracle of the kernel above: every value rounded to 8 bits, and the scale of its span of groups.
 #[cfg(test)]
-pub(crate) fn round_ref(row: &[f32]) -> Vec<(f32, f32)> {
-    row.chunks(GROUP)
-        .flat_map(|group| {
-            let greatest = group.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
+pub(crate) fn round_ref(row: &[f32], span: usize) -> Vec<(f32, f32)> {
+    row.chunks(span * GROUP)
+        .flat_map(|values| {
+            let greatest = values.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
             let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
-            group.iter().map(move |value| ((value * inverse).round_ties_even(), greatest / 127.0))
+            values.iter().map(move |value| ((value * inverse).round_ties_even(), greatest / 127.0))
         })
         .collect()
 }

@@ -123,8 +123,8 @@ fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize
         let exact = L::group(simd, weights, bytes, offsets);
         let scale = simd.load_f16(scale);
         for t in 0..T {
-            let scale = simd.mul(scale, simd.splat(row_scales[t]));
-            sums[t] = simd.mul_add(simd.to_f32(exact[t]), scale, sums[t]);
+            let inner = simd.mul(simd.to_f32(exact[t]), scale);
+            sums[t] = simd.mul_add(inner, simd.splat(row_scales[t]), sums[t]);
         }
     }
     sums

@@ -59,7 +59,7 @@ pub(crate) enum Layout {
 
 impl Layout {
     /// The layout that computes with `format`.
-    fn of(format: Format) -> Layout {
+    pub(crate) fn of(format: Format) -> Layout {
         if let Some(grouped) = format.as_grouped() {
             return Layout::Coded(grouped);
         }
@@ -75,17 +75,23 @@ impl Layout {
 
     /// What a layout of integers wants beside activations of 8 bits; none for layouts without integers.
     pub(crate) fn rounding(self) -> Option<Rounding> {
-        let whole = |weight_offset| Some(Rounding { weight_offset, halves: false, totals: false });
+        let whole = |weight_offset| Some(Rounding { weight_offset, span: 1, halves: false, totals: false });
         match self {
             Layout::F32 | Layout::F16 | Layout::Bf16 => None,
             Layout::Int8 => whole(-128),
             Layout::Int4 => whole(-8),
             Layout::Coded(format) => Some(Rounding {
                 weight_offset: coded::offset(format.codes),
+                span: coded::span(format.scales),
                 halves: format.scales.has_halves(),
                 totals: format.scales.has_minima(),
             }),
         }
+    }
+
+    /// Whether the groups of a span share their scale.
+    pub(crate) fn shares_scales(self) -> bool {
+        matches!(self, Layout::Coded(format) if format.scales == crate::quant::Scales::Shared)
     }
 
     /// What units of scales are multiplied with.

@@ -20,7 +20,8 @@ mod tests;
 pub enum Precision {
     /// Exact weights times `f32` activations, whatever the format: the reference.
     Exact,
-    /// Formats of 8 bits and fewer are multiplied with activations of 8 bits, one scale per row and 32 columns;
+    /// Formats of 8 bits and fewer are multiplied with activations of 8 bits, one scale per row and 32 columns, or over
+    /// the 128 or 256 of the format's own blocks;
     /// bfloat16 with activations of bfloat16 where the instruction set multiplies those; others with `f32` activations.
     #[default]
     Auto,
@@ -161,7 +162,8 @@ fn linear_ref(
     precision: Precision,
 ) -> Vec<f32> {
     let integer = precision == Precision::Auto && format.block_len() > 1;
-    let rounded = crate::matrix::round_ref(input);
+    let span = Layout::of(format).rounding().map_or(1, |rounding| rounding.span);
+    let rounded = crate::matrix::round_ref(input, span);
     let one = |(index, row): (usize, &&[u8])| {
         let sum = match (integer, format.as_grouped()) {
             (true, Some(grouped)) => grouped_ref(format, grouped, row, &rounded),
@@ -218,7 +220,7 @@ fn integer_ref(format: crate::Format, row: &[u8], rounded: &[(f32, f32)]) -> f32
         let columns = group * 32..group * 32 + 32;
         // Weights divided by their scale are integers again.
         let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
-        sum = exact.mul_add(scale * rounded[group * 32].1, sum);
+        sum = (exact * scale).mul_add(rounded[group * 32].1, sum);
     }
     sum
 }
@@ -235,22 +237,30 @@ fn grouped_ref(
     let halves =
         matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
     let parts = if halves { 2 } else { 1 };
-    let per_block = format.block_len() / 32;
+    let (per_block, minima) = (format.block_len() / 32, grouped.scales.has_minima());
+    let span = Layout::of(format).rounding().map_or(1, |rounding| rounding.span);
     let mut sum = 0.0_f32;
-    for (index, rounded) in rounded.chunks(32).enumerate() {
-        let block = &row[index / per_block * format.block_bytes()..][..format.block_bytes()];
-        let group = (grouped.group)(block, index % per_block);
-        let (scales, minima) = (grouped.scales_of(&group), grouped.minima_of(&group));
-        for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
-            let integers = group.integers[part * 32 / parts..].iter();
-            let exact: f32 = integers.zip(rounded).map(|(&weight, value)| f32::from(weight) * value.0).sum();
-            let scale = rounded[0].1;
-            sum = exact.mul_add(scales[part] * scale, sum);
-            if grouped.scales.has_minima() {
+    for (record, rounded) in rounded.chunks(32 * span).enumerate() {
+        let (mut inner, mut whole, mut shared) = (0.0_f32, 0.0_f32, 0.0_f32);
+        for (index, rounded) in rounded.chunks(32).enumerate() {
+            let index = record * span + index;
+            let block = &row[index / per_block * format.block_bytes()..][..format.block_bytes()];
+            let group = (grouped.group)(block, index % per_block);
+            let (scales, own_minima) = (grouped.scales_of(&group), grouped.minima_of(&group));
+            for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
+                let integers = group.integers[part * 32 / parts..].iter().map(|&weight| f32::from(weight));
+                let exact: f32 = integers.zip(rounded).map(|(weight, value)| weight * value.0).sum();
                 let total: f32 = rounded.iter().map(|value| value.0).sum();
-                sum = minima[part].mul_add(scale * total, sum);
+                if grouped.scales == Scales::Shared {
+                    (whole, shared) = (whole + exact, scales[0]);
+                    continue;
+                }
+                inner = exact.mul_add(scales[part], inner);
+                inner = if minima { own_minima[part].mul_add(total, inner) } else { inner };
             }
         }
+        let inner = if grouped.scales == Scales::Shared { whole * shared } else { inner };
+        sum = inner.mul_add(rounded[0].1, sum);
     }
     sum
 }

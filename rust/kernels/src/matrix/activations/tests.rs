@@ -4,26 +4,33 @@ use super::*;
 use crate::Pool;
 use crate::quant::sample_values;
 
-const ROUNDING: Rounding = Rounding { weight_offset: -8, halves: false, totals: false };
+const ROUNDING: Rounding = Rounding { weight_offset: -8, span: 1, halves: false, totals: false };
 
 #[test]
 fn quantizing_equals_the_oracle() {
-    let (rows, groups) = (7, 3);
+    for span in [1, 2, 8] {
+        quantizing_spans_equals_the_oracle(Rounding { span, ..ROUNDING });
+    }
+}
+
+fn quantizing_spans_equals_the_oracle(rounding: Rounding) {
+    let (rows, groups, span) = (7, 3 * rounding.span, rounding.span);
     let mut values = sample_values(rows * groups * GROUP);
     values[..GROUP].fill(0.0);
     for isa in Isa::available() {
         let context = Context { isa, pool: Pool::shared(2).unwrap() };
         let mut memory = Activations::default();
         let input = Rows::new(&values, rows, groups * GROUP, groups * GROUP);
-        let tiles = memory.quantize(&context, input, ROUNDING, Tiles::new(isa, rows));
+        let tiles = memory.quantize(&context, input, rounding, Tiles::new(isa, rows));
         for row in 0..rows {
-            let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP]);
+            let expected = round_ref(&values[row * groups * GROUP..][..groups * GROUP], span);
             let index = row / tiles.tiles.full;
             let (tile, width) = (tiles.tile(index), tiles.tiles.width(index));
             for (column, (byte, scale)) in expected.into_iter().enumerate() {
                 let at = column / GROUP * width + row % tiles.tiles.full;
                 assert_eq!(f32::from(tile.bytes[at][column % GROUP] as i8), byte);
-                assert_eq!(tile.scales[at], scale);
+                let own_scale = tile.scales[column / (span * GROUP) * width + row % tiles.tiles.full];
+                assert_eq!(own_scale, scale);
                 let total: i32 = tile.bytes[at].iter().map(|&byte| i32::from(byte as i8)).sum();
                 assert_eq!(tile.offsets[at], -8 * total);
             }

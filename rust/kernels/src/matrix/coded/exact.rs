@@ -1,7 +1,8 @@
 //! The exact values of coded panels: for `f32` activations, and for rows that are looked up.
 
 use super::super::{GROUP, PackedMatrix};
-use super::kernel::{Book, Five, Nibbles, Six, Unpack, load_scales};
+use super::kernel::load_scales;
+use super::unpack::{Book, Five, Nibbles, Six, Unpack};
 use super::{drop_at, group_bytes, offset, record, step_at, table, upper_bits};
 use crate::quant::{Codes, Grouped, Scales};
 use crate::simd::{LANES, Simd};

@@ -1,138 +1,17 @@
 //! Coded panels times 8-bit activations: exact sums in `i32` inside a group, or inside its halves where these have their
-//! own scales, added in `f32` in the order of the columns, each followed by its minimum times the sum of activations.
+//! own scales; times scales they are added in `f32` in the order of the columns, each followed by its minimum times the sum of
+//! activations, over a record; times the activations' scale, records are added in their order. Where the groups of a record
+//! share a scale, their integers are added exactly.
 
 use super::super::activations::IntegerTile;
 use super::super::float::AHEAD;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
-use super::{drop_at, group_bytes, record, step_at, table};
+use super::unpack::{Book, Five, Nibbles, Six, Unpack};
+use super::{drop_at, record, span, step_at, table};
 use crate::quant::{Codes, Scales};
 use crate::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
-
-/// How codes become bytes that [`Simd::dot`] multiplies.
-pub(in super::super) trait Unpack: Copy {
-    /// Bytes of 32 columns of a panel.
-    const BYTES: usize;
-    /// Bits of those bytes, as [`Simd::dot`] counts them.
-    const BITS: u32;
-    /// `N` steps of four columns.
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        table: &[u8; 16],
-    ) -> [S::I32; N];
-}
-
-#[derive(Clone, Copy)]
-pub(in super::super) struct Nibbles;
-#[derive(Clone, Copy)]
-pub(in super::super) struct Five;
-#[derive(Clone, Copy)]
-pub(in super::super) struct Six;
-#[derive(Clone, Copy)]
-pub(in super::super) struct Book;
-
-/// 64 bytes.
-#[inline(always)]
-fn line<S: Simd>(simd: S, weights: &[u8], index: usize) -> S::I32 {
-    let line = &weights.as_chunks::<64>().0[index];
-    // SAFETY: these are 64 bytes.
-    unsafe { simd.load_bytes(line.as_ptr()) }
-}
-
-/// The low 4 bits of a step's codes.
-#[inline(always)]
-fn low<S: Simd>(simd: S, weights: &[u8], step: usize) -> S::I32 {
-    let pair = line(simd, weights, step / 2);
-    let pair = if step.is_multiple_of(2) { pair } else { simd.shift_right(pair, 4) };
-    simd.and_i32(pair, simd.splat_i32(0x0f0f_0f0f))
-}
-
-/// Upper bits, which are at bit `at` of their bytes, at bit 4 under `mask`.
-#[inline(always)]
-fn upper<S: Simd>(simd: S, bits: S::I32, at: usize, mask: i32) -> S::I32 {
-    let moved =
-        if at <= 4 { simd.shift_left(bits, 4 - at as u32) } else { simd.shift_right(bits, at as u32 - 4) };
-    simd.and_i32(moved, simd.splat_i32(mask))
-}
-
-impl Unpack for Nibbles {
-    const BYTES: usize = group_bytes(Codes::Nibbles(0));
-    const BITS: u32 = 4;
-    #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = low(simd, weights, first + i);
-        }
-        out
-    }
-}
-
-impl Unpack for Five {
-    const BYTES: usize = group_bytes(Codes::Five(0));
-    const BITS: u32 = 5;
-    #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let plane = line(simd, weights, 4);
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            let step = first + i;
-            *out = simd.or_i32(low(simd, weights, step), upper(simd, plane, step, 0x1010_1010));
-        }
-        out
-    }
-}
-
-impl Unpack for Six {
-    const BYTES: usize = group_bytes(Codes::Six(0));
-    const BITS: u32 = 6;
-    #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            let step = first + i;
-            let plane = line(simd, weights, 4 + step / 4);
-            let upper = upper(simd, plane, step % 4 * 2, 0x3030_3030);
-            *out = simd.or_i32(low(simd, weights, step), upper);
-        }
-        out
-    }
-}
-
-impl Unpack for Book {
-    const BYTES: usize = group_bytes(Codes::Nibbles(0));
-    const BITS: u32 = 8;
-    #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = simd.lookup(table, low(simd, weights, first + i));
-        }
-        out
-    }
-}
 
 /// Scales of a group's halves, and minima, for 16 rows.
 #[derive(Clone, Copy)]
@@ -186,6 +65,8 @@ fn bytes_at(record: &[u8], at: usize) -> &[i8; LANES] {
 /// A kind of scales, known when a kernel is compiled.
 trait Kind: Copy {
     const SCALES: Scales;
+    /// Groups in a record.
+    const SPAN: usize = span(Self::SCALES);
 }
 
 macro_rules! kinds {
@@ -296,36 +177,108 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize>(
     tile: IntegerTile<'_>,
     table: &[u8; 16],
 ) -> [S::F32; T] {
-    let (weights, scales) = (weight.weights(panel..panel + 1), weight.scale_bytes(panel));
-    let factor = weight.layout().scale_factor();
-    let (rows, row_scales) = (tile.bytes.as_chunks::<T>().0, tile.scales.as_chunks::<T>().0);
-    let (offsets, totals) = (tile.offsets.as_chunks::<T>().0, tile.totals.as_chunks::<T>().0);
-    let parts = if K::SCALES.has_halves() { 2 } else { 1 };
+    let weights = weight.weights(panel..panel + 1);
+    let record = Record::<S, U, K> {
+        simd,
+        scales: weight.scale_bytes(panel),
+        factor: weight.layout().scale_factor(),
+        table,
+        kinds: PhantomData,
+    };
     let mut sums = [simd.splat(0.0); T];
-    for (group, weights) in weights.chunks_exact(U::BYTES).enumerate() {
-        for line in 0..U::BYTES / 64 {
-            simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
-        }
-        let own = load_scales(simd, K::SCALES, factor, scales, group);
-        for part in 0..parts {
-            let at = group * parts + part;
-            let exact = if parts == 1 {
-                let bytes = U::unpack::<S, 8>(simd, weights, 0, table);
-                dot::<S, U, 8, T>(simd, &bytes, &rows[group], 0, &offsets[at])
-            } else {
-                let bytes = U::unpack::<S, 4>(simd, weights, 4 * part, table);
-                dot::<S, U, 4, T>(simd, &bytes, &rows[group], 4 * part, &offsets[at])
-            };
-            for t in 0..T {
-                let scale = simd.mul(own.scales[part], simd.splat(row_scales[group][t]));
-                sums[t] = simd.mul_add(simd.to_f32(exact[t]), scale, sums[t]);
-                if K::SCALES.has_minima() {
-                    sums[t] = simd.mul_add(own.minima[part], simd.splat(totals[at][t]), sums[t]);
-                }
-            }
+    let row_scales = tile.scales.as_chunks::<T>().0;
+    for ((index, weights), row_scales) in weights.chunks_exact(K::SPAN * U::BYTES).enumerate().zip(row_scales)
+    {
+        let inner = match K::SCALES {
+            Scales::Shared => record.multiply_shared::<T>(index, weights, tile),
+            _ => record.multiply::<T>(index, weights, tile),
+        };
+        for t in 0..T {
+            sums[t] = simd.mul_add(inner[t], simd.splat(row_scales[t]), sums[t]);
         }
     }
     sums
+}
+
+/// How a record of groups is multiplied.
+struct Record<'a, S: Simd, U: Unpack, K: Kind> {
+    simd: S,
+    scales: &'a [u8],
+    factor: f32,
+    table: &'a [u8; 16],
+    kinds: PhantomData<(U, K)>,
+}
+
+impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
+    /// Sums of a record, of weights times the bytes of activations.
+    #[inline(always)]
+    fn multiply<const T: usize>(&self, index: usize, weights: &[u8], tile: IntegerTile<'_>) -> [S::F32; T] {
+        let (simd, totals) = (self.simd, tile.totals.as_chunks::<T>().0);
+        let parts = if K::SCALES.has_halves() { 2 } else { 1 };
+        let mut inner = [simd.splat(0.0); T];
+        for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
+            let own = load_scales(simd, K::SCALES, self.factor, self.scales, group);
+            for part in 0..parts {
+                let exact = self.exact::<T>(group, part, weights, tile);
+                for t in 0..T {
+                    inner[t] = simd.mul_add(simd.to_f32(exact[t]), own.scales[part], inner[t]);
+                    if K::SCALES.has_minima() {
+                        let total = simd.splat(totals[group * parts + part][t]);
+                        inner[t] = simd.mul_add(own.minima[part], total, inner[t]);
+                    }
+                }
+            }
+        }
+        inner
+    }
+
+    /// The same where the groups of a record share a scale.
+    #[inline(always)]
+    fn multiply_shared<const T: usize>(
+        &self,
+        index: usize,
+        weights: &[u8],
+        tile: IntegerTile<'_>,
+    ) -> [S::F32; T] {
+        let simd = self.simd;
+        let mut exact = [simd.splat_i32(0); T];
+        for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
+            let own = self.exact::<T>(group, 0, weights, tile);
+            for t in 0..T {
+                exact[t] = simd.add_i32(exact[t], own[t]);
+            }
+        }
+        let scale = load_scales(simd, K::SCALES, self.factor, self.scales, index * K::SPAN).scales[0];
+        let mut inner = [simd.splat(0.0); T];
+        for t in 0..T {
+            inner[t] = simd.mul(simd.to_f32(exact[t]), scale);
+        }
+        inner
+    }
+
+    /// Exact sums of a group, or of a half if halves have their own scales.
+    #[inline(always)]
+    fn exact<const T: usize>(
+        &self,
+        group: usize,
+        part: usize,
+        weights: &[u8],
+        tile: IntegerTile<'_>,
+    ) -> [S::I32; T] {
+        let (rows, offsets) = (&tile.bytes.as_chunks::<T>().0[group], tile.offsets.as_chunks::<T>().0);
+        if part == 0 {
+            for line in 0..U::BYTES / 64 {
+                self.simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
+            }
+        }
+        if K::SCALES.has_halves() {
+            let bytes = U::unpack::<S, 4>(self.simd, weights, 4 * part, self.table);
+            dot::<S, U, 4, T>(self.simd, &bytes, rows, 4 * part, &offsets[2 * group + part])
+        } else {
+            let bytes = U::unpack::<S, 8>(self.simd, weights, 0, self.table);
+            dot::<S, U, 8, T>(self.simd, &bytes, rows, 0, &offsets[group])
+        }
+    }
 }
 
 /// [`Simd::dot`] of what `U` unpacks.

@@ -11,10 +11,12 @@
 
 mod exact;
 mod kernel;
+mod unpack;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
-pub(super) use kernel::{Book, Five, Nibbles, Six, Unpack, load_scales};
+pub(super) use kernel::load_scales;
+pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack};
 
 use super::GROUP;
 use crate::quant::{Codes, Grouped, Scales};
@@ -36,6 +38,12 @@ pub(super) const fn group_bytes(codes: Codes) -> usize {
 pub(super) const fn scale_bytes(scales: Scales) -> usize {
     let (span, record) = record(scales);
     record / span
+}
+
+/// Groups in a record. Activations have a scale for as many columns, as in llama.cpp, whose blocks of K-quants meet blocks
+/// of 256 activations: a sum is multiplied with it once per record.
+pub(super) const fn span(scales: Scales) -> usize {
+    record(scales).0
 }
 
 /// Groups and bytes of a record.
