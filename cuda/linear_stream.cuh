@@ -200,6 +200,17 @@ DEVICE void make_resident(const Input &inputs, int warp, int team, int steps, co
     __syncthreads();
 }
 
+// A warp's part of the input, with its slots from `memory` on.
+DEVICE Input input_of(const Product &product, u8 *memory, int warp, int team, int lane) {
+    const int steps = (product.columns + STEP - 1) / STEP;
+    u8 *own = memory + (team * WARPS + warp) * RING * SLOT;
+    if (RESIDENT) own = memory + warp * ((steps + WARPS - 1) / WARPS) * product.rows * STEP * 2;
+    const bf16 *from = product.input + size_t(lane / EIGHTS) * product.input_stride + lane % EIGHTS * 8;
+    u32 to = u32(__cvta_generic_to_shared(own + Input::place(lane / EIGHTS, lane % EIGHTS)));
+    asm volatile("" : "+l"(from), "+r"(to)); // or they are computed anew in every step
+    return {from, own, to, product.input_stride, product.rows, product.columns, lane, lane / 4, lane % 4};
+}
+
 // Waits for the other warps of a team.
 DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(WARPS * WARP) : "memory"); }
 
@@ -221,12 +232,7 @@ DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, F
     for (int i = 0; i < DEPTH; i++) read(ring[i], unit < product.units ? warp + i * WARPS : steps);
     let_next_start();
     const int slot_bytes = RESIDENT ? product.rows * STEP * 2 : SLOT;
-    u8 *own = reinterpret_cast<u8 *>(reinterpret_cast<Shared *>(&squares + 1) + TEAMS * 2);
-    own += (RESIDENT ? warp * ((steps + WARPS - 1) / WARPS) : (team * WARPS + warp) * RING) * slot_bytes;
-    const bf16 *from = product.input + size_t(lane / EIGHTS) * product.input_stride + lane % EIGHTS * 8;
-    u32 to = u32(__cvta_generic_to_shared(own + Input::place(lane / EIGHTS, lane % EIGHTS)));
-    asm volatile("" : "+l"(from), "+r"(to)); // or they are computed anew in every step
-    const Input inputs = {from, own, to, product.input_stride, product.rows, product.columns, lane, g, t};
+    const Input inputs = input_of(product, reinterpret_cast<u8 *>(reinterpret_cast<Shared *>(&squares + 1) + TEAMS * 2), warp, team, lane);
     wait_for_previous();
     if (RESIDENT) {
         make_resident(inputs, warp, team, steps, product.norm, squares);

@@ -15,22 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from numpy_sampler import DRAW, choose, tell
-from packed_weights import NumpyPacking, packed_weight, view
+from packed_weights import E4M3, NumpyPacking, packed_weight, view
 
 from infer.gpu.arrays import LOGPROB_VALUES, PAGE_TOKENS, Draws, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "e4m3": np.uint8}
 NO_PAGE = -1
-
-
-def _e4m3(code: int) -> float:
-    exponent, fraction = code >> 3 & 15, code & 7
-    value = fraction / 512 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    return -value if code & 128 else value
-
-
-E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
 
 
 def matrix(rows: Rows) -> NDArray[Any]:
