@@ -22,7 +22,7 @@
 #define TILES 1
 #endif
 #ifndef DEPTH
-#define DEPTH (4 / TILES)
+#define DEPTH ((PACKED == 8 ? 2 : 4) / TILES)
 #endif
 #ifndef NORM
 #define NORM 0
@@ -67,7 +67,7 @@ struct Product {
 constexpr int TEAMS = 16 / WARPS;
 constexpr int EIGHTS = STEP / 8;                               // 16 bytes of an input row each, in a step
 constexpr int AT_ONCE = WARP / EIGHTS;                         // tokens that a warp copies at once
-constexpr int RING = TOKENS * STEP > 1024 ? DEPTH / 2 : DEPTH; // steps of input that are under way, where it is not resident
+constexpr int RING = TOKENS * STEP > 1024 ? 2 : DEPTH;         // steps of input that are under way, where it is not resident
 constexpr int SLOT = TOKENS * STEP * 2;                        // bytes of a step in the ring
 static_assert(RESIDENT || !NORM, "only resident rows are normalised");
 

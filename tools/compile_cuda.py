@@ -70,6 +70,7 @@ VARIANTS: dict[str, list[Macros]] = {
     "attention_prefill.cu": HEADS,
     "elementwise.cu": choices(**BOTH),
     "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]) + packed(choices(VECTOR=[8])),
+    "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1]) + [{**layout, "TILE": 64, "GATED": 1} for layout in PACKED],
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
     "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(**BOTH)),
     "linear_rope.cu": choices(PAIRED=[1], NORM=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])

@@ -282,7 +282,7 @@ class NumpyOperations(NumpyPacking):
         view(routes.weights, shares.shape)[:] = shares / total
 
     def experts(
-        self, source: Rows, output: Rows, routes: Routes, gate_up: Weight, down: Weight, activation: str, inner: Rows
+        self, source: Rows, output: Rows, routes: Routes, gate_up: Weight, down: Weight, activation: str, *memory: Any
     ) -> None:
         chosen = view(routes.chosen, (source.rows, routes.used), np.int32)
         shares = view(routes.weights, (source.rows, routes.used))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 STREAM_ROWS = 16
 """Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
 
+STREAMED_AGAIN = 96
+"""Most rows for which packed weights are streamed again for every STREAM_ROWS: beyond, they are sooner unpacked."""
+
 BLAS_BYTES = 32 << 20
 UNPACKED_ROWS = 64
 """Weight rows that are unpacked at a time are a multiple of this."""
@@ -67,8 +70,9 @@ class LinearOperations(AttentionOperations):
         """``output = source * weight^T + bias``."""
         if source.rows == 0:
             return
-        if can_stream(source, output, weight):
-            self._stream(source, output, weight, STORE)
+        if parts := streamed_parts(source, output, weight):
+            for rows, target in parts:
+                self._stream(rows, target, weight, STORE)
         elif can_multiply(source, weight, output):
             self._blas.product(self.stream, source, weight, output)
             if weight.bias:
@@ -82,8 +86,9 @@ class LinearOperations(AttentionOperations):
         """``destination += scale * (source * weight^T + bias)``."""
         if source.rows == 0:
             return
-        if can_stream(source, destination, weight):
-            self._stream(source, destination, weight, ADD, add=scale)
+        if parts := streamed_parts(source, destination, weight):
+            for rows, target in parts:
+                self._stream(rows, target, weight, ADD, add=scale)
         elif can_multiply(source, weight, destination):
             self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
             if weight.bias:
@@ -99,8 +104,9 @@ class LinearOperations(AttentionOperations):
         ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
         """
         width = weight.rows // 2
-        if can_stream(source, output, weight) and can_pair(weight):
-            self._stream(source, output, weight, GATED, activation=activation)
+        if can_pair(weight) and (parts := streamed_parts(source, output, weight)):
+            for rows, target in parts:
+                self._stream(rows, target, weight, GATED, activation=activation)
             return
         self.linear(source, scratch.part(0, weight.rows), weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
@@ -280,6 +286,15 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     types = source.dtype == "bf16" and output.dtype in ("bf16", "f32")
     known = weight.type == "bf16" or weight.is_packed or (weight.type == "e4m3" and weight.group in (0, 128, weight.columns))
     return 0 < source.rows <= STREAM_ROWS and aligned and types and known
+
+
+def streamed_parts(source: Rows, output: Rows, weight: Weight) -> list[tuple[Rows, Rows]]:
+    """Return the rows that are streamed together, with their outputs; none where another kernel is faster, or must run."""
+    if source.rows > (STREAMED_AGAIN if weight.is_packed else STREAM_ROWS):
+        return []
+    counts = [(first, min(STREAM_ROWS, source.rows - first)) for first in range(0, source.rows, STREAM_ROWS)]
+    parts = [(source.from_row(*rows), output.from_row(*rows)) for rows in counts]
+    return parts if all(can_stream(*part, weight) for part in parts) else []
 
 
 def can_pair(weight: Weight) -> bool:
