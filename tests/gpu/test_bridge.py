@@ -267,7 +267,7 @@ print(next(stream).text)
 def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
     with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
         open_host(kv_cache_dtype="int8")
-    with pytest.raises(InferError, match='quantization must be one of .*got "int3"'):
+    with pytest.raises(InferError, match=r'quantization must be one of .*got "int3"'):
         open_host(quantization="int3")
     with pytest.raises(InferError, match="is quantized already"):
         open_host(quantization="int4")
