@@ -6,7 +6,7 @@
 //! times bfloat16 alone has the instruction set's own order.)
 
 use crate::matrix::{
-    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
+    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output, PANELS,
     PackedMatrix, Rounding, Tiles,
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
@@ -29,8 +29,8 @@ pub enum Precision {
 
 /// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits; and so where halves of
 /// groups have their own scales. Measured at the shapes of a 1B Llama: `examples/matrix_unit_speed.rs`.
-const TILED_ROWS: usize = 32;
-const TILED_ROWS_OF_HALVES: usize = 64;
+const TILED_ROWS: usize = 16;
+const TILED_ROWS_OF_HALVES: usize = 32;
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +143,8 @@ fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl
         0 | 1 => 1,
         2..8 => 2,
         8..64 => 4,
+        // A matrix unit reads all rows once for so many panels.
+        _ if context.isa.has_tiles() && rows >= TILED_ROWS => PANELS,
         _ => 8,
     };
     context.pool.run(panels.div_ceil(chunk), |task| {
