@@ -164,7 +164,7 @@ fn linear_ref(
     let rounded = crate::matrix::round_ref(input);
     let one = |(index, row): (usize, &&[u8])| {
         let sum = match (integer, format.as_grouped()) {
-            (true, Some(grouped)) => grouped_ref(format, grouped, row, &rounded),
+            (true, Some(grouped)) => grouped_ref(grouped, row, &rounded),
             (true, None) => integer_ref(format, row, &rounded),
             (false, _) => {
                 let mut weights = vec![0.0; input.len()];
@@ -225,25 +225,19 @@ fn integer_ref(format: crate::Format, row: &[u8], rounded: &[(f32, f32)]) -> f32
 
 /// The same for a format of groups.
 #[cfg(test)]
-fn grouped_ref(
-    format: crate::Format,
-    grouped: &crate::quant::Grouped,
-    row: &[u8],
-    rounded: &[(f32, f32)],
-) -> f32 {
+fn grouped_ref(grouped: &crate::quant::Grouped, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
     use crate::quant::Scales;
     let halves =
         matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
     let parts = if halves { 2 } else { 1 };
-    let per_block = format.block_len() / 32;
+    let mut groups = vec![crate::quant::Group::EMPTY; rounded.len() / 32];
+    (grouped.blocks.groups)(row, &mut groups);
     let mut sum = 0.0_f32;
-    for (index, rounded) in rounded.chunks(32).enumerate() {
-        let block = &row[index / per_block * format.block_bytes()..][..format.block_bytes()];
-        let group = (grouped.group)(block, index % per_block);
-        let (scales, minima) = (grouped.scales_of(&group), grouped.minima_of(&group));
+    for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
+        let (scales, minima) = (grouped.scales_of(group), grouped.minima_of(group));
         for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
-            let integers = group.integers[part * 32 / parts..].iter();
-            let exact: f32 = integers.zip(rounded).map(|(&weight, value)| f32::from(weight) * value.0).sum();
+            let integers = group.codes[part * 32 / parts..].iter().map(|&code| grouped.codes.integer(code));
+            let exact: f32 = integers.zip(rounded).map(|(weight, value)| f32::from(weight) * value.0).sum();
             let scale = rounded[0].1;
             sum = exact.mul_add(scales[part] * scale, sum);
             if grouped.scales.has_minima() {
