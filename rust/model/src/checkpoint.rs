@@ -1,10 +1,8 @@
 //! A checkpoint on disk, opened and checked: which tensors there are, where their bytes lie, and the configuration.
-//!
-//! Files are mapped for loading only: all weights are packed into memory of our own, so a file that is replaced or cut
-//! short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -13,53 +11,13 @@ use infer_formats::{
     shortened,
 };
 
+use crate::file_bytes::FileBytes;
 use crate::names::{self, Names};
 use crate::packed::{self, Packed, Scales};
 use crate::{Config, ModelError, ModelSpec, Quantization, arch, gguf};
 
 /// How much of a small text file of a model folder is read at most, bytes.
 const MAX_CONFIG_BYTES: u64 = 64 << 20;
-
-#[derive(Debug)]
-enum FileBytes {
-    Mapped(memmap2::Mmap),
-    Read(Vec<u8>),
-}
-
-impl FileBytes {
-    fn open(path: &Path, mmap: bool) -> Result<Self, ModelError> {
-        let io = |source| ModelError::Io { path: path.to_owned(), source };
-        if !mmap {
-            return fs::read(path).map(Self::Read).map_err(io);
-        }
-        let file = File::open(path).map_err(io)?;
-        // SAFETY: the mapping is private to the load; see the head of this file for what happens to changed files.
-        #[allow(unsafe_code)]
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        Ok(Self::Mapped(map))
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Read(bytes) => bytes,
-        }
-    }
-
-    /// Lets go of the memory that a part of a mapping takes; a later look reads it from the file again.
-    fn release(&self, part: &Range<usize>) {
-        #[cfg(unix)]
-        if let Self::Mapped(map) = self {
-            // SAFETY: the mapping is of a file and only read, so what is dropped can be read again.
-            #[allow(unsafe_code)]
-            let _ = unsafe {
-                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, part.start, part.len())
-            };
-        }
-        #[cfg(not(unix))]
-        let _ = part;
-    }
-}
 
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, Copy)]
@@ -176,13 +134,24 @@ impl Checkpoint {
 
     /// Says that these bytes of some tensor were read for the last time, most likely: a model is then never in memory twice.
     pub(crate) fn release(&self, bytes: &[u8]) {
-        let first = bytes.as_ptr().addr();
-        for file in &self.files {
-            let start = file.bytes().as_ptr().addr();
-            if (start..start + file.bytes().len()).contains(&first) {
-                file.release(&(first - start..first - start + bytes.len()));
-            }
+        if let Some((file, part)) = self.place(bytes) {
+            file.release(&part);
         }
+    }
+
+    /// The same bytes of some tensor, read without mapping their pages.
+    pub(crate) fn read<'a>(&'a self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
+        self.place(bytes).map_or(Cow::Borrowed(bytes), |(file, part)| file.read(part))
+    }
+
+    /// The file that these bytes of some tensor lie in, and where.
+    fn place(&self, bytes: &[u8]) -> Option<(&FileBytes, Range<usize>)> {
+        let first = bytes.as_ptr().addr();
+        let start = |file: &FileBytes| file.bytes().as_ptr().addr();
+        let within = |file: &&FileBytes| (start(file)..start(file) + file.bytes().len()).contains(&first);
+        let file = self.files.iter().find(within)?;
+        let offset = first - start(file);
+        Some((file, offset..offset + bytes.len()))
     }
 
     /// All tensors, in no order.

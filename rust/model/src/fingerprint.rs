@@ -8,6 +8,8 @@
 //! contents the first and the last 4 KiB and 64 pieces of 256 bytes spread evenly between: fine-tuning moves all of a
 //! tensor, and any two pieces of unrelated weights differ. What it cannot see is a file edited by hand at a few places.
 
+use std::borrow::Cow;
+
 use infer_kernels::{BLOCK_PAGES, KvLayer, PAGE_TOKENS, Precision};
 
 use crate::checkpoint::Checkpoint;
@@ -43,9 +45,9 @@ pub(crate) fn of(
         field(&mut hasher, info.name.as_bytes());
         field(&mut hasher, format!("{:?} {:?}", info.tensor_type, info.shape).as_bytes());
         if let Some(tensor) = checkpoint.tensor(&info.name) {
-            contents(&mut hasher, tensor.bytes);
-            tensor.packed.iter().for_each(|packed| contents(&mut hasher, packed.scales));
-            checkpoint.release(tensor.bytes);
+            let read = |bytes| checkpoint.read(bytes);
+            contents(&mut hasher, tensor.bytes, read);
+            tensor.packed.iter().for_each(|packed| contents(&mut hasher, packed.scales, read));
         }
     }
     hasher.finalize().into()
@@ -57,19 +59,19 @@ fn field(hasher: &mut blake3::Hasher, bytes: &[u8]) {
     hasher.update(bytes);
 }
 
-/// Hashes a tensor's length and samples of its bytes; all of them if the samples would be no fewer.
-fn contents(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+/// Hashes a tensor's length and samples of its bytes, which `read` gives; all of them if the samples would be no fewer.
+fn contents<'a>(hasher: &mut blake3::Hasher, bytes: &'a [u8], read: impl Fn(&'a [u8]) -> Cow<'a, [u8]>) {
     if bytes.len() <= 2 * END + PIECES * PIECE {
-        return field(hasher, bytes);
+        return field(hasher, &read(bytes));
     }
     hasher.update(&(bytes.len() as u64).to_le_bytes());
     let (first, rest) = bytes.split_at(END);
     let (between, last) = rest.split_at(rest.len() - END);
-    hasher.update(first);
+    hasher.update(&read(first));
     for piece in between.chunks(between.len() / PIECES).take(PIECES) {
-        hasher.update(&piece[..PIECE]);
+        hasher.update(&read(&piece[..PIECE]));
     }
-    hasher.update(last);
+    hasher.update(&read(last));
 }
 
 #[cfg(test)]
@@ -78,7 +80,7 @@ mod tests {
 
     fn digest(bytes: &[u8]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        contents(&mut hasher, bytes);
+        contents(&mut hasher, bytes, Cow::Borrowed);
         hasher.finalize()
     }
 

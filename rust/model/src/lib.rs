@@ -12,7 +12,7 @@
 //! * `fingerprint.rs`: the identity of cached keys and values.
 //! * `cpu.rs`, `interpreter.rs`, `memory.rs`, `experts.rs`, `rope.rs`, `batch.rs`: the interpreter.
 
-#![deny(unsafe_code)] // but for the one mapping in checkpoint.rs
+#![deny(unsafe_code)] // but for the one mapping in file_bytes.rs
 
 mod arch;
 mod batch;
@@ -24,6 +24,7 @@ mod error;
 mod experts;
 mod export;
 mod family;
+mod file_bytes;
 mod fingerprint;
 mod gguf;
 mod interpreter;

@@ -6,6 +6,7 @@
 
 use super::GROUP;
 use super::bfloat::Pair;
+use super::buffer::Growing;
 use super::tiled::{PairLine, RoundTile};
 use crate::rows::SharedSlice;
 use crate::simd::{Kernel, LANES, Simd, TILE_ROWS};
@@ -69,6 +70,10 @@ impl Tiles {
     }
 }
 
+/// Bytes between the tiles of a matrix unit. Tiles of a power of two of bytes would have their lines of the same columns in a few
+/// sets of the L2 cache, more of them than these hold.
+const GAP: usize = 5 << 10;
+
 /// Tiles of values that stand for one column or a few: (tiles, depth, rows of the tile).
 #[derive(Clone, Copy)]
 pub(crate) struct RowTiles<'a, V> {
@@ -76,6 +81,8 @@ pub(crate) struct RowTiles<'a, V> {
     pub(crate) tiles: Tiles,
     /// Values of a row: those of whole groups.
     depth: usize,
+    /// Values between tiles.
+    gap: usize,
     values: &'a [V],
 }
 
@@ -83,7 +90,8 @@ impl<'a, V> RowTiles<'a, V> {
     /// The values of a tile: (depth, width).
     #[inline(always)]
     pub(crate) fn tile(&self, tile: usize) -> &'a [V] {
-        &self.values[self.tiles.first(tile) * self.depth..][..self.tiles.width(tile) * self.depth]
+        let start = self.tiles.first(tile) * self.depth + tile * self.gap;
+        &self.values[start..][..self.tiles.width(tile) * self.depth]
     }
 }
 
@@ -128,6 +136,7 @@ pub(crate) struct IntegerTiles<'a> {
     /// How rows are cut.
     pub(crate) tiles: Tiles,
     groups: usize,
+    gap: usize, // groups of bytes between tiles
     bytes: &'a [[u8; GROUP]],
     scales: &'a [f32],
     offsets: &'a [i32],
@@ -157,7 +166,7 @@ impl<'a> IntegerTiles<'a> {
         let totals = if self.rounding.totals { start * parts..(start + len) * parts } else { 0..0 };
         let span = self.rounding.span;
         IntegerTile {
-            bytes: &self.bytes[start..][..len],
+            bytes: &self.bytes[start + tile * self.gap..][..len],
             scales: &self.scales[start / span..][..len / span],
             offsets: &self.offsets[start * parts..][..len * parts],
             totals: &self.totals[totals],
@@ -170,17 +179,12 @@ impl<'a> IntegerTiles<'a> {
 pub(crate) struct Activations {
     values: Vec<f32>,
     pairs: Vec<Pair>,
-    lines: Vec<PairLine>,
-    bytes: Vec<TwoGroups>,
+    lines: Growing,
+    bytes: Growing,
     scales: Vec<f32>,
     offsets: Vec<i32>,
     totals: Vec<f32>,
 }
-
-/// The bytes of two groups: memory of whole cache lines.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C, align(64))]
-struct TwoGroups([[u8; GROUP]; 2]);
 
 fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
     if vector.len() < len {
@@ -204,15 +208,19 @@ impl Activations {
     pub(crate) fn pair_lines(&mut self, context: &Context, input: Rows<'_>) -> RowTiles<'_, PairLine> {
         let tiles = Tiles::alike(input.rows());
         let depth = input.width().div_ceil(GROUP);
-        let shared = SharedSlice::new(at_least(&mut self.lines, tiles.padded_rows() * depth));
+        let gap = GAP / size_of::<PairLine>();
+        let len = tiles.padded_rows() * depth + tiles.count() * gap;
+        // SAFETY: a line is plain numbers, and the memory is aligned to cache lines.
+        let all = unsafe { self.lines.at_least(len * size_of::<PairLine>()).align_to_mut::<PairLine>() }.1;
+        let shared = SharedSlice::new(&mut *all);
         context.pool.run(tiles.count(), |tile| {
             let width = tiles.width(tile);
             // SAFETY: tiles are disjoint.
-            let lines = unsafe { shared.part_mut(tiles.first(tile) * depth, width * depth) };
+            let lines = unsafe { shared.part_mut(tiles.first(tile) * depth + tile * gap, width * depth) };
             let rows = tiles.first(tile)..tiles.first(tile) + tiles.rows(tile);
             context.isa.dispatch(RoundTile { input, rows, width, lines });
         });
-        RowTiles { tiles, depth, values: &self.lines }
+        RowTiles { tiles, depth, gap, values: all }
     }
 
     /// The rows as tiles of 8-bit integers, with the sums that the layout wants.
@@ -226,8 +234,8 @@ impl Activations {
         let (groups, span) = (input.width() / GROUP, rounding.span);
         debug_assert!(groups.is_multiple_of(span), "rows are whole blocks of the weights' format");
         let len = tiles.padded_rows() * groups;
-        // SAFETY: these types hold bytes and no padding; the former's size is twice the latter's.
-        let all_bytes = unsafe { at_least(&mut self.bytes, len.div_ceil(2)).align_to_mut::<[u8; GROUP]>() }.1;
+        let gap = if tiles.full == TILE_ROWS { GAP / GROUP } else { 0 };
+        let all_bytes = self.bytes.at_least((len + tiles.count() * gap) * GROUP).as_chunks_mut().0;
         let bytes = SharedSlice::new(&mut *all_bytes);
         let scales = SharedSlice::new(at_least(&mut self.scales, len / span));
         let parts = rounding.parts();
@@ -237,8 +245,9 @@ impl Activations {
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let (bytes, scales) =
-                unsafe { (bytes.part_mut(start, len), scales.part_mut(start / span, len / span)) };
+            let bytes = unsafe { bytes.part_mut(start + tile * gap, len) };
+            // SAFETY: the same.
+            let scales = unsafe { scales.part_mut(start / span, len / span) };
             // SAFETY: the same.
             let (offsets, totals) = unsafe {
                 (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * share, len * share))
@@ -247,7 +256,7 @@ impl Activations {
             context.isa.dispatch(kernel);
         });
         let (scales, offsets, totals) = (&self.scales, &self.offsets, &self.totals);
-        IntegerTiles { tiles, groups, bytes: all_bytes, scales, offsets, totals, rounding }
+        IntegerTiles { tiles, groups, gap, bytes: all_bytes, scales, offsets, totals, rounding }
     }
 }
 
@@ -267,7 +276,7 @@ fn side_by_side<'a, V: Value>(memory: &'a mut Vec<V>, context: &Context, input: 
             _ => interleave::<V, 8>(input, tiles, tile, values),
         }
     });
-    RowTiles { tiles, depth, values: memory }
+    RowTiles { tiles, depth, gap: 0, values: memory }
 }
 
 fn interleave<V: Value, const WIDTH: usize>(input: Rows<'_>, tiles: Tiles, tile: usize, values: &mut [V]) {

@@ -4,7 +4,7 @@
 //! and into small pages, before anybody can advise large ones.
 
 use crate::KernelError;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 const CACHE_LINE: usize = 64;
@@ -99,9 +99,35 @@ impl Drop for Buffer {
     }
 }
 
+/// Memory that grows; its contents mean nothing from one use to the next.
+#[derive(Debug, Default)]
+pub(super) struct Growing(Option<Buffer>);
+
+impl Growing {
+    /// So many bytes.
+    pub(super) fn at_least(&mut self, bytes: usize) -> &mut [u8] {
+        if self.0.as_ref().is_none_or(|buffer| buffer.len < bytes) {
+            self.0 = None; // before more is asked for
+            // As for a `Vec`, there is no going on without it.
+            let lacking = |_| handle_alloc_error(Layout::new::<u8>());
+            self.0 = Some(Buffer::zeroed(bytes, "activations").unwrap_or_else(lacking));
+        }
+        self.0.as_mut().map_or(&mut [], |buffer| &mut buffer.as_mut_slice()[..bytes])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn growing_keeps_what_is_enough() {
+        let mut memory = Growing::default();
+        assert!(memory.at_least(0).is_empty());
+        memory.at_least(100).fill(1);
+        assert_eq!(memory.at_least(99), [1; 99]);
+        assert_eq!(memory.at_least(3 << 20).len(), 3 << 20);
+    }
 
     #[test]
     fn sizes_small_and_large() {

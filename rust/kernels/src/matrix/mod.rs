@@ -34,7 +34,7 @@ pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
 pub use round::round_rows;
-pub(crate) use tiled::{BfloatTiles, ByteTiles};
+pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;

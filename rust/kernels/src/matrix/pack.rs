@@ -38,7 +38,6 @@ pub(super) fn fill(
     let weights = matrix.weights.as_mut_slice().chunks_exact_mut(panel_bytes);
     let mut scales = matrix.scales.as_mut_slice().chunks_exact_mut(scale_bytes.max(1));
     // One lock per panel costs nothing beside packing it, and keeps this file free of `unsafe`.
-    let block = (matrix.format.block_len(), matrix.format.block_bytes());
     let panels: Vec<_> = (weights.zip(rows.chunks(LANES)))
         .map(|(weights, rows)| Mutex::new((weights, scales.next().unwrap_or_default(), rows)))
         .collect();
@@ -57,7 +56,7 @@ pub(super) fn fill(
             Layout::Bf16 => interleave_pairs(rows, weights),
             Layout::Int8 => pack_int8(rows, weights, scales),
             Layout::Int4 => pack_int4(rows, weights, scales),
-            Layout::Coded(format) => coded::pack(format, block, rows, weights, scales),
+            Layout::Coded(format) => coded::pack(format, rows, weights, scales),
         }
     });
 }

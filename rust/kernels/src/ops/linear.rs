@@ -6,7 +6,7 @@
 //! times bfloat16 alone has the instruction set's own order.)
 
 use crate::matrix::{
-    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
+    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output, PANELS,
     PackedMatrix, Rounding, Tiles,
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
@@ -29,8 +29,8 @@ pub enum Precision {
 
 /// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits; and so where halves of
 /// groups have their own scales. Measured at the shapes of a 1B Llama: `examples/matrix_unit_speed.rs`.
-const TILED_ROWS: usize = 32;
-const TILED_ROWS_OF_HALVES: usize = 64;
+const TILED_ROWS: usize = 16;
+const TILED_ROWS_OF_HALVES: usize = 32;
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +143,8 @@ fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl
         0 | 1 => 1,
         2..8 => 2,
         8..64 => 4,
+        // A matrix unit reads all rows once for so many panels.
+        _ if context.isa.has_tiles() && rows >= TILED_ROWS => PANELS,
         _ => 8,
     };
     context.pool.run(panels.div_ceil(chunk), |task| {
@@ -166,7 +168,7 @@ fn linear_ref(
     let rounded = crate::matrix::round_ref(input, span);
     let one = |(index, row): (usize, &&[u8])| {
         let sum = match (integer, format.as_grouped()) {
-            (true, Some(grouped)) => grouped_ref(format, grouped, row, &rounded),
+            (true, Some(grouped)) => grouped_ref(grouped, span, row, &rounded),
             (true, None) => integer_ref(format, row, &rounded),
             (false, _) => {
                 let mut weights = vec![0.0; input.len()];
@@ -227,29 +229,24 @@ fn integer_ref(format: crate::Format, row: &[u8], rounded: &[(f32, f32)]) -> f32
 
 /// The same for a format of groups.
 #[cfg(test)]
-fn grouped_ref(
-    format: crate::Format,
-    grouped: &crate::quant::Grouped,
-    row: &[u8],
-    rounded: &[(f32, f32)],
-) -> f32 {
+fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
     use crate::quant::Scales;
     let halves =
         matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
     let parts = if halves { 2 } else { 1 };
-    let (per_block, minima) = (format.block_len() / 32, grouped.scales.has_minima());
-    let span = Layout::of(format).rounding().map_or(1, |rounding| rounding.span);
+    let minima = grouped.scales.has_minima();
+    let mut groups = vec![crate::quant::Group::EMPTY; rounded.len() / 32];
+    (grouped.blocks.groups)(row, &mut groups);
     let mut sum = 0.0_f32;
-    for (record, rounded) in rounded.chunks(32 * span).enumerate() {
+    for (groups, rounded) in groups.chunks(span).zip(rounded.chunks(32 * span)) {
         let (mut inner, mut whole, mut shared) = (0.0_f32, 0.0_f32, 0.0_f32);
-        for (index, rounded) in rounded.chunks(32).enumerate() {
-            let index = record * span + index;
-            let block = &row[index / per_block * format.block_bytes()..][..format.block_bytes()];
-            let group = (grouped.group)(block, index % per_block);
-            let (scales, own_minima) = (grouped.scales_of(&group), grouped.minima_of(&group));
+        for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
+            let (scales, own_minima) = (grouped.scales_of(group), grouped.minima_of(group));
             for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
-                let integers = group.integers[part * 32 / parts..].iter().map(|&weight| f32::from(weight));
-                let exact: f32 = integers.zip(rounded).map(|(weight, value)| weight * value.0).sum();
+                let integers =
+                    group.codes[part * 32 / parts..].iter().map(|&code| grouped.codes.integer(code));
+                let exact: f32 =
+                    integers.zip(rounded).map(|(weight, value)| f32::from(weight) * value.0).sum();
                 let total: f32 = rounded.iter().map(|value| value.0).sum();
                 if grouped.scales == Scales::Shared {
                     (whole, shared) = (whole + exact, scales[0]);

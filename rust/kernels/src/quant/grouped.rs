@@ -9,12 +9,12 @@ use half::{bf16, f16};
 /// Weights that share a scale, at most: a group's halves may have their own. Also the unit of every kernel's loop over columns.
 pub(crate) const GROUP: usize = 32;
 
-/// 32 weights: weight `i` is `integers[i] * scale`, plus the minimum where the format has one, and both are those of
+/// 32 weights: weight `i` is the integer of `codes[i]` times the scale, plus the minimum where the format has one, and both are those of
 /// half `i / 16`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Group {
-    /// The integers.
-    pub(crate) integers: [i8; GROUP],
+    /// The integers, as the format's [`Codes`].
+    pub(crate) codes: [u8; GROUP],
     /// Bits of a half-precision number (bfloat16 for `Scales::Brain`) that the steps count in.
     pub(crate) scale: u16,
     /// Half-precision bits of what the drops count in.
@@ -26,14 +26,19 @@ pub(crate) struct Group {
 }
 
 impl Group {
+    /// Room for one.
+    pub(crate) const EMPTY: Group = Group::plain(0, [0; GROUP]);
+
     /// Whole scale, no minimum.
-    pub(crate) fn plain(scale: u16, integers: [i8; GROUP]) -> Group {
-        Group { integers, scale, minimum: 0, steps: [1; 2], drops: [1; 2] }
+    #[inline(always)]
+    pub(crate) const fn plain(scale: u16, codes: [u8; GROUP]) -> Group {
+        Group { codes, scale, minimum: 0, steps: [1; 2], drops: [1; 2] }
     }
 
     /// Scales of the halves, of a format without a minimum.
-    pub(crate) fn scaled(scale: u16, steps: [i8; 2], integers: [i8; GROUP]) -> Group {
-        Group { integers, scale, minimum: 0, steps, drops: [0; 2] }
+    #[inline(always)]
+    pub(crate) fn scaled(scale: u16, steps: [i8; 2], codes: [u8; GROUP]) -> Group {
+        Group { codes, scale, minimum: 0, steps, drops: [0; 2] }
     }
 }
 
@@ -48,6 +53,17 @@ pub(crate) enum Codes {
     Six(i8),
     /// 4 bits that index these integers, none of them -128.
     Book(&'static [i8; 16]),
+}
+
+impl Codes {
+    /// The integer of a code.
+    #[inline(always)]
+    pub(crate) fn integer(self, code: u8) -> i8 {
+        match self {
+            Codes::Nibbles(offset) | Codes::Five(offset) | Codes::Six(offset) => code as i8 - offset,
+            Codes::Book(integers) => integers[usize::from(code)],
+        }
+    }
 }
 
 /// Where scales and minima come from.
@@ -86,9 +102,39 @@ pub(crate) struct Grouped {
     pub(crate) scales: Scales,
     /// A power of two that scales are multiplied with.
     pub(crate) factor: f32,
-    /// The group of this index in a block.
-    pub(crate) group: fn(&[u8], usize) -> Group,
+    pub(crate) blocks: Blocks,
 }
+
+/// Blocks of a format: see [`blocks`].
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    /// Weights of one.
+    pub(crate) len: usize,
+    /// Bytes of one.
+    pub(crate) bytes: usize,
+    /// Writes the groups of whole blocks.
+    pub(crate) groups: fn(&[u8], &mut [Group]),
+}
+
+/// Blocks of so many weights and bytes, from a function that gives the group of an index in a block. It becomes part of one loop: called for
+/// each group through a pointer, it was what packing waited for.
+macro_rules! blocks {
+    ($group:ident, $len:expr, $bytes:expr) => {
+        super::grouped::Blocks {
+            len: $len,
+            bytes: $bytes,
+            groups: |bytes, groups| {
+                let all = bytes.as_chunks::<{ $bytes }>().0.iter();
+                for (block, own) in all.zip(groups.as_chunks_mut::<{ $len / super::grouped::GROUP }>().0) {
+                    for (index, slot) in own.iter_mut().enumerate() {
+                        *slot = $group(block, index);
+                    }
+                }
+            },
+        }
+    };
+}
+pub(super) use blocks;
 
 impl Grouped {
     /// The scale of each half of a group.
@@ -111,39 +157,84 @@ impl Grouped {
     }
 
     /// The exact values of whole blocks. The products are exact, so it is no matter how they are added.
-    pub(super) fn dequantize(&self, block_len: usize, block_bytes: usize, bytes: &[u8], out: &mut [f32]) {
-        let groups = block_len / GROUP;
-        for (index, out) in out.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
-            let block = &bytes[index / groups * block_bytes..][..block_bytes];
-            let group = (self.group)(block, index % groups);
-            let (scales, minima) = (self.scales_of(&group), self.minima_of(&group));
-            for (i, (out, integer)) in out.iter_mut().zip(group.integers).enumerate() {
-                let product = scales[i / 16] * f32::from(integer);
-                *out = if self.scales.has_minima() { product + minima[i / 16] } else { product };
+    pub(super) fn dequantize(&self, bytes: &[u8], out: &mut [f32]) {
+        let mut groups = [Group::EMPTY; MOST_GROUPS];
+        let groups = &mut groups[..self.blocks.len / GROUP];
+        for (bytes, out) in bytes.chunks_exact(self.blocks.bytes).zip(out.chunks_exact_mut(self.blocks.len)) {
+            (self.blocks.groups)(bytes, groups);
+            for (group, out) in groups.iter().zip(out.as_chunks_mut::<GROUP>().0) {
+                let (scales, minima) = (self.scales_of(group), self.minima_of(group));
+                for (i, (out, &code)) in out.iter_mut().zip(&group.codes).enumerate() {
+                    let product = scales[i / 16] * f32::from(self.codes.integer(code));
+                    *out = if self.scales.has_minima() { product + minima[i / 16] } else { product };
+                }
             }
         }
     }
 }
 
+/// Groups in a block, at most.
+const MOST_GROUPS: usize = 8;
+
+/// A 1 in each byte.
+pub(super) const ONES: u64 = 0x0101_0101_0101_0101;
+
+/// Bit `i` as byte `i`, 0 or 1.
+#[inline(always)]
+pub(super) fn spread(bits: u8) -> u64 {
+    // Byte i keeps bit i; adding 127 carries it, wherever it is, to the byte's highest one.
+    let own = u64::from(bits).wrapping_mul(ONES) & 0x8040_2010_0804_0201;
+    (own + 0x7f * ONES) >> 7 & ONES
+}
+
+/// Four times eight codes, the first one lowest.
+#[inline(always)]
+pub(super) fn eights(eight: impl Fn(usize) -> u64) -> [u8; GROUP] {
+    let mut codes = [0; GROUP];
+    for (i, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        *codes = eight(i).to_le_bytes();
+    }
+    codes
+}
+
 /// The little-endian number at byte `at`.
+#[inline(always)]
 pub(super) fn word(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// 32 nibbles in 16 bytes: the low halves first, then the high ones.
+/// Eight bytes from byte `at` on.
+#[inline(always)]
+pub(super) fn eight_bytes(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..].first_chunk().map_or(0, |eight| u64::from_le_bytes(*eight))
+}
+
+/// The low `bits` bits of each of eight bytes, after `shift` others.
+#[inline(always)]
+pub(super) fn fields(bytes: u64, shift: usize, bits: u32) -> u64 {
+    (bytes >> shift) & (ONES * ((1 << bits) - 1))
+}
+
+/// Nibbles `8 i` to `8 i + 7` of 32 in 16 bytes: the low halves first, then the high ones.
+#[inline(always)]
+pub(super) fn eight_nibbles(bytes: &[u8], i: usize) -> u64 {
+    fields(eight_bytes(bytes, i % 2 * 8), i / 2 * 4, 4)
+}
+
+/// All of them.
+#[inline(always)]
 pub(super) fn nibbles(bytes: &[u8]) -> [u8; GROUP] {
-    let bytes = &bytes[..16];
-    std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
+    eights(|i| eight_nibbles(bytes, i))
 }
 
-/// Those of group `index` where 32 bytes hold a group in their low halves, and the next in the high ones.
-pub(super) fn paired_nibbles(bytes: &[u8], index: usize) -> [u8; GROUP] {
-    let (bytes, shift) = (&bytes[index / 2 * GROUP..][..GROUP], 4 * (index % 2));
-    std::array::from_fn(|i| bytes[i] >> shift & 15)
+/// Eight of group `index` where 32 bytes hold a group in their low halves, and the next in the high ones.
+#[inline(always)]
+pub(super) fn paired_nibbles(bytes: &[u8], index: usize, i: usize) -> u64 {
+    fields(eight_bytes(bytes, index / 2 * GROUP + 8 * i), index % 2 * 4, 4)
 }
 
-/// 2-bit numbers of group `index` where 32 bytes hold four groups, the first in the lowest bits.
-pub(super) fn quarters(bytes: &[u8], index: usize) -> [u8; GROUP] {
-    let (bytes, shift) = (&bytes[index / 4 * GROUP..][..GROUP], 2 * (index % 4));
-    std::array::from_fn(|i| bytes[i] >> shift & 3)
+/// Eight 2-bit numbers of group `index` where 32 bytes hold four groups, the first in the lowest bits.
+#[inline(always)]
+pub(super) fn quarters(bytes: &[u8], index: usize, i: usize) -> u64 {
+    fields(eight_bytes(bytes, index / 4 * GROUP + 8 * i), index % 4 * 2, 2)
 }

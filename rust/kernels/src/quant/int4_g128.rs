@@ -5,7 +5,7 @@
 //! group_size 128, symmetric) hold the same nibbles in this order, with the scales in a tensor of their own.
 
 use super::fit::{self, Block};
-use super::grouped::{Codes, GROUP, Group, Grouped, Scales, word};
+use super::grouped::{Codes, GROUP, Group, Grouped, Scales, blocks, word};
 use super::{Description, Values};
 
 pub(super) const DESCRIPTION: Description = Description {
@@ -19,12 +19,17 @@ pub(super) const DESCRIPTION: Description = Description {
 const LEN: usize = 128;
 const BYTES: usize = 66;
 
-static FORMAT: Grouped = Grouped { codes: Codes::Nibbles(8), scales: Scales::Shared, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Nibbles(8),
+    scales: Scales::Shared,
+    factor: 1.0,
+    blocks: blocks!(group, LEN, BYTES),
+};
 
 fn group(block: &[u8], index: usize) -> Group {
     let bytes = &block[2 + index * GROUP / 2..][..GROUP / 2];
-    let integers = std::array::from_fn(|i| (bytes[i / 2] >> (4 * (i % 2)) & 15) as i8 - 8);
-    Group::plain(word(block, 0), integers)
+    let codes = std::array::from_fn(|i| bytes[i / 2] >> (4 * (i % 2)) & 15);
+    Group::plain(word(block, 0), codes)
 }
 
 struct Nearest;

@@ -3,21 +3,25 @@
 //! 4 bits together are the block's scale (half precision).
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eights, word};
 use super::iq1_s::{VALUES, shifted};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("IQ1_M", 256, 56, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("IQ1_M", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Book(&VALUES), scales: Scales::Steps { halves: true }, factor: 0.125, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&VALUES),
+    scales: Scales::Steps { halves: true },
+    factor: 0.125,
+    blocks: blocks!(group, 256, 56),
+};
 
 fn group(block: &[u8], index: usize) -> Group {
-    let eights: [[i8; 8]; 4] = std::array::from_fn(|i| {
+    let codes = eights(|i| {
         let more = block[32 + 2 * index + i / 2] >> (4 * (i % 2));
         shifted(usize::from(block[4 * index + i]) | usize::from(more & 7) << 8, more & 8 != 0)
     });
     let scale = (0..4).fold(0, |scale, i| scale | word(block, 48 + 2 * i) >> 12 << (4 * i));
     let step = |at: usize| (2 * (word(block, 48 + at / 4 * 2) >> (3 * (at % 4)) & 7) + 1) as i8;
     let steps = [step(2 * index), step(2 * index + 1)];
-    Group::scaled(scale, steps, std::array::from_fn(|i| eights[i / 8][i % 8]))
+    Group::scaled(scale, steps, codes)
 }

@@ -4,19 +4,22 @@
 
 use super::Description;
 use super::grids::{IQ2_XXS, PAIR_BOOK, even_signs};
-use super::grouped::{Codes, Group, Grouped, Scales, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eights, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("IQ2_XXS", 256, 66, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("IQ2_XXS", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Book(&PAIR_BOOK), scales: Scales::Steps { halves: false }, factor: 0.125, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&PAIR_BOOK),
+    scales: Scales::Steps { halves: false },
+    factor: 0.125,
+    blocks: blocks!(group, 256, 66),
+};
 
 fn group(block: &[u8], index: usize) -> Group {
     let bytes = &block[2 + 8 * index..][..8];
     let signs = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-    let eights: [[i8; 8]; 4] = std::array::from_fn(|i| {
-        IQ2_XXS.pairs(usize::from(bytes[i]), even_signs((signs >> (7 * i) & 127) as u8))
-    });
+    let codes =
+        eights(|i| IQ2_XXS.eight::<2>(usize::from(bytes[i]), even_signs((signs >> (7 * i) & 127) as u8)));
     let step = (2 * (signs >> 28) + 1) as i8;
-    Group::scaled(word(block, 0), [step; 2], std::array::from_fn(|i| eights[i / 8][i % 8]))
+    Group::scaled(word(block, 0), [step; 2], codes)
 }

@@ -3,25 +3,25 @@
 //! of the block's.
 
 use super::Description;
-use super::grids::{IQ3_S, signed};
-use super::grouped::{Codes, Group, Grouped, Scales, word};
+use super::grids::IQ3_S;
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eights, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("IQ3_S", 256, 110, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("IQ3_S", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Book(&VALUES), scales: Scales::Steps { halves: false }, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&VALUES),
+    scales: Scales::Steps { halves: false },
+    factor: 1.0,
+    blocks: blocks!(group, 256, 110),
+};
 
 /// What digits stand for, and the same negative.
 static VALUES: [i8; 16] = [1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15];
 
 fn group(block: &[u8], index: usize) -> Group {
     let high = usize::from(block[66 + index]);
-    let four = |at: usize| IQ3_S.four(usize::from(block[2 + 8 * index + at]) | (high >> at & 1) << 8);
-    let eights: [[i8; 8]; 4] = std::array::from_fn(|i| {
-        let fours = [four(2 * i), four(2 * i + 1)];
-        let values = std::array::from_fn(|k| VALUES[usize::from(fours[k / 4][k % 4])]);
-        signed(values, block[74 + 4 * index + i])
-    });
+    let entry = |at: usize| usize::from(block[2 + 8 * index + at]) | (high >> at & 1) << 8;
+    let codes = eights(|i| IQ3_S.fours::<3>([entry(2 * i), entry(2 * i + 1)], block[74 + 4 * index + i]));
     let step = 2 * (block[106 + index / 2] >> (4 * (index % 2)) & 15) + 1;
-    Group::scaled(word(block, 0), [step as i8; 2], std::array::from_fn(|i| eights[i / 8][i % 8]))
+    Group::scaled(word(block, 0), [step as i8; 2], codes)
 }

@@ -3,13 +3,17 @@
 //! block's.
 
 use super::Description;
-use super::grids::{IQ3_XXS, even_signs, signed};
-use super::grouped::{Codes, Group, Grouped, Scales, word};
+use super::grids::{IQ3_XXS, even_signs};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eights, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("IQ3_XXS", 256, 98, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("IQ3_XXS", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Book(&VALUES), scales: Scales::Steps { halves: false }, factor: 0.25, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&VALUES),
+    scales: Scales::Steps { halves: false },
+    factor: 0.25,
+    blocks: blocks!(group, 256, 98),
+};
 
 /// What digits stand for, and the same negative.
 static VALUES: [i8; 16] = [4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62];
@@ -17,11 +21,10 @@ static VALUES: [i8; 16] = [4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36
 fn group(block: &[u8], index: usize) -> Group {
     let at = 66 + 4 * index;
     let signs = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
-    let eights: [[i8; 8]; 4] = std::array::from_fn(|i| {
-        let fours = [0, 1].map(|k| IQ3_XXS.four(usize::from(block[2 + 8 * index + 2 * i + k])));
-        let values = std::array::from_fn(|k| VALUES[usize::from(fours[k / 4][k % 4])]);
-        signed(values, even_signs((signs >> (7 * i) & 127) as u8))
+    let codes = eights(|i| {
+        let entries = [0, 1].map(|k| usize::from(block[2 + 8 * index + 2 * i + k]));
+        IQ3_XXS.fours::<3>(entries, even_signs((signs >> (7 * i) & 127) as u8))
     });
     let step = (2 * (signs >> 28) + 1) as i8;
-    Group::scaled(word(block, 0), [step; 2], std::array::from_fn(|i| eights[i / 8][i % 8]))
+    Group::scaled(word(block, 0), [step; 2], codes)
 }

@@ -2,17 +2,20 @@
 //! scale offset by 32 in units of it: two high bits each in 2 bytes, then low nibbles in 4 bytes.
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, nibbles, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, nibbles, word};
 use super::iq4_nl::VALUES;
 
-pub(super) const DESCRIPTION: Description = Description::grouped("IQ4_XS", 256, 136, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("IQ4_XS", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Book(&VALUES), scales: Scales::Steps { halves: false }, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&VALUES),
+    scales: Scales::Steps { halves: false },
+    factor: 1.0,
+    blocks: blocks!(group, 256, 136),
+};
 
 fn group(block: &[u8], index: usize) -> Group {
     let low = block[4 + index / 2] >> (4 * (index % 2)) & 15;
     let high = (word(block, 2) >> (2 * index) & 3) as u8;
-    let integers = nibbles(&block[8 + 16 * index..]).map(|nibble| VALUES[usize::from(nibble)]);
-    Group::scaled(word(block, 0), [(low | high << 4) as i8 - 32; 2], integers)
+    Group::scaled(word(block, 0), [(low | high << 4) as i8 - 32; 2], nibbles(&block[8 + 16 * index..]))
 }

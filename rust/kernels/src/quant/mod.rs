@@ -37,7 +37,7 @@ mod tq2_0;
 
 use crate::Isa;
 
-pub(crate) use grouped::{Codes, GROUP, Group, Grouped, Scales};
+pub(crate) use grouped::{Blocks, Codes, GROUP, Group, Grouped, Scales};
 pub use packed::PackedFormat;
 pub(crate) use q4_0::BlockQ4_0;
 pub(crate) use q8_0::BlockQ8_0;
@@ -63,13 +63,15 @@ enum Values {
 
 impl Description {
     /// A format of groups, which we read only.
-    const fn grouped(
-        name: &'static str,
-        block_len: usize,
-        block_bytes: usize,
-        format: &'static Grouped,
-    ) -> Description {
-        Description { name, block_len, block_bytes, values: Values::Grouped(format), quantize: None }
+    const fn grouped(name: &'static str, format: &'static Grouped) -> Description {
+        let Blocks { len, bytes, .. } = format.blocks;
+        Description {
+            name,
+            block_len: len,
+            block_bytes: bytes,
+            values: Values::Grouped(format),
+            quantize: None,
+        }
     }
 }
 
@@ -214,7 +216,7 @@ pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
     );
     match format.description().values {
         Values::By(dequantize) => dequantize(bytes, out),
-        Values::Grouped(grouped) => grouped.dequantize(format.block_len(), format.block_bytes(), bytes, out),
+        Values::Grouped(grouped) => grouped.dequantize(bytes, out),
     }
 }
 

@@ -2,11 +2,16 @@
 //! one byte; nibbles as in Q4_0. Kept as twice the float, an integer, times half the power.
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, nibbles};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, nibbles};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("MXFP4", 32, 17, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("MXFP4", &FORMAT);
 
-static FORMAT: Grouped = Grouped { codes: Codes::Book(&VALUES), scales: Scales::Brain, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Book(&VALUES),
+    scales: Scales::Brain,
+    factor: 1.0,
+    blocks: blocks!(group, 32, 17),
+};
 
 /// Twice 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same negative (minus zero is 0 here).
 static VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -17,5 +22,5 @@ fn group(block: &[u8], _index: usize) -> Group {
         small @ 0..2 => 0x20 << small,
         exponent => (u16::from(exponent) - 1) << 7,
     };
-    Group::plain(scale, nibbles(&block[1..]).map(|nibble| VALUES[usize::from(nibble)]))
+    Group::plain(scale, nibbles(&block[1..]))
 }

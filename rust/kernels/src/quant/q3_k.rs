@@ -2,12 +2,16 @@
 //! 16 weights a 6-bit scale offset by 32, in units of the block's scale (half precision, at the end).
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, quarters, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eight_bytes, eights, fields, quarters, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("Q3_K", 256, 110, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("Q3_K", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Nibbles(4), scales: Scales::Steps { halves: true }, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Nibbles(4),
+    scales: Scales::Steps { halves: true },
+    factor: 1.0,
+    blocks: blocks!(group, 256, 110),
+};
 
 /// Scale `index` of 16 in 12 bytes: low nibbles of 8 bytes hold the low bits of the first eight, high nibbles those of
 /// the others, and the last 4 bytes two high bits of each, four scales apart.
@@ -18,8 +22,8 @@ fn scale(scales: &[u8], index: usize) -> i8 {
 }
 
 fn group(block: &[u8], index: usize) -> Group {
-    let low = quarters(&block[32..], index);
-    let integers = std::array::from_fn(|i| low[i] as i8 - if block[i] >> index & 1 == 0 { 4 } else { 0 });
+    let third = |i: usize| fields(eight_bytes(block, 8 * i), index, 1);
+    let codes = eights(|i| quarters(&block[32..], index, i) | third(i) << 2);
     let steps = [2 * index, 2 * index + 1].map(|at| scale(&block[96..], at));
-    Group::scaled(word(block, 108), steps, integers)
+    Group::scaled(word(block, 108), steps, codes)
 }

@@ -2,12 +2,16 @@
 //! and minimum in units of those. Weight `code * scale - minimum`.
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, paired_nibbles, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eights, paired_nibbles, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("Q4_K", 256, 144, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("Q4_K", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Nibbles(0), scales: Scales::StepsDrops { halves: false }, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Nibbles(0),
+    scales: Scales::StepsDrops { halves: false },
+    factor: 1.0,
+    blocks: blocks!(group, 256, 144),
+};
 
 /// Scale and minimum `index` of 8 in 12 bytes: the first four scales fill 6 bits of 4 bytes, the first four minima those
 /// of the next 4; the others have their low bits in the halves of the last 4 bytes, and their two high bits in what the
@@ -24,7 +28,7 @@ pub(super) fn scale_and_minimum(bytes: &[u8], index: usize) -> (i8, i8) {
 fn group(block: &[u8], index: usize) -> Group {
     let (step, drop) = scale_and_minimum(&block[4..], index);
     Group {
-        integers: paired_nibbles(&block[16..], index).map(|nibble| nibble as i8),
+        codes: eights(|i| paired_nibbles(&block[16..], index, i)),
         scale: word(block, 0),
         minimum: word(block, 2),
         steps: [step; 2],

@@ -2,19 +2,22 @@
 //! 16 weights, in units of the block's scale (half precision, at the end).
 
 use super::Description;
-use super::grouped::{Codes, Group, Grouped, Scales, quarters, word};
+use super::grouped::{Codes, Group, Grouped, Scales, blocks, eight_bytes, eights, fields, quarters, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("Q6_K", 256, 210, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("Q6_K", &FORMAT);
 
-static FORMAT: Grouped =
-    Grouped { codes: Codes::Six(32), scales: Scales::Steps { halves: true }, factor: 1.0, group };
+static FORMAT: Grouped = Grouped {
+    codes: Codes::Six(32),
+    scales: Scales::Steps { halves: true },
+    factor: 1.0,
+    blocks: blocks!(group, 256, 210),
+};
 
 fn group(block: &[u8], index: usize) -> Group {
     // 64 bytes hold two groups in their low halves and the next two in the high ones.
-    let nibbles = &block[index / 4 * 64 + index % 2 * 32..][..32];
-    let shift = index % 4 / 2 * 4;
-    let high = quarters(&block[128..], index);
-    let integers = std::array::from_fn(|i| (nibbles[i] >> shift & 15 | high[i] << 4) as i8 - 32);
+    let nibbles =
+        |i: usize| fields(eight_bytes(block, index / 4 * 64 + index % 2 * 32 + 8 * i), index % 4 / 2 * 4, 4);
+    let codes = eights(|i| nibbles(i) | quarters(&block[128..], index, i) << 4);
     let steps = [2 * index, 2 * index + 1].map(|at| block[192 + at] as i8);
-    Group::scaled(word(block, 208), steps, integers)
+    Group::scaled(word(block, 208), steps, codes)
 }

@@ -4,21 +4,28 @@
 //! last 4, which hold four each.
 
 use super::Description;
-use super::grouped::{Codes, GROUP, Group, Grouped, Scales, word};
+use super::grouped::{Codes, GROUP, Group, Grouped, Scales, blocks, word};
 
-pub(super) const DESCRIPTION: Description = Description::grouped("TQ1_0", 256, 54, &FORMAT);
+pub(super) const DESCRIPTION: Description = Description::grouped("TQ1_0", &FORMAT);
 
-static FORMAT: Grouped = Grouped { codes: Codes::Nibbles(8), scales: Scales::Half, factor: 1.0, group };
+static FORMAT: Grouped =
+    Grouped { codes: Codes::Nibbles(8), scales: Scales::Half, factor: 1.0, blocks: blocks!(group, 256, 54) };
+
+/// Of 3.
+const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
 
 fn group(block: &[u8], index: usize) -> Group {
-    let digit = |at: usize| {
-        let (byte, power) = match at {
-            0..160 => (at % 32, at / 32),
-            160..240 => (32 + at % 16, (at - 160) / 16),
-            _ => (48 + at % 4, (at - 240) / 4),
-        };
-        let fraction = (0..power).fold(block[byte], |fraction, _| fraction.wrapping_mul(3));
-        ((u16::from(fraction) * 3) >> 8) as i8 - 1
+    let (bytes, powers): ([u8; GROUP], [u8; GROUP]) = match index {
+        0..5 => (std::array::from_fn(|i| block[i]), [POWERS[index]; GROUP]),
+        5 | 6 => {
+            let first = 2 * (index - 5);
+            (std::array::from_fn(|i| block[32 + i % 16]), std::array::from_fn(|i| POWERS[first + i / 16]))
+        }
+        _ => {
+            let last = |i: usize| if i < 16 { (32 + i, 4) } else { (48 + i % 4, (i - 16) / 4) };
+            (std::array::from_fn(|i| block[last(i).0]), std::array::from_fn(|i| POWERS[last(i).1]))
+        }
     };
-    Group::plain(word(block, 52), std::array::from_fn(|i| digit(index * GROUP + i)))
+    let digit = |i: usize| ((u16::from(bytes[i].wrapping_mul(powers[i])) * 3) >> 8) as u8;
+    Group::plain(word(block, 52), std::array::from_fn(|i| digit(i) + 7))
 }

@@ -95,36 +95,85 @@ pub(super) unsafe fn release() {
 /// # Safety
 /// As there, and AMX is available.
 #[inline(always)]
-pub(super) unsafe fn multiply_bytes<const SLOT: usize>(
-    input: *const u8,
-    weights: *const u8,
-    sums: &mut TileSums<i32>,
+pub(super) unsafe fn multiply_bytes<const T: usize>(
+    input: [*const u8; T],
+    weights: [*const u8; 2],
+    sums: &mut [[TileSums<i32>; T]; 2],
 ) {
-    macro_rules! multiply {
-        ($sums:literal, $input:literal, $weights:literal) => {
-            asm!(
-                concat!("tilezero ", $sums),
-                concat!("tileloadd ", $input, ", [{input} + {half}*1]"),
-                concat!("tileloadd ", $weights, ", [{weights} + {line}*1]"),
-                concat!("tdpbssd ", $sums, ", ", $input, ", ", $weights),
-                concat!("tilestored [{sums} + {line}*1], ", $sums),
-                input = in(reg) input,
-                weights = in(reg) weights,
-                sums = in(reg) &raw mut *sums,
-                line = in(reg) LINE,
-                half = in(reg) LINE / 2,
-                options(nostack, preserves_flags)
-            )
-        };
-    }
+    let sums = sums.as_mut_ptr().cast::<u8>();
     // SAFETY: the caller's promise.
     unsafe {
-        match SLOT % 4 {
-            0 => multiply!("tmm0", "tmm4", "tmm6"),
-            1 => multiply!("tmm1", "tmm5", "tmm7"),
-            2 => multiply!("tmm2", "tmm4", "tmm6"),
-            _ => multiply!("tmm3", "tmm5", "tmm7"),
+        match T {
+            1 => bytes_one_by_two(input[0], weights, sums),
+            2 => bytes_two_by_two([input[0], input[T - 1]], weights, sums),
+            _ => unreachable!("one tile of input or two"),
         }
+    }
+}
+
+/// One tile of input by two panels.
+///
+/// # Safety
+/// As for [`multiply_bytes`].
+#[inline(always)]
+unsafe fn bytes_one_by_two(input: *const u8, weights: [*const u8; 2], sums: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tileloadd tmm4, [{input} + {half}*1]",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{second} + {line}*1]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tilestored [{sums} + {line}*1], tmm0",
+            "tilestored [{sums} + {line}*1 + 1024], tmm1",
+            input = in(reg) input,
+            first = in(reg) weights[0],
+            second = in(reg) weights[1],
+            sums = in(reg) sums,
+            line = in(reg) LINE,
+            half = in(reg) LINE / 2,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// Two tiles of input by two panels: four products for four tiles read.
+///
+/// # Safety
+/// As for [`multiply_bytes`].
+#[inline(always)]
+unsafe fn bytes_two_by_two(input: [*const u8; 2], weights: [*const u8; 2], sums: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            "tileloadd tmm4, [{upper} + {half}*1]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{lower} + {half}*1]",
+            "tdpbssd tmm1, tmm5, tmm6",
+            "tileloadd tmm7, [{second} + {line}*1]",
+            "tdpbssd tmm2, tmm4, tmm7",
+            "tdpbssd tmm3, tmm5, tmm7",
+            "tilestored [{sums} + {line}*1], tmm0",
+            "tilestored [{sums} + {line}*1 + 1024], tmm1",
+            "tilestored [{sums} + {line}*1 + 2048], tmm2",
+            "tilestored [{sums} + {line}*1 + 3072], tmm3",
+            upper = in(reg) input[0],
+            lower = in(reg) input[1],
+            first = in(reg) weights[0],
+            second = in(reg) weights[1],
+            sums = in(reg) sums,
+            line = in(reg) LINE,
+            half = in(reg) LINE / 2,
+            options(nostack, preserves_flags)
+        );
     }
 }
 

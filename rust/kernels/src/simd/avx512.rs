@@ -365,15 +365,15 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         }
     }
     #[inline(always)]
-    unsafe fn multiply_bytes<const SLOT: usize>(
+    unsafe fn multiply_bytes<const T: usize>(
         self,
         shape: TileShape,
-        input: *const u8,
-        weights: *const u8,
-        sums: &mut TileSums<i32>,
+        input: [*const u8; T],
+        weights: [*const u8; 2],
+        sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         match AMX {
-            true => hardware!(amx::multiply_bytes::<SLOT>(input, weights, sums)),
+            true => hardware!(amx::multiply_bytes::<T>(input, weights, sums)),
             false => hardware!(tiles::multiply_bytes_ref(shape, input, weights, sums)),
         }
     }

@@ -431,12 +431,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// The matrix unit is prepared for this shape, and so much input and weights can be read.
     #[inline(always)]
-    unsafe fn multiply_bytes<const SLOT: usize>(
+    unsafe fn multiply_bytes<const T: usize>(
         self,
         shape: TileShape,
-        input: *const u8,
-        weights: *const u8,
-        sums: &mut TileSums<i32>,
+        input: [*const u8; T],
+        weights: [*const u8; 2],
+        sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         // SAFETY: the caller's promise.
         unsafe { tiles::multiply_bytes_ref(shape, input, weights, sums) }

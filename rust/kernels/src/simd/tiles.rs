@@ -58,27 +58,27 @@ impl<S: Simd> MatrixUnit<S> {
         MatrixUnit { simd, shape, thread: PhantomData }
     }
 
-    /// Exact sums of products of signed bytes with signed bytes. `input` is (rows, 32), of which the columns from `from` on are
-    /// multiplied, `weights` (bytes / 4, 16 lanes, 4).
-    /// Calls with different `SLOT` < 4 overlap.
+    /// Exact sums of products of signed bytes with signed bytes, of two panels with `T` tiles of input. An input tile is (rows, 32),
+    /// of which the columns from `from` on are multiplied, a panel (bytes / 4, 16 lanes, 4). Sums are (2 panels, T).
     ///
     /// # Panics
     /// When one of them is too short.
     #[inline(always)]
-    pub fn bytes<const SLOT: usize>(
+    pub fn bytes<const T: usize>(
         &self,
-        input: &[[u8; 32]],
+        input: [&[[u8; 32]]; T],
         from: usize,
-        weights: &[u8],
-        sums: &mut TileSums<i32>,
+        weights: [&[u8]; 2],
+        sums: &mut [TileSums<i32>],
     ) {
         let TileShape { rows, bytes } = self.shape;
-        assert!(input.len() >= rows && from + bytes <= 32 && weights.len() >= bytes / 4 * LINE);
+        let sums = sums.as_chunks_mut::<T>().0.first_chunk_mut().expect("sums of two panels");
+        assert!(from + bytes <= 32 && input.iter().all(|tile| tile.len() >= rows));
+        assert!(weights.iter().all(|panel| panel.len() >= bytes / 4 * LINE));
+        let input = input.map(|tile| tile.as_ptr().cast::<u8>().wrapping_add(from));
+        let weights = weights.map(<[u8]>::as_ptr);
         // SAFETY: the unit is prepared for this shape, and all that it reads exists.
-        unsafe {
-            let input = input.as_ptr().cast::<u8>().add(from);
-            self.simd.multiply_bytes::<SLOT>(self.shape, input, weights.as_ptr(), sums);
-        }
+        unsafe { self.simd.multiply_bytes::<T>(self.shape, input, weights, sums) };
     }
 
     /// Adds to the sums of two panels with `T` tiles of input the products of `groups` groups of bfloat16. An input tile is
@@ -115,21 +115,25 @@ impl<S: Simd> Drop for MatrixUnit<S> {
 ///
 /// # Safety
 /// As there.
-pub(super) unsafe fn multiply_bytes_ref(
+pub(super) unsafe fn multiply_bytes_ref<const T: usize>(
     shape: TileShape,
-    input: *const u8,
-    weights: *const u8,
-    sums: &mut TileSums<i32>,
+    input: [*const u8; T],
+    weights: [*const u8; 2],
+    sums: &mut [[TileSums<i32>; T]; 2],
 ) {
-    for (row, sums) in sums.0.iter_mut().enumerate().take(shape.rows) {
-        for (lane, sum) in sums.iter_mut().enumerate() {
-            let product = |k: usize| {
-                // SAFETY: the caller's promise.
-                let pair =
-                    unsafe { (*input.add(row * 32 + k), *weights.add(k / 4 * LINE + lane * 4 + k % 4)) };
-                i32::from(pair.0 as i8) * i32::from(pair.1 as i8)
-            };
-            *sum = (0..shape.bytes).map(product).sum();
+    for (sums, panel) in sums.iter_mut().zip(weights) {
+        for (sums, tile) in sums.iter_mut().zip(input) {
+            for (row, sums) in sums.0.iter_mut().enumerate().take(shape.rows) {
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    let product = |k: usize| {
+                        // SAFETY: the caller's promise.
+                        let pair =
+                            unsafe { (*tile.add(row * 32 + k), *panel.add(k / 4 * LINE + lane * 4 + k % 4)) };
+                        i32::from(pair.0 as i8) * i32::from(pair.1 as i8)
+                    };
+                    *sum = (0..shape.bytes).map(product).sum();
+                }
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ pub(super) use kernel::load_scales;
 pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack};
 
 use super::GROUP;
-use crate::quant::{Codes, Grouped, Scales};
+use crate::quant::{Blocks, Codes, Group, Grouped, Scales};
 use crate::simd::LANES;
 
 /// Groups in a record whose units are counted in steps.
@@ -92,76 +92,113 @@ const fn upper_bits(codes: Codes) -> usize {
 }
 
 /// Writes a panel, which was zeros; rows that are missing stay so.
-pub(super) fn pack(
-    format: &Grouped,
-    block: (usize, usize), // weights and bytes
+pub(super) fn pack(format: &Grouped, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+    match upper_bits(format.codes) {
+        0 => pack_codes::<0>(format, rows, weights, scales),
+        1 => pack_codes::<1>(format, rows, weights, scales),
+        _ => pack_codes::<2>(format, rows, weights, scales),
+    }
+}
+
+/// The same with so many upper bits; each kind of scales is compiled for itself.
+fn pack_codes<const UPPER: usize>(format: &Grouped, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+    let blocks = &format.blocks;
+    let pack = match format.scales {
+        Scales::Half | Scales::Brain => pack_blocks::<UPPER, PLAIN>,
+        Scales::Shared => pack_blocks::<UPPER, SHARED>,
+        Scales::HalfMinimum => pack_blocks::<UPPER, MINIMUM>,
+        Scales::Steps { halves: false } => pack_blocks::<UPPER, STEPS>,
+        Scales::Steps { halves: true } => pack_blocks::<UPPER, HALF_STEPS>,
+        Scales::StepsDrops { halves: false } => pack_blocks::<UPPER, DROPS>,
+        Scales::StepsDrops { halves: true } => pack_blocks::<UPPER, HALF_DROPS>,
+    };
+    pack(blocks, rows, weights, scales);
+}
+
+/// Kinds of scales that are packed alike, as constants.
+const PACKED: [Scales; 7] = [
+    Scales::Half,
+    Scales::Shared,
+    Scales::HalfMinimum,
+    Scales::Steps { halves: false },
+    Scales::Steps { halves: true },
+    Scales::StepsDrops { halves: false },
+    Scales::StepsDrops { halves: true },
+];
+const PLAIN: usize = 0;
+const SHARED: usize = 1;
+const MINIMUM: usize = 2;
+const STEPS: usize = 3;
+const HALF_STEPS: usize = 4;
+const DROPS: usize = 5;
+const HALF_DROPS: usize = 6;
+
+/// Groups that are unpacked at a time: what a record with steps spans.
+const STRETCH: usize = SPAN;
+
+fn pack_blocks<const UPPER: usize, const KIND: usize>(
+    blocks: &Blocks,
     rows: &[&[u8]],
     weights: &mut [u8],
     scales: &mut [u8],
 ) {
-    let book = code_of_integers(format.codes);
-    let groups_per_block = block.0 / GROUP;
-    for (index, weights) in weights.chunks_exact_mut(group_bytes(format.codes)).enumerate() {
+    let kind = const { PACKED[KIND] };
+    let (span, record) = const { record(PACKED[KIND]) };
+    let stretch_bytes = STRETCH * GROUP / blocks.len * blocks.bytes;
+    let line = 256 + 64 * UPPER;
+    let mut groups = [Group::EMPTY; STRETCH];
+    let stretches =
+        weights.chunks_mut(STRETCH * line).zip(scales.chunks_mut(STRETCH / span * record)).enumerate();
+    for (stretch, (weights, scales)) in stretches {
         for (lane, row) in rows.iter().enumerate() {
-            let bytes = &row[index / groups_per_block * block.1..][..block.1];
-            let group = (format.group)(bytes, index % groups_per_block);
-            let codes = encode(format.codes, &book, group.integers);
-            write_codes(&codes, upper_bits(format.codes), lane, weights);
-            write_scales(format.scales, &group, index, lane, scales);
+            let bytes = &row[stretch * stretch_bytes..];
+            let bytes = &bytes[..stretch_bytes.min(bytes.len())];
+            let count = bytes.len() / blocks.bytes * blocks.len / GROUP;
+            (blocks.groups)(bytes, &mut groups[..count]);
+            for (group, weights) in groups[..count].iter().zip(weights.chunks_exact_mut(line)) {
+                write_codes::<UPPER>(&group.codes, lane, weights);
+            }
+            let records = groups[..count].chunks(span).zip(scales.chunks_exact_mut(record));
+            for (groups, record) in records {
+                write_scales(kind, groups, lane, record);
+            }
         }
     }
 }
 
-/// The code of each integer of a book, indexed by its bits.
-fn code_of_integers(codes: Codes) -> [u8; 256] {
-    let mut all = [0; 256];
-    if let Codes::Book(integers) = codes {
-        for (code, &integer) in integers.iter().enumerate().rev() {
-            all[usize::from(integer as u8)] = code as u8;
-        }
-    }
-    all
-}
-
-/// The codes of integers.
-#[inline]
-fn encode(codes: Codes, book: &[u8; 256], integers: [i8; GROUP]) -> [u8; GROUP] {
-    match codes {
-        Codes::Nibbles(offset) | Codes::Five(offset) | Codes::Six(offset) => {
-            integers.map(|integer| integer.wrapping_add(offset) as u8)
-        }
-        Codes::Book(_) => integers.map(|integer| book[usize::from(integer as u8)]),
-    }
-}
-
-fn write_codes(codes: &[u8; GROUP], upper: usize, lane: usize, weights: &mut [u8]) {
+#[inline(always)]
+fn write_codes<const UPPER: usize>(codes: &[u8; GROUP], lane: usize, weights: &mut [u8]) {
     let words: [u32; 8] = std::array::from_fn(|step| u32::from_le_bytes(codes.as_chunks::<4>().0[step]));
+    let lines = weights.as_chunks_mut::<64>().0;
     let mut write = |line: usize, word: u32| {
-        weights[line * 64 + lane * 4..][..4].copy_from_slice(&word.to_le_bytes());
+        lines[line].as_chunks_mut::<4>().0[lane] = word.to_le_bytes();
     };
     for (line, pair) in words.as_chunks::<2>().0.iter().enumerate() {
         write(line, pair[0] & 0x0f0f_0f0f | (pair[1] & 0x0f0f_0f0f) << 4);
     }
-    let steps = 8_usize.checked_div(upper).unwrap_or(0); // whose upper bits fill a line
-    for line in 0..upper {
-        let bits = |step: usize| (words[line * steps + step] >> 4 & 0x0303_0303) << (upper * step);
+    let steps = 8_usize.checked_div(UPPER).unwrap_or(0); // whose upper bits fill a line
+    for line in 0..UPPER {
+        let bits = |step: usize| (words[line * steps + step] >> 4 & 0x0303_0303) << (UPPER * step);
         write(4 + line, (0..steps).fold(0, |word, step| word | bits(step)));
     }
 }
 
-fn write_scales(kind: Scales, group: &crate::quant::Group, index: usize, lane: usize, scales: &mut [u8]) {
-    let (span, bytes) = record(kind);
-    let record = &mut scales[index / span * bytes..][..bytes];
-    record[2 * lane..][..2].copy_from_slice(&group.scale.to_le_bytes());
+/// A row's part of a record, from the groups that share it.
+#[inline(always)]
+fn write_scales(kind: Scales, groups: &[Group], lane: usize, record: &mut [u8]) {
+    let Some(first) = groups.first() else { return };
+    record[2 * lane..][..2].copy_from_slice(&first.scale.to_le_bytes());
     if kind.has_minima() {
-        record[2 * (LANES + lane)..][..2].copy_from_slice(&group.minimum.to_le_bytes());
+        record[2 * (LANES + lane)..][..2].copy_from_slice(&first.minimum.to_le_bytes());
     }
-    for half in 0..parts(kind.has_halves()) {
-        if let Some(at) = step_at(kind, index % span, half) {
-            record[at + lane] = group.steps[half] as u8;
-        }
-        if let Some(at) = drop_at(kind, index % span, half) {
-            record[at + lane] = group.drops[half] as u8;
+    for (index, group) in groups.iter().enumerate() {
+        for half in 0..parts(kind.has_halves()) {
+            if let Some(at) = step_at(kind, index, half) {
+                record[at + lane] = group.steps[half] as u8;
+            }
+            if let Some(at) = drop_at(kind, index, half) {
+                record[at + lane] = group.drops[half] as u8;
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Panels of bfloat16 times activations rounded to bfloat16.
 
 use super::super::{GROUP, Output, PackedMatrix, RowTiles};
-use super::{Block, BlockKernel, Work};
+use super::{Block, BlockKernel, Work, by_pairs};
 use crate::Rows;
 use crate::simd::{Kernel, LANES, MatrixUnit, Simd, TileShape, TileSums};
 use std::ops::Range;
@@ -118,9 +118,7 @@ impl<S: Simd> BlockKernel<S> for Multiply<'_, S> {
 
     #[inline(always)]
     fn at(panel: usize, tile: usize, tiles: usize) -> usize {
-        // (pairs of panels, pairs of tiles, panels, tiles), where the last pair of tiles may be one.
-        let (pair, side) = (tile / 2 * 2, tiles.min(tile / 2 * 2 + 2) - tile / 2 * 2);
-        panel / 2 * 2 * tiles + 2 * pair + panel % 2 * side + tile - pair
+        by_pairs(panel, tile, tiles)
     }
 }
 

@@ -6,8 +6,8 @@ use crate::quant::{Codes, Scales};
 use crate::simd::{LANES, Simd};
 use std::ops::Range;
 
-/// Groups in a block: 16 KB of bytes.
-pub(super) const BLOCK: usize = 32;
+/// Groups in a block: 8 KB of bytes.
+pub(super) const BLOCK: usize = 16;
 
 /// Some groups of a panel.
 #[repr(C, align(64))]

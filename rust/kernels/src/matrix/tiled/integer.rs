@@ -3,12 +3,12 @@
 use super::super::activations::IntegerTile;
 use super::super::{GROUP, IntegerTiles, Output, PackedMatrix};
 use super::block::{BLOCK, Integers};
-use super::{Block, BlockKernel, Work};
+use super::{Block, BlockKernel, Work, by_pairs};
 use crate::simd::{Kernel, MatrixUnit, Simd, TILE_ROWS, TileShape, TileSums};
 use std::ops::Range;
 
-/// Products that are under way together, while as many others are scaled and added.
-const SLOTS: usize = 2;
+/// Parts of groups whose exact sums, of two panels with two tiles, are kept until they are scaled and added: 16 KB.
+const KEPT: usize = 4;
 
 /// Some panels times all tiles, which are of 16 rows.
 pub(crate) struct ByteTiles<'a> {
@@ -45,42 +45,39 @@ impl ByteTiles<'_> {
     #[inline(always)]
     fn multiply<S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool>(self, simd: S) {
         let unit = MatrixUnit::new(simd, TileShape { rows: TILE_ROWS, bytes: GROUP / PARTS });
-        let (weight, input, integers) = (self.weight, self.input, Integers::new());
-        let (span, exact) = (input.rounding.span, [Exact::default(); 2]);
-        let kernel = Multiply::<S, PARTS, MINIMA, SHARED> { unit, weight, input, span, integers, exact };
+        let (weight, input, integers) = (self.weight, self.input, [Integers::new(), Integers::new()]);
+        let span = input.rounding.span;
+        debug_assert!(BLOCK.is_multiple_of(span) && (!SHARED || KEPT.is_multiple_of(span)), "{span}");
+        let kept = Kept { exact: [TileSums::default(); 4 * KEPT], inner: [TileSums::default(); 4] };
+        let kernel = Multiply::<S, PARTS, MINIMA, SHARED> { unit, weight, input, span, integers, kept };
         let work = Work { weight, tiles: input.tiles, output: self.output, panels: self.panels };
         work.run(simd, kernel);
     }
 }
 
-/// Exact sums of some groups, or halves of groups.
-type Exact = [TileSums<i32>; SLOTS];
+/// What two panels with two tiles need from one step to the next.
+struct Kept {
+    /// Exact sums of some parts of groups: (parts, 2 panels, tiles).
+    exact: [TileSums<i32>; 4 * KEPT],
+    /// Sums over a span's groups so far, not yet times the scales of the activations: (2 panels, tiles).
+    inner: [TileSums<f32>; 4],
+}
 
-/// The kernel for groups of `PARTS` parts with their own scales.
+/// The kernel for groups of `PARTS` parts with their own scales: two panels by two tiles, or by one.
 struct Multiply<'a, S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool> {
     unit: MatrixUnit<S>,
     weight: &'a PackedMatrix,
     input: IntegerTiles<'a>,
     span: usize,
-    integers: Integers,
-    exact: [Exact; 2],
-}
-
-/// Sums of a panel with a tile.
-struct Sums<S: Simd> {
-    /// Of the spans of groups that are complete.
-    complete: [S::F32; TILE_ROWS],
-    /// Of the groups since, not yet times the scales of the activations.
-    inner: [S::F32; TILE_ROWS],
-    /// Of the groups since, where these share a scale and are added exactly.
-    whole: [S::I32; TILE_ROWS],
+    integers: [Integers; 2],
+    kept: Kept,
 }
 
 impl<S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool> BlockKernel<S>
     for Multiply<'_, S, PARTS, MINIMA, SHARED>
 {
-    const PANELS: usize = 1;
-    const TILES: usize = 1;
+    const PANELS: usize = 2;
+    const TILES: usize = 2;
 
     #[inline(always)]
     fn groups(&self) -> usize {
@@ -89,138 +86,193 @@ impl<S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool> BlockK
 
     #[inline(always)]
     fn begin(&mut self, simd: S, block: &Block) {
-        self.integers.read(simd, self.weight, block.panels.start, block.groups.clone());
+        for (integers, panel) in self.integers.iter_mut().zip(block.panels.clone()) {
+            integers.read(simd, self.weight, panel, block.groups.clone());
+        }
     }
 
-    /// The unit multiplies some groups while those before are scaled and added.
     #[inline(always)]
     fn multiply(&mut self, simd: S, block: &Block, tiles: Range<usize>, sums: &mut [TileSums<f32>]) {
-        let tile = self.input.tile(tiles.start);
-        let meeting = Meeting::<PARTS> {
-            tile,
-            span: self.span,
-            integers: &self.integers,
-            groups: block.groups.clone(),
-        };
-        let (kept, zero) = (&mut sums[0].0, simd.splat(0.0));
-        let whole = [simd.splat_i32(0); TILE_ROWS];
-        let mut sums = Sums { complete: [zero; TILE_ROWS], inner: [zero; TILE_ROWS], whole };
-        for t in 0..TILE_ROWS {
-            sums.complete[t] = simd.load(&kept[t]);
-        }
-        let [even, odd] = &mut self.exact;
-        let count = meeting.count();
-        meeting.multiply(&self.unit, 0, even);
-        for first in (0..count).step_by(2 * SLOTS) {
-            meeting.multiply(&self.unit, first + SLOTS, odd);
-            meeting.add::<S, MINIMA, SHARED>(simd, first, even, &mut sums);
-            meeting.multiply(&self.unit, first + 2 * SLOTS, even);
-            meeting.add::<S, MINIMA, SHARED>(simd, first + SLOTS, odd, &mut sums);
-        }
-        for t in 0..TILE_ROWS {
-            simd.store(sums.complete[t], &mut kept[t]);
+        match tiles.len() {
+            1 => self.part(simd, block, [tiles.start], sums),
+            _ => self.part(simd, block, [tiles.start, tiles.start + 1], sums),
         }
     }
 
     #[inline(always)]
     fn at(panel: usize, tile: usize, tiles: usize) -> usize {
-        panel * tiles + tile
+        by_pairs(panel, tile, tiles)
     }
 }
 
-/// A block that meets a tile.
-struct Meeting<'a, const PARTS: usize> {
-    tile: IntegerTile<'a>,
-    span: usize,
-    integers: &'a Integers,
-    groups: Range<usize>,
-}
-
-impl<const PARTS: usize> Meeting<'_, PARTS> {
-    /// Parts of the block's groups.
+impl<S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool>
+    Multiply<'_, S, PARTS, MINIMA, SHARED>
+{
+    /// A block of two panels by `T` tiles. Of a panel alone the other one's sums mean nothing.
     #[inline(always)]
-    fn count(&self) -> usize {
-        self.groups.len() * PARTS
-    }
-
-    /// Exact sums of the parts from `first` on, as many as there are slots or parts.
-    #[inline(always)]
-    fn multiply<S: Simd>(&self, unit: &MatrixUnit<S>, first: usize, exact: &mut Exact) {
-        if first < self.count() {
-            self.multiply_one::<S, 0>(unit, first, exact);
-        }
-        if first + 1 < self.count() {
-            self.multiply_one::<S, 1>(unit, first + 1, exact);
-        }
-    }
-
-    #[inline(always)]
-    fn multiply_one<S: Simd, const SLOT: usize>(&self, unit: &MatrixUnit<S>, part: usize, exact: &mut Exact) {
-        let (group, half) = (part / PARTS, part % PARTS);
-        let input = &self.tile.bytes[(self.groups.start + group) * TILE_ROWS..];
-        let weights = &self.integers.bytes[group][half * 256..];
-        unit.bytes::<SLOT>(input, half * 16, weights, &mut exact[SLOT]);
-    }
-
-    /// Adds those parts to the sums, of which there is one per row.
-    #[inline(always)]
-    fn add<S: Simd, const MINIMA: bool, const SHARED: bool>(
-        &self,
+    fn part<const T: usize>(
+        &mut self,
         simd: S,
-        first: usize,
-        exact: &Exact,
-        sums: &mut Sums<S>,
+        block: &Block,
+        tiles: [usize; T],
+        sums: &mut [TileSums<f32>],
     ) {
-        for (slot, exact) in exact.iter().enumerate() {
-            let part = first + slot;
-            if part < self.count() {
-                self.add_one::<S, MINIMA, SHARED>(simd, part, exact, sums);
-                if (part + 1).is_multiple_of(self.span * PARTS) {
-                    self.complete::<S, SHARED>(simd, part / PARTS, sums);
+        let (tiles, span) = (tiles.map(|tile| self.input.tile(tile)), self.span);
+        let count = block.groups.len() * PARTS;
+        for first in (0..count).step_by(KEPT) {
+            let parts = first..count.min(first + KEPT);
+            for (part, exact) in parts.clone().zip(self.kept.exact.chunks_exact_mut(2 * T)) {
+                let (group, half) = (part / PARTS, part % PARTS);
+                let input = tiles.map(|tile| &tile.bytes[(block.groups.start + group) * TILE_ROWS..]);
+                let weights = [0, 1].map(|panel| &self.integers[panel].bytes[group][half * 256..]);
+                self.unit.bytes::<T>(input, half * 16, weights, exact);
+            }
+            for panel in 0..block.panels.len() {
+                for (t, tile) in tiles.iter().enumerate() {
+                    let (integers, start) = (&self.integers[panel], block.groups.start);
+                    let meeting = Meeting::<PARTS, MINIMA> { tile: *tile, span, integers, start };
+                    let at = panel * T + t;
+                    let (exact, inner) = (&self.kept.exact[at..], &mut self.kept.inner[at]);
+                    match span {
+                        1 => meeting.add(simd, parts.clone(), exact, 2 * T, &mut sums[at]),
+                        _ if SHARED => meeting.add_shared(simd, parts.clone(), exact, 2 * T, &mut sums[at]),
+                        _ => meeting.add_span(simd, parts.clone(), exact, 2 * T, (inner, &mut sums[at])),
+                    }
                 }
             }
         }
     }
+}
 
+/// A block of a panel that meets a tile.
+struct Meeting<'a, const PARTS: usize, const MINIMA: bool> {
+    tile: IntegerTile<'a>,
+    span: usize,
+    integers: &'a Integers,
+    start: usize, // first group of the block
+}
+
+/// Adds exact sums of parts, which are `step` apart, in order.
+impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
+    /// Groups have their own scales of activations.
     #[inline(always)]
-    fn add_one<S: Simd, const MINIMA: bool, const SHARED: bool>(
+    fn add<S: Simd>(
         &self,
         simd: S,
-        part: usize,
-        exact: &TileSums<i32>,
-        sums: &mut Sums<S>,
+        parts: Range<usize>,
+        exact: &[TileSums<i32>],
+        step: usize,
+        sums: &mut TileSums<f32>,
     ) {
-        let (group, half) = (part / PARTS, part % PARTS);
-        let scale = simd.load(&self.integers.scales[group][half]);
-        for t in 0..TILE_ROWS {
-            let exact = simd.load_i32(&exact.0[t]);
-            match SHARED {
-                true => sums.whole[t] = simd.add_i32(sums.whole[t], exact),
-                false => sums.inner[t] = simd.mul_add(simd.to_f32(exact), scale, sums.inner[t]),
+        let mut complete = load(simd, sums);
+        for (part, exact) in parts.zip(exact.iter().step_by(step)) {
+            let scale = simd.load(&self.integers.scales[part / PARTS][part % PARTS]);
+            let minimum = simd.load(&self.integers.minima[part / PARTS][part % PARTS]);
+            let row_scales = self.row_scales(part);
+            for t in 0..TILE_ROWS {
+                let mut inner = simd.mul(simd.to_f32(simd.load_i32(&exact.0[t])), scale);
+                if MINIMA {
+                    inner = simd.mul_add(minimum, simd.splat(self.totals(part)[t]), inner);
+                }
+                complete[t] = simd.mul_add(inner, simd.splat(row_scales[t]), complete[t]);
             }
         }
-        if MINIMA {
-            let minimum = simd.load(&self.integers.minima[group][half]);
-            let totals = &self.tile.totals.as_chunks::<TILE_ROWS>().0[self.groups.start * PARTS + part];
+        store(simd, complete, sums);
+    }
+
+    /// Several groups share a scale of activations: the inner sums over them go on from call to call.
+    #[inline(always)]
+    fn add_span<S: Simd>(
+        &self,
+        simd: S,
+        parts: Range<usize>,
+        exact: &[TileSums<i32>],
+        step: usize,
+        (inner, sums): (&mut TileSums<f32>, &mut TileSums<f32>),
+    ) {
+        let (last, per_span) = (parts.end - 1, self.span * PARTS);
+        let begins = parts.start.is_multiple_of(per_span);
+        let mut own = if begins { [simd.splat(0.0); TILE_ROWS] } else { load(simd, inner) };
+        for (part, exact) in parts.zip(exact.iter().step_by(step)) {
+            let scale = simd.load(&self.integers.scales[part / PARTS][part % PARTS]);
             for t in 0..TILE_ROWS {
-                sums.inner[t] = simd.mul_add(minimum, simd.splat(totals[t]), sums.inner[t]);
+                own[t] = simd.mul_add(simd.to_f32(simd.load_i32(&exact.0[t])), scale, own[t]);
+            }
+            if MINIMA {
+                let minimum = simd.load(&self.integers.minima[part / PARTS][part % PARTS]);
+                for t in 0..TILE_ROWS {
+                    own[t] = simd.mul_add(minimum, simd.splat(self.totals(part)[t]), own[t]);
+                }
+            }
+        }
+        match (last + 1).is_multiple_of(per_span) {
+            true => self.complete(simd, last, own, sums),
+            false => store(simd, own, inner),
+        }
+    }
+
+    /// All these groups share a scale of weights as well, so that exact sums are added exactly.
+    #[inline(always)]
+    fn add_shared<S: Simd>(
+        &self,
+        simd: S,
+        parts: Range<usize>,
+        exact: &[TileSums<i32>],
+        step: usize,
+        sums: &mut TileSums<f32>,
+    ) {
+        let mut whole = [simd.splat_i32(0); TILE_ROWS];
+        for (part, exact) in parts.zip(exact.iter().step_by(step)) {
+            for t in 0..TILE_ROWS {
+                whole[t] = simd.add_i32(whole[t], simd.load_i32(&exact.0[t]));
+            }
+            if (part + 1).is_multiple_of(self.span) {
+                let scale = simd.load(&self.integers.scales[part][0]);
+                let mut own = [scale; TILE_ROWS];
+                for t in 0..TILE_ROWS {
+                    own[t] = simd.mul(simd.to_f32(whole[t]), scale);
+                    whole[t] = simd.splat_i32(0);
+                }
+                self.complete(simd, part, own, sums);
             }
         }
     }
 
-    /// Completes the span that ends with this group of the block.
+    /// Adds the inner sums of the span that ends with a part.
     #[inline(always)]
-    fn complete<S: Simd, const SHARED: bool>(&self, simd: S, group: usize, sums: &mut Sums<S>) {
-        let scale = simd.load(&self.integers.scales[group][0]);
-        let row_scales =
-            &self.tile.scales.as_chunks::<TILE_ROWS>().0[(self.groups.start + group) / self.span];
+    fn complete<S: Simd>(&self, simd: S, part: usize, inner: [S::F32; TILE_ROWS], sums: &mut TileSums<f32>) {
+        let row_scales = self.row_scales(part);
         for t in 0..TILE_ROWS {
-            let inner = match SHARED {
-                true => simd.mul(simd.to_f32(sums.whole[t]), scale),
-                false => sums.inner[t],
-            };
-            sums.complete[t] = simd.mul_add(inner, simd.splat(row_scales[t]), sums.complete[t]);
-            (sums.inner[t], sums.whole[t]) = (simd.splat(0.0), simd.splat_i32(0));
+            let sum = simd.mul_add(inner[t], simd.splat(row_scales[t]), simd.load(&sums.0[t]));
+            simd.store(sum, &mut sums.0[t]);
         }
+    }
+
+    /// The scales of the activations that a part is multiplied with.
+    #[inline(always)]
+    fn row_scales(&self, part: usize) -> &[f32; TILE_ROWS] {
+        &self.tile.scales.as_chunks().0[(self.start + part / PARTS) / self.span]
+    }
+
+    /// The sums of their bytes.
+    #[inline(always)]
+    fn totals(&self, part: usize) -> &[f32; TILE_ROWS] {
+        &self.tile.totals.as_chunks().0[self.start * PARTS + part]
+    }
+}
+
+#[inline(always)]
+fn load<S: Simd>(simd: S, sums: &TileSums<f32>) -> [S::F32; TILE_ROWS] {
+    let mut vectors = [simd.splat(0.0); TILE_ROWS];
+    for t in 0..TILE_ROWS {
+        vectors[t] = simd.load(&sums.0[t]);
+    }
+    vectors
+}
+
+#[inline(always)]
+fn store<S: Simd>(simd: S, vectors: [S::F32; TILE_ROWS], sums: &mut TileSums<f32>) {
+    for t in 0..TILE_ROWS {
+        simd.store(vectors[t], &mut sums.0[t]);
     }
 }

@@ -20,8 +20,8 @@ use crate::simd::{Simd, TileSums};
 use std::cell::Cell;
 use std::ops::Range;
 
-/// Panels and tiles whose sums are kept together: 256 KB.
-const PANELS: usize = 8;
+/// Panels and tiles whose sums are kept together: 512 KB. As many panels meet a block of input that the L2 cache has read.
+pub(crate) const PANELS: usize = 16;
 const TILES: usize = 32;
 
 thread_local! {
@@ -43,6 +43,14 @@ trait BlockKernel<S: Simd> {
     fn multiply(&mut self, simd: S, block: &Block, tiles: Range<usize>, sums: &mut [TileSums<f32>]);
     /// Where, among the sums of `tiles` tiles, those of a panel with a tile are.
     fn at(panel: usize, tile: usize, tiles: usize) -> usize;
+}
+
+/// Where sums of a panel with a tile lie among those of `tiles` tiles: (pairs of panels, pairs of tiles, panels, tiles), where the
+/// last pair of tiles may be one.
+#[inline(always)]
+fn by_pairs(panel: usize, tile: usize, tiles: usize) -> usize {
+    let (pair, side) = (tile / 2 * 2, tiles.min(tile / 2 * 2 + 2) - tile / 2 * 2);
+    panel / 2 * 2 * tiles + 2 * pair + panel % 2 * side + tile - pair
 }
 
 /// Some groups of some panels.
