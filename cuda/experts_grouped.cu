@@ -24,7 +24,8 @@ constexpr int ACROSS = WARPS / DOWN;          // ... and along the weight rows
 constexpr int EIGHT_ROWS = OUTPUTS / 8 / ACROSS; // eights of weight rows of a warp
 constexpr int STAGES = TILE == 16 ? 4 : 3;
 constexpr int STAGE_BYTES = (TILE + OUTPUTS) * STEP * 2;
-constexpr bool PLAIN = !PACKED && sizeof(WEIGHT) == 2; // weights are copied as they are
+constexpr int SHARE = OUTPUTS * EIGHTS / (WARPS * WARP); // eights of the weights of a step that each thread brings
+static_assert(PACKED || sizeof(WEIGHT) == 2, "weights are bfloat16, and copied, or packed, and unpacked");
 
 // members (experts, capacity): entries that chose an expert, ascending; counts (experts). Launch: grid (experts), WARPS warps.
 KERNEL experts_members(const int *chosen, int *members, int *counts, int entries, int capacity) {
@@ -96,31 +97,43 @@ struct Tile {
         return first + min(column + row, outputs - 1);
     }
 
-    // Brings a step to a stage. What lies beyond the columns becomes zeros.
-    DEVICE void load(u8 *stage, int number) const {
+    // Copies a step's entries, and weights that are not packed, to a stage. What lies beyond the columns becomes zeros.
+    DEVICE void copy(u8 *stage, int number) const {
         for (int i = threadIdx.x; i < TILE * EIGHTS; i += WARPS * WARP) {
             const int row = i / EIGHTS, at = number * STEP + i % EIGHTS * 8;
             const bool exists = row < count && at < matrix.columns;
             const int entry = exists ? members[row] / divisor : 0;
             copy_16_cached(stage + place(row, i % EIGHTS), input + size_t(entry) * input_stride + (exists ? at : 0), exists);
         }
-        u8 *weights = stage + TILE * STEP * 2;
 #pragma unroll
-        for (int i = threadIdx.x; i < OUTPUTS * EIGHTS; i += WARPS * WARP) {
+        for (int i = threadIdx.x; i < OUTPUTS * EIGHTS && !PACKED; i += WARPS * WARP) {
             const int row = i / EIGHTS, at = number * STEP + i % EIGHTS * 8;
             const bool exists = at < matrix.columns;
-            if constexpr (PLAIN) {
-                const WEIGHT *from = matrix.weight + weight_row(row) * matrix.columns + (exists ? at : 0);
-                copy_16_cached(weights + place(row, i % EIGHTS), from, exists);
-            } else {
-                float values[8] = {};
-                if (exists) matrix.row(weight_row(row), at, values);
-                const u32 a = pack_bf16(values[0], values[1]), b = pack_bf16(values[2], values[3]);
-                const u32 c = pack_bf16(values[4], values[5]), d = pack_bf16(values[6], values[7]);
-                *reinterpret_cast<uint4 *>(weights + place(row, i % EIGHTS)) = make_uint4(a, b, c, d);
-            }
+            const WEIGHT *from = matrix.weight + weight_row(row) * matrix.columns + (exists ? at : 0);
+            copy_16_cached(stage + (TILE + row / 8 * 8) * STEP * 2 + place(row % 8, i % EIGHTS), from, exists);
         }
         end_group();
+    }
+
+    // Reads this thread's share of a step of packed weights.
+    DEVICE void fetch(Eight (&eights)[SHARE], int number) const {
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            const int own = threadIdx.x + i * WARPS * WARP, at = number * STEP + own % EIGHTS * 8;
+            if (at < matrix.columns) eights[i] = matrix.fetch(weight_row(own / EIGHTS), at);
+            else eights[i] = {};
+        }
+    }
+
+    // Puts it into a stage, in bfloat16.
+    DEVICE void unpack(u8 *stage, const Eight (&eights)[SHARE], int number) const {
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            const int own = threadIdx.x + i * WARPS * WARP;
+            float values[8];
+            Matrix::decode(eights[i], number * STEP + own % EIGHTS * 8, values);
+            store<8>(reinterpret_cast<bf16 *>(stage + TILE * STEP * 2 + place(own / EIGHTS, own % EIGHTS)), values);
+        }
     }
 };
 
@@ -185,17 +198,28 @@ experts_grouped(const bf16 *input, const int *members, const int *counts, const 
     const Tile tile = {input, {weight, scales, minima, columns, group}, own, found.z, input_stride, used, first, column, outputs};
     const int warp = threadIdx.x / WARP, down = warp % DOWN, across = warp / DOWN, steps = (columns + STEP - 1) / STEP;
     float sums[EIGHT_ROWS][4] = {};
+    const auto stage = [&](int number) { return stages + number % STAGES * STAGE_BYTES; };
+    Eight eights[SHARE];
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < steps) tile.load(stages + i * STAGE_BYTES, i);
+        if (i < steps) tile.copy(stage(i), i);
         else end_group();
+    }
+    if (PACKED) {
+        tile.fetch(eights, 0);
+        tile.unpack(stage(0), eights, 0);
+        tile.fetch(eights, 1);
     }
     for (int number = 0; number < steps; number++) {
         wait_group<STAGES - 2>();
-        __syncthreads(); // the step is there, and nobody reads the stage that is filled next
+        __syncthreads(); // the step is there, and nobody reads the stages that are filled next
         const int next = number + STAGES - 1;
-        if (next < steps) tile.load(stages + next % STAGES * STAGE_BYTES, next);
+        if (next < steps) tile.copy(stage(next), next);
         else end_group();
-        multiply(stages + number % STAGES * STAGE_BYTES, down, across, sums);
+        if (PACKED && number + 1 < steps) {
+            tile.unpack(stage(number + 1), eights, number + 1);
+            tile.fetch(eights, number + 2);
+        }
+        multiply(stage(number), down, across, sums);
     }
     finish(tile, bias, shares, output, down, across, sums);
 }

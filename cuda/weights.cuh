@@ -72,32 +72,50 @@ DEVICE void unpack(const u32 *words, float (&integers)[8]) {
     }
 }
 
+DEVICE u32 bits_of(f16 number) { return number.bits; }
+DEVICE u32 bits_of(float number) { return __float_as_uint(number); }
+
+// Eight columns of a row as they lie in memory.
+struct Eight {
+    u32 words[2], scale, minimum; // or steps and units
+};
+
 // A matrix (rows, columns); scales are (rows, ceil(columns / group)) for 8-bit types that are not packed, else as above, or null.
 struct Matrix {
     const WEIGHT *weight;
     const Scale *scales, *minima;
     int columns, group;
 
+    // Reads eight columns of a row of packed weights.
+    DEVICE Eight fetch(size_t row, int column) const {
+        const size_t block = row / BLOCK_ROWS * ((columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS) + column / BLOCK_COLUMNS;
+        const u32 *words = reinterpret_cast<const u32 *>(weight + packed_offset(block, row % BLOCK_ROWS, column));
+        const size_t own = block * BLOCK_ROWS + row % BLOCK_ROWS, place = own * GROUPS + column % BLOCK_COLUMNS / WEIGHT_GROUP;
+        Eight eight = {{words[0], PACKED == 8 ? words[1] : 0}, bits_of(scales[place]), 0};
+        if (STEPS) eight.minimum = reinterpret_cast<const u32 *>(minima)[own];
+        if (MINIMA && !STEPS) eight.minimum = bits_of(minima[place]);
+        return eight;
+    }
+
+    // What they stand for.
+    DEVICE static void decode(const Eight &eight, int column, float (&values)[8]) {
+        float scale = to_float(f16{u16(eight.scale)}), minimum = to_float(f16{u16(eight.minimum)});
+        if (STEPS) {
+            scale = minimum * step_of(eight.scale, HALVES ? column / 16 % 2 : 0);
+            minimum = MINIMA ? -to_float(f16{u16(eight.minimum >> 16)}) * step_of(eight.scale, 1) : 0.0f;
+        }
+        unpack(eight.words, values);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = fmaf(scale, values[i], minimum);
+    }
+
     // V neighbouring columns of a row, 1 or 8, from a multiple of V on.
     template <int V> DEVICE void row(size_t row, int column, float (&values)[V]) const {
         if constexpr (PACKED) {
-            const size_t block = row / BLOCK_ROWS * ((columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS) + column / BLOCK_COLUMNS;
-            const u32 *words = reinterpret_cast<const u32 *>(weight + packed_offset(block, row % BLOCK_ROWS, column));
-            const size_t place = (block * BLOCK_ROWS + row % BLOCK_ROWS) * GROUPS + column % BLOCK_COLUMNS / WEIGHT_GROUP;
-            float scale, minimum = 0.0f;
-            if (STEPS) {
-                const u32 steps = scales[place].bits;
-                const Scale *units = minima + (block * BLOCK_ROWS + row % BLOCK_ROWS) * 2;
-                scale = to_float(units[0]) * step_of(steps, HALVES ? column / 16 % 2 : 0);
-                if (MINIMA) minimum = -to_float(units[1]) * step_of(steps, 1);
-            } else {
-                scale = to_float(scales[place]);
-                if (MINIMA) minimum = to_float(minima[place]);
-            }
-            float integers[8];
-            unpack(words, integers);
+            float all[8];
+            decode(fetch(row, column), column, all);
 #pragma unroll
-            for (int i = 0; i < V; i++) values[i] = fmaf(scale, integers[V == 8 ? i : column % 8], minimum);
+            for (int i = 0; i < V; i++) values[i] = all[V == 8 ? i : column % 8];
         } else {
             load<V>(weight + row * columns + column, values);
             if (sizeof(WEIGHT) > 1) return;
