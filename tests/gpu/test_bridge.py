@@ -302,3 +302,13 @@ def test_rounded_weights_are_those_of_the_cpu(name: str, quantization: str, open
     llm = open_host(folder, quantization=quantization)
     assert llm.info.quantization == quantization
     assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_blocks_of_many_formats_are_those_of_the_cpu(open_host: Callable[..., LLM]) -> None:
+    """A model whose matrices are in the formats of Q4_K_M and others: packed, or expanded where no layout holds them."""
+    path = GOLDEN.parent / "k_quants" / "model.gguf"
+    tokens = list(range(1, 25))
+    with LLM(path, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    llm = open_host(path)
+    assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()

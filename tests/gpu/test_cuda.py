@@ -166,6 +166,18 @@ def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> 
             assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
 
 
+def test_blocks_of_many_formats_are_those_of_the_cpu() -> None:
+    """A model whose matrices are in the formats of Q4_K_M and others: packed, or expanded where no layout holds them."""
+    path, tokens = GOLDEN.parent / "k_quants" / "model.gguf", list(range(1, 25))
+    with LLM(path, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    with load(path) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+    for step in (256, 8):
+        with load(path, dtype="auto", max_num_batched_tokens=step, max_num_seqs=8) as llm:
+            assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
+
+
 def test_draws_on_the_gpu_are_the_cores() -> None:
     """All that sampling can be asked for, each beside all others: the same tokens and log-probabilities as on the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
