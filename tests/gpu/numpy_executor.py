@@ -85,7 +85,7 @@ class HostDevice:
 
     def use(self) -> None: ...
 
-    def operations(self) -> NumpyOperations:
+    def operations(self, deterministic: bool) -> NumpyOperations:
         return NumpyOperations()
 
     def allocate(self, size: int) -> int:

@@ -44,6 +44,7 @@ def test_every_family_and_container(golden: Golden, open_host: Callable[..., LLM
     [
         {},
         {"enforce_eager": True},
+        {"deterministic": True},
         {"enable_prefix_caching": False},
         {"kv_cache_memory_bytes": 14 << 18, "max_model_len": 192, "max_num_seqs": 3},
         {"max_num_batched_tokens": 8, "max_num_seqs": 5},
@@ -275,6 +276,8 @@ def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
         open_host(max_num_seqs=0)
     with pytest.raises(InferError, match="enforce_eager must be True or False"):
         open_host(enforce_eager=1)
+    with pytest.raises(InferError, match="deterministic must be True or False"):
+        open_host(deterministic="yes")
     with pytest.raises(InferError, match="more than the device has free"):
         open_host(kv_cache_memory_bytes=1 << 40)
     assert not workers()
