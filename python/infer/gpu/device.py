@@ -96,6 +96,12 @@ class Device:
         self._blocks.remove(pointer)
         self._runtime.free(pointer)
 
+    def joules(self) -> Callable[[], float] | None:
+        """Return what tells the energy taken so far; None where nobody counts."""
+        from infer.gpu.energy import counter
+
+        return counter(self._runtime.deviceGetPCIBusId(self._number))
+
     def free_bytes(self) -> int:
         """Return how many bytes nobody has taken."""
         return int(self._runtime.memGetInfo()[0])

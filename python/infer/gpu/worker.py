@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer._core import DeviceModel, Engine, InferError
 from infer.gpu.arrays import PAGE_TOKENS
+from infer.gpu.energy import PowerMeter
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
 from infer.gpu.memory import check_kv_types
@@ -52,6 +53,8 @@ class Worker:
     def __init__(self, device: Device, link: WorkLink, target: Runner, draft: Runner | None) -> None:
         self._device, self._link = device, link
         self._target, self._draft = target, draft
+        joules = device.joules()
+        self._meter = PowerMeter(joules) if joules else None
         self._begun: deque[tuple[Work, Callable[[], Outcome]]] = deque()
         self._thread = threading.Thread(target=self._run, name="infer-gpu", daemon=True)
         self._thread.start()
@@ -142,6 +145,8 @@ class Worker:
 
     def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
         self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)
+        if self._meter is not None and (watts := self._meter.step()) is not None:
+            self._link.report_power(watts)
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]
@@ -255,9 +260,7 @@ def _open(device: Device, path: Path, graphs: bool, deterministic: bool, setting
     models = [DeviceModel(path, backend=name, quantization=None if rounded else quantization, **options)]
     models += [DeviceModel(each, backend=device.name, **options) for each in paths[1:]]
     operations = device.operations(deterministic)
-    loaded = [
-        _Loaded(device, operations, model, settings, rounded and model is models[0], deterministic) for model in models
-    ]
+    loaded = [_Loaded(device, operations, model, settings, rounded and model is models[0], deterministic) for model in models]
     device.synchronize()
     outside = (models[0], models[1] if len(models) > 1 else None, device.free_bytes())
     engine = Engine(path, **{**settings, "quantization": None}, outside=outside)
