@@ -1,4 +1,4 @@
-"""Weights of few bits in numpy: E4M3, and the rounding and the layout of cuda/pack.cu, bit for bit."""
+"""Packed weights in numpy: the rounding and the layout of cuda/pack.cu, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,6 @@ from infer.gpu.packing import FORMATS, Packed, Plan, sizes
 LANES = 16
 FIT = range(56, 92)  # eighths that are tried, as in rust/kernels/src/quant/fit.rs
 ROWS, COLUMNS = 8, 128  # of a block
-
-
-def _e4m3(code: int) -> float:
-    exponent, fraction = code >> 3 & 15, code & 7
-    value = fraction / 512 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    return -value if code & 128 else value
-
-
-E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
 
 
 def _lane_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:

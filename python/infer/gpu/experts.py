@@ -38,6 +38,9 @@ class ExpertMemory:
 class ExpertOperations(RowOperations):
     """Routing and experts, enqueued on one stream."""
 
+    always_groups = False
+    """Group rows by expert however few they are, so that a row's bits do not depend on their number."""
+
     def route(self, inputs: StepInputs, logits: Rows, renormalise: bool, routes: Routes) -> None:
         """Softmax over all experts, then the ``routes.used`` largest of each row, ascending."""
         if logits.width > MOST_EXPERTS:
@@ -64,6 +67,7 @@ class ExpertOperations(RowOperations):
         (rows * routes.used, width), contiguous. Without ``memory``, every row reads the weights of its experts by itself.
         """
         few = source.rows == 1 or source.rows * routes.used <= max(FEW_ENTRIES, gate_up.experts // 8)
+        few = few and not self.always_groups
         if memory is None or few or not can_group(source, output, inner, gate_up, down):
             self._experts_plainly(source, output, routes, gate_up, down, activation, inner)
             return
