@@ -9,7 +9,7 @@ use super::bfloat::Pair;
 use super::buffer::Growing;
 use super::tiled::{PairLine, RoundTile};
 use crate::rows::SharedSlice;
-use crate::simd::{Kernel, LANES, Simd, TILE_ROWS};
+use crate::simd::TILE_ROWS;
 use crate::{Context, Isa, Rows};
 
 mod quantize;
