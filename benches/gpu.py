@@ -1,7 +1,7 @@
 """Speed on one NVIDIA GPU, with random weights of the Llama 1B and 8B shapes.
 
-    python benches/gpu.py [--shapes llama-1b llama-8b] [--folder DIR] [--rounds 3] [--quantization fp8] [--eager]
-        [--out FILE.json]
+    python benches/gpu.py [--shapes llama-1b llama-8b] [--folder DIR] [--rounds 3] [--eager]
+        [--quantization fp8|int8|int4|int4-g128] [--out FILE.json]
 
 batch 1:        prompt of 128 tokens, 256 generated; time per token is (T(256) - T(1)) / 255
 64 concurrent:  64 prompts of 512 tokens, 256 generated each; tokens generated over the time of the whole call
@@ -41,6 +41,8 @@ SHAPES = {
     "llama-1b": (2048, 16, 32, 8, 8192, 64, True),
     "llama-8b": (4096, 32, 32, 8, 14336, 128, False),
 }
+WEIGHT_BYTES = {None: (2, 2), "fp8": (1, 2), "int8": (1.0625, 1.0625), "int4": (0.5625, 1.0625), "int4-g128": (0.515625, 1.0625)}
+"""Bytes of a weight, scales included: of the layers' matrices, and of the head."""
 POOL = 1 << 24  # values that weights are cut from
 
 
@@ -120,11 +122,12 @@ def write_model(folder: Path, shape: str) -> None:
                 left -= count
 
 
-def step_bytes(shape: str, context: int, weight_bytes: int) -> int:
+def step_bytes(shape: str, context: int, quantization: str | None) -> float:
     """Bytes that a decoding step of one sequence must read: weights, the head and keys and values of its context (2 each)."""
     _, layers, _, kv_heads, _, head_dim, tied = SHAPES[shape]
     sizes = {name: int(np.prod(sizes)) for name, sizes in tensors(shape) if tied or "embed" not in name}
-    weights = sum(size * (weight_bytes if "layers" in name else 2) for name, size in sizes.items())
+    layer, head = WEIGHT_BYTES[quantization]
+    weights = sum(size * (layer if "layers" in name else head) for name, size in sizes.items())
     return weights + 2 * context * layers * 2 * kv_heads * head_dim
 
 
@@ -162,7 +165,7 @@ def timed(llm: LLM, energy: Energy, dice: random.Random, count: int, tokens: int
     return seconds, energy.joules() - joules
 
 
-def measure(llm: LLM, shape: str, rounds: int, weight_bytes: int) -> dict[str, Any]:
+def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict[str, Any]:
     """All loads on one model."""
     dice, energy = random.Random(7), Energy()
 
@@ -179,7 +182,7 @@ def measure(llm: LLM, shape: str, rounds: int, weight_bytes: int) -> dict[str, A
         "batch_1": {
             "inter_token_latency_ms": itl * 1e3,
             "tokens_per_second": 1 / itl,
-            "read_tb_per_second": step_bytes(shape, 256, weight_bytes) / itl / 1e12,
+            "read_tb_per_second": step_bytes(shape, 256, quantization) / itl / 1e12,
             "joules_per_token": joules / 256,
         },
         "first_token_2048_ms": first * 1e3,
@@ -206,7 +209,7 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
         ready = time.perf_counter()
         llm.generate([{"prompt_token_ids": [100, 200, 300]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         answered = time.perf_counter()
-        results = measure(llm, shape, arguments.rounds, 1 if arguments.quantization else 2)
+        results = measure(llm, shape, arguments.rounds, arguments.quantization)
         results["start"] = {"ready_seconds": ready - start, "first_token_seconds": answered - start}
         results["kv_cache_tokens"] = llm._engine.kv_cache_tokens
     return results
@@ -238,7 +241,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["llama-1b", "llama-8b"], choices=list(SHAPES))
     parser.add_argument("--folder", type=Path, help="where models are written; kept for the next time")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quantization", choices=["fp8"], help="round weights while loading")
+    parser.add_argument("--quantization", choices=[name for name in WEIGHT_BYTES if name], help="round weights while loading")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--out", type=Path, help="where results go instead of benches/results")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """What the GPU kernels achieve: bytes and operations per second.
 
 usage: gpu_kernels.py [--json FILE] [--only PART ...] [--weights TYPE ...]
-(parts: decode, linear, small, attention, prefill; default: all)
+(parts: decode, linear, experts, small, attention, prefill; default: all)
 
 Random data, replayed as graphs over memory that outgrows the caches.
 
@@ -15,15 +15,16 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cupy
 import numpy as np
 
-from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight
+from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan, PlanSize
+from infer.gpu.experts import ExpertMemory
 from infer.gpu.kernels import Kernels
 from infer.gpu.operations import Operations
 from infer.gpu.packing import Packed, sizes
@@ -95,7 +96,7 @@ class Bench:
         """Return a random weight; "int4-g128" has a scale for each 128 columns, "int4" and "int8" for each 32."""
         if kind.startswith("int"):
             name, group = kind[:4], 128 if "g128" in kind else 32
-            size, scale_bytes = sizes(rows, columns, Packed(name, group, False, 0, 0, 0))
+            size, scale_bytes, _ = sizes(rows, columns, Packed(name, group, False, 0, 0, 0))
             scales = self.put(np.full(scale_bytes // 2, 0.01, np.float16))
             return Weight(self.random(size, "e4m3"), rows, columns, name, scales=scales, group=group)
         scales = self.put(np.full(rows, 0.1, np.float32)) if kind == "e4m3" else 0
@@ -312,7 +313,29 @@ def prefill(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
             bench.release()
 
 
-PARTS = {"decode": decode, "linear": linear, "small": small, "attention": attention, "prefill": prefill}
+def experts(bench: Bench, rate: float) -> Iterator[dict[str, Any]]:
+    """A layer's experts, chosen at random; the bytes are those of the experts that some row chose."""
+    for name, count, used, hidden, width in (("Mixtral", 8, 2, 4096, 14336), ("Qwen3 30B", 128, 8, 2048, 768)):
+        for kind in [kind for kind in bench.kinds if kind != "e4m3"]:
+            gate_up, down = bench.weight(count * 2 * width, hidden, kind), bench.weight(count * hidden, width, kind)
+            size = weight_bytes(gate_up) + weight_bytes(down)
+            gate_up, down = replace(gate_up, rows=2 * width, experts=count), replace(down, rows=hidden, experts=count)
+            dice = np.random.default_rng(0)
+            for rows in (1, 2, 8, 32, 64, 256, 2048):
+                chosen = np.stack([np.sort(dice.permutation(count)[:used]) for _ in range(rows)]).astype(np.int32)
+                routes = Routes(bench.put(chosen), bench.put(np.full((rows, used), 0.5, np.float32)), used)
+                sizes = (count * rows * 4, count * 4, rows * used * hidden * 2)
+                memory = ExpertMemory(*(bench.put(np.zeros(n, np.uint8)) for n in sizes))
+                source, output, inner = bench.rows(rows, hidden), bench.rows(rows, hidden), bench.rows(rows * used, width)
+                case = (source, output, routes, gate_up, down, "silu", inner, memory)
+                each = bench.time(over(bench.ops.experts, [case] * 4)) / 4
+                read, operations = size * len(np.unique(chosen)) / count, 6 * rows * used * hidden * width
+                measured = {"microseconds": each, "share": read / each * 1e6 / rate, "teraflops": operations / each / 1e6}
+                yield {"part": "experts", "shape": name, "weights": kind, "rows": rows, **measured}
+            bench.release()
+
+
+PARTS = {"decode": decode, "linear": linear, "experts": experts, "small": small, "attention": attention, "prefill": prefill}
 
 
 def main() -> None:

@@ -28,13 +28,13 @@ struct Source {
     const u8 *keys, *values;
     const float *key_scales, *value_scales;
     const int *table;
-    int kv_head, kv_heads, end;
+    int kv_head, kv_heads, first, end;
 
-    // Starts copying pages `number` to `number + PAGES`; beyond the end it repeats the last one, which is masked.
+    // Starts copying pages `number` to `number + PAGES`; outside of those that are seen it repeats the nearest one, which is masked.
     DEVICE void copy(Stage &stage, int number) const {
 #pragma unroll
         for (int page = 0; page < PAGES; page++) {
-            const size_t index = size_t(table[min(number + page, end - 1)]) * kv_heads + kv_head;
+            const size_t index = size_t(table[max(min(number + page, end - 1), first)]) * kv_heads + kv_head;
             for (int i = threadIdx.x * 16; i < PAGE_BYTES_OF_KEYS; i += THREADS * 16) {
                 copy_16(stage.keys[page] + i, keys + index * PAGE_BYTES_OF_KEYS + i);
             }
@@ -242,15 +242,16 @@ attention_prefill(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const
     const int first = first_visible(tile.first_position, window) / PAGE_TOKENS, end = tile.first_position + tile.rows;
     const int page_end = (end + PAGE_TOKENS - 1) / PAGE_TOKENS;
     const Source source = {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales,
-                           page_table + size_t(tile.sequence) * page_stride, kv_head, kv_heads, page_end};
+                           page_table + size_t(tile.sequence) * page_stride, kv_head, kv_heads, first, page_end};
     rows.copy(queries, tile, kv_head, query_stride);
-    source.copy(stages[0], first);
+    const int begin_page = first / PAGES * PAGES; // so that what is added up together does not depend on the tile
+    source.copy(stages[0], begin_page);
     Warp own = {};
     own.first_row = threadIdx.x / WARP * ROW_TILES * 16, own.g = threadIdx.x % WARP / 4, own.t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * 2; i++) own.greatest[i / 2][i % 2] = LOWEST;
     int turn = 0;
-    for (int page = first; page < page_end; page += PAGES, turn ^= 1) {
+    for (int page = begin_page; page < page_end; page += PAGES, turn ^= 1) {
         const Stage &stage = stages[turn];
         if (page + PAGES < page_end) {
             source.copy(stages[turn ^ 1], page + PAGES);

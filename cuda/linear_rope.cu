@@ -34,8 +34,8 @@ struct Places {
 };
 
 // As linear_stream; weight is ((heads + 2 * kv_heads) * HEAD_DIM, columns), output (rows, heads * HEAD_DIM and more), table (table rows,
-// HALF) of (cosine, sine). Launch: any grid of up to weight_rows / (2 * OUTPUTS) blocks, WARPS warps, dynamic shared memory as linear_stream.
-BOUNDED_KERNEL(WARPS * WARP, 16 / WARPS)
+// HALF) of (cosine, sine). Launch: any grid of up to weight_rows / (2 * OUTPUTS) blocks, else as linear_stream.
+BOUNDED_KERNEL(TEAMS * WARPS * WARP, 1)
 linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Scale *scales, const Scale *minima, const float *norm,
             bf16 *output, KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const float2 *table, const int *rope_rows, const int *slots,
             int input_stride, int output_stride, int rows, int columns, int heads, int kv_heads, int all_slots, float epsilon) {
@@ -46,11 +46,11 @@ linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Sc
     const Ending ending = {bias, scales, columns, epsilon};
     const Places places = {output, key_pages, value_pages, slots, output_stride, heads, kv_heads, all_slots};
     const auto first_row = [](int unit) { return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * OUTPUTS; };
-    stream(product, dynamic, first_row, [&](const Shared &shared, int unit) {
-        for (int i = threadIdx.x; i < OUTPUTS * rows; i += WARPS * WARP) {
+    stream(product, dynamic, first_row, [&](const Shared &shared, const Squares &squares, int unit, int thread) {
+        for (int i = thread; i < OUTPUTS * rows; i += WARPS * WARP) {
             const int place = i % OUTPUTS, token = i / OUTPUTS, head = unit / UNITS_OF_HEAD;
             const int dim = unit % UNITS_OF_HEAD * OUTPUTS + place, row = first_row(unit) + place;
-            const float a = ending(shared, place, 0, token, row), b = ending(shared, place, 1, token, row + HALF);
+            const float a = ending(shared, squares, place, 0, token, row), b = ending(shared, squares, place, 1, token, row + HALF);
             float2 angle = make_float2(1.0f, 0.0f);
             if (head < heads + kv_heads) angle = table[size_t(rope_rows[token]) * HALF + dim];
             places.store(token, head, dim, a * angle.x - b * angle.y);

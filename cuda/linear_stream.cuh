@@ -1,14 +1,18 @@
 // The pipeline of the streaming products: a weight matrix times up to TOKENS input rows, at the speed of reading the weights once.
 //
-// A block takes TILES tiles of 16 weight rows at a time, and then the next ones; its warps share out the columns in steps, and their sums
-// are added in order at the end of each. So a result depends on its input row and the weights alone, not on the other rows. Weights go
-// from memory straight into the registers of the matrix instructions, 16 bytes a lane, DEPTH steps ahead, across the ends of tiles; the
-// first steps are read before the kernel waits for its predecessor, so memory never idles between kernels. Each warp copies its columns of
-// the input rows (and the norm's factors) to a ring in shared memory, as many steps ahead: read directly, their latency in every step held
-// up the weights. The loops are kept short: what does not fit the instruction cache cost half of the speed.
+// WARPS warps are a team, and a block has the TEAMS that fill a multiprocessor. A team takes TILES tiles of 16 weight rows at a time, and
+// then the next ones; its warps share out the columns in steps, and their sums are added in order at the end of each. So a result depends
+// on its input row and the weights alone, not on the other rows. Weights go from memory straight into the registers of the matrix
+// instructions, 16 bytes a lane, DEPTH steps ahead, across the ends of tiles; the first steps are read before the kernel waits for its
+// predecessor, so memory never idles between kernels. The loops are kept short: what does not fit the instruction cache cost half of the
+// speed.
 //
-// NORM 1: input rows are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the end, when
-// the sum of squares is known.
+// Input rows are in shared memory: whole, for all teams, where that is large enough (RESIDENT); else each warp copies its columns to a ring
+// of its own, RING steps ahead. Read directly, their latency in every step held up the weights; and copied anew for every tile, 16 rows
+// were four times the bytes of 4-bit weights.
+//
+// NORM 1: input rows, RESIDENT, are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the
+// end, when the sum of squares is known.
 #include "weights.cuh"
 
 #ifndef TOKENS
@@ -18,13 +22,16 @@
 #define TILES 1
 #endif
 #ifndef DEPTH
-#define DEPTH (4 / TILES)
+#define DEPTH ((PACKED == 8 ? 2 : 4) / TILES)
 #endif
 #ifndef NORM
 #define NORM 0
 #endif
 #ifndef WARPS
 #define WARPS 8
+#endif
+#ifndef RESIDENT
+#define RESIDENT 0
 #endif
 #ifndef GROUPED
 #define GROUPED 0 // 1: 8-bit weights have a scale for each row and STEP columns, not one for the row
@@ -37,10 +44,9 @@ constexpr int PARTS = TOKENS / 8;           // of 8 tokens, the width of one mat
 constexpr int ROWS = PAIRED ? 8 : 16;       // neighbouring weight rows of a tile
 constexpr int OUTPUTS = ROWS * TILES;       // of a unit
 
-// The sums of one warp, and what they need at the end.
+// The sums of one warp.
 struct Sums {
     float values[TILES][PARTS][4];
-    float squares[PARTS];
 };
 
 // What one launch multiplies, and where a unit of work (TILES tiles) finds its rows of the weight.
@@ -58,9 +64,12 @@ struct Product {
 #else
 #include "stream_plain.cuh"
 #endif
-constexpr int EIGHTS = STEP / 8;                                    // 16 bytes of an input row each, in a step
-constexpr int RING = TOKENS * STEP > 1024 ? DEPTH / 2 : DEPTH;      // steps of input that are under way
-constexpr int SLOT = TOKENS * STEP * 2 + NORM * STEP * 4;           // bytes of a step in the ring
+constexpr int TEAMS = 16 / WARPS;
+constexpr int EIGHTS = STEP / 8;                               // 16 bytes of an input row each, in a step
+constexpr int AT_ONCE = WARP / EIGHTS;                         // tokens that a warp copies at once
+constexpr int RING = TOKENS * STEP > 1024 ? 2 : DEPTH;         // steps of input that are under way, where it is not resident
+constexpr int SLOT = TOKENS * STEP * 2;                        // bytes of a step in the ring
+static_assert(RESIDENT || !NORM, "only resident rows are normalised");
 
 // Eight input values of a token times the norm's factors, and their squares added up.
 DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
@@ -76,11 +85,10 @@ DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
     values = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// A warp's ring of input rows: RING steps of (TOKENS, STEP) and of the norm's STEP factors. Rows that do not exist stay zero.
+// A warp's steps of the input rows in shared memory, (rows, STEP) each.
 struct Input {
     const bf16 *from; // the lane's part of its first row
-    const float *norm;
-    u8 *ring;
+    u8 *slots;
     u32 to; // where the lane's part goes, an address in shared memory
     int stride, rows, columns, lane, g, t;
 
@@ -91,48 +99,50 @@ struct Input {
         return token * STEP * 2 + eight / 8 * 128 + (half ^ token % 2) * 64 + quarter * 16;
     }
 
-    DEVICE void clear() const {
-        for (int i = rows * STEP * 2 + lane * 16; i < TOKENS * STEP * 2; i += WARP * 16) {
-            for (int turn = 0; turn < RING; turn++) *reinterpret_cast<uint4 *>(ring + turn * SLOT + i) = make_uint4(0, 0, 0, 0);
-        }
-    }
-
-    // Starts copying a step's columns; what lies beyond the row becomes zeros, and is not read.
-    DEVICE void copy(int number, int turn) const {
+    // Starts copying a step's columns to a slot; what lies beyond the row becomes zeros, and is not read.
+    DEVICE void copy(int number, int slot) const {
         const bool inside = number * STEP + lane % EIGHTS * 8 < columns;
         const bf16 *source = from + number * STEP;
-        u32 target = to + turn * SLOT;
+        u32 target = to + slot;
 #pragma unroll 1
-        for (int token = lane / EIGHTS; token < rows; token += WARP / EIGHTS) {
+        for (int token = lane / EIGHTS; token < rows; token += AT_ONCE) {
             copy_16_to(target, source, inside);
-            source += WARP / EIGHTS * size_t(stride);
-            target += WARP / EIGHTS * STEP * 2;
+            source += AT_ONCE * size_t(stride);
+            target += AT_ONCE * STEP * 2;
         }
-        if (NORM && lane < STEP / 4) {
-            const int at = number * STEP + lane * 4;
-            copy_16_cached(ring + turn * SLOT + TOKENS * STEP * 2 + lane * 16, norm + (at < columns ? at : 0), at < columns);
-        }
-        end_group();
     }
 
-    // The lane's eight columns of each token in a slot, normalised; their squares are added up.
-    DEVICE void read(int turn, int eight, uint4 (&values)[PARTS], Sums &sums) const {
+    // Normalises what this lane copied to a slot, and adds up the squares of each of its tokens.
+    DEVICE void normalise_own(int number, int slot, const float *norm, float (&squares)[TOKENS / AT_ONCE]) const {
+        const int column = number * STEP + lane % EIGHTS * 8;
+        if (column >= columns) return;
+#pragma unroll
+        for (int i = 0; i < TOKENS / AT_ONCE; i++) {
+            const int token = lane / EIGHTS + i * AT_ONCE;
+            if (token >= rows) return;
+            uint4 *values = reinterpret_cast<uint4 *>(slots + slot + place(token, lane % EIGHTS));
+            normalise(*values, norm + column, squares[i]);
+        }
+    }
+
+    // The lane's eight columns of each token in a slot. Tokens that do not exist are some other one: nobody uses their sums.
+    DEVICE void read(int slot, int eight, uint4 (&values)[PARTS]) const {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            values[part] = *reinterpret_cast<const uint4 *>(ring + turn * SLOT + place(part * 8 + g, eight));
-            if (NORM) {
-                const float *factors = reinterpret_cast<const float *>(ring + turn * SLOT + TOKENS * STEP * 2) + eight * 8;
-                normalise(values[part], factors, sums.squares[part]);
-            }
+            values[part] = *reinterpret_cast<const uint4 *>(slots + slot + place(min(part * 8 + g, rows - 1), eight));
         }
     }
 };
 
+// Sums of all warps of a team: (warps, weight rows of a unit, tokens).
 struct alignas(16) Shared {
-    float sums[WARPS][TILES * 16][TOKENS + 1], squares[WARPS][TOKENS];
+    float sums[WARPS][TILES * 16][TOKENS + 1];
 };
 
-// Leaves a warp's sums where all can read them.
+// Squares of a token that each warp added up.
+typedef float Squares[TEAMS * WARPS][TOKENS];
+
+// Leaves a warp's sums where its team can read them.
 DEVICE void publish(const Sums &sums, int warp, int g, int t, Shared &shared) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -142,12 +152,6 @@ DEVICE void publish(const Sums &sums, int warp, int g, int t, Shared &shared) {
             for (int i = 0; i < 4; i++) {
                 shared.sums[warp][tile * 16 + i / 2 * 8 + g][part * 8 + 2 * t + i % 2] = sums.values[tile][part][i];
             }
-        }
-        if (NORM) {
-            float square = sums.squares[part];
-            square += __shfl_xor_sync(ALL_LANES, square, 1);
-            square += __shfl_xor_sync(ALL_LANES, square, 2);
-            if (t == 0) shared.squares[warp][part * 8 + g] = square;
         }
     }
 }
@@ -160,12 +164,12 @@ struct Ending {
     float epsilon;
 
     // `output` counts within the unit; `second` 1 takes the row that it is combined with.
-    DEVICE float operator()(const Shared &shared, int output, int second, int token, int row) const {
+    DEVICE float operator()(const Shared &shared, const Squares &squares, int output, int second, int token, int row) const {
         const int place = PAIRED ? output / 8 * 16 + second * 8 + output % 8 : output;
         float sum = 0.0f, square = 0.0f;
         for (int warp = 0; warp < WARPS; warp++) sum += shared.sums[warp][place][token];
         if (NORM) {
-            for (int warp = 0; warp < WARPS; warp++) square += shared.squares[warp][token];
+            for (int warp = 0; warp < TEAMS * WARPS; warp++) square += squares[warp][token];
             sum *= 1.0f / sqrtf(square / columns + epsilon);
         }
         if (!PACKED && sizeof(WEIGHT) == 1 && !GROUPED) sum *= to_float(scales[row]);
@@ -173,34 +177,73 @@ struct Ending {
     }
 };
 
-// Runs this block's units: first_row(unit) is the weight's row that the first tile begins with, finish(shared, unit) takes the sums of all
-// warps, by all threads. `dynamic` is two of Shared and the warps' rings: WARPS * RING * SLOT bytes.
-template <class FirstRow, class Finish>
-DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, Finish finish) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int steps = (product.columns + STEP - 1) / STEP;
-    Shared *memory = reinterpret_cast<Shared *>(dynamic); // two, taken in turns
-    Reader read = {product, g, t, streaming_policy()};
-    const Constants constants;
-    int unit = blockIdx.x;
-    read.move(first_row(unit));
-    Step ring[DEPTH];
+// Brings all columns of the input rows to shared memory, normalised with NORM, by all warps of all teams.
+DEVICE void make_resident(const Input &inputs, int warp, int team, int steps, const float *norm, Squares &squares) {
+    const int slot_bytes = inputs.rows * STEP * 2;
+    for (int number = warp + team * WARPS, slot = team; number < steps; number += TEAMS * WARPS, slot += TEAMS) {
+        inputs.copy(number, slot * slot_bytes);
+    }
+    end_group();
+    wait_group<0>();
+    if (NORM) {
+        float sums[TOKENS / AT_ONCE] = {};
+        for (int number = warp + team * WARPS, slot = team; number < steps; number += TEAMS * WARPS, slot += TEAMS) {
+            inputs.normalise_own(number, slot * slot_bytes, norm, sums);
+        }
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) read(ring[i], warp + i * WARPS);
-    let_next_start();
-    u8 *own = reinterpret_cast<u8 *>(memory + 2) + warp * RING * SLOT;
+        for (int i = 0; i < TOKENS / AT_ONCE; i++) {
+#pragma unroll
+            for (int step = EIGHTS / 2; step > 0; step /= 2) sums[i] += __shfl_xor_sync(ALL_LANES, sums[i], step);
+            if (inputs.lane % EIGHTS == 0) squares[team * WARPS + warp][inputs.lane / EIGHTS + i * AT_ONCE] = sums[i];
+        }
+    }
+    __syncthreads();
+}
+
+// A warp's part of the input, with its slots from `memory` on.
+DEVICE Input input_of(const Product &product, u8 *memory, int warp, int team, int lane) {
+    const int steps = (product.columns + STEP - 1) / STEP;
+    u8 *own = memory + (team * WARPS + warp) * RING * SLOT;
+    if (RESIDENT) own = memory + warp * ((steps + WARPS - 1) / WARPS) * product.rows * STEP * 2;
     const bf16 *from = product.input + size_t(lane / EIGHTS) * product.input_stride + lane % EIGHTS * 8;
     u32 to = u32(__cvta_generic_to_shared(own + Input::place(lane / EIGHTS, lane % EIGHTS)));
     asm volatile("" : "+l"(from), "+r"(to)); // or they are computed anew in every step
-    const Input inputs = {from, product.norm, own, to, product.input_stride,
-                          product.rows, product.columns, lane, g, t};
-    inputs.clear();
+    return {from, own, to, product.input_stride, product.rows, product.columns, lane, lane / 4, lane % 4};
+}
+
+// Waits for the other warps of a team.
+DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(WARPS * WARP) : "memory"); }
+
+// Runs the units of this block's teams: first_row(unit) is the weight's row that the first tile begins with; finish(shared, squares, unit,
+// thread) takes the sums of all warps, by all threads of the team. `dynamic` is the squares, two of Shared for each team, and the input:
+// RESIDENT ceil(steps / WARPS) slots of (rows, STEP) for each warp of a team, else RING slots of (TOKENS, STEP) for each of all warps.
+template <class FirstRow, class Finish>
+DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, Finish finish) {
+    const int warp = threadIdx.x / WARP % WARPS, team = threadIdx.x / WARP / WARPS, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int steps = (product.columns + STEP - 1) / STEP;
+    Squares &squares = *reinterpret_cast<Squares *>(dynamic);
+    Shared *memory = reinterpret_cast<Shared *>(&squares + 1) + team * 2; // taken in turns
+    Reader read = {product, g, t, streaming_policy()};
+    const Constants constants;
+    int unit = blockIdx.x + team * gridDim.x;
+    read.move(first_row(unit));
+    Step ring[DEPTH];
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) read(ring[i], unit < product.units ? warp + i * WARPS : steps);
+    let_next_start();
+    const int slot_bytes = RESIDENT ? product.rows * STEP * 2 : SLOT;
+    const Input inputs = input_of(product, reinterpret_cast<u8 *>(reinterpret_cast<Shared *>(&squares + 1) + TEAMS * 2), warp, team, lane);
     wait_for_previous();
+    if (RESIDENT) {
+        make_resident(inputs, warp, team, steps, product.norm, squares);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < RING; i++) inputs.copy(warp + i * WARPS, i);
+        for (int i = 0; i < RING; i++) inputs.copy(warp + i * WARPS, i * SLOT), end_group();
+    }
     for (int turn = 0; unit < product.units; turn ^= 1) {
         Sums sums = {};
-        const int next_unit = unit + gridDim.x;
+        const int next_unit = unit + TEAMS * gridDim.x;
+        int slot = 0;
 #pragma unroll 1
         for (int base = warp; base - warp < steps; base += DEPTH * WARPS) {
             int next = base + DEPTH * WARPS;
@@ -211,18 +254,26 @@ DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, F
             }
 #pragma unroll
             for (int i = 0; i < DEPTH; i++) {
-                wait_group<RING - 1>();
-                __syncwarp();
-                if (base + i * WARPS < steps) multiply(inputs, ring[i], i % RING, constants, sums);
+                if (!RESIDENT) {
+                    wait_group<RING - 1>();
+                    __syncwarp();
+                    slot = i % RING * SLOT;
+                }
+                if (base + i * WARPS < steps) multiply(inputs, ring[i], slot, constants, sums);
                 read(ring[i], next + i * WARPS);
-                __syncwarp();
-                // Every unit has the same input, so what comes RING steps later may be the next one's.
-                inputs.copy(i + RING < DEPTH ? base + (i + RING) * WARPS : next + (i + RING - DEPTH) * WARPS, i % RING);
+                if (RESIDENT) {
+                    slot += slot_bytes;
+                } else {
+                    __syncwarp();
+                    // Every unit has the same input, so what comes RING steps later may be the next one's.
+                    inputs.copy(i + RING < DEPTH ? base + (i + RING) * WARPS : next + (i + RING - DEPTH) * WARPS, slot);
+                    end_group();
+                }
             }
         }
         publish(sums, warp, g, t, memory[turn]);
-        __syncthreads();
-        finish(memory[turn], unit);
+        team_barrier(team);
+        finish(memory[turn], squares, unit, int(threadIdx.x) % (WARPS * WARP));
         unit = next_unit;
     }
 }

@@ -1,7 +1,7 @@
 // Weights into the packed layout of weights.cuh: from blocks as a file holds them, or from numbers that are rounded on the way, exactly as
 // the CPU rounds them (rust/kernels/src/quant/fit.rs). Sixteen threads have a group of WEIGHT_GROUP columns; each has every sixteenth.
 //
-// FORMAT is what the source holds: 0 numbers of the type T; 1 Q8_0, 2 Q4_0, 3 Q4_1 and 4 INT4_G128 blocks.
+// FORMAT is what the source holds: 0 numbers of the type T; 1 Q8_0, 2 Q4_0, 3 Q4_1, 4 INT4_G128, 5 Q4_K, 6 Q5_K and 7 Q6_K blocks.
 #include "common.cuh"
 #include "weights.cuh"
 
@@ -13,6 +13,10 @@
 #define Q4_0 2
 #define Q4_1 3
 #define INT4_G128 4
+#define Q4_K 5
+#define Q5_K 6
+#define Q6_K 7
+static_assert(STEPS == (FORMAT >= Q4_K), "K-quants have steps");
 
 constexpr int SHARERS = 16, PER_THREAD = WEIGHT_GROUP / SHARERS;
 constexpr int ZERO = PACKED == 4 && !MINIMA ? 8 : 0; // the code of 0
@@ -27,7 +31,8 @@ typedef u8 Source;
 // What a thread has of a group: codes (of 8 bits: integers) of columns lane + 16 * i.
 struct Part {
     int codes[PER_THREAD];
-    f16 scale, minimum;
+    f16 scale, minimum; // or steps, and
+    u32 units;
 };
 
 DEVICE float share(float value, int step) { return __shfl_xor_sync(ALL_LANES, value, step, SHARERS); }
@@ -105,6 +110,41 @@ DEVICE Part rounded_to_bytes(const float (&values)[PER_THREAD], int lane) {
 
 DEVICE f16 half_at(const u8 *bytes) { return f16{u16(bytes[0] | bytes[1] << 8)}; }
 
+DEVICE u32 word_at(const u8 *bytes) { return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | u32(bytes[3]) << 24; }
+
+// Two steps as their place holds them.
+DEVICE f16 both(int first, int second) { return f16{u16(first + 128 | (second + 128) << 8)}; }
+
+// Group `index` of a block of 256 weights (rust/kernels/src/quant/q4_k.rs, q5_k.rs, q6_k.rs).
+DEVICE Part read_k_quant(const u8 *block, int index, int lane) {
+    Part part = {};
+    if (FORMAT == Q6_K) {
+        const u8 *nibbles = block + index / 4 * 64 + index % 2 * 32, *high = block + 128 + index / 4 * 32;
+        const signed char *steps = reinterpret_cast<const signed char *>(block) + 192 + 2 * index;
+        part.scale = both(steps[0], steps[1]);
+        part.units = half_at(block + 208).bits;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            const int at = lane + i * SHARERS, low = nibbles[at] >> (index % 4 / 2 * 4) & 15;
+            part.codes[i] = (low | (high[at] >> (2 * (index % 4)) & 3) << 4) - 32;
+        }
+        return part;
+    }
+    // Six bits each: the first four scales and minima fill those of their bytes, the others are in what those leave and in halves.
+    const u8 *bytes = block + 4, *nibbles = block + (FORMAT == Q5_K ? 48 : 16) + index / 2 * 32;
+    const int at = index % 4;
+    int step = bytes[at] & 63, drop = bytes[4 + at] & 63;
+    if (index >= 4) step = (bytes[8 + at] & 15) | bytes[at] >> 6 << 4, drop = bytes[8 + at] >> 4 | bytes[4 + at] >> 6 << 4;
+    part.scale = both(step, drop);
+    part.units = word_at(block);
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+        part.codes[i] = nibbles[lane + i * SHARERS] >> (4 * (index % 2)) & 15;
+        if (FORMAT == Q5_K) part.codes[i] |= (block[16 + lane + i * SHARERS] >> index & 1) << 4;
+    }
+    return part;
+}
+
 // The part of a group whose first column is `column`; `row` begins with the row.
 DEVICE Part read_part(const Source *row, int column, int lane, int *refused) {
     const int group = column / WEIGHT_GROUP;
@@ -119,6 +159,9 @@ DEVICE Part read_part(const Source *row, int column, int lane, int *refused) {
         }
         if (!fits) *refused = 1;
         return PACKED == 4 ? rounded_to_nibbles(values, lane) : rounded_to_bytes(values, lane);
+    } else if constexpr (STEPS) {
+        const int bytes = FORMAT == Q4_K ? 144 : FORMAT == Q5_K ? 176 : 210;
+        return read_k_quant(reinterpret_cast<const u8 *>(row) + group / 8 * bytes, group % 8, lane);
     } else if constexpr (FORMAT == Q8_0) {
         const u8 *block = reinterpret_cast<const u8 *>(row) + group * 34;
         part.scale = half_at(block);
@@ -158,7 +201,8 @@ KERNEL pack(const u8 *source, u8 *packed, f16 *scales, f16 *minima, int *refused
     if (lane == 0) {
         const size_t place = (block * BLOCK_ROWS + row) * GROUPS + group;
         scales[place] = exists ? part.scale : f16{0};
-        if (MINIMA) minima[place] = exists ? part.minimum : f16{0};
+        if (STEPS && group == 0) reinterpret_cast<u32 *>(minima)[block * BLOCK_ROWS + row] = exists ? part.units : 0;
+        if (MINIMA && !STEPS) minima[place] = exists ? part.minimum : f16{0};
     }
     __syncthreads();
     constexpr int PER_WORD = 32 / PACKED;

@@ -7,12 +7,14 @@
 constexpr int STEP = BLOCK_COLUMNS;
 constexpr int LOADS = PACKED / 4;    // of 16 bytes, for each lane and row of a step
 constexpr int PAIRS_OF_SCALES = (GROUPS + 1) / 2;
+constexpr int PER_ROW = STEPS ? 2 : GROUPS; // minima, or units, of a row of a block
 constexpr bool HAS_TOTAL = PACKED == 4 || MINIMA;
 constexpr u32 TOTAL_OF = MINIMA ? 0x3f803f80u : 0xc308c308u; // 1, or -136
 
 struct Step {
     uint4 words[TILES][2][LOADS];
     u32 scales[TILES][2][PAIRS_OF_SCALES], minima[TILES][2][PAIRS_OF_SCALES];
+    u32 units[TILES][2];
 };
 
 // The half-precision numbers of a row of a block.
@@ -43,7 +45,7 @@ struct Reader {
                 const size_t block = size_t(min(row / BLOCK_ROWS, last)) * steps;
                 words[tile][half] = product.weight + block * BLOCK_BYTES + (g * 4 + t) * 16;
                 scales[tile][half] = product.scales + (block * BLOCK_ROWS + g) * GROUPS;
-                if (MINIMA) minima[tile][half] = product.minima + (block * BLOCK_ROWS + g) * GROUPS;
+                if (MINIMA || STEPS) minima[tile][half] = product.minima + (block * BLOCK_ROWS + g) * PER_ROW;
             }
         }
     }
@@ -59,7 +61,9 @@ struct Reader {
                 for (int i = 0; i < LOADS; i++) step.words[tile][half][i] = load_stream(from + i * 512, policy);
                 const u32 place = u32(number) * (BLOCK_ROWS * GROUPS);
                 load_scales(scales[tile][half] + place, step.scales[tile][half]);
-                if (MINIMA) load_scales(minima[tile][half] + place, step.minima[tile][half]);
+                if (MINIMA && !STEPS) load_scales(minima[tile][half] + place, step.minima[tile][half]);
+                const f16 *units = minima[tile][half] + u32(number) * (BLOCK_ROWS * PER_ROW);
+                if (STEPS) step.units[tile][half] = __ldg(reinterpret_cast<const u32 *>(units));
             }
         }
     }
@@ -104,40 +108,54 @@ DEVICE void unpack(const uint4 (&words)[LOADS], int quarter, int quad, const Con
 
 DEVICE void clear(float (&sums)[4]) { sums[0] = sums[1] = sums[2] = sums[3] = 0.0f; }
 
-DEVICE float scale_of(const u32 *scales, int group) { return to_float(f16{u16(scales[group / 2] >> (16 * (group % 2)))}); }
+// Scale of a group's row and of its second half, or its minimum.
+DEVICE void factors_of(const Step &step, int tile, int half, int group, float &scale, float &second) {
+    const u32 scales = step.scales[tile][half][group / 2] >> (16 * (group % 2));
+    if (STEPS) {
+        const u32 units = step.units[tile][half];
+        scale = to_float(f16{u16(units)}) * step_of(scales, 0);
+        if (HALVES) second = to_float(f16{u16(units)}) * step_of(scales, 1);
+        if (MINIMA) second = -to_float(f16{u16(units >> 16)}) * step_of(scales, 1);
+    } else {
+        scale = to_float(f16{u16(scales)});
+        if (MINIMA) second = to_float(f16{u16(step.minima[tile][half][group / 2] >> (16 * (group % 2)))});
+    }
+}
 
 // Whether sums start from -136 times the inputs' sum: where that is known before, as in groups that are one quarter of a step.
 constexpr bool FROM_TOTAL = PACKED == 4 && !MINIMA && GROUPS == 4;
 
+// Sums of a group of columns: of each half where those have scales of their own.
+typedef float GroupSums[1 + HALVES][TILES][PARTS][4];
+
 // Adds the sums of a group, times its scales.
-DEVICE void add_group(const Step &step, int group, const float (&sums)[TILES][PARTS][4], const float (&totals)[PARTS][4], Sums &all) {
+DEVICE void add_group(const Step &step, int group, const GroupSums &sums, const float (&totals)[PARTS][4], Sums &all) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        float scales[2], minima[2];
+        float scales[2], seconds[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            scales[half] = scale_of(step.scales[tile][half], group);
-            if (MINIMA) minima[half] = scale_of(step.minima[tile][half], group);
-        }
+        for (int half = 0; half < 2; half++) factors_of(step, tile, half, group, scales[half], seconds[half]);
 #pragma unroll
         for (int i = 0; i < PARTS * 4; i++) {
             const float total = totals[i / 4][i % 4];
-            float sum = sums[tile][i / 4][i % 4], &to = all.values[tile][i / 4][i % 4];
+            float sum = sums[0][tile][i / 4][i % 4], &to = all.values[tile][i / 4][i % 4];
             if (PACKED == 4 && !FROM_TOTAL) sum = MINIMA ? fmaf(-128.0f, total, sum) : sum + total;
             to = fmaf(scales[i % 4 / 2], sum, to);
-            if (MINIMA) to = fmaf(minima[i % 4 / 2], total, to);
+            if (HALVES) to = fmaf(seconds[i % 4 / 2], sums[HALVES][tile][i / 4][i % 4], to);
+            if (MINIMA) to = fmaf(seconds[i % 4 / 2], total, to);
         }
     }
 }
 
 // Multiplies a step's weights by the input in a slot of the ring.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, int turn, const Constants &constants, Sums &all) {
-    float sums[TILES][PARTS][4], totals[PARTS][4];
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, int slot, const Constants &constants, Sums &all) {
+    GroupSums sums;
+    float totals[PARTS][4];
     const u32(&one)[4] = constants.total;
 #pragma unroll
     for (int quarter = 0; quarter < 4; quarter++) {
         uint4 values[PARTS];
-        input.read(turn, quarter * 4 + input.t, values, all);
+        input.read(slot, quarter * 4 + input.t, values);
         const bool is_first = quarter % (4 / GROUPS) == 0;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
@@ -149,8 +167,8 @@ template <class Input> DEVICE void multiply(const Input &input, const Step &step
             }
 #pragma unroll
             for (int tile = 0; tile < TILES && is_first; tile++) {
-                clear(sums[tile][part]);
-                for (int i = 0; i < 4 && FROM_TOTAL; i++) sums[tile][part][i] = totals[part][i];
+                for (int half = 0; half <= HALVES; half++) clear(sums[half][tile][part]);
+                for (int i = 0; i < 4 && FROM_TOTAL; i++) sums[0][tile][part][i] = totals[part][i];
             }
         }
 #pragma unroll
@@ -163,7 +181,11 @@ template <class Input> DEVICE void multiply(const Input &input, const Step &step
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
                     const u32 b0 = word_of(values[part], 2 * quad), b1 = word_of(values[part], 2 * quad + 1);
-                    mma(sums[tile][part], a[0], a[1], a[2], a[3], b0, b1);
+                    if (!HALVES) mma(sums[0][tile][part], a[0], a[1], a[2], a[3], b0, b1);
+                    for (int half = 0; half < 2 * HALVES; half++) { // lanes 0 and 1 of four have the first 16 columns
+                        const bool is_own = input.t / 2 == half;
+                        mma(sums[half][tile][part], a[0], a[1], a[2], a[3], is_own ? b0 : 0, is_own ? b1 : 0);
+                    }
                 }
             }
         }

@@ -74,7 +74,7 @@ struct Reader {
 struct Constants {}; // none are needed
 
 // Multiplies a step's weights by the input in a slot of the ring.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, int turn, const Constants &, Sums &all) {
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, int slot, const Constants &, Sums &all) {
     Sums sums = {}; // of this step, where it has a scale of its own
     if (!GROUPED) sums = all;
 #pragma unroll
@@ -83,7 +83,7 @@ template <class Input> DEVICE void multiply(const Input &input, const Step &step
         for (int part_of_run = 0; part_of_run < RUN / 8; part_of_run++) {
             const int eight = i * PER_LOAD + input.t * (RUN / 8) + part_of_run;
             uint4 values[PARTS];
-            input.read(turn, eight, values, sums);
+            input.read(slot, eight, values);
 #pragma unroll
             for (int quad = 0; quad < 2; quad++) {
 #pragma unroll
@@ -110,6 +110,4 @@ template <class Input> DEVICE void multiply(const Input &input, const Step &step
         float &sum = all.values[tile][part][i % 4];
         sum = fmaf(step.scales[tile][i % 4 / 2], sums.values[tile][part][i % 4], sum);
     }
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) all.squares[part] += sums.squares[part];
 }

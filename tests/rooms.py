@@ -77,6 +77,7 @@ CUDA_TWINS = {
     "attention_plan": "rust/kernels/src/ops/attention/plan.rs",
     "attention_prefill": "rust/kernels/src/ops/attention/mod.rs",
     "experts": "rust/model/src/experts.rs",
+    "experts_grouped": "rust/model/src/experts.rs",
     "kv": "rust/kernels/src/kv.rs",
     "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",

@@ -49,10 +49,14 @@ HEADS: list[Macros] = [
     {"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4},
 ]
 KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3"], "VALUE_TYPE": ["bf16", "e4m3"]}
-STREAMED = {"TOKENS": [8, 16], "NORM": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
+STREAMED = {"TOKENS": [8, 16], "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
+NORMED = {"TOKENS": [8], "RESIDENT": [1], "NORM": [1]}
 PACKED = [
-    {"WEIGHT": "u8", "PACKED": bits, "WEIGHT_GROUP": group, "MINIMA": minima}
-    for bits, group, minima in ((4, 32, 0), (4, 32, 1), (4, 128, 0), (8, 32, 0))
+    *({"WEIGHT": "u8", "PACKED": bits, "WEIGHT_GROUP": group} for bits, group in ((4, 32), (4, 128), (8, 32))),
+    {"WEIGHT": "u8", "PACKED": 4, "MINIMA": 1},
+    {"WEIGHT": "u8", "PACKED": 4, "MINIMA": 1, "STEPS": 1},
+    {"WEIGHT": "u8", "PACKED": 8, "MINIMA": 1, "STEPS": 1},
+    {"WEIGHT": "u8", "PACKED": 8, "STEPS": 1, "HALVES": 1},
 ]
 """Layouts of packed weights."""
 
@@ -70,21 +74,22 @@ VARIANTS: dict[str, list[Macros]] = {
     "attention_prefill.cu": HEADS,
     "elementwise.cu": choices(**BOTH),
     "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]) + packed(choices(VECTOR=[8])),
+    "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1]) + [{**layout, "TILE": 64, "GATED": 1} for layout in PACKED],
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
-    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(**BOTH)),
-    "linear_rope.cu": choices(PAIRED=[1], NORM=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
-    + packed(choices(PAIRED=[1], TOKENS=[8, 16])),
+    "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
+    "linear_rope.cu": choices(PAIRED=[1], RESIDENT=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
+    + packed(choices(PAIRED=[1], **NORMED)),
     "linear_stream.cu": choices(**STREAMED)
     + choices(**STREAMED, EPILOGUE=[2], PAIRED=[1])
+    + choices(**NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
     + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
     + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"])
-    + packed(choices(TOKENS=[8, 16], EPILOGUE=[1]) + choices(TOKENS=[8, 16], EPILOGUE=[2], PAIRED=[1])),
-    "logprobs.cu": ONE,
+    + packed(choices(TOKENS=[8, 16], RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], **NORMED)),
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
-    "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED if not layout["MINIMA"]]
-    + [{**PACKED[index], "FORMAT": number} for number, index in ((1, 3), (2, 0), (3, 1), (4, 2))],
+    "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
+    + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
-    "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(**BOTH)),
+    "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(VECTOR=[8])),
     "sampler.cu": ONE,
 }
 

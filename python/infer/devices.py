@@ -21,18 +21,20 @@ __all__ = ["start"]
 STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
 
 
-def start(device: str, path: Path, *, enforce_eager: bool, **settings: Any) -> tuple[Engine, Worker | None]:
+def start(device: str, path: Path, *, enforce_eager: bool, deterministic: bool, **settings: Any) -> tuple[Engine, Worker | None]:
     """Load a model and start its engine, and the thread that computes for it where that is not the core's own."""
     if device not in ("auto", "cpu", "cuda"):
         raise InferError(f"device: {device!r} is unknown; use 'auto', 'cpu' or 'cuda'")
     if not isinstance(enforce_eager, bool):
         raise InferError(f"enforce_eager must be True or False, got {enforce_eager!r}")
+    if not isinstance(deterministic, bool):
+        raise InferError(f"deterministic must be True or False, got {deterministic!r}")
     usual_sizes = STEP_SIZES["cuda" if device == "cuda" else "cpu"]
     for name, usual in zip(("max_num_seqs", "max_num_batched_tokens"), usual_sizes, strict=True):
         settings[name] = usual if settings[name] is None else settings[name]
-    if device != "cuda":
+    if device != "cuda":  # whose results are deterministic anyway
         return Engine(path, **settings), None
     from infer.gpu.device import Device
     from infer.gpu.worker import open_engine
 
-    return open_engine(Device(), path, enforce_eager=enforce_eager, settings=settings)
+    return open_engine(Device(), path, enforce_eager=enforce_eager, deterministic=deterministic, settings=settings)

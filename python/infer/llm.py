@@ -65,7 +65,7 @@ class LLM(Sessions):
         GPU bfloat16), and float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not
         given is "auto"); with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the
         end. The 8-bit types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in
-        accuracy. A draft model gets the same types in all of its layers. A GPU keeps no 8-bit types.
+        accuracy. A draft model gets the same types in all of its layers. A GPU keeps no "int8".
     kv_cache_memory_bytes
         Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free (on a GPU,
         nine tenths of what its memory has free).
@@ -103,6 +103,9 @@ class LLM(Sessions):
         Keep a journal of requests' lives; see `trace_events`.
     enforce_eager
         On a GPU, launch every kernel of every step by itself instead of replaying captured graphs: slower, and the same bits.
+    deterministic
+        On a GPU, compute every request with the same bits whatever is computed beside it, as the CPU always does: slower, README
+        "GPU" tells by how much.
     revision, token, cache_dir, local_files_only
         For hub ids only: branch, tag or commit; access token; where downloads are kept; never use the network.
 
@@ -146,6 +149,7 @@ class LLM(Sessions):
         kv_events: bool = False,
         trace: bool = False,
         enforce_eager: bool = False,
+        deterministic: bool = False,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -161,6 +165,7 @@ class LLM(Sessions):
             device,
             path,
             enforce_eager=enforce_eager,
+            deterministic=deterministic,
             dtype=dtype,
             threads=threads,
             max_model_len=max_model_len,

@@ -63,6 +63,9 @@ class RequestMetrics:
         Tokens that were guessed ahead and verified, and those of them that were right.
     decode_steps
         Steps in which a completion chose tokens: `generated_tokens / decode_steps` is what speculation gains.
+    joules
+        Energy of its rows on a GPU, by the driver's counter: each step's energy is shared out by rows. None elsewhere, and before
+        the first quarter of a second of work.
     """
 
     queue_time: float | None
@@ -77,6 +80,7 @@ class RequestMetrics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     decode_steps: int = 0
+    joules: float | None = None
 
     @classmethod
     def of(cls, request: _core.Request) -> RequestMetrics:

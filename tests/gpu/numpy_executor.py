@@ -8,29 +8,21 @@ attention are taken in float64.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from math import erf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from numpy_pages import E4M3, KvPart
 from numpy_sampler import DRAW, choose, tell
 from packed_weights import NumpyPacking, packed_weight, view
 
 from infer.gpu.arrays import LOGPROB_VALUES, PAGE_TOKENS, Draws, KvLayer, RopeTable, Routes, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan
 
-DTYPES = {"f32": np.float32, "f16": np.float16, "e4m3": np.uint8}
 NO_PAGE = -1
-
-
-def _e4m3(code: int) -> float:
-    exponent, fraction = code >> 3 & 15, code & 7
-    value = fraction / 512 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    return -value if code & 128 else value
-
-
-E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
 
 
 def matrix(rows: Rows) -> NDArray[Any]:
@@ -85,7 +77,7 @@ class HostDevice:
 
     def use(self) -> None: ...
 
-    def operations(self) -> NumpyOperations:
+    def operations(self, deterministic: bool) -> NumpyOperations:
         return NumpyOperations()
 
     def allocate(self, size: int) -> int:
@@ -94,6 +86,9 @@ class HostDevice:
         return -(-block.ctypes.data // 256) * 256
 
     def give_back(self, pointer: int) -> None: ...
+
+    def joules(self) -> Callable[[], float]:
+        return lambda: 50 * time.monotonic()  # 50 watts
 
     def free_bytes(self) -> int:
         return self.free
@@ -291,7 +286,7 @@ class NumpyOperations(NumpyPacking):
         view(routes.weights, shares.shape)[:] = shares / total
 
     def experts(
-        self, source: Rows, output: Rows, routes: Routes, gate_up: Weight, down: Weight, activation: str, inner: Rows
+        self, source: Rows, output: Rows, routes: Routes, gate_up: Weight, down: Weight, activation: str, *memory: Any
     ) -> None:
         chosen = view(routes.chosen, (source.rows, routes.used), np.int32)
         shares = view(routes.weights, (source.rows, routes.used))
@@ -376,30 +371,3 @@ class NumpyOperations(NumpyPacking):
     ) -> None:
         self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
         self.rope_write_kv(inputs, qkv, layer, heads, table)
-
-
-class KvPart:
-    """Keys (0) or values (1) of a layer: (pages, kv_heads, PAGE_TOKENS, head_dim), and the scales of 8-bit ones."""
-
-    def __init__(self, layer: KvLayer, part: int) -> None:
-        kind, shape = (layer.key_type, layer.value_type)[part], (layer.pages, layer.kv_heads, PAGE_TOKENS)
-        self.pages = view((layer.keys, layer.values)[part], (*shape, layer.head_dim), DTYPES[kind])
-        scales = (layer.key_scales, layer.value_scales)[part]
-        self.scales = view(scales, shape) if scales else None
-
-    def write(self, slots: NDArray[Any], values: NDArray[Any]) -> None:
-        """Store (slots, kv_heads, head_dim)."""
-        place = slots // PAGE_TOKENS, slice(None), slots % PAGE_TOKENS
-        if self.scales is None:
-            self.pages[place] = values
-            return
-        largest = np.abs(values).max(-1, keepdims=True)
-        self.scales[place] = largest[..., 0] / np.float32(448)
-        scaled = np.divide(values, largest / np.float32(448), out=np.zeros_like(values), where=largest > 0)
-        nearest = np.abs(np.abs(scaled)[..., None] - E4M3[:127]).argmin(-1)
-        self.pages[place] = nearest | np.where(values < 0, 128, 0)
-
-    def read(self, slots: NDArray[Any]) -> NDArray[Any]:
-        """Return (slots, kv_heads, head_dim)."""
-        place = slots // PAGE_TOKENS, slice(None), slots % PAGE_TOKENS
-        return self.pages[place] if self.scales is None else E4M3[self.pages[place]] * self.scales[place][..., None]

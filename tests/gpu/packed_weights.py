@@ -72,9 +72,11 @@ def groups_of(numbers: NDArray[np.float32], kind: str, group: int) -> tuple[NDAr
 
 
 def blocks_of(name: str, data: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-    """Scales, integers and minima of rows (rows, bytes) of a file's format."""
-    size = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "INT4_G128": 66}[name]
+    """Scales, integers and minima of rows (rows, bytes) of a file's format; of K-quants steps (..., 2), integers and units."""
+    size = FORMATS[name].block_bytes
     blocks = data.reshape(len(data), -1, size)
+    if name.endswith("_K"):
+        return k_quants_of(name, blocks)
     scales = blocks[..., :2].copy().view(np.float16)[..., 0]
     if name == "Q8_0":
         return scales, blocks[..., 2:].view(np.int8), None
@@ -86,6 +88,44 @@ def blocks_of(name: str, data: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray
     if name == "Q4_0":
         return scales, nibbles - 8, None
     return scales, nibbles, blocks[..., 2:4].copy().view(np.float16)[..., 0]
+
+
+def k_quants_of(name: str, blocks: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Steps (rows, groups, 2), integers (rows, groups, 32) and units (rows, blocks, 2) of blocks of 256 weights."""
+    rows, count = blocks.shape[:2]
+    steps, integers = np.zeros((rows, count, 8, 2), np.int16), np.zeros((rows, count, 8, 32), np.int8)
+    for group in range(8):
+        if name == "Q6_K":
+            low = blocks[..., group // 4 * 64 + group % 2 * 32 :][..., :32] >> (group % 4 // 2 * 4) & 15
+            high = blocks[..., 128 + group // 4 * 32 :][..., :32] >> (2 * (group % 4)) & 3
+            integers[..., group, :] = (low | high << 4).astype(np.int8) - 32
+            steps[..., group, :] = blocks[..., 192 + 2 * group : 194 + 2 * group].view(np.int8)
+            continue
+        begin, at, bytes_ = (48 if name == "Q5_K" else 16), group % 4, blocks[..., 4:16]
+        integers[..., group, :] = blocks[..., begin + group // 2 * 32 :][..., :32] >> (4 * (group % 2)) & 15
+        if name == "Q5_K":
+            integers[..., group, :] |= ((blocks[..., 16:48] >> group & 1) << 4).astype(np.int8)
+        if group < 4:
+            steps[..., group, 0], steps[..., group, 1] = bytes_[..., at] & 63, bytes_[..., 4 + at] & 63
+        else:
+            steps[..., group, 0] = bytes_[..., 8 + at] & 15 | bytes_[..., at] >> 6 << 4
+            steps[..., group, 1] = bytes_[..., 8 + at] >> 4 | bytes_[..., 4 + at] >> 6 << 4
+    units = np.zeros((rows, count, 2), np.float16)
+    if name == "Q6_K":
+        units[..., 0] = blocks[..., 208:210].copy().view(np.float16)[..., 0]
+    else:
+        units[:] = blocks[..., :4].copy().view(np.float16)
+    return steps.reshape(rows, -1, 2), integers.reshape(rows, -1, 32), units
+
+
+def k_quant_values(name: str, steps: NDArray[Any], integers: NDArray[Any], units: NDArray[Any]) -> NDArray[np.float32]:
+    """What K-quants stand for: (rows, columns)."""
+    each = units.astype(np.float32).repeat(8, 1)  # (rows, groups, 2)
+    first = (each[..., 0] * steps[..., 0])[..., None].repeat(32, -1)
+    if name == "Q6_K":
+        first[..., 16:] = (each[..., 0] * steps[..., 1])[..., None]
+        return (first * integers).reshape(len(integers), -1)
+    return (first * integers - (each[..., 1] * steps[..., 1])[..., None]).reshape(len(integers), -1)
 
 
 def values_of(scales: NDArray[Any], integers: NDArray[Any], minima: NDArray[Any] | None) -> NDArray[np.float32]:
@@ -106,7 +146,7 @@ def _blocked(array: NDArray[Any], columns: int) -> NDArray[Any]:
 def lay_out(scales: NDArray[Any], integers: NDArray[Any], kind: str, minima: NDArray[Any] | None = None) -> list[NDArray[Any]]:
     """Integers, scales and minima as they lie on the device."""
     group, rows = integers.shape[-1], len(integers)
-    offset = 8 if kind == "int4" and minima is None else 0
+    offset = 8 if kind == "int4" and minima is None else 0  # K-quants of 4 bits have drops
     codes = _blocked(integers.reshape(rows, -1).astype(np.int16) + offset, COLUMNS)
     if offset:  # what is missing at the edges stands for zero
         codes = np.where(_blocked(np.ones(integers.reshape(rows, -1).shape, np.int16), COLUMNS) == 0, 8, codes)
@@ -119,6 +159,12 @@ def lay_out(scales: NDArray[Any], integers: NDArray[Any], kind: str, minima: NDA
     if kind == "int8":  # the first 64 columns of all lanes before the others
         packed = packed.reshape(*packed.shape[:4], 2, 2, 2).transpose(0, 1, 4, 2, 3, 5, 6)
     result = [np.ascontiguousarray(packed).reshape(-1)]
+    if scales.ndim == 3:  # K-quants: steps, and units for each block of 128 columns
+        both = ((scales[..., 0] + 128) | (scales[..., 1] + 128) << 8).astype(np.uint16)
+        pairs = np.ascontiguousarray(minima.repeat(2, 1)).view(np.uint32)[..., 0]  # type: ignore[union-attr]
+        for array, columns in ((both, 4), (pairs, 1)):
+            result.append(np.ascontiguousarray(_blocked(array, columns).transpose(0, 2, 1, 3)).reshape(-1))
+        return result
     for numbers in (scales, minima):
         if numbers is not None:
             blocked = _blocked(numbers.view(np.uint16), COLUMNS // group).transpose(0, 2, 1, 3)
@@ -152,9 +198,25 @@ def read_back(
 def packed_weight(weight: Weight) -> NDArray[np.float32]:
     """All rows of packed integers, those of all experts."""
     shape = weight.experts * weight.rows, weight.columns
-    size, scale_bytes = sizes(*shape, Packed(weight.type, weight.group, weight.minima != 0, 0, 0, 0))
-    numbers = [view(place, (scale_bytes // 2,), np.uint16) if place else None for place in (weight.scales, weight.minima)]
-    return read_back(view(weight.pointer, (size // 4,), np.uint32), *numbers, weight.type, shape, weight.group)
+    kind = Packed(weight.type, weight.group, weight.minima != 0, 0, 0, 0, weight.steps)
+    size, scale_bytes, minima_bytes = sizes(*shape, kind)
+    packed = view(weight.pointer, (size // 4,), np.uint32)
+    scales = view(weight.scales, (scale_bytes // 2,), np.uint16)
+    minima = view(weight.minima, (minima_bytes // 2,), np.uint16) if weight.minima else None
+    if not weight.steps:
+        return read_back(packed, scales, minima, weight.type, shape, weight.group)
+    ones = np.full_like(scales, np.float16(1).view(np.uint16))
+    drops = np.zeros_like(scales) if weight.steps == "drops" else None
+    integers = read_back(packed, ones, drops, weight.type, shape, weight.group)
+    blocks = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
+
+    def by_rows(numbers: NDArray[Any], each: int) -> NDArray[Any]:
+        return numbers.reshape(*blocks, ROWS, each).transpose(0, 2, 1, 3).reshape(blocks[0] * ROWS, -1)[: shape[0]]
+
+    steps = by_rows(scales, 4).astype(np.int32)
+    units = by_rows(minima.view(np.uint32), 1)[:, ::2, None].copy().view(np.float16)  # type: ignore[union-attr]
+    both = np.stack([(steps & 255) - 128, (steps >> 8) - 128], -1)[:, : shape[1] // 32]
+    return k_quant_values("Q6_K" if weight.steps == "halves" else "Q4_K", both, integers.reshape(len(integers), -1, 32), units)
 
 
 class NumpyPacking:

@@ -44,6 +44,7 @@ def test_every_family_and_container(golden: Golden, open_host: Callable[..., LLM
     [
         {},
         {"enforce_eager": True},
+        {"deterministic": True},
         {"enable_prefix_caching": False},
         {"kv_cache_memory_bytes": 14 << 18, "max_model_len": 192, "max_num_seqs": 3},
         {"max_num_batched_tokens": 8, "max_num_seqs": 5},
@@ -177,6 +178,29 @@ def test_keys_and_values_in_eight_bits(open_host: Callable[..., LLM], tmp_path: 
     assert np.abs(mixed.logits(prompt) - expected).max() < 0.5 * expected.std()
 
 
+def test_energy_is_shared_out(open_host: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    from infer.gpu import energy
+    from infer.gpu.energy import PowerMeter
+
+    now, taken = [0.0], [0.0]
+    meter = PowerMeter(lambda: taken[0], lambda: now[0])
+    watts = []
+    for seconds in (0.05, 0.05, 0.05, 0.05, 0.06, 1.0, *[0.05] * 6):
+        now[0], taken[0] = now[0] + seconds, taken[0] + seconds * (300 if seconds < 0.5 else 60)
+        watts.append(meter.step())
+    known = [value for value in watts if value is not None]
+    assert np.allclose(known, [300, 300]), "what idling takes is no work's"
+    monkeypatch.setattr(energy, "INTERVAL", 0.01)
+    monkeypatch.setattr(energy, "IDLE", 10.0)
+    llm = open_host()
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    llm.generate(PROMPTS, params)  # after which the power is known
+    outputs = llm.generate(PROMPTS, params)
+    total = sum(output.metrics.joules or 0 for output in outputs)
+    metrics = llm.metrics()
+    assert 0 < total <= metrics["joules"] <= 51 * metrics["histograms"]["step_time"]["sum"]
+
+
 def test_cancelling_leaves_the_others_alone(open_host: Callable[..., LLM], expected: list[Any]) -> None:
     llm = open_host()
     stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
@@ -275,6 +299,8 @@ def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
         open_host(max_num_seqs=0)
     with pytest.raises(InferError, match="enforce_eager must be True or False"):
         open_host(enforce_eager=1)
+    with pytest.raises(InferError, match="deterministic must be True or False"):
+        open_host(deterministic="yes")
     with pytest.raises(InferError, match="more than the device has free"):
         open_host(kv_cache_memory_bytes=1 << 40)
     assert not workers()
@@ -301,4 +327,14 @@ def test_rounded_weights_are_those_of_the_cpu(name: str, quantization: str, open
         expected = llm.logits(tokens)
     llm = open_host(folder, quantization=quantization)
     assert llm.info.quantization == quantization
+    assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_blocks_of_many_formats_are_those_of_the_cpu(open_host: Callable[..., LLM]) -> None:
+    """A model whose matrices are in the formats of Q4_K_M and others: packed, or expanded where no layout holds them."""
+    path = GOLDEN.parent / "k_quants" / "model.gguf"
+    tokens = list(range(1, 25))
+    with LLM(path, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    llm = open_host(path)
     assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()

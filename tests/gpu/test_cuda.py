@@ -140,6 +140,24 @@ def test_weights_in_eight_bits(name: str) -> None:
     assert difference.mean() <= 0.2 * expected["logits"].std()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("options", [{"dtype": "auto"}, {"dtype": "float32"}, {"dtype": "auto", "quantization": "fp8"}], ids=str)
+def test_deterministic_results_do_not_depend_on_company(name: str, options: dict[str, Any]) -> None:
+    """Alone and among others, whole and in chunks, cached or not: the same tokens and log-probabilities, bit for bit."""
+    expected = read_safetensors(GOLDEN / name / "expected.safetensors")
+    tokens = expected["token_ids"].tolist()
+    prompts = [tokens[:length] for length in (3, 9, 17, 5, 24, 11, 2, 13)]
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False, logprobs=4)
+    seen: list[Any] = []
+    sizes = ({}, {"max_num_batched_tokens": 16}, {"enable_prefix_caching": False}, {"enforce_eager": True})
+    for others, size in zip((False, True, True, True), sizes, strict=True):
+        with load(GOLDEN / name, deterministic=True, **options, **size) as llm:
+            work = [{"prompt_token_ids": prompt} for prompt in prompts]
+            outputs = llm.generate(work, params) if others else [llm.generate([one], params)[0] for one in work]
+            seen.append([(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs])
+    assert all(one == seen[0] for one in seen[1:])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.1), ("auto", BF16_TOLERANCE)])
 def test_keys_and_values_in_eight_bits(dtype: str, tolerance: float) -> None:
     """The CPU rounds alike, but for numbers in the middle between two."""
@@ -163,6 +181,18 @@ def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> 
         assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
     for step in (256, 8):
         with load(folder, dtype="auto", quantization=quantization, max_num_batched_tokens=step, max_num_seqs=8) as llm:
+            assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
+
+
+def test_blocks_of_many_formats_are_those_of_the_cpu() -> None:
+    """A model whose matrices are in the formats of Q4_K_M and others: packed, or expanded where no layout holds them."""
+    path, tokens = GOLDEN.parent / "k_quants" / "model.gguf", list(range(1, 25))
+    with LLM(path, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    with load(path) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+    for step in (256, 8):
+        with load(path, dtype="auto", max_num_batched_tokens=step, max_num_seqs=8) as llm:
             assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
 
 

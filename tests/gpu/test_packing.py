@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device import TOLERANCE, Device, device, error, rounded
-from packed_weights import blocks_of, groups_of, lay_out, read_back, values_of
+from packed_weights import blocks_of, groups_of, k_quant_values, lay_out, read_back, values_of
 from test_rows import activate, normal
 
 from infer.gpu.arrays import Weight
@@ -112,15 +112,16 @@ def test_embed(kind: str) -> None:
 
 def packed(gpu: Device, source: Any, plan: Plan, shape: tuple[int, int]) -> tuple[list[Any], int]:
     """What the kernel makes of rows: integers, scales and minima as they lie, and whether it refused them."""
-    size, scale_bytes = sizes(*shape, plan.packed)
-    pointers = [gpu.put(np.full(count, 0xAA, np.uint8)) for count in (size, scale_bytes, scale_bytes)]
-    minima = pointers[2] if plan.packed.has_minima else 0
-    weight = Weight(pointers[0], *shape, plan.packed.type, scales=pointers[1], group=plan.packed.group, minima=minima)
+    size, scale_bytes, minima_bytes = sizes(*shape, plan.packed)
+    pointers = [gpu.put(np.full(count, 0xAA, np.uint8)) if count else 0 for count in (size, scale_bytes, minima_bytes)]
+    more = {"group": plan.packed.group, "steps": plan.packed.steps}
+    weight = Weight(pointers[0], *shape, plan.packed.type, scales=pointers[1], minima=pointers[2], **more)
     refused = gpu.zeros(4)
     gpu.ops.pack(gpu.put(source), weight, plan, shape[0], refused)
     arrays = [gpu.ints(pointers[0], size // 4, np.uint32), gpu.ints(pointers[1], scale_bytes // 2, np.uint16)]
-    if minima:
-        arrays.append(gpu.ints(minima, scale_bytes // 2, np.uint16))
+    if minima_bytes:
+        kind = np.uint32 if plan.packed.steps else np.uint16
+        arrays.append(gpu.ints(pointers[2], minima_bytes // np.dtype(kind).itemsize, kind))
     return arrays, int(gpu.ints(refused, 1)[0])
 
 
@@ -128,6 +129,7 @@ def packed(gpu: Device, source: Any, plan: Plan, shape: tuple[int, int]) -> tupl
 @pytest.mark.parametrize("shape", [(64, 256), (21, 384), (9, 4096)])
 def test_blocks_are_packed_exactly(name: str, shape: tuple[int, int]) -> None:
     plan = Plan(FORMATS[name], "stored")
+    shape = shape[0], shape[1] // plan.packed.block * plan.packed.block
     data = np.random.default_rng(1).integers(0, 256, (shape[0], plan.row_bytes(shape[1])), np.uint8)
     found, refused = packed(device(), data, plan, shape)
     scales, integers, minima = blocks_of(name, data)
@@ -159,3 +161,31 @@ def test_what_half_precision_cannot_hold_is_refused(bad: float) -> None:
     numbers = normal(8, 128).astype(np.float32)
     numbers[2, 5] = bad
     assert packed(device(), numbers, Plan(FORMATS["Q4_0"], "f32"), (8, 128))[1] == 1
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("rows", [1, 8, 13, 70, 130])
+@pytest.mark.parametrize("shape", [(64, 256), (1000, 4096), (21, 768), (48, 11008)])
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_k_quants(name: str, rows: int, shape: tuple[int, int], dtype: str) -> None:
+    """Products with weights in steps: streamed, streamed several times, unpacked, and plain."""
+    gpu, plan, dice = device(), Plan(FORMATS[name], "stored"), np.random.default_rng(2)
+    data = dice.integers(0, 256, (shape[0], plan.row_bytes(shape[1])), np.uint8)
+    blocks = data.reshape(shape[0], -1, plan.packed.block_bytes)
+    units = (dice.random((*blocks.shape[:2], 2)) / 64 + 1e-3).astype(np.float16).view(np.uint8)
+    if name == "Q6_K":
+        blocks[..., 208:] = units[..., :2]
+    else:
+        blocks[..., :4] = units
+    exact = k_quant_values(name, *blocks_of(name, data)).astype(np.float64)
+    size = [gpu.zeros(max(count, 4)) for count in sizes(*shape, plan.packed)]
+    more = {"group": 32, "steps": plan.packed.steps}
+    weight = Weight(size[0], *shape, plan.packed.type, scales=size[1], minima=size[2], **more)
+    gpu.ops.pack(gpu.put(data), weight, plan, shape[0], gpu.zeros(4))
+    x = normal(rows, shape[1])
+    output = gpu.blank(rows, shape[0], dtype, -(-shape[0] // 8) * 8)
+    gpu.ops.linear(gpu.rows(x, dtype), output, weight)
+    assert error(gpu.read(output), rounded(x, dtype) @ exact.T) < TOLERANCE[dtype] * 1.5
+    few = gpu.blank(rows, shape[0], "f32")
+    gpu.ops.linear(gpu.rows(x, dtype), few, weight)
+    assert error(gpu.read(few), rounded(x, dtype) @ exact.T) < (2e-5 if rows <= 96 or dtype == "f32" else TOLERANCE["bf16"])

@@ -15,7 +15,7 @@ from infer.cli.common import complain
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("generate", "chat", "info", "bench", "quantize")
+COMMANDS = ("generate", "chat", "info", "bench", "quantize", "diff")
 
 
 class _Commands(TyperGroup):

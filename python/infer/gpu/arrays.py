@@ -57,6 +57,10 @@ class Rows:
         """Return the first rows."""
         return replace(self, rows=rows)
 
+    def from_row(self, row: int, rows: int) -> Rows:
+        """Return ``rows`` rows from one on."""
+        return replace(self, pointer=self.pointer + row * self.stride * ELEMENT_BYTES[self.dtype], rows=rows)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -75,7 +79,9 @@ class Weight:
     """Columns that share a scale. e4m3: 0 for all of a row, else a multiple of 8; 128 is streamed. Packed: 32 or 128."""
     experts: int = 1
     minima: int = 0
-    """What is added to each group of packed integers, laid out as their scales; 0 for none."""
+    """What is added to each group of packed integers, laid out as their scales, or the units that steps count in; 0 for none."""
+    steps: str = ""
+    """Steps in the place of packed integers' scales: of scales and "drops" that are taken off, or of scales of "halves"."""
 
     @property
     def is_packed(self) -> bool:
@@ -92,7 +98,9 @@ class Weight:
         """What kernels are compiled with to read it."""
         if not self.is_packed:
             return {"WEIGHT": c_type(self.type)}
-        return {"WEIGHT": "u8", "PACKED": PACKED_BITS[self.type], "WEIGHT_GROUP": self.group, "MINIMA": int(self.minima != 0)}
+        has_minima = self.steps == "drops" if self.steps else self.minima != 0
+        macros: dict[str, int | str] = {"WEIGHT": "u8", "PACKED": PACKED_BITS[self.type], "WEIGHT_GROUP": self.group}
+        return {**macros, "MINIMA": int(has_minima), "STEPS": int(self.steps != ""), "HALVES": int(self.steps == "halves")}
 
 
 @dataclass(frozen=True)

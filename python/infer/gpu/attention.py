@@ -121,6 +121,9 @@ class AttentionPlan:
 class AttentionOperations(RowOperations):
     """Attention, rotation and storing, enqueued on one stream."""
 
+    decode_rows = DECODE_ROWS
+    """Most rows of a sequence that are decoded; 0 prefills all."""
+
     def rope(self, inputs: StepInputs, rows: Rows, heads: int, table: RopeTable) -> None:
         """Rotate the heads of each row by its position."""
         head_dim = rows.width // heads
@@ -169,7 +172,7 @@ class AttentionOperations(RowOperations):
         group = plan.size.heads // plan.size.kv_heads
         kernel = self.kernels.get("attention_plan.cu", "attention_plan", CHUNK_PAGES=CHUNK_PAGES)
         pointers = (inputs.first_row, inputs.positions, plan.items, plan.tiles, plan.pointer)
-        limits = (inputs.sequences, DECODE_ROWS, decode_tokens(group), prefill_tokens(group), plan.window)
+        limits = (inputs.sequences, self.decode_rows, decode_tokens(group), prefill_tokens(group), plan.window)
         kernel(self.stream, (1,), 512, (*pointers, *limits, plan.size.items, plan.size.tiles))
 
     def attend(
@@ -198,13 +201,14 @@ class AttentionOperations(RowOperations):
         pages = (layer.keys, layer.values, layer.key_scales, layer.value_scales, sinks)
         shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)
         rows = (queries.pointer, output.pointer)
-        decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
-        partials = plan.scratch + plan.size.counter_bytes
-        lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
-        blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
-        decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
-        if plan.only_decode:
-            return
+        if self.decode_rows:
+            decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
+            partials = plan.scratch + plan.size.counter_bytes
+            lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
+            blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
+            decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
+            if plan.only_decode:
+                return
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
         arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)

@@ -68,15 +68,17 @@ class Device:
         """Make the GPU current in the calling thread."""
         self._device.use()
 
-    def operations(self) -> Any:
-        """Return the kernels' operations, enqueued on this device's stream."""
+    def operations(self, deterministic: bool) -> Any:
+        """Return the kernels' operations, enqueued on this device's stream; ``deterministic``: those of fixed.py."""
+        from infer.gpu.fixed import FixedOperations
         from infer.gpu.kernels import Kernels
         from infer.gpu.operations import Operations
 
         size = WORKSPACE_BYTES + UNPACKED_BYTES
         workspace = self.allocate(size)
         self.clear(workspace, size)
-        return Operations(Kernels(), self.stream, workspace, size)
+        kind = FixedOperations if deterministic else Operations
+        return kind(Kernels(), self.stream, workspace, size)
 
     def allocate(self, size: int) -> int:
         """Return a pointer to ``size`` bytes, aligned to 256."""
@@ -93,6 +95,12 @@ class Device:
         """Give back what `allocate` gave, once nothing enqueued uses it."""
         self._blocks.remove(pointer)
         self._runtime.free(pointer)
+
+    def joules(self) -> Callable[[], float] | None:
+        """Return what tells the energy taken so far; None where nobody counts."""
+        from infer.gpu.energy import counter
+
+        return counter(self._runtime.deviceGetPCIBusId(self._number))
 
     def free_bytes(self) -> int:
         """Return how many bytes nobody has taken."""

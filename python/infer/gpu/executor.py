@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.gpu.arrays import ELEMENT_BYTES, Routes, Rows
 from infer.gpu.attention import CHUNK_PAGES, AttentionPlan, PlanSize
+from infer.gpu.experts import GROUPED_ROWS, ExpertMemory
 from infer.gpu.fused import FusedSteps, fuse
 from infer.gpu.memory import Buffers, KvPages
 from infer.gpu.operations import ARGMAX_BYTES
@@ -131,6 +132,10 @@ class Executor(FusedSteps):
         inner = device.allocate(rows * used * width * ELEMENT_BYTES[model.element])
         self._inner = Rows(inner, rows * used, width, width, model.element)
         self._routes = Routes(self._chosen, self._shares, used)
+        most, rows = max((weight.experts for weight in self._weights.stacks.values()), default=0), min(rows, GROUPED_ROWS)
+        parts = rows * used * self._constants["hidden"] * ELEMENT_BYTES[model.element]
+        sizes = (most * rows * 4, most * 4, parts)
+        self._grouped = ExpertMemory(*(device.allocate(size) for size in sizes)) if most else None
 
     def logits(self, rows: int) -> Rows:
         """Return where the logits of the wanted rows will be."""
@@ -249,7 +254,9 @@ class Executor(FusedSteps):
         inner = Rows(self._inner.pointer, launch.rows * self._routes.used, width, width, self._inner.dtype)
         stacks = self._weights.stacks
         source, target = self._rows(launch, input), self._rows(launch, output)
-        self._operations.experts(source, target, self._routes, stacks[gate_up[0]], stacks[down[0]], activation, inner)
+        self._operations.experts(
+            source, target, self._routes, stacks[gate_up[0]], stacks[down[0]], activation, inner, self._grouped
+        )
 
     def select(self, launch: Launch, input: Place, output: Place) -> None:
         """Keep only the rows whose logits are wanted."""

@@ -31,11 +31,15 @@ if TYPE_CHECKING:
 STREAM_ROWS = 16
 """Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
 
+STREAMED_AGAIN = 96
+"""Most rows for which packed weights are streamed again for every STREAM_ROWS: beyond, they are sooner unpacked."""
+
 BLAS_BYTES = 32 << 20
 UNPACKED_ROWS = 64
 """Weight rows that are unpacked at a time are a multiple of this."""
 MOST_GRID_ROWS = 65535
 
+STREAM_THREADS = 512
 STORE, ADD, GATED = 0, 1, 2
 WARPS = 8  # of the plain kernel
 
@@ -45,8 +49,9 @@ class _Launch(NamedTuple):
 
     macros: dict[str, int | str]
     blocks: int
-    warps: int
     shared: int
+    is_resident: bool
+    """Whether all of the input is kept in shared memory."""
 
 
 class LinearOperations(AttentionOperations):
@@ -65,8 +70,9 @@ class LinearOperations(AttentionOperations):
         """``output = source * weight^T + bias``."""
         if source.rows == 0:
             return
-        if can_stream(source, output, weight):
-            self._stream(source, output, weight, STORE)
+        if parts := streamed_parts(source, output, weight):
+            for rows, target in parts:
+                self._stream(rows, target, weight, STORE)
         elif can_multiply(source, weight, output):
             self._blas.product(self.stream, source, weight, output)
             if weight.bias:
@@ -80,8 +86,9 @@ class LinearOperations(AttentionOperations):
         """``destination += scale * (source * weight^T + bias)``."""
         if source.rows == 0:
             return
-        if can_stream(source, destination, weight):
-            self._stream(source, destination, weight, ADD, add=scale)
+        if parts := streamed_parts(source, destination, weight):
+            for rows, target in parts:
+                self._stream(rows, target, weight, ADD, add=scale)
         elif can_multiply(source, weight, destination):
             self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
             if weight.bias:
@@ -97,15 +104,16 @@ class LinearOperations(AttentionOperations):
         ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
         """
         width = weight.rows // 2
-        if can_stream(source, output, weight) and can_pair(weight):
-            self._stream(source, output, weight, GATED, activation=activation)
+        if can_pair(weight) and (parts := streamed_parts(source, output, weight)):
+            for rows, target in parts:
+                self._stream(rows, target, weight, GATED, activation=activation)
             return
         self.linear(source, scratch.part(0, weight.rows), weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
 
     def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
         """``output = rms_norm(source) * weight^T + bias``; ``norm`` is the norm's weight, ``scratch`` as wide as the source."""
-        if can_stream(source, output, weight) and can_normalise(source, weight):
+        if can_stream(source, output, weight) and self._can_normalise(source, weight, STORE):
             self._stream(source, output, weight, STORE, norm=norm, epsilon=epsilon)
             return
         self.norm(source, scratch, "rms", epsilon, norm)
@@ -123,7 +131,7 @@ class LinearOperations(AttentionOperations):
         scratch: Rows,
     ) -> None:
         """``linear_gated`` of ``rms_norm(source)``; ``normed`` is working memory as wide as the source."""
-        if can_stream(source, output, weight) and can_normalise(source, weight) and can_pair(weight):
+        if can_stream(source, output, weight) and can_pair(weight) and self._can_normalise(source, weight, GATED):
             self._stream(source, output, weight, GATED, norm=norm, epsilon=epsilon, activation=activation)
             return
         self.norm(source, normed, "rms", epsilon, norm)
@@ -154,15 +162,15 @@ class LinearOperations(AttentionOperations):
                 self.linear(source, qkv, weight)
             self.rope_write_kv(inputs, qkv, layer, heads, table)
             return
-        if norm and not can_normalise(source, weight):
+        if norm and not self._can_normalise(source, weight, GATED):
             self.norm(source, scratch, "rms", epsilon, norm)
             source, norm = scratch, 0
-        launch = self._launch(weight.rows // 2, source.rows, GATED, norm != 0, weight)
+        launch = self._launch(source.rows, GATED, norm != 0, weight)
         kernel = self.kernels.get("linear_rope.cu", "linear_rope", **launch.macros, **kv_macros(layer))
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, qkv.pointer)
         places = (layer.keys, layer.values, table.pointer, inputs.rope_rows, inputs.slots)
         shape = (source.stride, qkv.stride, source.rows, weight.columns, heads, layer.kv_heads, layer.pages * PAGE_TOKENS)
-        kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *places, *shape, epsilon), launch.shared)
+        kernel(self.stream, (launch.blocks,), STREAM_THREADS, (*pointers, *places, *shape, epsilon), launch.shared)
 
     def _stream(
         self,
@@ -175,8 +183,7 @@ class LinearOperations(AttentionOperations):
         epsilon: float = 0.0,
         activation: str = "silu",
     ) -> None:
-        outputs = weight.rows // 2 if epilogue == GATED else weight.rows
-        launch = self._launch(outputs, source.rows, epilogue, norm != 0, weight)
+        launch = self._launch(source.rows, epilogue, norm != 0, weight)
         macros: dict[str, int | str] = {
             "EPILOGUE": epilogue,
             "OUTPUT": c_type(output.dtype),
@@ -185,20 +192,25 @@ class LinearOperations(AttentionOperations):
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
-        kernel(self.stream, (launch.blocks,), launch.warps * 32, (*pointers, *shape, add, epsilon), launch.shared)
+        kernel(self.stream, (launch.blocks,), STREAM_THREADS, (*pointers, *shape, add, epsilon), launch.shared)
 
-    def _launch(self, outputs: int, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
+    def _can_normalise(self, source: Rows, weight: Weight, epilogue: int) -> bool:
+        """Return whether the streaming kernels normalise input rows themselves: every block does it anew, so few of them."""
+        return source.rows <= 8 and self._launch(source.rows, epilogue, True, weight).is_resident
+
+    def _launch(self, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
         """Choose how a streaming product runs."""
         processors, paired = self.kernels.multiprocessors, epilogue == GATED
-        blocks = -(-outputs // (8 if paired else 16))
-        warps = stream_warps(blocks, weight.row_bytes, processors)
+        units = -(-weight.rows // 16)
+        warps = stream_warps(units, weight.row_bytes, processors)
         tokens = 8 if rows <= 8 else 16
-        shared = stream_shared_bytes(warps, tokens, has_norm, weight.type)
-        if shared > self.kernels.shared_limit:
-            warps, shared = 8, stream_shared_bytes(8, tokens, has_norm, weight.type)
+        resident = stream_shared_bytes(warps, tokens, weight, rows)
+        is_resident = resident <= self.kernels.shared_limit
+        shared = resident if is_resident else stream_shared_bytes(warps, tokens, weight)
         macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
         macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
-        return _Launch(macros, min(blocks, processors * (16 // warps)), warps, shared)
+        macros["RESIDENT"] = int(is_resident)
+        return _Launch(macros, min(units, processors), shared, is_resident)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
@@ -276,17 +288,18 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     return 0 < source.rows <= STREAM_ROWS and aligned and types and known
 
 
+def streamed_parts(source: Rows, output: Rows, weight: Weight) -> list[tuple[Rows, Rows]]:
+    """Return the rows that are streamed together, with their outputs; none where another kernel is faster, or must run."""
+    if source.rows > (STREAMED_AGAIN if weight.is_packed else STREAM_ROWS):
+        return []
+    counts = [(first, min(STREAM_ROWS, source.rows - first)) for first in range(0, source.rows, STREAM_ROWS)]
+    parts = [(source.from_row(*rows), output.from_row(*rows)) for rows in counts]
+    return parts if all(can_stream(*part, weight) for part in parts) else []
+
+
 def can_pair(weight: Weight) -> bool:
     """Return whether the streaming kernels may combine the two halves of the rows: packed ones begin with a block."""
     return not weight.is_packed or weight.rows // 2 % BLOCK_ROWS == 0
-
-
-def can_normalise(source: Rows, weight: Weight) -> bool:
-    """Return whether the streaming kernels normalise input rows faster than a kernel before them (about 2 microseconds).
-
-    Every block does it anew; that is hidden behind the reading of 16-bit weights, for few rows.
-    """
-    return weight.type == "bf16" and source.rows <= 8
 
 
 def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
@@ -295,17 +308,19 @@ def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
     return whole and "e4m3" not in (layer.key_type, layer.value_type)
 
 
-def stream_warps(blocks: int, row_bytes: int, processors: int) -> int:
-    """Return the warps of a block: 8, with two blocks on a multiprocessor, or 16 where that leaves fewer idle in the last round.
+def stream_warps(units: int, row_bytes: int, processors: int) -> int:
+    """Return the warps of a team: 8, two teams on a multiprocessor, or 16 where that leaves fewer idle in the last round.
 
     It changes the order of sums, so it must not depend on the number of rows. Short rows are not worth 16 warps.
     """
-    busy = {warps: blocks / (-(-blocks * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
+    busy = {warps: units / (-(-units * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
     return 16 if row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
 
 
-def stream_shared_bytes(warps: int, tokens: int, has_norm: bool, weight_type: str) -> int:
-    """Return the bytes of the rings of input rows and of the sums, as in cuda/linear_stream.cuh."""
-    step = 64 if weight_type == "bf16" else 128
-    ring = (2 if tokens * step > 1024 else 4) * (tokens * step * 2 + (step * 4 if has_norm else 0))
-    return warps * (ring + 2 * 4 * (16 * (tokens + 1) + tokens))
+def stream_shared_bytes(warps: int, tokens: int, weight: Weight, rows: int = 0) -> int:
+    """Return the bytes of sums and input rows, as in cuda/linear_stream.cuh: with ``rows`` all of so many, else the rings."""
+    step = 64 if weight.type == "bf16" else 128
+    sums = 16 * tokens * 4 + 2 * 16 * 16 * (tokens + 1) * 4
+    if rows:
+        return sums + -(-weight.columns // (step * warps)) * warps * rows * step * 2
+    return sums + 16 * (2 if tokens * step > 1024 else 4) * tokens * step * 2

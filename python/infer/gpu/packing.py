@@ -33,6 +33,8 @@ class Packed(NamedTuple):
     block: int
     """Columns of a block of the format in files, and the bytes of it."""
     block_bytes: int
+    steps: str = ""
+    """As of a `Weight`."""
 
 
 FORMATS = {
@@ -40,6 +42,9 @@ FORMATS = {
     "Q4_0": Packed("int4", 32, False, 2, 32, 18),
     "Q4_1": Packed("int4", 32, True, 3, 32, 20),
     "INT4_G128": Packed("int4", 128, False, 4, 128, 66),
+    "Q4_K": Packed("int4", 32, True, 5, 256, 144, "drops"),
+    "Q5_K": Packed("int8", 32, True, 6, 256, 176, "drops"),
+    "Q6_K": Packed("int8", 32, False, 7, 256, 210, "halves"),
 }
 """Packed layouts by the names of formats (rust/kernels/src/quant)."""
 
@@ -71,23 +76,25 @@ def plan(formats: Iterable[tuple[int, str, str]]) -> Plan | None:
     return None
 
 
-def sizes(rows: int, columns: int, packed: Packed) -> tuple[int, int]:
-    """Return the bytes of a packed matrix, and of its scales (or of its minima)."""
-    blocks = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
-    values = blocks * BLOCK_ROWS * BLOCK_COLUMNS
-    return values * PACKED_BITS[packed.type] // 8, values // packed.group * 2
+def sizes(rows: int, columns: int, packed: Packed) -> tuple[int, int, int]:
+    """Return the bytes of a packed matrix, of its scales or steps, and of its minima or units."""
+    row_blocks, blocks = -(-rows // BLOCK_ROWS), -(-columns // BLOCK_COLUMNS)
+    values = row_blocks * blocks * BLOCK_ROWS * BLOCK_COLUMNS
+    scales = values // packed.group * 2
+    minima = row_blocks * blocks * BLOCK_ROWS * 4 if packed.steps else scales if packed.has_minima else 0
+    return values * PACKED_BITS[packed.type] // 8, scales, minima
 
 
 def from_row(weight: Weight, first: int) -> Weight:
     """Return a packed matrix from a row on, which a block begins with."""
-    blocks = first // BLOCK_ROWS * -(-weight.columns // BLOCK_COLUMNS)
-    scales = blocks * BLOCK_ROWS * BLOCK_COLUMNS // weight.group * 2
+    kind = Packed(weight.type, weight.group, weight.minima != 0, 0, 0, 0, weight.steps)
+    values, scales, minima = sizes(first, weight.columns, kind)
     return replace(
         weight,
-        pointer=weight.pointer + blocks * BLOCK_ROWS * BLOCK_COLUMNS * PACKED_BITS[weight.type] // 8,
+        pointer=weight.pointer + values,
         rows=weight.rows - first,
         scales=weight.scales + scales,
-        minima=weight.minima and weight.minima + scales,
+        minima=weight.minima and weight.minima + minima,
     )
 
 

@@ -76,6 +76,8 @@ class Runner:
         First row of the tables of cosines and sines that long contexts use.
     graphs
         Whether to capture graphs.
+    deterministic
+        Whether the kernel that computes attention may not depend on the step.
     """
 
     def __init__(
@@ -89,8 +91,9 @@ class Runner:
         vocabulary: int,
         long_context_row: int,
         graphs: bool,
+        deterministic: bool,
     ) -> None:
-        self._device, self._executor = device, executor
+        self._device, self._executor, self._deterministic = device, executor, deterministic
         self.pages = executor.pages
         self._sequences = sequences
         self._plan = Plan(device, rows, sequences, pages, long_context_row, executor.choices)
@@ -146,6 +149,8 @@ class Runner:
         return size if size[0] <= self._most_graph_rows and size[1] <= self._sequences else None
 
     def _is_plain(self, work: Work) -> bool:
+        if self._deterministic:
+            return False
         return work.decode_pieces(CHUNK_PAGES, DECODE_ROWS) > self._executor.plans.size.items
 
     def _only_decodes(self, work: Work) -> bool:

@@ -156,10 +156,9 @@ class Weights:
         return replace(whole, rows=rows, bias=bias, experts=len(numbers))
 
     def _packed_memory(self, rows: int, columns: int, packed: Packed) -> Weight:
-        size, scale_bytes = sizes(rows, columns, packed)
-        pointer, scales = self._device.allocate(size), self._device.allocate(scale_bytes)
-        minima = self._device.allocate(scale_bytes) if packed.has_minima else 0
-        return Weight(pointer, rows, columns, packed.type, scales=scales, group=packed.group, minima=minima)
+        pointer, scales, minima = (self._device.allocate(size) if size else 0 for size in sizes(rows, columns, packed))
+        more = {"scales": scales, "minima": minima, "group": packed.group}
+        return Weight(pointer, rows, columns, packed.type, **more, steps=packed.steps)
 
     def _fill(self, weight: Weight, rows: int, how: Plan, read: Reader) -> None:
         def done(first: int, count: int) -> None:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from infer._core import DeviceModel, Engine, InferError
 from infer.gpu.arrays import PAGE_TOKENS
+from infer.gpu.energy import PowerMeter
 from infer.gpu.executor import Executor
+from infer.gpu.fixed import fixed_rows
 from infer.gpu.memory import check_kv_types
 from infer.gpu.runner import Runner, padded
 from infer.gpu.weights import Weights
@@ -51,6 +53,8 @@ class Worker:
     def __init__(self, device: Device, link: WorkLink, target: Runner, draft: Runner | None) -> None:
         self._device, self._link = device, link
         self._target, self._draft = target, draft
+        joules = device.joules()
+        self._meter = PowerMeter(joules) if joules else None
         self._begun: deque[tuple[Work, Callable[[], Outcome]]] = deque()
         self._thread = threading.Thread(target=self._run, name="infer-gpu", daemon=True)
         self._thread.start()
@@ -141,6 +145,8 @@ class Worker:
 
     def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
         self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)
+        if self._meter is not None and (watts := self._meter.step()) is not None:
+            self._link.report_power(watts)
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]
@@ -174,7 +180,15 @@ def _describe(error: BaseException) -> str:
 class _Loaded:
     """A model whose weights and buffers are on the device."""
 
-    def __init__(self, device: Device, operations: Any, model: DeviceModel, settings: dict[str, Any], rounded: bool) -> None:
+    def __init__(
+        self,
+        device: Device,
+        operations: Any,
+        model: DeviceModel,
+        settings: dict[str, Any],
+        rounded: bool,
+        deterministic: bool,
+    ) -> None:
         check_kv_types(model)
         constants = model.constants
         self.vocabulary: int = constants["vocabulary"]
@@ -183,6 +197,9 @@ class _Loaded:
         self.sequences = padded(sequences)
         self.rows = max(tokens, self.sequences)
         self.logit_rows = max(model.max_logit_rows(sequences, tokens), self.sequences)
+        self._deterministic = deterministic
+        if deterministic:
+            self.rows, self.logit_rows = fixed_rows(self.rows), fixed_rows(self.logit_rows)
         weights = Weights(device, operations, model, self.long_context_row, rounded)
         self.executor = Executor(device, operations, model, weights, self.rows, self.sequences, self.logit_rows)
 
@@ -199,10 +216,13 @@ class _Loaded:
             vocabulary=self.vocabulary,
             long_context_row=self.long_context_row,
             graphs=graphs,
+            deterministic=self._deterministic,
         )
 
 
-def open_engine(device: Device, path: Path, *, enforce_eager: bool, settings: dict[str, Any]) -> tuple[Engine, Worker]:
+def open_engine(
+    device: Device, path: Path, *, enforce_eager: bool, deterministic: bool, settings: dict[str, Any]
+) -> tuple[Engine, Worker]:
     """Load a model, and perhaps one that guesses for it, and start an engine and its worker.
 
     Parameters
@@ -213,17 +233,19 @@ def open_engine(device: Device, path: Path, *, enforce_eager: bool, settings: di
         Folder or GGUF file.
     enforce_eager
         Capture no graphs.
+    deterministic
+        Compute each row with the same bits whatever is computed beside it.
     settings
         Keyword arguments of `Engine`.
     """
     try:
-        return _open(device, path, not enforce_eager, settings)
+        return _open(device, path, not enforce_eager, deterministic, settings)
     except BaseException:
         device.close()
         raise
 
 
-def _open(device: Device, path: Path, graphs: bool, settings: dict[str, Any]) -> tuple[Engine, Worker]:
+def _open(device: Device, path: Path, graphs: bool, deterministic: bool, settings: dict[str, Any]) -> tuple[Engine, Worker]:
     for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
         least = settings[name]
         if least is not None and (not isinstance(least, int) or least < 1):
@@ -237,8 +259,8 @@ def _open(device: Device, path: Path, graphs: bool, settings: dict[str, Any]) ->
     name = f"{device.name} fp8" if rounded else device.name
     models = [DeviceModel(path, backend=name, quantization=None if rounded else quantization, **options)]
     models += [DeviceModel(each, backend=device.name, **options) for each in paths[1:]]
-    operations = device.operations()
-    loaded = [_Loaded(device, operations, model, settings, rounded and model is models[0]) for model in models]
+    operations = device.operations(deterministic)
+    loaded = [_Loaded(device, operations, model, settings, rounded and model is models[0], deterministic) for model in models]
     device.synchronize()
     outside = (models[0], models[1] if len(models) > 1 else None, device.free_bytes())
     engine = Engine(path, **{**settings, "quantization": None}, outside=outside)

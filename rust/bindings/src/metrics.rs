@@ -47,6 +47,7 @@ pub fn engine_metrics<'py>(
     ] {
         dict.set_item(name, value)?;
     }
+    dict.set_item("joules", metrics.joules)?;
     let histograms = PyDict::new(py);
     for (name, histogram) in metrics.histograms.all() {
         let entry = PyDict::new(py);

@@ -89,6 +89,8 @@ pub struct RequestMetrics {
     accepted_tokens: u64,
     /// Steps in which a completion chose tokens.
     decode_steps: u64,
+    /// Energy of its rows, where the device tells.
+    joules: Option<f64>,
 }
 
 impl From<core::RequestMetrics> for RequestMetrics {
@@ -107,6 +109,7 @@ impl From<core::RequestMetrics> for RequestMetrics {
             drafted_tokens: metrics.drafted_tokens,
             accepted_tokens: metrics.accepted_tokens,
             decode_steps: metrics.decode_steps,
+            joules: metrics.microjoules.map(|taken| taken as f64 * 1e-6),
         }
     }
 }

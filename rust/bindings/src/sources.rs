@@ -23,6 +23,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "draw.cuh",
     "elementwise.cu",
     "experts.cu",
+    "experts_grouped.cu",
     "kv.cu",
     "kv.cuh",
     "linear.cu",

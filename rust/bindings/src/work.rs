@@ -96,6 +96,14 @@ impl WorkLink {
         guarded(|| self.answer(work, Err(message)))
     }
 
+    /// Tell what the device takes while it computes, in watts.
+    fn report_power(&self, watts: f64) -> PyResult<()> {
+        guarded(|| {
+            self.handover.get()?.set_watts(watts);
+            Ok(())
+        })
+    }
+
     /// Take no more work: what is at hand and whatever comes fails with this sentence. Harmless when repeated.
     fn stop(&self, message: &str) -> PyResult<()> {
         guarded(|| {

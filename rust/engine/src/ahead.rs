@@ -15,6 +15,7 @@ use crate::batch::{Batch, BatchSequence, Scheduled};
 use crate::core::Core;
 use crate::draw::MOST_DRAW_WORDS;
 use crate::params::SamplingParams;
+use crate::planted::{Bug, planted};
 use crate::sequence::{Sequence, SequenceId};
 
 /// Steps in a row that are planned ahead while sequences wait: then they are looked at again, since waiting raises their claims.
@@ -71,7 +72,8 @@ impl Core {
         });
         let counts = self.requests[&id.request].params().is_some_and(SamplingParams::has_penalties);
         let drawn = self.draw(sequence, 1, 1).expect("rows_ahead asked");
-        drawn.put(1, counts.then_some(place), batch);
+        let uncounted = counts && !planted(Bug::LatestTokenIsNotCounted);
+        drawn.put(1, uncounted.then_some(place), batch);
         Scheduled { id, rows: 1, prompt_rows: 0, sampled_rows: 1, drawn: true, copied: false }
     }
 
@@ -85,7 +87,7 @@ impl Core {
         let mut rows = Vec::with_capacity(flight.scheduled.len());
         let (mut place, mut met, mut pages, mut words) = (0, 0, 0, 0);
         for work in &flight.scheduled {
-            let own = place + work.prompt_rows;
+            let own = place + work.prompt_rows + usize::from(planted(Bug::AheadIsOfAnotherRow) && place > 0);
             place += work.logit_rows();
             // It ended when an earlier step was committed.
             let Some(sequence) = self.sequences.get(&work.id) else { continue };
@@ -113,7 +115,7 @@ impl Core {
         let Some(switch) = self.config.context_switch else { return false };
         let outgrows =
             |sequence: &Sequence| sequence.tokens.len() + 1 > switch && !sequence.domain.long_context;
-        rows.iter().any(|(id, _)| outgrows(&self.sequences[id]))
+        rows.iter().any(|(id, _)| outgrows(&self.sequences[id])) && !planted(Bug::AheadPassesTheSwitch)
     }
 
     /// Whether a waiting sequence might be admitted now: not since the last plan found no more room, unless something happened.

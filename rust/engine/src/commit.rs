@@ -51,6 +51,7 @@ impl Core {
         self.step_ended = now;
         self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), took);
         self.counters.histograms.step_time.add(took.as_secs_f64());
+        self.charge_energy(&flight.scheduled, took);
         self.settle_cancelled(now);
         let (mut rest, mut left) = (logits, choices.as_mut_slice());
         for work in &flight.scheduled {
@@ -92,6 +93,19 @@ impl Core {
             self.end_request(work.id.request, FinishReason::Error, Some(message.to_owned()), now);
         }
         self.check_invariants();
+    }
+
+    /// Shares a step's energy out among its requests, by rows.
+    fn charge_energy(&mut self, scheduled: &[Scheduled], took: Duration) {
+        let Some(joules) = self.watts.map(|watts| watts * took.as_secs_f64()) else { return };
+        *self.counters.joules.get_or_insert(0.0) += joules;
+        let rows: usize = scheduled.iter().map(|work| work.rows).sum();
+        for work in scheduled {
+            if let Some(request) = self.requests.get_mut(&work.id.request) {
+                let share = (joules * 1e6 * work.rows as f64 / rows as f64) as u64;
+                *request.metrics.microjoules.get_or_insert(0) += share;
+            }
+        }
     }
 
     fn settle_cancelled(&mut self, now: Duration) {

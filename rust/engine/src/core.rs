@@ -40,6 +40,8 @@ pub struct Core {
     pub(crate) in_flight: VecDeque<Flight>,
     /// When the last step came back.
     pub(crate) step_ended: Duration,
+    /// What the device takes while it computes, in watts.
+    pub(crate) watts: Option<f64>,
     /// Steps planned ahead since the last that was not.
     pub(crate) steps_ahead: usize,
     /// The last plan admitted what it could, and since then nothing came or went.
@@ -79,6 +81,7 @@ impl Core {
             fairness: Fairness::default(),
             in_flight: VecDeque::new(),
             step_ended: Duration::ZERO,
+            watts: None,
             steps_ahead: 0,
             admitted_all: false,
             draft_round: None,
@@ -106,6 +109,11 @@ impl Core {
     /// Where pages go that fall out of memory. Call before the first request.
     pub fn set_tier(&mut self, tier: Arc<dyn Tier>) {
         self.cache.set_tier(tier);
+    }
+
+    /// What the device takes while it computes, in watts, for the steps committed from now on.
+    pub fn set_watts(&mut self, watts: Option<f64>) {
+        self.watts = watts.filter(|watts| watts.is_finite() && *watts >= 0.0);
     }
 
     /// Queues a request.

@@ -14,7 +14,7 @@ pub trait Device: Send {
     /// A sentence for the users whose requests were part of the batch.
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String>;
 
-    /// After [`Device::forward`] or [`Device::finish`]: what was chosen for the rows that [`Batch::draws`] has draws of, in their order.
+    /// After [`Device::forward`], [`Device::finish`] or [`Device::draft`]: what was chosen for the rows that [`Batch::draws`] has draws of, in their order.
     /// `logits` then has the other rows alone. Empty: the device chose nothing, and `logits` has all rows.
     fn take_choices(&mut self) -> Vec<Choice> {
         Vec::new()
@@ -40,7 +40,12 @@ pub trait Device: Send {
         Err("this device does not work ahead".to_owned())
     }
 
-    /// Computes rows with the draft model alone.
+    /// Watts that the device took lately while it computed, if it knows.
+    fn watts(&self) -> Option<f64> {
+        None
+    }
+
+    /// Computes rows with the draft model alone; [`Device::take_choices`] tells what it chose.
     ///
     /// # Errors
     /// A sentence; the drafts of this step are then done without.

@@ -154,6 +154,12 @@ pub(crate) struct Drawn<'a> {
 }
 
 impl Drawn<'_> {
+    /// Without log-probabilities.
+    pub fn silent(mut self) -> Self {
+        self.draw.logprobs = None;
+        self
+    }
+
     /// Words that it takes beside the draw itself.
     pub fn words(&self) -> usize {
         self.changes.len() * CHANGE_WORDS + self.allowed.map_or(0, |mask| mask.len())

@@ -87,6 +87,8 @@ pub struct Handover {
     changed: Condvar,
     /// Counts changes, to be looked at without the lock.
     changes: AtomicU64,
+    /// Bits of the watts that the executor told of; 0 for none.
+    watts: AtomicU64,
 }
 
 impl Handover {
@@ -120,6 +122,11 @@ impl Handover {
         let mut state = self.lock();
         state.stopped.get_or_insert_with(|| message.to_owned());
         self.tell(state);
+    }
+
+    /// The executor tells what its device takes while it computes, in watts.
+    pub fn set_watts(&self, watts: f64) {
+        self.watts.store(watts.to_bits(), Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -206,6 +213,11 @@ impl Device for OutsideDevice {
 
     fn works_ahead(&self) -> bool {
         self.draws
+    }
+
+    fn watts(&self) -> Option<f64> {
+        let bits = self.handover.watts.load(Ordering::Relaxed);
+        (bits != 0).then(|| f64::from_bits(bits))
     }
 
     fn begin(&mut self, batch: Batch) {

@@ -36,6 +36,8 @@ pub struct RequestMetrics {
     pub accepted_tokens: u64,
     /// Steps in which a completion chose tokens, over all completions.
     pub decode_steps: u64,
+    /// Energy of its rows, in millionths of a joule, where the device tells what it takes.
+    pub microjoules: Option<u64>,
 }
 
 impl RequestMetrics {
@@ -109,6 +111,8 @@ pub struct EngineMetrics {
     pub accepted_tokens: u64,
     /// Times that a completion chose tokens: with speculation each may give several.
     pub decode_steps: u64,
+    /// Energy of all steps in joules, where the device tells what it takes.
+    pub joules: Option<f64>,
     /// Sequences with pages now.
     pub running: u64,
     /// Sequences waiting for pages now.

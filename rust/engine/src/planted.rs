@@ -20,6 +20,8 @@ macro_rules! bugs {
 }
 
 bugs! {
+    AheadIsOfAnotherRow,
+    AheadPassesTheSwitch,
     BlockedConsumerIsOverrun,
     BudgetIsNotCharged,
     CancelDuringStepIsLost,
@@ -35,6 +37,7 @@ bugs! {
     EvictedPageKeepsName,
     FailedRowsCount,
     HeldPageIsEvictable,
+    LatestTokenIsNotCounted,
     LocalGapIsIgnored,
     LocalPageIsNotCopied,
     LongContextIsMissed,

@@ -13,6 +13,7 @@
 
 use crate::batch::{Batch, BatchSequence};
 use crate::core::Core;
+use crate::draw::{Choice, MOST_DRAW_WORDS};
 use crate::error::EngineError;
 use crate::request::RequestKind;
 use crate::sequence::{Sequence, SequenceId, Tokens};
@@ -75,7 +76,17 @@ impl Speculation {
 /// The sequences that a draft model guesses for in this round, and how many more tokens for each.
 #[derive(Debug)]
 pub(crate) struct DraftRound {
-    open: Vec<(SequenceId, usize)>,
+    open: Vec<Guessing>,
+}
+
+/// A sequence that a draft model guesses for.
+#[derive(Debug, Clone, Copy)]
+struct Guessing {
+    id: SequenceId,
+    /// More tokens that may be guessed.
+    left: usize,
+    /// A device may draw the next one itself.
+    drawn: bool,
 }
 
 impl Core {
@@ -91,10 +102,10 @@ impl Core {
         if self.draft_round.is_none() {
             self.draft_round = Some(DraftRound { open: self.open_draft_round() });
         }
-        let round = self.draft_round.as_ref().filter(|round| !round.open.is_empty())?;
+        let mut round = self.draft_round.take()?;
         let mut batch = Batch::default();
-        for (row, (id, _)) in round.open.iter().enumerate() {
-            let sequence = &self.sequences[id];
+        for (row, guessing) in round.open.iter_mut().enumerate() {
+            let sequence = &self.sequences[&guessing.id];
             let last = sequence.tokens.len() - 1;
             batch.tokens.push(sequence.drafts.last().copied().unwrap_or_else(|| sequence.tokens.at(last)));
             batch.sequences.push(BatchSequence {
@@ -107,22 +118,37 @@ impl Core {
                 drafted: 0,
             });
             batch.logit_rows.push(row as u32);
+            let drawn = self.draw(sequence, sequence.drafts.len(), 1);
+            let drawn = drawn.filter(|drawn| batch.draw_words() + drawn.words() <= MOST_DRAW_WORDS);
+            guessing.drawn = drawn.is_some();
+            match drawn {
+                Some(drawn) => drawn.silent().put(1, None, &mut batch),
+                None => batch.draws.push(None),
+            }
         }
-        Some(batch)
+        let empty = round.open.is_empty();
+        self.draft_round = Some(round);
+        (!empty).then_some(batch)
     }
 
-    /// Takes the draft model's logits for the last [`Core::next_draft`]: (rows, vocabulary). Rows that give no token end their
-    /// sequence's guessing.
-    pub fn commit_draft(&mut self, logits: &[f32]) {
+    /// Takes the draft model's logits for the last [`Core::next_draft`]: (rows, vocabulary), or what the device chose and the logits of the
+    /// other rows, as [`Core::commit_choices`]. Rows that give no token end their sequence's guessing.
+    pub fn commit_draft(&mut self, logits: &[f32], choices: &[Choice]) {
         let Some(round) = &mut self.draft_round else { return };
         let open = std::mem::take(&mut round.open);
         let mut next = Vec::with_capacity(open.len());
-        for ((id, left), logits) in open.into_iter().zip(logits.chunks_exact(self.config.vocabulary)) {
-            let Some(token) = self.draft_token(id, logits) else { continue };
+        let (mut rows, mut chosen) = (logits.chunks_exact(self.config.vocabulary), choices.iter());
+        for guessing in open {
+            let Guessing { id, left, drawn } = guessing;
+            let token = match drawn && !choices.is_empty() {
+                true => chosen.next().and_then(|choice| choice.token().ok()),
+                false => rows.next().and_then(|logits| self.draft_token(id, logits)),
+            };
+            let Some(token) = token else { continue };
             self.sequences.get_mut(&id).expect("it was open").drafts.push(token);
             let ends = self.requests[&id.request].stop_tokens.binary_search(&token).is_ok();
             if left > 1 && !ends {
-                next.push((id, left - 1));
+                next.push(Guessing { left: left - 1, ..guessing });
             }
         }
         self.draft_round = Some(DraftRound { open: next });
@@ -146,7 +172,7 @@ impl Core {
     }
 
     /// Decoding sequences in the order of their ranks, with as many drafts as rows, pages and their own ends allow.
-    fn open_draft_round(&mut self) -> Vec<(SequenceId, usize)> {
+    fn open_draft_round(&mut self) -> Vec<Guessing> {
         let decoding: Vec<SequenceId> = self
             .running
             .iter()
@@ -162,7 +188,7 @@ impl Core {
             let wanted = self.draft_limit(sequence).min(rows).min(logit_rows).min(reach);
             if wanted > 0 {
                 self.extend_pages(id, 1 + wanted);
-                open.push((id, wanted));
+                open.push(Guessing { id, left: wanted, drawn: false });
                 (rows, logit_rows) = (rows - wanted, logit_rows - wanted);
             }
         }

@@ -181,6 +181,7 @@ impl<D: Device> Worker<D> {
     /// Commits what a step came to.
     fn land(&mut self, outcome: std::thread::Result<Result<(), String>>) {
         let now = self.clock.now();
+        self.core.set_watts(self.device.watts());
         match outcome {
             Ok(Ok(())) => {
                 let choices = self.device.take_choices();
@@ -196,7 +197,10 @@ impl<D: Device> Worker<D> {
             let saves = self.core.take_saves(0);
             self.save(saves);
             match catch_unwind(AssertUnwindSafe(|| self.device.draft(&batch, &mut self.logits))) {
-                Ok(Ok(())) => self.core.commit_draft(&self.logits),
+                Ok(Ok(())) => {
+                    let choices = self.device.take_choices();
+                    self.core.commit_draft(&self.logits, &choices);
+                }
                 // A draft is only a guess: the step goes on without.
                 Ok(Err(_)) | Err(_) => self.core.drop_drafts(),
             }

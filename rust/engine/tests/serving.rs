@@ -45,7 +45,7 @@ impl Engine {
         let mut logits = Vec::new();
         while let Some(batch) = self.core.next_draft() {
             self.device.draft(&batch, &mut logits).expect("the fake draft model succeeds");
-            self.core.commit_draft(&logits);
+            self.core.commit_draft(&logits, &[]);
         }
         let batch = self.core.next_batch(self.now)?;
         self.device.compute(&batch, &mut logits).expect("the fake device succeeds");
@@ -268,4 +268,22 @@ fn drafts_save_steps_and_change_nothing() {
         assert!(metrics.drafted_tokens > 0);
         assert_eq!(metrics.pages_free + metrics.pages_evictable, metrics.pages_total);
     }
+}
+
+#[test]
+fn energy_is_shared_out_by_rows() {
+    let mut engine = Engine::new(config(64, 4));
+    engine.core.set_watts(Some(200.0));
+    for prompt in [&[1, 2, 3, 4, 5, 6][..], &[7, 8]] {
+        engine.submit(prompt, tokens(1), RequestOptions::default()).expect("accepted");
+    }
+    let mut logits = Vec::new();
+    let batch = engine.core.next_batch(Duration::ZERO).expect("work");
+    engine.device.compute(&batch, &mut logits).expect("the fake device succeeds");
+    engine.core.commit(&logits, Duration::from_millis(100));
+    assert_eq!(engine.core.metrics().joules, Some(20.0));
+    let events = engine.core.take_events().into_iter();
+    let done = events.filter(|event| matches!(event.kind, EventKind::Done { .. }));
+    let taken: Vec<_> = done.map(|event| event.metrics.microjoules).collect();
+    assert_eq!(taken, [Some(15_000_000), Some(5_000_000)]);
 }

@@ -1,8 +1,8 @@
 //! A model for a backend outside of this crate: its program, and its weights one at a time, in plain numbers.
 //!
 //! What names, fused tensors, row orders and constants a checkpoint has is undone here, by the same loader that packs for the CPU, so a
-//! backend knows only the program's matrices and vectors. Products of the same input are merged whatever their formats are, since
-//! all of them become one type. Weights are read where the backend wants them (a pinned buffer): never is more than one of them
+//! backend knows only the program's matrices and vectors. Products of the same input are merged where their formats are the same, so that
+//! a backend may keep a matrix in one format. Weights are read where the backend wants them (a pinned buffer): never is more than one of them
 //! in memory, however large the model is.
 
 use std::ops::Range;
@@ -105,8 +105,8 @@ impl Blueprint {
         let quantization = checkpoint.rounding(quantization)?;
         let kv_layers = kv_types.layers(&checkpoint.spec)?;
         let mut program = Program::new(&checkpoint.spec);
-        program.fuse(|_, _| true);
-        let loader = Loader::new(&checkpoint, None);
+        let loader = Loader::new(&checkpoint, quantization);
+        program.fuse(|left, right| loader.may_merge(left, right));
         for key in program.matrices.iter().filter(|key| !key.parts.is_empty()) {
             loader.sources(key)?;
         }

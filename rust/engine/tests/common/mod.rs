@@ -321,6 +321,10 @@ impl Device for FakeDevice {
             let errs = prefix.is_multiple_of(self.draft_errs_every);
             logits.extend(self.row_logits(if errs { mix(prefix, 77) } else { prefix }));
         }
+        if self.draws {
+            self.draw(batch, logits, &[]);
+            self.chosen = None;
+        }
         Ok(())
     }
 

@@ -219,6 +219,7 @@ impl World {
 
     pub fn make_drafts(&mut self) {
         let mut logits = Vec::new();
+        self.device.draws = self.ahead;
         while let Some(batch) = self.core.next_draft() {
             let saves = self.core.take_saves(0);
             self.save(saves);
@@ -227,7 +228,8 @@ impl World {
                 true => self.core.drop_drafts(),
                 false => {
                     self.device.draft(&batch, &mut logits).expect("the fake draft model succeeds");
-                    self.core.commit_draft(&logits);
+                    let choices = self.device.take_choices();
+                    self.core.commit_draft(&logits, &choices);
                 }
             }
         }

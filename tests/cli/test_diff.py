@@ -1,0 +1,36 @@
+"""`infer diff`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+EXACT = ("--first", "dtype=float32", "--first", "threads=2")
+
+
+def test_the_same_way_twice_has_no_difference(infer_cli: Cli) -> None:
+    done = infer_cli("diff", *EXACT, "--second", "dtype=float32", "--max-tokens", "8", "--json")
+    found = json.loads(done.stdout)
+    assert found["largest_difference"] == found["largest_kl_divergence"] == 0
+    assert (found["same_likeliest_token"], found["generated_tokens"], found["first_divergent_token"]) == (1, 8, None)
+    assert found["first"] == {"dtype": "float32", "threads": 2}
+
+
+def test_rounding_shows(infer_cli: Cli) -> None:
+    shown = infer_cli("diff", *EXACT, "--second", "kv_cache_dtype=int8", "--prompt", "Once upon a time", "-n", "4").stdout
+    figures = dict(line.rsplit(maxsplit=1) for line in shown.splitlines() if not line.startswith(("first ", "second ")))
+    assert 0 < float(figures["largest difference"]) < float(figures["standard deviation of logits"])
+    assert 0 < float(figures["mean kl divergence"]) < 0.1
+
+
+def test_what_no_way_is(infer_cli: Cli) -> None:
+    for wrong, words in (("devise=cuda", "devise"), ("device", "NAME=VALUE"), ("device=tpu", "tpu")):
+        done = infer_cli("diff", "--first", wrong)
+        assert done.returncode == 1
+        assert words in done.stderr and "Traceback" not in done.stderr
