@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use infer_kernels::{Format, KvCache, KvLayer, Precision, dequantize, quantize};
 
-use crate::biases::joined_bias;
 use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::kv::KvTypes;
@@ -17,7 +16,7 @@ use crate::loading::tied_head;
 use crate::quantization::unsuitable;
 use crate::rope::RopeTable;
 use crate::step::Role;
-use crate::weights::{Loader, format_of};
+use crate::weights::{Loader, format_of, joined_bias};
 use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// The type in which an outside backend wants its weights.

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use infer_kernels::{Context, Format, KernelError, PackedMatrix, dequantize, round_rows};
 
-use crate::biases::joined_bias;
+pub(crate) use crate::biases::joined_bias;
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
