@@ -4,7 +4,8 @@
 
 FOLDER holds llama.cpp's `llama-bench` and `llama-batched-bench`. What is measured: prefill of 128, 512 and 2,048 tokens,
 decode after 128 and 4,096 tokens, decode of 1 to 32 sequences at once (tokens of all together, each after 128), the time from
-the program's start to its first token, and its peak memory. Programs alternate test by test, so a machine that slows down slows
+the program's start to its first token, and its peak memory (after memory was taken and given back, so that neither program waits
+for a virtual machine's host to supply it). Programs alternate test by test, so a machine that slows down slows
 both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. A way of
 rounding that GGUF lacks is measured with ``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading,
 beside llama.cpp on the nearest file that it has (``--peer-model``). Each file's result is
@@ -40,9 +41,25 @@ COSTS = {"load": "seconds", "memory": "MiB"}
 FIRST_TOKEN = """
 import sys
 from infer import LLM, SamplingParams
-llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or None)
+llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or None, packed_cache_dir=sys.argv[4] or None)
 llm.generate([[1]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
 """
+
+
+# A process of its own: what a parent held counts as its children's peak memory.
+READY_MEMORY = """
+import mmap, sys
+size = int(sys.argv[1])
+with mmap.mmap(-1, size) as memory:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory[0 : size : mmap.PAGESIZE] = bytes(len(range(0, size, mmap.PAGESIZE)))
+"""
+
+
+def ready_memory(size: int) -> None:
+    """Take and give back so many bytes: a virtual machine's host may have taken free memory away, and brings it back slowly."""
+    subprocess.run([sys.executable, "-c", READY_MEMORY, str(size)], check=True)
 
 
 class Programs:
@@ -54,6 +71,7 @@ class Programs:
         self.model = str(model)
         self.peer_model = str(arguments.peer_model or model)
         self.quantization: str = arguments.quantization
+        self.packed_cache = str(arguments.packed_cache or "")
         self.threads = str(arguments.threads)
         self.repeat = str(arguments.repeat)
         self.commands: dict[str, dict[str, str]] = {}
@@ -130,7 +148,11 @@ class Programs:
 
     def start(self) -> dict[str, dict[str, float]]:
         """Seconds to the first token, and the memory that it takes."""
-        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, self.model, self.threads, self.quantization])
+        room = 2 * max(Path(self.model).stat().st_size, Path(self.peer_model).stat().st_size)
+        ready_memory(room)
+        options = [self.model, self.threads, self.quantization, self.packed_cache]
+        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, *options])
+        ready_memory(room)
         command = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
         _, theirs = self.run("start", "llama.cpp", [*command, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])
         return {cost: {"infer": ours[cost], "llama.cpp": theirs[cost]} for cost in COSTS}
@@ -209,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="infer beside llama.cpp on the same GGUF file.")
     parser.add_argument("--model", type=Path, action="append", required=True, help="a GGUF file; may be repeated")
     parser.add_argument("--quantization", default="", help="how infer rounds the file while loading")
+    parser.add_argument("--packed-cache", type=Path, help="the folder where infer keeps packed weights, for the start")
     parser.add_argument("--peer-model", type=Path, help="the file that llama.cpp takes in the model's place")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-bench and llama-batched-bench")
     parser.add_argument("--python", default=sys.executable, help="the Python that has infer")

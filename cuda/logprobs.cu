@@ -6,6 +6,7 @@ constexpr int MOST_LOGPROBS = 32;
 constexpr int LOGPROB_VALUES = 2 + 2 * MOST_LOGPROBS;
 
 struct Logits {
+    static constexpr int BITS = 32 + ID_BITS;
     const float *logits;
     int width;
 

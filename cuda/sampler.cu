@@ -96,6 +96,7 @@ KERNEL change(float *logits, const Draw *draws, Change *changes, Latest *latest,
 
 // A row's tokens by their weights: exp((logit - largest) / temperature), 0 for what is forbidden or below `least`.
 struct Weights {
+    static constexpr int BITS = 30 + ID_BITS; // no weight is more than 1
     const float *logits;
     const u32 *allowed;
     float largest, inverse, least;

@@ -107,7 +107,7 @@ struct Cut {
     bool few;
 };
 
-constexpr int PART_SHIFTS[6] = {42, 32, 22, 20, 10, 0}; // of a key of 32 bits of likelihood and ID_BITS of id
+constexpr int PART_BITS = 10; // of a key that tell its part of a range; kinds of keys have Keys::BITS bits
 
 // The mass of a part's keys, whose likelihoods are floats of this part's one exponent.
 DEVICE double mass_of(const Work &work, int part, u64 first_key) {
@@ -142,8 +142,8 @@ template <bool MASS, class Keys> DEVICE Cut select(const Keys &keys, Work &work,
     u64 prefix = 0;
     double left = amount;
     int above = 0;
-    for (int level = 0; level < 6; level++) {
-        const int shift = PART_SHIFTS[level], bits = (level == 0 ? 52 : PART_SHIFTS[level - 1]) - shift;
+    for (int rest = Keys::BITS; rest > 0; rest = max(rest - PART_BITS, 0)) {
+        const int shift = max(rest - PART_BITS, 0), bits = rest - shift;
         count_parts<MASS>(keys, work, floor, prefix, shift, bits);
         const int part = THREADS - 1 - threadIdx.x; // the largest keys first
         const int count = part < 1 << bits ? work.counts[part] : 0;
@@ -152,7 +152,7 @@ template <bool MASS, class Keys> DEVICE Cut select(const Keys &keys, Work &work,
         const double counted = block_running_sum(count, work, all);
         if (MASS) value = count ? mass_of(work, part, first_key) : 0.0;
         const double until = block_running_sum(value, work, total);
-        if (level == 0) {
+        if (rest == Keys::BITS) {
             cut.kept = int(all);
             if (MASS) cut.wanted = left = amount * total;
         }

@@ -347,6 +347,7 @@ class Engine:
         quantization: str | None = None,
         seed: int = 0,
         mmap: bool = True,
+        packed_cache_dir: str | PathLike[str] | None = None,
         max_waiting: int | None = None,
         priority_patience: float = 10.0,
         step_time_target: float | None = 0.1,
@@ -362,6 +363,10 @@ class Engine:
     def info(self) -> ModelInfo: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def packed_cache(self) -> tuple[str, str | None]:
+        """What came of ``packed_cache_dir`` ("off", "read", "written" or "failed"), and what its user should be told."""
+
     @property
     def threads(self) -> int: ...
     @property

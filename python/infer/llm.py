@@ -80,6 +80,11 @@ class LLM(Sessions):
         For requests that bring no seed of their own.
     mmap
         Map weight files instead of reading them.
+    packed_cache_dir
+        A folder where weights are kept as they were packed for this processor, so that the next load of the same model only reads
+        them. With `quantization`, whose rounding then happens once, this is worth disk space of about the weights' size in memory
+        for each model; without it packing is hardly slower than reading. A file that is damaged, or of another version of the
+        model or this package, is written again; any may be deleted at any time. Not on a GPU.
     max_waiting
         How many requests may wait for their first step; None is any number.
     when_full
@@ -139,6 +144,7 @@ class LLM(Sessions):
         quantization: str | None = None,
         seed: int = 0,
         mmap: bool = True,
+        packed_cache_dir: str | os.PathLike[str] | None = None,
         max_waiting: int | None = None,
         when_full: str = "error",
         priority_patience: float = 10.0,
@@ -177,6 +183,7 @@ class LLM(Sessions):
             quantization=quantization,
             seed=seed,
             mmap=mmap,
+            packed_cache_dir=packed_cache_dir,
             max_waiting=max_waiting,
             priority_patience=priority_patience,
             step_time_target=step_time_target,

@@ -27,6 +27,9 @@ def _write(level: int, message: str, fields: dict[str, Any]) -> None:
 
 def loaded(engine: Engine) -> None:
     """Tell of a model that is ready."""
+    outcome, warning = engine.packed_cache
+    if warning is not None:
+        _write(logging.WARNING, "%s", {"packed_cache": warning})
     if not _log.isEnabledFor(logging.INFO):
         return
     info = engine.info
@@ -38,10 +41,11 @@ def loaded(engine: Engine) -> None:
         "threads": engine.threads,
         "max_model_len": engine.max_model_len,
         "kv_cache_tokens": engine.kv_cache_tokens,
+        "packed_cache": outcome,
     }
     _write(
         logging.INFO,
-        "loaded %s: %s, %s, %d parameters, %d threads, sequences of up to %d tokens, a KV cache of %d tokens",
+        "loaded %s: %s, %s, %d parameters, %d threads, sequences of up to %d tokens, a KV cache of %d tokens; packed cache %s",
         fields,
     )
 

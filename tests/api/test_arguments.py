@@ -138,7 +138,9 @@ def test_kv_cache_types_and_reading_instead_of_mapping(kind: Any, llm: LLM) -> N
     params = SamplingParams(temperature=0, max_tokens=4)
     with LLM(threads=1, kv_cache_dtype=kind, mmap=False) as other:
         assert len(other.generate(prompt, params)[0].outputs[0].token_ids) == 4
-        assert abs(other.logits(prompt) - llm.logits(prompt)).max() < 0.5
+        difference = abs(other.logits(prompt) - llm.logits(prompt))  # of logits that spread by 3.3
+        assert difference.max() < 1.0
+        assert difference.mean() < 0.15
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"x" * 100, b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])

@@ -252,6 +252,8 @@ def _open(device: Device, path: Path, graphs: bool, deterministic: bool, setting
             raise InferError(f"{name} must be at least 1, got {least!r}")
     quantization = settings["quantization"]
     rounded = quantization == "fp8"
+    if settings["packed_cache_dir"] is not None:
+        raise InferError("packed_cache_dir must be None with device='cuda', which packs no weights")
     speculation = settings["speculation"]
     paths = [path] if speculation is None or speculation[4] is None else [path, speculation[4]]
     options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap")}

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use infer_engine::{Driver, EngineConfig, EngineError, Handover, MonotonicClock, OutsideDevice, Tier};
-use infer_model::{Blueprint, Checkpoint, CpuModel, KvTypes, LoadOptions, ModelSpec};
+use infer_model::{Blueprint, Checkpoint, CpuModel, KvTypes, LoadOptions, ModelSpec, PackedCacheUse};
 
 use crate::device::CpuDevice;
 use crate::load::Settings;
@@ -36,6 +36,7 @@ impl Backend {
                     mmap: settings.mmap,
                     kv_types: settings.kv_types.clone(),
                     quantization: settings.quantization,
+                    packed_cache_dir: settings.packed_cache_dir.clone(),
                 };
                 let model =
                     CpuModel::from_checkpoint(checkpoint, &options).map_err(|error| error.to_string())?;
@@ -66,6 +67,15 @@ impl Backend {
             Self::Cpu { draft, .. } => draft.as_ref().map(|draft| draft.spec()),
             Self::Outside(outside) => outside.draft.as_ref().map(|draft| draft.spec()),
         }
+    }
+
+    /// What came of the folder for packed weights, by name, and what is to be told of it; of the draft model's weights only what went wrong.
+    pub fn packed_cache(&self) -> (&'static str, Option<String>) {
+        let Self::Cpu { model, draft } = self else { return (PackedCacheUse::Off.name(), None) };
+        let (found, warning) = model.packed_cache();
+        let of_draft = draft.as_ref().and_then(|draft| draft.packed_cache().1);
+        let warnings: Vec<&str> = warning.into_iter().chain(of_draft).collect();
+        (found.name(), (!warnings.is_empty()).then(|| warnings.join("; ")))
     }
 
     /// Bytes of a page, the draft model's included.

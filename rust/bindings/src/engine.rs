@@ -8,9 +8,9 @@ use infer_engine::{Driver, Handover, RequestKind, SubmitOptions};
 use infer_store::Store;
 use numpy::PyArray2;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::PyDict;
 
-use crate::convert::{Arg, Int, text, token_ids};
+use crate::convert::{Arg, Int};
 use crate::device::text_factory;
 use crate::error::{engine_error, guarded, refusal};
 use crate::info::{MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, ModelInfo};
@@ -23,11 +23,11 @@ use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
 use crate::settings::{
-    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_quantization, read_speculation, salt,
-    seconds, thread_count,
+    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_packed_cache, read_quantization,
+    read_speculation, salt, seconds, thread_count,
 };
 use crate::tier::{load_session, save_session};
-use crate::tokenizer::{TextModel, Tokenizer, encode};
+use crate::tokenizer::{TextModel, Tokenizer, prompt_ids};
 use crate::wait::{deadline, interruptible, is_exiting, wait_until};
 use crate::work::WorkLink;
 
@@ -47,6 +47,7 @@ pub struct Engine {
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
     threads: usize,
+    packed_cache: (&'static str, Option<String>),
     store: Mutex<Option<Arc<Store>>>,
     namespace: [u8; 32],
     page_bytes: usize,
@@ -59,12 +60,12 @@ impl Engine {
     #[pyo3(signature = (
         path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
         max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
-        kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), max_waiting=None,
+        kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), packed_cache_dir=None, max_waiting=None,
         priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None,
         kv_events=Arg::of(false), trace=Arg::of(false), outside=None
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
-        quantization=None, seed=0, mmap=True, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
+        quantization=None, seed=0, mmap=True, packed_cache_dir=None, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
         speculation=None, kv_offload=None, kv_events=False, trace=False, outside=None)")]
     fn new(
         py: Python<'_>,
@@ -80,6 +81,7 @@ impl Engine {
         quantization: Option<Arg<String>>,
         seed: Arg<Int>,
         mmap: Arg<bool>,
+        packed_cache_dir: Option<Arg<PathBuf>>,
         max_waiting: Option<Arg<Int>>,
         priority_patience: Arg<f64>,
         step_time_target: Option<Arg<f64>>,
@@ -108,6 +110,7 @@ impl Engine {
                 kv_cache_memory_bytes: kv_cache_memory_bytes.map(memory).transpose()?,
                 seed: seed.fit("seed", "from 0 to 2**64 - 1")?,
                 mmap: mmap.flag("mmap")?,
+                packed_cache_dir: read_packed_cache(packed_cache_dir)?,
                 max_waiting: max_waiting.map(|count| count.positive("max_waiting")).transpose()?,
                 patience: seconds("priority_patience", priority_patience)?,
                 step_time_target: step_time_target.map(target).transpose()?,
@@ -132,6 +135,12 @@ impl Engine {
     #[getter]
     fn tokenizer(&self) -> Option<Tokenizer> {
         self.text.clone().map(Tokenizer::new)
+    }
+
+    /// What came of `packed_cache_dir` ("off", "read", "written" or "failed"), and what is to be told of it.
+    #[getter]
+    fn packed_cache(&self) -> (&'static str, Option<String>) {
+        self.packed_cache.clone()
     }
 
     /// How many threads compute.
@@ -204,7 +213,7 @@ impl Engine {
             let user = user.map(|user| user.get("user", "None or a string")).transpose()?.map(Into::into);
             let timeout = timeout.map(|timeout| seconds("timeout", timeout)).transpose()?;
             let cache_salt = salt(cache_salt)?;
-            let prompt = self.prompt(py, prompt, add_special_tokens)?;
+            let prompt = prompt_ids(py, self.text.as_ref(), self.info.path(), prompt, add_special_tokens)?;
             let waker = ready.map(|queue| queue.waker(ready_key)).transpose()?;
             // Reads the whole prompt, as the text goes on where the prompt ends.
             let text =
@@ -300,7 +309,7 @@ impl Engine {
     /// Counters since the start, gauges now and distributions.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(|| {
-            let stats = lock_store(&self.store).as_ref().map(|store| store.stats());
+            let stats = lock(&self.store).as_ref().map(|store| store.stats());
             engine_metrics(py, &self.driver()?.metrics(), stats)
         })
     }
@@ -319,7 +328,7 @@ impl Engine {
         guarded(|| match lock(self.driver.get()?).take() {
             // A step may be in flight, and Ctrl-C need not wait for it.
             Some(driver) => {
-                let store = lock_store(&self.store).take();
+                let store = lock(&self.store).take();
                 interruptible(py, "infer-close", move || {
                     driver.close();
                     // What the engine handed over last is still on its way to the disk.
@@ -334,10 +343,19 @@ impl Engine {
 
 impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
-        let Loaded { driver, handover, store, namespace, page_bytes, text, info, threads, began } = loaded;
-        let config = driver.config().clone();
-        let (driver, store) = (Owned::new(Mutex::new(Some(Arc::new(driver)))), Mutex::new(store));
-        Self { driver, config, handover, text, info, threads, store, namespace, page_bytes, began }
+        Self {
+            config: loaded.driver.config().clone(),
+            driver: Owned::new(Mutex::new(Some(Arc::new(loaded.driver)))),
+            handover: loaded.handover,
+            text: loaded.text,
+            info: loaded.info,
+            threads: loaded.threads,
+            packed_cache: loaded.packed_cache,
+            store: Mutex::new(loaded.store),
+            namespace: loaded.namespace,
+            page_bytes: loaded.page_bytes,
+            began: loaded.began,
+        }
     }
 
     /// An executor on a Python thread does nothing more once the interpreter exits.
@@ -349,24 +367,6 @@ impl Engine {
 
     fn driver(&self) -> PyResult<Arc<Driver>> {
         lock(self.driver.get()?).clone().ok_or_else(|| refusal(CLOSED))
-    }
-
-    fn prompt(
-        &self,
-        py: Python<'_>,
-        prompt: &Bound<'_, PyAny>,
-        add_special_tokens: bool,
-    ) -> PyResult<Vec<u32>> {
-        if !prompt.is_instance_of::<PyString>() {
-            return token_ids("prompt", prompt);
-        }
-        let Some(model) = &self.text else {
-            return Err(refusal(format!(
-                "{} has no tokenizer; give token ids instead of text",
-                self.info.path()
-            )));
-        };
-        encode(py, model, text("prompt", prompt)?, add_special_tokens)
     }
 }
 
@@ -389,10 +389,6 @@ impl Drop for Engine {
     }
 }
 
-fn lock_store(store: &Mutex<Option<Arc<Store>>>) -> std::sync::MutexGuard<'_, Option<Arc<Store>>> {
-    store.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn lock(slot: &DriverSlot) -> std::sync::MutexGuard<'_, Option<Arc<Driver>>> {
+fn lock<T>(slot: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -33,6 +33,8 @@ pub struct Settings {
     pub kv_cache_memory_bytes: Option<u64>,
     pub seed: u64,
     pub mmap: bool,
+    /// Where packed weights are kept for the next load.
+    pub packed_cache_dir: Option<PathBuf>,
     pub max_waiting: Option<usize>,
     pub patience: Duration,
     pub step_time_target: Option<Duration>,
@@ -64,6 +66,8 @@ pub struct Loaded {
     pub text: Option<Arc<TextModel>>,
     pub info: ModelInfo,
     pub threads: usize,
+    /// What came of `packed_cache_dir`, and what is to be told of it.
+    pub packed_cache: (&'static str, Option<String>),
     /// When the engine's clock began, since 1970.
     pub began: Duration,
 }
@@ -107,7 +111,7 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let plan = plan_cache(&request, backend.budget())?;
     let mut config = engine_config(settings, &plan, layout, backend.spec(), text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
-    let namespace = backend.namespace();
+    let (namespace, packed_cache) = (backend.namespace(), backend.packed_cache());
     let store =
         settings.offload.as_ref().map(|offload| open_store(offload, namespace, page_bytes)).transpose()?;
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
@@ -124,6 +128,7 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
         text,
         info,
         threads: settings.threads,
+        packed_cache,
         began,
     })
 }

@@ -44,6 +44,11 @@ pub fn read_quantization(value: Option<Arg<String>>) -> PyResult<Option<&'static
     Quantization::from_name(&name).map(Some).map_err(refusal)
 }
 
+/// Where packed weights are kept.
+pub fn read_packed_cache(dir: Option<Arg<PathBuf>>) -> PyResult<Option<PathBuf>> {
+    dir.map(|dir| dir.get("packed_cache_dir", "None or a path")).transpose()
+}
+
 /// A tenant's salt.
 pub fn salt(value: Option<Arg<String>>) -> PyResult<Option<Arc<str>>> {
     Ok(value.map(|salt| salt.get("cache_salt", "None or a string")).transpose()?.map(Into::into))

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use infer_model::Checkpoint;
 use infer_text::{ChatTemplate, TextError};
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 use serde_json::Map;
 
-use crate::convert::{Int, text};
+use crate::convert::{Int, text, token_ids};
 use crate::error::{guarded, refusal};
 use crate::json::{to_json, to_map};
 use crate::vocabulary;
@@ -100,6 +101,23 @@ impl TextModel {
             || "this model has no chat template; pass chat_template=, or use generate with a plain prompt";
         chosen.ok_or_else(|| missing().to_owned())?.clone()
     }
+}
+
+/// The tokens of a prompt: text for the model's tokenizer, if it has one, or token ids.
+pub fn prompt_ids(
+    py: Python<'_>,
+    model: Option<&Arc<TextModel>>,
+    path: &str,
+    prompt: &Bound<'_, PyAny>,
+    add_special_tokens: bool,
+) -> PyResult<Vec<u32>> {
+    if !prompt.is_instance_of::<PyString>() {
+        return token_ids("prompt", prompt);
+    }
+    let Some(model) = model else {
+        return Err(refusal(format!("{path} has no tokenizer; give token ids instead of text")));
+    };
+    encode(py, model, text("prompt", prompt)?, add_special_tokens)
 }
 
 /// Encodes, interruptibly when the text is long.

@@ -21,6 +21,7 @@ fn main() -> Result<(), ModelError> {
         mmap: true,
         kv_types: KvTypes::all(KvElement::F16),
         quantization: None,
+        packed_cache_dir: None,
     };
     let start = Instant::now();
     let mut model = CpuModel::load(Path::new(path), &options)?;

@@ -11,8 +11,8 @@ use infer_kernels::{Format, KvCache, KvLayer, Precision, dequantize, quantize};
 
 use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
-use crate::interpreter::tied_head;
 use crate::kv::KvTypes;
+use crate::loading::tied_head;
 use crate::quantization::unsuitable;
 use crate::rope::RopeTable;
 use crate::step::Role;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use infer_formats::{
     Container, FormatError, Gguf, Metadata, Safetensors, SafetensorsIndex, TensorInfo, check_splits,
@@ -152,6 +153,11 @@ impl Checkpoint {
         let file = self.files.iter().find(within)?;
         let offset = first - start(file);
         Some((file, offset..offset + bytes.len()))
+    }
+
+    /// Length and time of the last change of each file.
+    pub(crate) fn stamps(&self) -> Vec<(usize, Option<SystemTime>)> {
+        self.files.iter().map(|file| (file.bytes().len(), file.modified())).collect()
     }
 
     /// All tensors, in no order.

@@ -1,6 +1,6 @@
 //! The CPU backend: a checkpoint packed for this machine, its KV cache, and the forward pass.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use infer_kernels::{Context, KvCache, KvLayer, Precision, default_threads};
 
@@ -9,7 +9,9 @@ use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::interpreter::Interpreter;
 use crate::kv::{KvCaches, KvPage, KvTypes, windowed};
+use crate::loading::CacheNews;
 use crate::memory::Memory;
+use crate::packed_cache::PackedCacheUse;
 use crate::step::Step;
 use crate::{ModelError, ModelSpec, Program, Quantization};
 
@@ -26,6 +28,8 @@ pub struct LoadOptions {
     pub kv_types: KvTypes,
     /// How weights are rounded that the files store as floats.
     pub quantization: Option<&'static Quantization>,
+    /// A folder where packed weights are kept for the next load; see `packed_cache.rs`.
+    pub packed_cache_dir: Option<PathBuf>,
 }
 
 /// A model in memory.
@@ -35,6 +39,7 @@ pub struct CpuModel {
     cache: Option<KvCaches>,
     memory: Memory,
     fingerprint: [u8; 32],
+    packed_cache: CacheNews,
 }
 
 impl CpuModel {
@@ -54,8 +59,10 @@ impl CpuModel {
         let threads = options.threads.unwrap_or_else(default_threads).max(1);
         let kv_layers = options.kv_types.layers(&checkpoint.spec)?;
         let quantization = checkpoint.rounding(options.quantization)?;
-        let interpreter =
-            Interpreter::load(checkpoint, quantization, Context::new(threads)?, options.precision)?;
+        let context = Context::new(threads)?;
+        let folder = options.packed_cache_dir.as_deref();
+        let (interpreter, packed_cache) =
+            Interpreter::load(checkpoint, quantization, context, options.precision, folder)?;
         // After the load, which leaves the files' pages in memory.
         let fingerprint = fingerprint::of(
             checkpoint,
@@ -64,7 +71,12 @@ impl CpuModel {
             &kv_layers,
             interpreter.context.isa.name(),
         );
-        Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint })
+        Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint, packed_cache })
+    }
+
+    /// What came of the folder for packed weights, and what is to be told of it.
+    pub fn packed_cache(&self) -> (PackedCacheUse, Option<&str>) {
+        (self.packed_cache.0, self.packed_cache.1.as_deref())
     }
 
     /// What the model is.

@@ -4,9 +4,11 @@
 //! short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
 
 use std::borrow::Cow;
-use std::fs::{self, File};
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
+use std::time::SystemTime;
 
 use crate::ModelError;
 
@@ -14,17 +16,19 @@ use crate::ModelError;
 #[derive(Debug)]
 pub(crate) enum FileBytes {
     Mapped { map: memmap2::Mmap, file: File },
-    Read(Vec<u8>),
+    Read { bytes: Vec<u8>, file: File },
 }
 
 impl FileBytes {
     /// Maps or reads a file.
     pub fn open(path: &Path, mmap: bool) -> Result<Self, ModelError> {
         let io = |source| ModelError::Io { path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(io)?;
         if !mmap {
-            return fs::read(path).map(Self::Read).map_err(io);
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(io)?;
+            return Ok(Self::Read { bytes, file });
         }
-        let file = File::open(path).map_err(io)?;
         // SAFETY: the mapping is private to the load; see the head of this file for what happens to changed files.
         #[allow(unsafe_code)]
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
@@ -35,8 +39,14 @@ impl FileBytes {
     pub fn bytes(&self) -> &[u8] {
         match self {
             Self::Mapped { map, .. } => map,
-            Self::Read(bytes) => bytes,
+            Self::Read { bytes, .. } => bytes,
         }
+    }
+
+    /// When it was changed last, if the system says so.
+    pub fn modified(&self) -> Option<SystemTime> {
+        let (Self::Mapped { file, .. } | Self::Read { file, .. }) = self;
+        file.metadata().ok()?.modified().ok()
     }
 
     /// A part, read from the file if it is mapped: for a few bytes here and there, whose pages would cost more than they hold.

@@ -1,11 +1,11 @@
 //! A packed program and its steps: one `match` arm per kind of step.
 
-use std::cmp::Reverse;
+use std::path::Path;
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
-    add_in_place, attention, dequantize, gated_activation, linear, norm, norm_in_place, rope_in_place,
-    scale_in_place, softcap_in_place,
+    Attention, AttentionRows, Context, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
+    add_in_place, attention, gated_activation, linear, norm, norm_in_place, rope_in_place, scale_in_place,
+    softcap_in_place,
 };
 
 use crate::batch::Batch;
@@ -13,42 +13,12 @@ use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
 use crate::kv::KvCaches;
+use crate::loading::{CacheNews, LookupTable, Weights};
 use crate::memory::Memory;
-use crate::program::MatrixKey;
 use crate::rope::RopeTable;
 use crate::step::{Role, Slice, Step};
 use crate::weights::{Loader, Matrix, Vector};
 use crate::{ModelError, ModelSpec, Program, Quantization};
-
-/// Rows that are looked up: embeddings and learned positions.
-enum LookupTable {
-    /// As the checkpoint stores them.
-    Stored { format: Format, row_bytes: usize, bytes: Vec<u8> },
-    /// The rows of a matrix that is multiplied as well: a tied head.
-    Packed { matrix: usize },
-}
-
-impl LookupTable {
-    fn row(&self, matrices: &[Option<Matrix>], row: usize, out: &mut [f32]) {
-        match self {
-            Self::Stored { format, row_bytes, bytes } => {
-                dequantize(*format, &bytes[row * row_bytes..(row + 1) * row_bytes], out);
-            }
-            Self::Packed { matrix } => {
-                if let Some(matrix) = &matrices[*matrix] {
-                    matrix.packed.unpack_row(row, out);
-                }
-            }
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Stored { bytes, .. } => bytes.len(),
-            Self::Packed { .. } => 0,
-        }
-    }
-}
 
 /// Everything about a model that a forward pass only reads.
 pub(crate) struct Interpreter {
@@ -70,34 +40,25 @@ impl Interpreter {
         quantization: Option<&'static Quantization>,
         context: Context,
         precision: Precision,
-    ) -> Result<Self, ModelError> {
+        packed_cache_dir: Option<&Path>,
+    ) -> Result<(Self, CacheNews), ModelError> {
         let spec = checkpoint.spec.clone();
         let loader = Loader::new(checkpoint, quantization);
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
-        let matrix = |key: &MatrixKey| match key.parts.is_empty() {
-            true => Ok(None),
-            false => loader.matrix(key, &context).map(Some),
-        };
-        // The largest first: while it is packed it is in memory twice, beside nothing else.
-        let mut order: Vec<usize> = (0..program.matrices.len()).collect();
-        order.sort_by_key(|&index| Reverse(program.matrices[index].weights()));
-        let mut matrices: Vec<Option<Matrix>> = program.matrices.iter().map(|_| None).collect();
-        for index in order {
-            matrices[index] = matrix(&program.matrices[index])?;
-        }
+        let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;
+        let Weights { matrices, embedding } = weights;
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
-        let embedding = match tied_head(&spec, &program) {
-            Some(matrix) => LookupTable::Packed { matrix },
-            None => lookup(&loader, &context, Role::Embedding, spec.vocabulary)?,
-        };
         let positions = match spec.arch.positions {
-            Positions::Learned => Some(lookup(&loader, &context, Role::Position, spec.max_positions)?),
+            Positions::Learned => {
+                Some(LookupTable::load(&loader, &context, Role::Position, spec.max_positions)?)
+            }
             Positions::Rope(_) => None,
         };
         loader.check_all_read()?;
         let ropes = spec.ropes.iter().map(RopeTable::new).collect();
-        Ok(Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions })
+        let own = Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions };
+        Ok((own, news))
     }
 
     /// Bytes of all weights in memory.
@@ -278,21 +239,4 @@ impl Interpreter {
             attention(&self.context, &parameters, cache, index, &sequences, queries, output, scratch);
         });
     }
-}
-
-fn lookup(
-    loader: &Loader<'_>,
-    context: &Context,
-    role: Role,
-    rows: usize,
-) -> Result<LookupTable, ModelError> {
-    let table = loader.table(role, rows, context)?;
-    let row_bytes = table.row_bytes();
-    Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
-}
-
-/// The matrix of the head, if it is the embedding too.
-pub(crate) fn tied_head(spec: &ModelSpec, program: &Program) -> Option<usize> {
-    let is_head = |key: &MatrixKey| key.parts.len() == 1 && key.parts[0].role == Role::Head;
-    if spec.tied { program.matrices.iter().position(is_head) } else { None }
 }

@@ -16,6 +16,7 @@
 
 mod arch;
 mod batch;
+mod biases;
 mod blueprint;
 mod checkpoint;
 mod config;
@@ -30,9 +31,11 @@ mod gguf;
 mod interpreter;
 mod kv;
 mod layers;
+mod loading;
 mod memory;
 mod names;
 mod packed;
+mod packed_cache;
 mod places;
 mod program;
 mod quantization;
@@ -51,6 +54,7 @@ pub use error::ModelError;
 pub use export::{ExportOptions, export};
 pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
 pub use kv::{KvPage, KvTypes};
+pub use packed_cache::PackedCacheUse;
 pub use program::{Buffer, MatrixKey, Program, VectorKey};
 pub use quantization::{QUANTIZATIONS, Quantization};
 pub use rope::{RopeScaling, RopeSpec};

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 
 use infer_kernels::{Context, Format, KernelError, PackedMatrix, dequantize, round_rows};
 
+pub(crate) use crate::biases::joined_bias;
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
@@ -45,10 +46,15 @@ impl Table<'_> {
 pub(crate) struct Source<'a> {
     pub table: Table<'a>,
     rows: Vec<usize>,
-    bias: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
 }
 
 impl Source<'_> {
+    /// How many rows it has.
+    pub fn outputs(&self) -> usize {
+        self.rows.len()
+    }
+
     /// The bytes of each row, in the order of outputs.
     pub fn rows(&self) -> impl Iterator<Item = &[u8]> {
         let width = self.table.row_bytes();
@@ -93,6 +99,11 @@ impl<'a> Loader<'a> {
     pub fn new(checkpoint: &'a Checkpoint, quantization: Option<&'static Quantization>) -> Self {
         let read = RefCell::default();
         Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names, quantization }
+    }
+
+    /// How weights are rounded.
+    pub fn quantization(&self) -> Option<&'static Quantization> {
+        self.quantization
     }
 
     /// The format that a weight of this role has in memory.
@@ -272,33 +283,8 @@ impl<'a> Loader<'a> {
             let (name, found) = (tensor.info.name.clone(), tensor.info.shape.clone());
             return Err(ModelError::Shape { name, found, expected: format!("more than {row} rows") });
         }
-        let bias = self.bias(key, &part.name, total)?.map(|all| chosen.iter().map(|row| all[*row]).collect());
+        let bias = self.chosen_bias(key, &part, &chosen)?;
         Ok(Source { table, rows: chosen, bias })
-    }
-
-    /// The bias beside a weight; there must be one exactly if the configuration says so. (GGUF metadata do not say.)
-    fn bias(&self, key: &WeightKey, name: &str, total: usize) -> Result<Option<Vec<f32>>, ModelError> {
-        let biases = self.spec.biases;
-        let wanted = match key.role {
-            Role::Query | Role::Key | Role::Value => biases.qkv,
-            Role::Output => biases.output,
-            Role::Gate | Role::Up | Role::Down => biases.mlp,
-            _ => false,
-        };
-        let name = format!("{name}.bias");
-        let found = match wanted || self.checkpoint.is_gguf() {
-            true => self.tensor(&name),
-            false => None, // if there is one, check_all_read refuses it
-        };
-        let Some(tensor) = found else {
-            let missing = wanted && !self.checkpoint.is_gguf();
-            return if missing { Err(ModelError::MissingTensor { name }) } else { Ok(None) };
-        };
-        if tensor.info.shape[..] != [total] {
-            let (found, expected) = (tensor.info.shape.clone(), format!("{total} values"));
-            return Err(ModelError::Shape { name, found, expected });
-        }
-        values(tensor).map(Some)
     }
 
     fn table_of(
@@ -356,14 +342,6 @@ pub(crate) fn unroundable(table: &Table<'_>, target: Format, error: KernelError)
         None => quantization::unsuitable(table.name, &[rows, table.columns], target),
         Some(_) => ModelError::Quantization(format!("quantization: tensor `{}`: {error}", table.name)),
     }
-}
-
-/// The biases of a matrix's parts, zeros for parts that have none; none if no part has one.
-pub(crate) fn joined_bias(sources: &[Source<'_>]) -> Option<Vec<f32>> {
-    sources.iter().any(|source| source.bias.is_some()).then(|| {
-        let zeros = |source: &Source<'_>| vec![0.0; source.rows.len()];
-        sources.iter().flat_map(|source| source.bias.clone().unwrap_or_else(|| zeros(source))).collect()
-    })
 }
 
 /// All values of a tensor as f32.

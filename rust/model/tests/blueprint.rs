@@ -118,6 +118,7 @@ fn backends_do_not_share_pages() {
         mmap: true,
         kv_types: KvTypes::all(KvElement::F32),
         quantization: None,
+        packed_cache_dir: None,
     };
     let cpu = CpuModel::load(&golden("llama"), &options).expect("a golden model");
     let model = open("llama", PlainType::F32);

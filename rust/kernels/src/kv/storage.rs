@@ -15,14 +15,17 @@ pub(super) struct Storage {
 }
 
 impl Storage {
-    /// `None` if the size is beyond the address space or the system refuses.
-    pub fn zeroed(bytes: usize) -> Option<Storage> {
+    /// Large pages are asked for after the first `small` bytes. `None` if the size is beyond the address space or the system refuses.
+    pub fn zeroed(bytes: usize, small: usize) -> Option<Storage> {
         // The standard allocator only asks the system for lazily zeroed memory at ordinary alignments; for larger ones it
         // writes the zeros itself, which would touch every page of the cache. So the alignment is made by hand.
         let layout = Layout::from_size_align(bytes.checked_add(ALIGNMENT)?, 16).ok()?;
         // SAFETY: the layout's size is not zero.
         let allocation = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        advise_huge_pages(allocation.as_ptr(), layout.size());
+        if small < bytes {
+            // SAFETY: inside the allocation.
+            advise_huge_pages(unsafe { allocation.as_ptr().add(small) }, bytes - small);
+        }
         let skip = allocation.as_ptr().align_offset(ALIGNMENT);
         Some(Storage { allocation, layout, skip })
     }

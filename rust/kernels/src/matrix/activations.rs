@@ -9,11 +9,16 @@ use super::bfloat::Pair;
 use super::buffer::Growing;
 use super::tiled::{PairLine, RoundTile};
 use crate::rows::SharedSlice;
-use crate::simd::{Kernel, LANES, Simd, TILE_ROWS};
+use crate::simd::TILE_ROWS;
 use crate::{Context, Isa, Rows};
 
+mod quantize;
 #[cfg(test)]
 mod tests;
+
+use quantize::QuantizeTile;
+#[cfg(test)]
+pub(crate) use quantize::round_ref;
 
 /// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest. Rows that this one
 /// has too many are zeros.
@@ -289,118 +294,4 @@ fn interleave<V: Value, const WIDTH: usize>(input: Rows<'_>, tiles: Tiles, tile:
         }
         slots.for_each(|slot| slot[lane] = V::default());
     }
-}
-
-struct QuantizeTile<'a> {
-    input: Rows<'a>,
-    tiles: Tiles,
-    tile: usize,
-    rounding: Rounding,
-    bytes: &'a mut [[u8; GROUP]],
-    scales: &'a mut [f32],
-    offsets: &'a mut [i32],
-    totals: &'a mut [f32],
-}
-
-impl Kernel for QuantizeTile<'_> {
-    type Output = ();
-    const MULTIPLIES_BYTES: bool = false;
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let (width, rows) = (self.tiles.width(self.tile), self.tiles.rows(self.tile));
-        for lane in 0..rows {
-            let row = self.input.row(self.tiles.first(self.tile) + lane).as_chunks::<GROUP>().0;
-            for (span, groups) in row.chunks_exact(self.rounding.span).enumerate() {
-                let (scale, inverse) = scale_of(simd, groups);
-                self.scales[span * width + lane] = scale;
-                for (index, values) in groups.iter().enumerate() {
-                    let group = span * self.rounding.span + index;
-                    let at = group * width + lane;
-                    let sums = quantize_group(simd, values, inverse, &mut self.bytes[at]);
-                    if self.rounding.halves {
-                        self.sums(simd, 2 * group * width + lane, sums.0);
-                        self.sums(simd, (2 * group + 1) * width + lane, sums.1);
-                    } else {
-                        self.sums(simd, at, simd.add_i32(sums.0, sums.1));
-                    }
-                }
-            }
-        }
-        for lane in rows..width {
-            self.bytes.iter_mut().skip(lane).step_by(width).for_each(|bytes| *bytes = [0; GROUP]);
-            self.scales.iter_mut().skip(lane).step_by(width).for_each(|scale| *scale = 0.0);
-            self.offsets.iter_mut().skip(lane).step_by(width).for_each(|offset| *offset = 0);
-            self.totals.iter_mut().skip(lane).step_by(width).for_each(|total| *total = 0.0);
-        }
-    }
-}
-
-impl QuantizeTile<'_> {
-    /// Notes what follows from the bytes' sums per lane.
-    #[inline(always)]
-    fn sums<S: Simd>(&mut self, simd: S, at: usize, lanes: S::I32) {
-        let sum = simd.reduce_sum_i32(lanes);
-        self.offsets[at] = self.rounding.weight_offset * sum;
-        if self.rounding.totals {
-            self.totals[at] = sum as f32;
-        }
-    }
-}
-
-/// The scale that makes the greatest magnitude of some groups 127, and what values are multiplied with for it. A NaN or
-/// infinity makes the scale one, so that it reaches the result, and the values zeros; magnitudes below 127 / `f32::MAX` vanish.
-#[inline(always)]
-fn scale_of<S: Simd>(simd: S, groups: &[[f32; GROUP]]) -> (f32, Option<f32>) {
-    let mut magnitudes = simd.splat_i32(0);
-    for (low, high) in groups.iter().map(halves) {
-        // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
-        let (low, high) = (simd.to_bits(simd.abs(simd.load(low))), simd.to_bits(simd.abs(simd.load(high))));
-        magnitudes = simd.max_i32(magnitudes, simd.max_i32(low, high));
-    }
-    let greatest = f32::from_bits(simd.reduce_max_i32(magnitudes) as u32);
-    let inverse = 127.0 / greatest;
-    (greatest / 127.0, (greatest.is_finite() && inverse.is_finite()).then_some(inverse))
-}
-
-/// Rounds 32 values, multiplied with `inverse`, to bytes; the bytes of each half as integers.
-#[inline(always)]
-fn quantize_group<S: Simd>(
-    simd: S,
-    values: &[f32; GROUP],
-    inverse: Option<f32>,
-    bytes: &mut [u8; GROUP],
-) -> (S::I32, S::I32) {
-    let Some(inverse) = inverse else {
-        *bytes = [0; GROUP];
-        return (simd.splat_i32(0), simd.splat_i32(0));
-    };
-    let (low, high) = halves(values);
-    let inverse = simd.splat(inverse);
-    let low = simd.to_i32(simd.mul(simd.load(low), inverse));
-    let high = simd.to_i32(simd.mul(simd.load(high), inverse));
-    let (mut low_bytes, mut high_bytes) = ([0; LANES], [0; LANES]);
-    simd.store_low_bytes(low, &mut low_bytes);
-    simd.store_low_bytes(high, &mut high_bytes);
-    bytes[..LANES].copy_from_slice(&low_bytes);
-    bytes[LANES..].copy_from_slice(&high_bytes);
-    (low, high)
-}
-
-#[inline(always)]
-fn halves(values: &[f32; GROUP]) -> (&[f32; LANES], &[f32; LANES]) {
-    let (low, high) = values.as_chunks::<LANES>().0.split_at(1);
-    (&low[0], &high[0])
-}
-
-/// The oracle of the kernel above: every value rounded to 8 bits, and the scale of its span of groups.
-#[cfg(test)]
-pub(crate) fn round_ref(row: &[f32], span: usize) -> Vec<(f32, f32)> {
-    row.chunks(span * GROUP)
-        .flat_map(|values| {
-            let greatest = values.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
-            let inverse = if greatest > 0.0 { 127.0 / greatest } else { 0.0 };
-            values.iter().map(move |value| ((value * inverse).round_ties_even(), greatest / 127.0))
-        })
-        .collect()
 }

@@ -153,8 +153,24 @@ impl PackedMatrix {
         Ok(matrix)
     }
 
-    /// Memory for a matrix, all zeros.
-    fn empty(format: Format, columns: usize, rows: usize) -> Result<PackedMatrix, KernelError> {
+    /// The version of the compute layouts: to be raised whenever any of them lays the same weights otherwise.
+    pub const LAYOUT_VERSION: u32 = 1;
+
+    /// What it holds, weights and scales: bytes that the same format, sizes and [`PackedMatrix::LAYOUT_VERSION`] give a meaning.
+    pub fn parts(&self) -> [&[u8]; 2] {
+        [self.weights.as_slice(), self.scales.as_slice()]
+    }
+
+    /// The same, to be filled with what [`PackedMatrix::parts`] gave.
+    pub fn parts_mut(&mut self) -> [&mut [u8]; 2] {
+        [self.weights.as_mut_slice(), self.scales.as_mut_slice()]
+    }
+
+    /// Memory for a matrix in `format`, all zeros: to be filled through [`PackedMatrix::parts_mut`].
+    ///
+    /// # Errors
+    /// When memory is refused.
+    pub fn empty(format: Format, columns: usize, rows: usize) -> Result<PackedMatrix, KernelError> {
         let layout = Layout::of(format);
         let panels = rows.div_ceil(LANES);
         let groups = columns.div_ceil(GROUP);

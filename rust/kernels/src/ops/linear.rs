@@ -29,8 +29,8 @@ pub enum Precision {
 
 /// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits; and so where halves of
 /// groups have their own scales. Measured at the shapes of a 1B Llama: `examples/matrix_unit_speed.rs`.
-const TILED_ROWS: usize = 16;
-const TILED_ROWS_OF_HALVES: usize = 32;
+const TILED_ROWS: usize = 32;
+const TILED_ROWS_OF_HALVES: usize = 64;
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

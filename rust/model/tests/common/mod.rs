@@ -17,6 +17,7 @@ pub fn exact(threads: usize) -> LoadOptions {
         mmap: true,
         kv_types: KvTypes::all(KvElement::F32),
         quantization: None,
+        packed_cache_dir: None,
     }
 }
 

@@ -195,13 +195,13 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
         let mut own = if begins { [simd.splat(0.0); TILE_ROWS] } else { load(simd, inner) };
         for (part, exact) in parts.zip(exact.iter().step_by(step)) {
             let scale = simd.load(&self.integers.scales[part / PARTS][part % PARTS]);
-            for t in 0..TILE_ROWS {
-                own[t] = simd.mul_add(simd.to_f32(simd.load_i32(&exact.0[t])), scale, own[t]);
+            for (own, exact) in own.iter_mut().zip(&exact.0) {
+                *own = simd.mul_add(simd.to_f32(simd.load_i32(exact)), scale, *own);
             }
             if MINIMA {
                 let minimum = simd.load(&self.integers.minima[part / PARTS][part % PARTS]);
-                for t in 0..TILE_ROWS {
-                    own[t] = simd.mul_add(minimum, simd.splat(self.totals(part)[t]), own[t]);
+                for (own, &total) in own.iter_mut().zip(self.totals(part)) {
+                    *own = simd.mul_add(minimum, simd.splat(total), *own);
                 }
             }
         }
@@ -223,8 +223,8 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
     ) {
         let mut whole = [simd.splat_i32(0); TILE_ROWS];
         for (part, exact) in parts.zip(exact.iter().step_by(step)) {
-            for t in 0..TILE_ROWS {
-                whole[t] = simd.add_i32(whole[t], simd.load_i32(&exact.0[t]));
+            for (whole, exact) in whole.iter_mut().zip(&exact.0) {
+                *whole = simd.add_i32(*whole, simd.load_i32(exact));
             }
             if (part + 1).is_multiple_of(self.span) {
                 let scale = simd.load(&self.integers.scales[part][0]);
@@ -264,15 +264,15 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
 #[inline(always)]
 fn load<S: Simd>(simd: S, sums: &TileSums<f32>) -> [S::F32; TILE_ROWS] {
     let mut vectors = [simd.splat(0.0); TILE_ROWS];
-    for t in 0..TILE_ROWS {
-        vectors[t] = simd.load(&sums.0[t]);
+    for (vector, sums) in vectors.iter_mut().zip(&sums.0) {
+        *vector = simd.load(sums);
     }
     vectors
 }
 
 #[inline(always)]
 fn store<S: Simd>(simd: S, vectors: [S::F32; TILE_ROWS], sums: &mut TileSums<f32>) {
-    for t in 0..TILE_ROWS {
-        simd.store(vectors[t], &mut sums.0[t]);
+    for (vector, sums) in vectors.into_iter().zip(&mut sums.0) {
+        simd.store(vector, sums);
     }
 }
