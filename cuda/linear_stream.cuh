@@ -33,6 +33,9 @@
 #ifndef RESIDENT
 #define RESIDENT 0
 #endif
+#ifndef RING
+#define RING 2 // steps of input that are under way, where it is not resident: 1, 2 or 4, up to DEPTH
+#endif
 #ifndef GROUPED
 #define GROUPED 0 // 1: 8-bit weights have a scale for each row and STEP columns, not one for the row
 #endif
@@ -67,8 +70,8 @@ struct Product {
 constexpr int TEAMS = 16 / WARPS;
 constexpr int EIGHTS = STEP / 8;                               // 16 bytes of an input row each, in a step
 constexpr int AT_ONCE = WARP / EIGHTS;                         // tokens that a warp copies at once
-constexpr int RING = TOKENS * STEP > 1024 ? 2 : DEPTH;         // steps of input that are under way, where it is not resident
 constexpr int SLOT = TOKENS * STEP * 2;                        // bytes of a step in the ring
+static_assert(DEPTH % RING == 0, "a step's slot follows from its place in the ring of weights");
 static_assert(RESIDENT || !NORM, "only resident rows are normalised");
 
 // Eight input values of a token times the norm's factors, and their squares added up.

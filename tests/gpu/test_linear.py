@@ -75,3 +75,18 @@ def test_streamed_rows_do_not_depend_on_company() -> None:
         alone.append((first, gpu.read(output)))
     for first, result in alone[1:]:
         assert (result == alone[0][1][first : first + len(result)]).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "e4m3 by 128"])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_little_shared_memory(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs whose blocks get 99 KiB: long rows of the input are brought by rings, the shorter the more rows there are."""
+    gpu, shape = device(), (272, 11008)
+    monkeypatch.setattr(gpu.kernels, "shared_limit", 101376)
+    x, w, group = normal(rows, shape[1]), normal(*shape) / 8, 128 if "128" in kind else shape[1]
+    scales = abs(normal(shape[0], -(-shape[1] // group))) + 0.5
+    more = {"scales": gpu.vector(scales), "group": group} if kind != "bf16" else {}
+    weight, output = gpu.weight(w, kind.split()[0], **more), gpu.blank(rows, shape[0], "f32")
+    gpu.ops.linear(gpu.rows(x, "bf16"), output, weight)
+    exact = rounded(w, kind.split()[0]) * (scales.repeat(group, 1)[:, : shape[1]] if more else 1.0)
+    assert error(gpu.read(output), rounded(x, "bf16") @ exact.T) < 2e-5

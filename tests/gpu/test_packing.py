@@ -189,3 +189,14 @@ def test_k_quants(name: str, rows: int, shape: tuple[int, int], dtype: str) -> N
     few = gpu.blank(rows, shape[0], "f32")
     gpu.ops.linear(gpu.rows(x, dtype), few, weight)
     assert error(gpu.read(few), rounded(x, dtype) @ exact.T) < (2e-5 if rows <= 96 or dtype == "f32" else TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_little_shared_memory(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs whose blocks get 99 KiB."""
+    gpu, x, parts = device(), normal(rows, 11008), random_parts(272, 11008, kind)
+    monkeypatch.setattr(gpu.kernels, "shared_limit", 101376)
+    output = gpu.blank(rows, 272, "f32")
+    gpu.ops.linear(gpu.rows(x, "bf16"), output, put(gpu, parts, kind))
+    assert error(gpu.read(output), rounded(x, "bf16") @ values_of(*parts).astype(np.float64).T) < 2e-5

@@ -204,13 +204,15 @@ class LinearOperations(AttentionOperations):
         units = -(-weight.rows // 16)
         warps = stream_warps(units, weight.row_bytes, processors)
         tokens = 8 if rows <= 8 else 16
-        resident = stream_shared_bytes(warps, tokens, weight, rows)
-        is_resident = resident <= self.kernels.shared_limit
-        shared = resident if is_resident else stream_shared_bytes(warps, tokens, weight)
+        limit = self.kernels.shared_limit
+        shared, ring = stream_shared_bytes(warps, tokens, weight, rows), 0
+        if shared > limit:
+            ring = next((ring for ring in stream_rings(tokens, weight) if ring_bytes(tokens, weight, ring) <= limit), 1)
+            shared = ring_bytes(tokens, weight, ring)
         macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
         macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
-        macros["RESIDENT"] = int(is_resident)
-        return _Launch(macros, min(units, processors), shared, is_resident)
+        macros |= {"RESIDENT": 0, "RING": ring} if ring else {"RESIDENT": 1}
+        return _Launch(macros, min(units, processors), shared, ring == 0)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
@@ -317,10 +319,27 @@ def stream_warps(units: int, row_bytes: int, processors: int) -> int:
     return 16 if row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
 
 
-def stream_shared_bytes(warps: int, tokens: int, weight: Weight, rows: int = 0) -> int:
-    """Return the bytes of sums and input rows, as in cuda/linear_stream.cuh: with ``rows`` all of so many, else the rings."""
-    step = 64 if weight.type == "bf16" else 128
-    sums = 16 * tokens * 4 + 2 * 16 * 16 * (tokens + 1) * 4
-    if rows:
-        return sums + -(-weight.columns // (step * warps)) * warps * rows * step * 2
-    return sums + 16 * (2 if tokens * step > 1024 else 4) * tokens * step * 2
+def stream_shared_bytes(warps: int, tokens: int, weight: Weight, rows: int) -> int:
+    """Return the bytes of sums and of all input rows, as in cuda/linear_stream.cuh."""
+    step = stream_step(weight)
+    return sum_bytes(tokens) + -(-weight.columns // (step * warps)) * warps * rows * step * 2
+
+
+def ring_bytes(tokens: int, weight: Weight, ring: int) -> int:
+    """Return the bytes of sums and of the warps' rings of input rows."""
+    return sum_bytes(tokens) + 16 * ring * tokens * stream_step(weight) * 2
+
+
+def sum_bytes(tokens: int) -> int:
+    """Return the bytes of the squares and sums of 16 warps."""
+    return 16 * tokens * 4 + 2 * 16 * 16 * (tokens + 1) * 4
+
+
+def stream_step(weight: Weight) -> int:
+    """Return the columns of a step."""
+    return 64 if weight.type == "bf16" else 128
+
+
+def stream_rings(tokens: int, weight: Weight) -> tuple[int, ...]:
+    """Return how many steps of input may be under way, the fastest first: no more than of weights."""
+    return (2, 1) if tokens * stream_step(weight) > 1024 or weight.type == "int8" else (4, 2, 1)
