@@ -56,8 +56,7 @@ class LLM(Sessions):
     max_num_seqs
         How many completions run at once; more of them wait. None is 64, and 256 on a GPU.
     max_num_batched_tokens
-        How many tokens one step computes at most: smaller steps let short requests overtake long prompts sooner. None is 512, and
-        8192 on a GPU.
+        How many tokens one step computes at most; fewer let short requests overtake long ones. None is 512, and 8192 on a GPU.
     enable_prefix_caching
         Compute the common beginning of prompts once.
     kv_cache_dtype
@@ -67,24 +66,21 @@ class LLM(Sessions):
         end. The 8-bit types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in
         accuracy. A draft model gets the same types in all of its layers. A GPU keeps no "int8".
     kv_cache_memory_bytes
-        Memory for keys and values; None takes what `max_num_seqs` completions need, within what the machine has free (on a GPU,
-        nine tenths of what its memory has free).
+        Memory for keys and values; None: what `max_num_seqs` completions need, if free (on a GPU, nine tenths of what is free).
     quantization
         Round the weights of a model stored as floats (a safetensors folder, or a GGUF file in F32, F16 or BF16) while loading,
         one tensor after the other: "int8", "int4" (a scale for each 32 weights) or "int4-g128" (one for each 128, smaller and
         less exact). Embedding and output head get 8 bits; norms, biases and the routers of experts stay as they are. None
         computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. A GPU rounds to
-        the same integers and scales, and multiplies them by activations in `dtype`; there is also "fp8" (E4M3, a scale for each
-        row), for matrices outside of experts; the output head stays as it is.
+        the same numbers; there is also "fp8" (E4M3, a scale for each row) for matrices but for experts and the output head.
     seed
         For requests that bring no seed of their own.
     mmap
         Map weight files instead of reading them.
     packed_cache_dir
-        A folder where weights are kept as they were packed for this processor, so that the next load of the same model only reads
-        them. With `quantization`, whose rounding then happens once, this is worth disk space of about the weights' size in memory
-        for each model; without it packing is hardly slower than reading. A file that is damaged, or of another version of the
-        model or this package, is written again; any may be deleted at any time. Not on a GPU.
+        A folder where weights are kept as they were packed for this processor, of about their size in memory: the next load of
+        the model reads them, and `quantization` rounds once; without that, packing is hardly slower than reading. Damaged and
+        outdated files are written again. Not on a GPU.
     max_waiting
         How many requests may wait for their first step; None is any number.
     when_full
@@ -107,10 +103,9 @@ class LLM(Sessions):
     trace
         Keep a journal of requests' lives; see `trace_events`.
     enforce_eager
-        On a GPU, launch every kernel of every step by itself instead of replaying captured graphs: slower, and the same bits.
+        On a GPU, launch every kernel by itself instead of replaying captured graphs: slower, and the same bits.
     deterministic
-        On a GPU, compute every request with the same bits whatever is computed beside it, as the CPU always does: slower, README
-        "GPU" tells by how much.
+        On a GPU, the same bits for a request whatever is computed beside it, as always on the CPU; README "GPU" has the price.
     revision, token, cache_dir, local_files_only
         For hub ids only: branch, tag or commit; access token; where downloads are kept; never use the network.
 

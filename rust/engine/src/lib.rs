@@ -10,6 +10,9 @@
 //! }
 //! ```
 //!
+//! A device that works by itself and draws tokens itself gets the next step, [`Core::next_ahead`], before the one in flight is committed, as
+//! long as that can be planned without its tokens.
+//!
 //! [`Driver`] runs that loop on a thread of its own for any [`Device`] and hands events to waiting threads.
 //! A token's logits are a function of its own sequence alone (the device's law), and every draw is keyed by (seed, position)
 //! (the sampler's law), so scheduling, sharing, preemption and neighbours never change a request's tokens.
