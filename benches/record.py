@@ -39,8 +39,11 @@ def machine() -> dict[str, Any]:
     wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Names may not tell generations apart: "AMD EPYC" is family 25, model 17 for Zen 4, family 26 for Zen 5.
+    generation = [int(fields[key]) if fields.get(key, "").isdigit() else None for key in ("cpu family", "model")]
     return {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "family_and_model": generation,
         "cores": os.cpu_count(),
         "instructions": [flag for flag in wanted if flag in flags],
         "memory_bytes": memory,
