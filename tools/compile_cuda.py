@@ -85,6 +85,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
     + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"])
     + packed(choices(TOKENS=[8, 16], RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], **NORMED)),
+    "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
