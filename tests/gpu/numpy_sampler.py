@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,11 @@ def changed(logits: NDArray[Any], draw: Any, words: int, chosen: NDArray[Any]) -
     return logits
 
 
-def drawn(logits: NDArray[Any], draw: Any) -> int:
+def drawn(logits: NDArray[Any], draw: Any, exponential: Callable[[NDArray[Any]], NDArray[Any]] = np.exp) -> int:
     """The largest logit at an inverse temperature of 0; else a token by inverting the cumulative distribution of what is left."""
     if draw["inverse"] == 0:
         return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) * draw["inverse"]).astype(np.float64)
+    weights = exponential((logits - logits.max()) * draw["inverse"]).astype(np.float64)
     weights[weights < draw["min_p"]] = 0
     order = np.lexsort((np.arange(len(weights)), -weights))
     if draw["top_k"]:

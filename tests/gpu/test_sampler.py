@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from device import device
 from numpy.typing import NDArray
-from numpy_sampler import CHANGE, DRAW, changed, uniform
+from numpy_sampler import CHANGE, DRAW, changed, drawn
 
 from infer.gpu.arrays import LOGPROB_VALUES, Draws
 
@@ -42,18 +42,7 @@ def expected_token(logits: NDArray[Any], draw: Any) -> int:
         return -1
     if not np.isfinite(logits.max()):
         return -2
-    if draw["inverse"] == 0:
-        return int(logits.argmax())
-    weights = exponential((logits - logits.max()) * draw["inverse"])
-    weights = np.where(weights < draw["min_p"], F32(0), weights).astype(np.float64)
-    order = np.lexsort((np.arange(len(weights)), -weights))
-    if draw["top_k"]:
-        weights[order[draw["top_k"] :]] = 0
-    if draw["top_p"] < 1:
-        before = np.cumsum(weights[order]) - weights[order]
-        weights[order[before >= draw["top_p"] * weights.sum()]] = 0
-    sums = np.cumsum(weights)
-    return int(np.searchsorted(sums, uniform(int(draw["seed"]), int(draw["position"])) * sums[-1], side="right"))
+    return drawn(logits, draw, exponential)
 
 
 def draws(count: int, **fields: Any) -> NDArray[Any]:
