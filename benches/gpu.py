@@ -1,7 +1,7 @@
-"""Speed on one NVIDIA GPU, with random weights of the Llama 1B and 8B shapes.
+"""Speed on one NVIDIA GPU, with random weights of the Llama 1B, 8B and 70B shapes.
 
-    python benches/gpu.py [--shapes llama-1b llama-8b] [--folder DIR] [--rounds 3] [--eager]
-        [--quantization fp8|int8|int4|int4-g128] [--out FILE.json]
+    python benches/gpu.py [--shapes llama-1b llama-8b llama-70b] [--folder DIR] [--rounds 3] [--eager] [--dummy]
+        [--quantization fp8|int8|int4|int4-g128] [--kv-cache-dtype TYPE] [--out FILE.json]
 
 batch 1:        prompt of 128 tokens, 256 generated; time per token is (T(256) - T(1)) / 255
 64 concurrent:  64 prompts of 512 tokens, 256 generated each; tokens generated over the time of the whole call
@@ -11,7 +11,8 @@ start:          from a path to a model that is ready; and to its first token
 
 Prompts are fresh random token ids, decoding is greedy and ignores the end of text, nothing is shared between prompts; medians of
 `--rounds`. Joules come from the GPU's own counter, over everything it did in the call. Weights are random, which changes
-nothing but the text. Results go to `benches/results/gpu-*.json`.
+nothing but the text; of shapes too large to be written, and with `--dummy` of all, they are made on the GPU
+(`load_format="dummy"`), so that "start" reads nothing. Results go to `benches/results/gpu-*.json`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ SHAPES = {
     "llama-tiny": (256, 2, 4, 2, 512, 64, True),
     "llama-1b": (2048, 16, 32, 8, 8192, 64, True),
     "llama-8b": (4096, 32, 32, 8, 14336, 128, False),
+    "llama-70b": (8192, 80, 64, 8, 28672, 128, False),
 }
+UNWRITTEN = ("llama-70b",)  # of 141 GB
 WEIGHT_BYTES = {None: (2, 2), "fp8": (1, 2), "int8": (1.0625, 1.0625), "int4": (0.5625, 1.0625), "int4-g128": (0.515625, 1.0625)}
 """Bytes of a weight, scales included: of the layers' matrices, and of the head."""
 POOL = 1 << 24  # values that weights are cut from
@@ -97,10 +100,15 @@ def tensors(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "mlp.down_proj.weight", (hidden, inner)
 
 
-def write_model(folder: Path, shape: str) -> None:
-    """Write a folder in Hugging Face layout; weights in bfloat16, pieces of one pool of normal numbers, norms of ones."""
+def write_config(folder: Path, shape: str) -> None:
+    """Write a folder's `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(shape)), encoding="utf-8")
+
+
+def write_model(folder: Path, shape: str) -> None:
+    """Write a folder in Hugging Face layout; weights in bfloat16, pieces of one pool of normal numbers, norms of ones."""
+    write_config(folder, shape)
     values = np.random.default_rng(1).standard_normal(POOL, np.float32) * np.float32(0.02)
     pool = np.concatenate([(values.view(np.uint32) >> 16).astype(np.uint16)] * 2)
     header, end = {}, 0
@@ -200,11 +208,15 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
 
 def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write, load and measure one model."""
-    if not (folder / "model.safetensors").exists():
+    dummy = arguments.dummy or shape in UNWRITTEN
+    if dummy:
+        write_config(folder, shape)
+    elif not (folder / "model.safetensors").exists():
         write_model(folder, shape)
     start = time.perf_counter()
     options: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 4096, "enable_prefix_caching": False}
-    options["quantization"] = arguments.quantization
+    options |= {"quantization": arguments.quantization, "kv_cache_dtype": arguments.kv_cache_dtype}
+    options["load_format"] = "dummy" if dummy else "auto"
     with LLM(folder, device="cuda", enforce_eager=arguments.eager, **options) as llm:
         ready = time.perf_counter()
         llm.generate([{"prompt_token_ids": [100, 200, 300]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
@@ -242,6 +254,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models are written; kept for the next time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization", choices=[name for name in WEIGHT_BYTES if name], help="round weights while loading")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="type of keys and values")
+    parser.add_argument("--dummy", action="store_true", help="write no weights, make them on the GPU")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--out", type=Path, help="where results go instead of benches/results")
     arguments = parser.parse_args()
@@ -250,7 +264,8 @@ def main() -> None:
         for shape in arguments.shapes:
             results[shape] = run(shape, (arguments.folder or Path(scratch)) / shape, arguments)
             print(table(results), flush=True)
-    report = {**origin(), "gpu": gpu_name(), "eager": arguments.eager, "quantization": arguments.quantization, "results": results}
+    report = {**origin(), "gpu": gpu_name(), "eager": arguments.eager, "quantization": arguments.quantization}
+    report |= {"kv_cache_dtype": arguments.kv_cache_dtype, "results": results}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:

@@ -23,16 +23,19 @@ DEVICE void merge(Running &into, const Running &more) {
     for (int i = 0; i < PER_LANE; i++) into.sums[i] = into.sums[i] * a + more.sums[i] * b;
 }
 
-// One head of a token, by a warp. `offset` gives a dimension's place in the page.
-template <class E, class Offset>
+// One head of a token, by a warp. `offset` gives a dimension's place in the page; SIZE dimensions share a scale.
+template <int SIZE, class E, class Offset>
 DEVICE void read(const E *pages, const float *scales, int slot, int kv_head, int kv_heads, int lane, Offset offset,
                  float (&values)[PER_LANE]) {
-    const float scale = sizeof(E) == 1 ? scales[scale_index(slot, kv_head, kv_heads)] : 1.0f;
+    constexpr int groups = (HEAD_DIM + SIZE - 1) / SIZE;
     const E *page = pages + page_index(slot / PAGE_TOKENS, kv_head, kv_heads);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int column = lane + i * WARP;
-        values[i] = column < HEAD_DIM ? scale * to_float(page[offset(slot % PAGE_TOKENS, column)]) : 0.0f;
+        values[i] = 0.0f;
+        if (column >= HEAD_DIM) continue;
+        const float scale = sizeof(E) == 1 ? scales[scale_index(slot, kv_head, kv_heads, groups, column / SIZE)] : 1.0f;
+        values[i] = scale * to_float(page[offset(slot % PAGE_TOKENS, column)]);
     }
 }
 
@@ -62,13 +65,13 @@ KERNEL attention(const T *queries, T *output, const KEY_TYPE *keys, const VALUE_
         const int page = page_table[size_t(sequence) * page_stride + j / PAGE_TOKENS];
         const int slot = page * PAGE_TOKENS + j % PAGE_TOKENS;
         float key[PER_LANE], dot = 0.0f;
-        read(keys, key_scales, slot, kv_head, kv_heads, lane, key_offset<KEY_TYPE>, key);
+        read<KEY_GROUP>(keys, key_scales, slot, kv_head, kv_heads, lane, key_offset<KEY_TYPE>, key);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) dot = fmaf(query[i], key[i], dot);
         float score = warp_sum(dot) * scale;
         if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
         Running one = {score, 1.0f, {}};
-        read(values, value_scales, slot, kv_head, kv_heads, lane, value_offset<VALUE_TYPE>, one.sums);
+        read<HEAD_DIM>(values, value_scales, slot, kv_head, kv_heads, lane, value_offset<VALUE_TYPE>, one.sums);
         merge(own, one);
     }
     partial[warp][lane] = own;

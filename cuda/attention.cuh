@@ -39,9 +39,17 @@ constexpr int DIM_TILES = HEAD_DIM / 16;
 constexpr int PAGE_BYTES_OF_KEYS = PAGE_TOKENS * HEAD_DIM * sizeof(KEY_TYPE);
 constexpr int PAGE_BYTES_OF_VALUES = PAGE_TOKENS * HEAD_DIM * sizeof(VALUE_TYPE);
 
-// The keys of step `step` of a read: two registers of neighbouring pairs of dimensions.
-DEVICE void key_step(const uint4 &words, int step, u32 &first, u32 &second) {
-    if constexpr (sizeof(KEY_TYPE) == 1) {
+// Whether scores are to be multiplied by the keys' scales; scales of integers are part of the operand.
+constexpr bool SCALED_SCORES = sizeof(KEY_TYPE) == 1 && !IS_INTEGER<KEY_TYPE>;
+
+// Where the scale of a read of integers is, among the scales of a page's part: lane t's 16 dimensions of a unit share one.
+DEVICE int key_scale_place(int unit, int t, int token) { return (unit * 2 + t / 2) * PAGE_TOKENS + token; }
+
+// The keys of step `step` of a read: two registers of neighbouring pairs of dimensions. Only integers are multiplied by the scale.
+DEVICE void key_step(const uint4 &words, int step, float scale, u32 &first, u32 &second) {
+    if constexpr (IS_INTEGER<KEY_TYPE>) {
+        expand_integers(word_of(words, step), scale, first, second);
+    } else if constexpr (sizeof(KEY_TYPE) == 1) {
         expand_e4m3(word_of(words, step), first, second);
     } else {
         first = word_of(words, 2 * step), second = word_of(words, 2 * step + 1);
@@ -50,7 +58,10 @@ DEVICE void key_step(const uint4 &words, int step, u32 &first, u32 &second) {
 
 // The values of tile `tile` of a read: for two dimensions, the tokens of the first and of the second 8 rows.
 DEVICE void value_tile(const uint4 &words, int tile, u32 (&first)[2], u32 (&second)[2]) {
-    if constexpr (sizeof(VALUE_TYPE) == 1) {
+    if constexpr (IS_INTEGER<VALUE_TYPE>) {
+        expand_integers(word_of(words, 2 * tile), 1.0f, first[0], first[1]);
+        expand_integers(word_of(words, 2 * tile + 1), 1.0f, second[0], second[1]);
+    } else if constexpr (sizeof(VALUE_TYPE) == 1) {
         expand_e4m3(word_of(words, 2 * tile), first[0], first[1]);
         expand_e4m3(word_of(words, 2 * tile + 1), second[0], second[1]);
     } else {

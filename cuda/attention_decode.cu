@@ -25,7 +25,7 @@ constexpr int THREADS = WARPS * WARP;
 
 struct Page {
     uint4 keys[KEY_UNITS][2], values[VALUE_UNITS];
-    float key_scales[2], value_scales[2];
+    float key_scales[IS_INTEGER<KEY_TYPE> ? KEY_UNITS : 1][2], value_scales[2];
 };
 
 struct Running {
@@ -54,9 +54,17 @@ struct Pages {
             page.keys[unit][0] = load_stream(from + unit * 1024 + lower_token(g) * 64, policy);
             page.keys[unit][1] = load_stream(from + unit * 1024 + upper_token(g) * 64, policy);
         }
-        if constexpr (sizeof(KEY_TYPE) == 1) {
-            page.key_scales[0] = key_scales[index * PAGE_TOKENS + lower_token(g)];
-            page.key_scales[1] = key_scales[index * PAGE_TOKENS + upper_token(g)];
+        if constexpr (SCALED_SCORES) {
+            page.key_scales[0][0] = key_scales[index * PAGE_TOKENS + lower_token(g)];
+            page.key_scales[0][1] = key_scales[index * PAGE_TOKENS + upper_token(g)];
+        }
+        if constexpr (IS_INTEGER<KEY_TYPE>) {
+            const float *own = key_scales + index * KEY_SCALES * PAGE_TOKENS;
+#pragma unroll
+            for (int unit = 0; unit < KEY_UNITS; unit++) {
+                page.key_scales[unit][0] = own[key_scale_place(unit, t, lower_token(g))];
+                page.key_scales[unit][1] = own[key_scale_place(unit, t, upper_token(g))];
+            }
         }
     }
 
@@ -83,15 +91,16 @@ DEVICE void weigh(const Page &page, const u32 (&query)[PARTS][HEAD_DIM / 8], con
 #pragma unroll
             for (int step = 0; step < KEY_STEPS; step++) {
                 u32 a[4];
-                key_step(page.keys[unit][0], step, a[0], a[2]);
-                key_step(page.keys[unit][1], step, a[1], a[3]);
+                const float(&scales)[2] = page.key_scales[IS_INTEGER<KEY_TYPE> ? unit : 0];
+                key_step(page.keys[unit][0], step, scales[0], a[0], a[2]);
+                key_step(page.keys[unit][1], step, scales[1], a[1], a[3]);
                 const int at = (unit * KEY_STEPS + step) * 2;
                 mma(s, a[0], a[1], a[2], a[3], query[part][at], query[part][at + 1]);
             }
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            s[i] = score(sizeof(KEY_TYPE) == 1 ? s[i] * page.key_scales[i / 2] : s[i]);
+            s[i] = score(SCALED_SCORES ? s[i] * page.key_scales[0][i / 2] : s[i]);
             const int position = begin + (i < 2 ? lower_token(g) : upper_token(g));
             if (masked && !score.visible(position, part * 8 + 2 * t + i % 2)) s[i] = -INFINITE;
         }

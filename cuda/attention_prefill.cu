@@ -21,7 +21,7 @@ constexpr int EACH = HEAD_DIM / 8 / KEY_UNITS; // registers of a query's operand
 
 struct Stage {
     u8 keys[PAGES][PAGE_BYTES_OF_KEYS], values[PAGES][PAGE_BYTES_OF_VALUES];
-    float key_scales[PAGES][PAGE_TOKENS], value_scales[PAGES][PAGE_TOKENS];
+    float key_scales[PAGES][KEY_SCALES * PAGE_TOKENS], value_scales[PAGES][PAGE_TOKENS];
 };
 
 struct Source {
@@ -41,10 +41,11 @@ struct Source {
             for (int i = threadIdx.x * 16; i < PAGE_BYTES_OF_VALUES; i += THREADS * 16) {
                 copy_16(stage.values[page] + i, values + index * PAGE_BYTES_OF_VALUES + i);
             }
-            if (threadIdx.x < PAGE_TOKENS) {
-                const size_t at = index * PAGE_TOKENS + threadIdx.x;
-                if (sizeof(KEY_TYPE) == 1) copy_4(&stage.key_scales[page][threadIdx.x], key_scales + at);
-                if (sizeof(VALUE_TYPE) == 1) copy_4(&stage.value_scales[page][threadIdx.x], value_scales + at);
+            if (sizeof(KEY_TYPE) == 1 && threadIdx.x < KEY_SCALES * PAGE_TOKENS) {
+                copy_4(&stage.key_scales[page][threadIdx.x], key_scales + index * KEY_SCALES * PAGE_TOKENS + threadIdx.x);
+            }
+            if (sizeof(VALUE_TYPE) == 1 && threadIdx.x < PAGE_TOKENS) {
+                copy_4(&stage.value_scales[page][threadIdx.x], value_scales + index * PAGE_TOKENS + threadIdx.x);
             }
         }
         end_group();
@@ -99,10 +100,11 @@ struct Warp {
             for (int i = 0; i < PAGES * 2; i++) {
                 const int token = i % 2 ? upper_token(g) : lower_token(g);
                 const uint4 words = *reinterpret_cast<const uint4 *>(stage.keys[i / 2] + unit * 1024 + token * 64 + t * 16);
+                const float scale = IS_INTEGER<KEY_TYPE> ? stage.key_scales[i / 2][key_scale_place(unit, t, token)] : 1.0f;
 #pragma unroll
                 for (int step = 0; step < KEY_STEPS; step++) {
                     u32 b0, b1;
-                    key_step(words, step, b0, b1);
+                    key_step(words, step, scale, b0, b1);
 #pragma unroll
                     for (int tile = 0; tile < ROW_TILES; tile++) {
                         u32(&q)[2][EACH] = operands[tile];
@@ -115,7 +117,7 @@ struct Warp {
 
     // Finishes scores: the keys' scales, the soft cap, and minus infinity for what a row does not see.
     DEVICE void finish(const Stage &stage, Scores &scores, const Score &score, int begin, int end, bool masked) const {
-        if (sizeof(KEY_TYPE) > 1 && !SOFTCAP && !masked) return;
+        if (!SCALED_SCORES && !SOFTCAP && !masked) return;
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; tile++) {
 #pragma unroll
@@ -123,7 +125,7 @@ struct Warp {
                 const int page = i / 8, half = i / 4 % 2, column = 2 * t + i % 2;
                 const int token = half ? upper_token(column) : lower_token(column), position = begin + page * PAGE_TOKENS + token;
                 float &s = scores[tile][page][half][i % 4];
-                if (sizeof(KEY_TYPE) == 1) s *= stage.key_scales[page][token];
+                if (SCALED_SCORES) s *= stage.key_scales[page][token];
                 if (SOFTCAP) s = score(s);
                 const int row = first_row + tile * 16 + i / 2 % 2 * 8 + g;
                 if (masked && (position >= end || !score.visible(position, row))) s = -INFINITE;

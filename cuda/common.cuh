@@ -17,6 +17,9 @@ struct f16 {
 struct e4m3 {
     u8 bits;
 };
+struct i8 {
+    u8 bits;
+};
 
 #ifdef INFER_F32
 typedef float T;
@@ -66,6 +69,8 @@ DEVICE float to_float(e4m3 value) {
     return value.bits & 0x80 ? -magnitude : magnitude;
 }
 
+DEVICE float to_float(i8 value) { return float(static_cast<signed char>(value.bits)); }
+
 template <class E> DEVICE E from_float(float value);
 
 template <> DEVICE float from_float<float>(float value) { return value; }
@@ -81,6 +86,9 @@ template <> DEVICE f16 from_float<f16>(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
 }
+
+// The nearest integer from -127 to 127, ties to even, as on the CPU (kv/element.rs).
+template <> DEVICE i8 from_float<i8>(float value) { return i8{u8(int(fminf(fmaxf(rintf(value), -127.0f), 127.0f)))}; }
 
 // The nearest E4M3 number, ties to even, beyond 448 that; 0 for NaN, as on the CPU (kv/e4m3.rs).
 template <> DEVICE e4m3 from_float<e4m3>(float value) {

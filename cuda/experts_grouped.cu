@@ -25,7 +25,7 @@ constexpr int EIGHT_ROWS = OUTPUTS / 8 / ACROSS; // eights of weight rows of a w
 constexpr int STAGES = TILE == 16 ? 4 : 3;
 constexpr int STAGE_BYTES = (TILE + OUTPUTS) * STEP * 2;
 constexpr int SHARE = OUTPUTS * EIGHTS / (WARPS * WARP); // eights of the weights of a step that each thread brings
-static_assert(PACKED || sizeof(WEIGHT) == 2, "weights are bfloat16, and copied, or packed, and unpacked");
+static_assert(CODED || sizeof(WEIGHT) == 2, "weights are bfloat16, and copied, or of few bits, and unpacked");
 
 // members (experts, capacity): entries that chose an expert, ascending; counts (experts). Launch: grid (experts), WARPS warps.
 KERNEL experts_members(const int *chosen, int *members, int *counts, int entries, int capacity) {
@@ -97,7 +97,7 @@ struct Tile {
         return first + min(column + row, outputs - 1);
     }
 
-    // Copies a step's entries, and weights that are not packed, to a stage. What lies beyond the columns becomes zeros.
+    // Copies a step's entries, and weights in bfloat16, to a stage. What lies beyond the columns becomes zeros.
     DEVICE void copy(u8 *stage, int number) const {
         for (int i = threadIdx.x; i < TILE * EIGHTS; i += WARPS * WARP) {
             const int row = i / EIGHTS, at = number * STEP + i % EIGHTS * 8;
@@ -106,7 +106,7 @@ struct Tile {
             copy_16_cached(stage + place(row, i % EIGHTS), input + size_t(entry) * input_stride + (exists ? at : 0), exists);
         }
 #pragma unroll
-        for (int i = threadIdx.x; i < OUTPUTS * EIGHTS && !PACKED; i += WARPS * WARP) {
+        for (int i = threadIdx.x; i < OUTPUTS * EIGHTS && !CODED; i += WARPS * WARP) {
             const int row = i / EIGHTS, at = number * STEP + i % EIGHTS * 8;
             const bool exists = at < matrix.columns;
             const WEIGHT *from = matrix.weight + weight_row(row) * matrix.columns + (exists ? at : 0);
@@ -115,7 +115,7 @@ struct Tile {
         end_group();
     }
 
-    // Reads this thread's share of a step of packed weights.
+    // Reads this thread's share of a step of weights in few bits.
     DEVICE void fetch(Eight (&eights)[SHARE], int number) const {
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
@@ -204,7 +204,7 @@ experts_grouped(const bf16 *input, const int *members, const int *counts, const 
         if (i < steps) tile.copy(stage(i), i);
         else end_group();
     }
-    if (PACKED) {
+    if (CODED) {
         tile.fetch(eights, 0);
         tile.unpack(stage(0), eights, 0);
         tile.fetch(eights, 1);
@@ -215,7 +215,7 @@ experts_grouped(const bf16 *input, const int *members, const int *counts, const 
         const int next = number + STAGES - 1;
         if (next < steps) tile.copy(stage(next), next);
         else end_group();
-        if (PACKED && number + 1 < steps) {
+        if (CODED && number + 1 < steps) {
             tile.unpack(stage(number + 1), eights, number + 1);
             tile.fetch(eights, number + 2);
         }

@@ -6,27 +6,32 @@
 
 constexpr int WARPS = 4;
 
-// Stores one head that lies in shared memory; a warp does it. `scales` is used by 8-bit types only.
-template <class E, class Offset>
+// Stores one head that lies in shared memory; a warp does it. `scales` is used by 8-bit types only, one for each SIZE dimensions.
+template <class E, int SIZE, class Offset>
 DEVICE void store_head(const float *values, E *pages, float *scales, int slot, int kv_head, int kv_heads, int lane, Offset offset) {
-    float factor = 1.0f;
-    if constexpr (sizeof(E) == 1) {
-        float greatest = 0.0f;
-        for (int i = lane; i < HEAD_DIM; i += WARP) greatest = fmaxf(greatest, fabsf(values[i]));
-        greatest = warp_max(greatest);
-        factor = greatest > 0.0f ? 448.0f / greatest : 0.0f;
-        if (lane == 0) scales[scale_index(slot, kv_head, kv_heads)] = greatest / 448.0f;
-    }
+    constexpr int groups = (HEAD_DIM + SIZE - 1) / SIZE;
     E *page = pages + page_index(slot / PAGE_TOKENS, kv_head, kv_heads);
-    for (int i = lane; i < HEAD_DIM; i += WARP) page[offset(slot % PAGE_TOKENS, i)] = from_float<E>(values[i] * factor);
+#pragma unroll
+    for (int group = 0; group < groups; group++) {
+        const int first = group * SIZE + lane, end = min(HEAD_DIM, (group + 1) * SIZE);
+        float factor = 1.0f;
+        if constexpr (sizeof(E) == 1) {
+            float greatest = 0.0f;
+            for (int i = first; i < end; i += WARP) greatest = fmaxf(greatest, fabsf(values[i]));
+            greatest = warp_max(greatest);
+            factor = greatest > 0.0f ? GREATEST<E> / greatest : 0.0f;
+            if (lane == 0) scales[scale_index(slot, kv_head, kv_heads, groups, group)] = greatest / GREATEST<E>;
+        }
+        for (int i = first; i < end; i += WARP) page[offset(slot % PAGE_TOKENS, i)] = from_float<E>(values[i] * factor);
+    }
 }
 
 DEVICE void store_key(const float *values, KEY_TYPE *pages, float *scales, int slot, int kv_head, int kv_heads, int lane) {
-    store_head(values, pages, scales, slot, kv_head, kv_heads, lane, key_offset<KEY_TYPE>);
+    store_head<KEY_TYPE, KEY_GROUP>(values, pages, scales, slot, kv_head, kv_heads, lane, key_offset<KEY_TYPE>);
 }
 
 DEVICE void store_value(const float *values, VALUE_TYPE *pages, float *scales, int slot, int kv_head, int kv_heads, int lane) {
-    store_head(values, pages, scales, slot, kv_head, kv_heads, lane, value_offset<VALUE_TYPE>);
+    store_head<VALUE_TYPE, HEAD_DIM>(values, pages, scales, slot, kv_head, kv_heads, lane, value_offset<VALUE_TYPE>);
 }
 
 DEVICE void read_head(const T *from, float *values, int lane) {

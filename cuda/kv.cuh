@@ -1,5 +1,6 @@
 // Where keys and values lie: per layer two arrays (pages, kv_heads, PAGE_TOKENS * HEAD_DIM), one of keys and one of values, whose types
-// may differ. 8-bit types have a scale per token and head beside them, (pages, kv_heads, PAGE_TOKENS) floats.
+// may differ. 8-bit types have a scale per token and head beside them, (pages, kv_heads, PAGE_TOKENS) floats; keys of integers one for each
+// 32 dimensions, (pages, kv_heads, HEAD_DIM / 32, PAGE_TOKENS), as on the CPU: a few dimensions of keys are far greater than others.
 //
 // A page's part for one head is one stretch of memory, so a block that reads one head streams whole pages. Inside it the order is that of
 // the matrix instructions' operands (mma.cuh): 16 bytes that a lane reads are what it needs, so keys and values go from memory into
@@ -21,6 +22,12 @@
 
 constexpr int PAGE_TOKENS = 16; // as rust/kernels/src/kv.rs
 
+template <class E> constexpr bool IS_INTEGER = false;
+template <> constexpr bool IS_INTEGER<i8> = true;
+template <class E> constexpr float GREATEST = IS_INTEGER<E> ? 127.0f : 448.0f; // number of an 8-bit type
+constexpr int KEY_GROUP = IS_INTEGER<KEY_TYPE> && HEAD_DIM > 32 ? 32 : HEAD_DIM; // dimensions that share a scale
+constexpr int KEY_SCALES = (HEAD_DIM + KEY_GROUP - 1) / KEY_GROUP;
+
 template <class E> constexpr int SPAN = 64 / sizeof(E);
 template <class E> constexpr int TOGETHER = 4 / sizeof(E);
 template <class E> constexpr bool ORDERED = sizeof(E) < 4 && HEAD_DIM % SPAN<E> == 0;
@@ -30,8 +37,8 @@ DEVICE size_t page_index(int page, int kv_head, int kv_heads) {
     return (size_t(page) * kv_heads + kv_head) * PAGE_TOKENS * HEAD_DIM;
 }
 
-DEVICE size_t scale_index(int slot, int kv_head, int kv_heads) {
-    return (size_t(slot / PAGE_TOKENS) * kv_heads + kv_head) * PAGE_TOKENS + slot % PAGE_TOKENS;
+DEVICE size_t scale_index(int slot, int kv_head, int kv_heads, int groups, int group) {
+    return ((size_t(slot / PAGE_TOKENS) * kv_heads + kv_head) * groups + group) * PAGE_TOKENS + slot % PAGE_TOKENS;
 }
 
 // Where a dimension of a token lies in its page.

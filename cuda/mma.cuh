@@ -43,3 +43,15 @@ DEVICE void expand_e4m3(u32 word, u32 &even, u32 &odd) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(even) : "r"(a), "r"(power), "r"(zero));
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(odd) : "r"(b), "r"(power), "r"(zero));
 }
+
+// Four integers times a scale as bfloat16: (first, third) and (second, fourth); exactly where the scale is 1.
+DEVICE void expand_integers(u32 word, float scale, u32 &even, u32 &odd) {
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        // A byte plus 128 in the mantissa of 2^23 is a float at once; conversions are slow.
+        const float number = __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7440 + i));
+        values[i] = (number - 8388736.0f) * scale;
+    }
+    even = pack_bf16(values[0], values[2]), odd = pack_bf16(values[1], values[3]);
+}

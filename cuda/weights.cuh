@@ -33,6 +33,9 @@
 #define HALVES 0
 #endif
 
+// Whether weights are fewer bits than what they are multiplied as: packed, or 8-bit floats with scales.
+constexpr bool CODED = PACKED || sizeof(WEIGHT) == 1;
+
 constexpr int BLOCK_ROWS = 8, BLOCK_COLUMNS = 128;
 constexpr int BLOCK_BYTES = BLOCK_ROWS * BLOCK_COLUMNS * PACKED / 8;
 constexpr int GROUPS = BLOCK_COLUMNS / WEIGHT_GROUP; // of a row of a block
@@ -86,8 +89,12 @@ struct Matrix {
     const Scale *scales, *minima;
     int columns, group;
 
-    // Reads eight columns of a row of packed weights.
+    // Reads eight columns of a row of weights in few bits, from a multiple of 8 on, which share a scale.
     DEVICE Eight fetch(size_t row, int column) const {
+        if constexpr (!PACKED) {
+            const uint2 words = *reinterpret_cast<const uint2 *>(weight + row * columns + column);
+            return {{words.x, words.y}, bits_of(scales[row * ((columns + group - 1) / group) + column / group]), 0};
+        }
         const size_t block = row / BLOCK_ROWS * ((columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS) + column / BLOCK_COLUMNS;
         const u32 *words = reinterpret_cast<const u32 *>(weight + packed_offset(block, row % BLOCK_ROWS, column));
         const size_t own = block * BLOCK_ROWS + row % BLOCK_ROWS, place = own * GROUPS + column % BLOCK_COLUMNS / WEIGHT_GROUP;
@@ -99,6 +106,11 @@ struct Matrix {
 
     // What they stand for.
     DEVICE static void decode(const Eight &eight, int column, float (&values)[8]) {
+        if constexpr (!PACKED) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) values[i] = to_float(e4m3{u8(eight.words[i / 4] >> (i % 4 * 8))}) * __uint_as_float(eight.scale);
+            return;
+        }
         float scale = to_float(f16{u16(eight.scale)}), minimum = to_float(f16{u16(eight.minimum)});
         if (STEPS) {
             scale = minimum * step_of(eight.scale, HALVES ? column / 16 % 2 : 0);

@@ -50,7 +50,7 @@ LONG_FILES: dict[str, str] = {}
 MAX_FUNCTION_LINES = 60
 LONG_FUNCTIONS = {
     "rust/model/src/interpreter.rs:step": "one arm per kind of step; the compiler sees that none is missing",
-    "rust/bindings/src/outside.rs:fields": "one arm per kind of step; the compiler sees that none is missing",
+    "rust/bindings/src/steps.rs:fields": "one arm per kind of step; the compiler sees that none is missing",
     "rust/model/src/step.rs:fmt": "one line of text per kind of step",
     "rust/model/src/rope.rs:read": "one arm per kind of rope scaling",
 }
@@ -83,6 +83,7 @@ CUDA_TWINS = {
     "linear_stream": "rust/kernels/src/ops/linear.rs",
     "logprobs": "rust/engine/src/logprobs.rs",
     "pack": "rust/kernels/src/quant/fit.rs",
+    "random": "rust/model/src/dummy.rs",
     "rows": "rust/model/src/interpreter.rs",
     "sampler": "rust/engine/src/sampler.rs",
 }

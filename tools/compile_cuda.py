@@ -45,10 +45,11 @@ HEADS: list[Macros] = [
     {"GROUP": 4, "HEAD_DIM": 64},
     {"GROUP": 1, "HEAD_DIM": 96, "SOFTCAP": 1},
     {"GROUP": 8, "HEAD_DIM": 128, "KEY_TYPE": "e4m3", "VALUE_TYPE": "e4m3"},
+    {"GROUP": 4, "HEAD_DIM": 128, "KEY_TYPE": "i8", "VALUE_TYPE": "i8"},
     {"GROUP": 16, "HEAD_DIM": 128, "DECODE_WARPS": 4},
     {"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4},
 ]
-KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3"], "VALUE_TYPE": ["bf16", "e4m3"]}
+KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3", "i8"], "VALUE_TYPE": ["bf16", "e4m3", "i8"]}
 STREAMED = {"TOKENS": [8, 16], "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
 NORMED = {"TOKENS": [8], "RESIDENT": [1], "NORM": [1]}
 PACKED = [
@@ -73,8 +74,9 @@ VARIANTS: dict[str, list[Macros]] = {
     "attention_plan.cu": ONE,
     "attention_prefill.cu": HEADS,
     "elementwise.cu": choices(**BOTH),
-    "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float"]) + packed(choices(VECTOR=[8])),
-    "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1]) + [{**layout, "TILE": 64, "GATED": 1} for layout in PACKED],
+    "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
+    "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1])
+    + [{**layout, "TILE": 64, "GATED": 1} for layout in (*PACKED, {"WEIGHT": "e4m3"})],
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
     "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
     "linear_rope.cu": choices(PAIRED=[1], RESIDENT=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
@@ -89,6 +91,7 @@ VARIANTS: dict[str, list[Macros]] = {
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
+    "random.cu": choices(INFER_F32=[None, 1]),
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
     "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(VECTOR=[8])),
     "sampler.cu": ONE,

@@ -355,6 +355,7 @@ class Engine:
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,
         trace: bool = False,
+        load_format: str = "auto",
         outside: tuple[DeviceModel, DeviceModel | None, int] | None = None,
     ) -> Engine:
         """With ``outside``, an executor outside computes: its model, its draft model, and the bytes it has for keys and values."""
@@ -444,6 +445,8 @@ class DeviceModel:
         kv_cache_dtype: str | Mapping[str, Any] = "auto",
         quantization: str | None = None,
         mmap: bool = True,
+        load_format: str = "auto",
+        seed: int = 0,
     ) -> DeviceModel: ...
     @property
     def element(self) -> Literal["f32", "bf16"]:
@@ -481,8 +484,20 @@ class DeviceModel:
     def matrix_formats(self, matrix: int) -> list[tuple[int, str, str]]:
         """For each part of a matrix: rows, the format in which they are stored, and that to compute with."""
 
+    def matrix_group(self, matrix: int) -> int | None:
+        """Columns that share a scale, if all of a matrix is stored as 8-bit floats ("F8_E4M3") with scales of one kind."""
+
+    def matrix_scales(self, matrix: int) -> NDArray[np.float32]:
+        """The scales of such a matrix: (outputs * groups of columns)."""
+
+    def random_matrix(self, matrix: int) -> list[tuple[int, int]] | None:
+        """Rows and seed of each part of a matrix whose weights are random; None where they are read."""
+
+    def random_table(self, table: str) -> int | None:
+        """The seed of a table whose weights are random."""
+
     def table_formats(self, table: str) -> tuple[int, str, str]:
-        """The same of the table "embedding" or "position"."""
+        """Rows, stored format and that to compute with of the table "embedding" or "position"."""
 
     def read_matrix(
         self, matrix: int, first: int, out: NDArray[np.uint8], form: Literal["f32", "bf16", "stored"] | None = None

@@ -63,8 +63,7 @@ class LLM(Sessions):
         How keys and values are kept: "float32", "float16", "bfloat16", "int8", "fp8" (E4M3), or "auto", which is float16 (on a
         GPU bfloat16), and float32 with `dtype="float32"`. `{"key": "float16", "value": "int8"}` tells them apart (what is not
         given is "auto"); with `"skip_layers": [0, -1]` those layers keep the "auto" type, negative numbers counting from the
-        end. The 8-bit types hold about twice as many tokens as float16; README "KV cache types" tells what they cost in
-        accuracy. A draft model gets the same types in all of its layers. A GPU keeps no "int8".
+        end. 8-bit types hold twice as many tokens as float16, at a cost (README "KV cache types"). A draft model gets the same.
     kv_cache_memory_bytes
         Memory for keys and values; None: what `max_num_seqs` completions need, if free (on a GPU, nine tenths of what is free).
     quantization
@@ -74,13 +73,14 @@ class LLM(Sessions):
         computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. A GPU rounds to
         the same numbers; there is also "fp8" (E4M3, a scale for each row) for matrices but for experts and the output head.
     seed
-        For requests that bring no seed of their own.
+        For requests that bring no seed of their own, and for random weights.
     mmap
         Map weight files instead of reading them.
+    load_format
+        "auto", or "dummy": random weights (a draft model's too), on every device those of `seed`, from `config.json` alone.
     packed_cache_dir
-        A folder where weights are kept as they were packed for this processor, of about their size in memory: the next load of
-        the model reads them, and `quantization` rounds once; without that, packing is hardly slower than reading. Damaged and
-        outdated files are written again. Not on a GPU.
+        A folder where weights are kept as they were packed for this processor: the next load of the model reads them, and
+        `quantization` rounds once. Damaged and outdated files are written again. Not on a GPU.
     max_waiting
         How many requests may wait for their first step; None is any number.
     when_full
@@ -96,8 +96,7 @@ class LLM(Sessions):
         the last tokens before; `{"method": "draft_model", "model": ..., "num_speculative_tokens": 2}` asks a smaller model
         of the same vocabulary; the bundled model has one, which is taken unless another is named.
     kv_offload_dir, kv_offload_max_bytes
-        A folder, and how much it may hold: cached keys and values that memory has no room for go there and come back, also
-        in a later process.
+        A folder, and how much it may hold: cached keys and values without room in memory go there and come back, even later.
     kv_events
         Keep a journal of what the prefix cache holds; see `kv_events`.
     trace
@@ -139,6 +138,7 @@ class LLM(Sessions):
         quantization: str | None = None,
         seed: int = 0,
         mmap: bool = True,
+        load_format: str = "auto",
         packed_cache_dir: str | os.PathLike[str] | None = None,
         max_waiting: int | None = None,
         when_full: str = "error",
@@ -178,6 +178,7 @@ class LLM(Sessions):
             quantization=quantization,
             seed=seed,
             mmap=mmap,
+            load_format=load_format,
             packed_cache_dir=packed_cache_dir,
             max_waiting=max_waiting,
             priority_patience=priority_patience,
@@ -361,8 +362,7 @@ class LLM(Sessions):
 
         `histograms` maps names to `{"bounds", "counts", "sum", "count"}`: counts per bucket (upper ends in `bounds`, one more
         bucket is open), of `queue_time`, `time_to_first_token`, `inter_token_latency`, `total_time`, `step_time` in seconds
-        and of `prompt_tokens`, `generated_tokens`, `step_tokens`. With `kv_offload_dir`, `offload` says what the folder holds
-        and did.
+        and of `prompt_tokens`, `generated_tokens`, `step_tokens`; `offload` says what `kv_offload_dir` holds and did.
         """
         return self._engine.metrics()
 

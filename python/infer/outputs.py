@@ -213,6 +213,7 @@ class Collector:
         self._prompt = prompt
         self._names = names
         self._outputs = [CompletionOutput(index) for index in range(completions)]
+        self._texts: dict[int, str] = {}  # the likely tokens of a text are often the same
 
     def add(self, update: _core.Update) -> None:
         """Take one update, which may be the last of its completion."""
@@ -223,7 +224,9 @@ class Collector:
         output.finish_reason = update.finish_reason
         output.stop_reason = update.stop_reason
         if update.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + (self.logprobs(update.logprobs) or [])
+            if output.logprobs is None:
+                output.logprobs = []
+            output.logprobs += map(self._named, update.logprobs)
             chosen = sum(entries[0][1] for entries in update.logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + chosen
 
@@ -248,7 +251,9 @@ class Collector:
         return {token: Logprob(logprob, rank, self._text(token)) for token, logprob, rank in row}
 
     def _text(self, token: int) -> str | None:
-        return None if self._names is None else self._names.decode([token], skip_special_tokens=False)
+        if self._names is not None and token not in self._texts:
+            self._texts[token] = self._names.decode([token], skip_special_tokens=False)
+        return self._texts.get(token)
 
 
 def check(request: _core.Request, update: _core.Update) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 cupy = pytest.importorskip("cupy", reason="cupy is not installed")
 
-from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, Rows, StepInputs, Weight  # noqa: E402
+from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, Rows, StepInputs, Weight, key_scales  # noqa: E402
 from infer.gpu.kernels import Kernels  # noqa: E402
 from infer.gpu.operations import Operations  # noqa: E402
 
@@ -169,7 +169,8 @@ class Device:
         keys, values = (
             self.put(np.full(count * head_dim * ELEMENT_BYTES[kind], 0xFF, np.uint8)) for kind in (key_type, value_type)
         )
-        scales = [self.put(np.full(count, np.nan, np.float32)) for _ in range(2)]
+        groups = (max(key_scales(key_type, head_dim), 1), 1)
+        scales = [self.put(np.full(count * each, np.nan, np.float32)) for each in groups]
         return KvLayer(keys, values, key_type, value_type, kv_heads, head_dim, pages, *scales)
 
 

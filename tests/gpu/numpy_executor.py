@@ -39,8 +39,10 @@ def weight_of(weight: Weight, expert: int = 0) -> NDArray[Any]:
     if weight.is_packed:
         return packed_weight(weight)[expert * weight.rows : (expert + 1) * weight.rows]
     if weight.type == "e4m3":
-        codes = view(weight.pointer, (weight.rows, weight.columns), np.uint8)
-        return E4M3[codes] * view(weight.scales, (weight.rows, 1))
+        group = weight.group or weight.columns
+        codes = view(weight.pointer, (weight.experts, weight.rows, weight.columns), np.uint8)[expert]
+        scales = view(weight.scales, (weight.experts, weight.rows, -(-weight.columns // group)))[expert]
+        return E4M3[codes] * np.repeat(scales, group, axis=1)[:, : weight.columns]
     return view(weight.pointer, (weight.experts, weight.rows, weight.columns))[expert]
 
 

@@ -220,7 +220,21 @@ def packed_weight(weight: Weight) -> NDArray[np.float32]:
 
 
 class NumpyPacking:
-    """The operation of cuda/pack.cu, done at once."""
+    """The operations of cuda/pack.cu and cuda/random.cu, done at once."""
+
+    def random(self, output: int, element: str, seed: int, first: int, count: int) -> None:
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            words = np.uint64(seed) + (numbers // np.uint64(8) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        words ^= words >> np.uint64(31)
+        values = (words >> numbers % np.uint64(8) * np.uint64(8)).astype(np.uint8).view(np.int8)
+        exact = (2 * values.astype(np.float32) + 1) / 8192
+        if element == "bf16":
+            view(output, (count,), np.uint16)[:] = exact.view(np.uint32) >> 16
+        else:
+            view(output, (count,))[:] = exact
 
     def pack(self, source: int, weight: Weight, plan: Plan, rows: int, refused: int) -> None:
         data = view(source, (rows, plan.row_bytes(weight.columns)), np.uint8)

@@ -11,8 +11,13 @@ from infer.gpu.arrays import KvLayer, RopeTable, Rows, StepInputs
 from infer.gpu.attention import AttentionPlan, PlanSize, is_fast
 
 
-def stored(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return (tokens, heads, head_dim) as a cache of this type keeps them."""
+def stored(values: np.ndarray, kind: str, group: int) -> np.ndarray:
+    """Return (tokens, heads, head_dim) as a cache of this type keeps them, integers with a scale for each ``group``."""
+    if kind == "int8":
+        parts = [values[..., first : first + group] for first in range(0, values.shape[-1], group)]
+        most, top = [abs(part).max(-1, keepdims=True).astype(np.float32) for part in parts], np.float32(127)
+        integers = [np.rint(part.astype(np.float32) * (top / own)) for part, own in zip(parts, most, strict=True)]
+        return np.concatenate([number * (own / top).astype(np.float64) for number, own in zip(integers, most, strict=True)], -1)
     if kind != "e4m3":
         return rounded(values, kind)
     greatest = abs(values).max(-1, keepdims=True).astype(np.float32)
@@ -77,8 +82,8 @@ class Case:
         for first, rows in self.sequences:
             span = slice(key_row, key_row + first + rows)
             k, v = (
-                stored(rounded(x[span], self.dtype).reshape(-1, kv_heads, dim), kind)
-                for x, kind in ((self.keys, self.layer.key_type), (self.values, self.layer.value_type))
+                stored(rounded(x[span], self.dtype).reshape(-1, kv_heads, dim), kind, group)
+                for x, kind, group in ((self.keys, self.layer.key_type, 32), (self.values, self.layer.value_type, dim))
             )
             q = rounded(self.queries[query_row : query_row + rows], self.dtype).reshape(rows, heads, dim)
             expected = reference(q, k, v, first, dim**-0.5, window, cap, sink_values).reshape(rows, -1)
@@ -96,17 +101,21 @@ PREFILLED = [(0, 40), (5, 200), (300, 33), (256, 64), (31, 1), (600, 2)]
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (6, 2, 96), (16, 2, 128), (16, 1, 64), (4, 2, 256)]
 )
-@pytest.mark.parametrize("kinds", [("bf16", "bf16"), ("e4m3", "e4m3"), ("bf16", "e4m3")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds", [("bf16", "bf16"), ("e4m3", "e4m3"), ("bf16", "e4m3"), ("int8", "int8"), ("int8", "bf16")], ids="-".join
+)
 def test_fast_attention(sequences, window, cap, sinks, heads, kv_heads, dim, kinds) -> None:
     case = Case(sequences, heads, kv_heads, dim, "bf16", kinds)
-    assert is_fast(case.rows, case.rows, case.layer) == (dim != 96 or "e4m3" not in kinds)
+    assert is_fast(case.rows, case.rows, case.layer) == (dim != 96 or kinds == ("bf16", "bf16"))
     case.check(window, cap, sinks, only_decode=sequences is DECODED)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize(("window", "cap", "sinks"), [(0, 0.0, False), (20, 3.0, True)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 20), (3, 1, 80)])
-@pytest.mark.parametrize("kinds", [("f32", "f32"), ("bf16", "f16"), ("e4m3", "e4m3"), ("f32", "e4m3")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds", [("f32", "f32"), ("bf16", "f16"), ("e4m3", "e4m3"), ("f32", "e4m3"), ("int8", "int8"), ("int8", "f32")], ids="-".join
+)
 def test_plain_attention(dtype, window, cap, sinks, heads, kv_heads, dim, kinds) -> None:
     Case([(0, 5), (200, 3), (31, 1)], heads, kv_heads, dim, dtype, kinds).check(window, cap, sinks, plain=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from float8_folder import WAYS, float8_folders
 from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
 from machine import patience
 from samples import PROMPTS, choices, same_choices, texts
@@ -162,19 +163,20 @@ def test_weights_in_eight_bits(open_host: Callable[..., LLM], bare_folder: Path,
         rounded.load_session(tmp_path / "session")
 
 
-def test_keys_and_values_in_eight_bits(open_host: Callable[..., LLM], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_keys_and_values_in_eight_bits(kind: str, open_host: Callable[..., LLM], tmp_path: Path) -> None:
     """The CPU rounds alike, and pages are read out with their scales."""
     prompt = list(range(100, 180))
-    with LLM(dtype="float32", threads=2, kv_cache_dtype="fp8") as llm:
+    with LLM(dtype="float32", threads=2, kv_cache_dtype=kind) as llm:
         expected = llm.logits(prompt)
-    first = open_host(kv_cache_dtype="fp8")
+    first = open_host(kv_cache_dtype=kind)
     assert np.abs(first.logits(prompt) - expected).max() < 0.1 * expected.std()
     cold = first.generate(prompt, GREEDY)[0].outputs[0].token_ids
     assert first.save_session(tmp_path / "session", prompt)
-    second = open_host(kv_cache_dtype="fp8")
+    second = open_host(kv_cache_dtype=kind)
     assert second.load_session(tmp_path / "session")
     assert second.generate(prompt, GREEDY)[0].outputs[0].token_ids == cold
-    mixed = open_host(kv_cache_dtype={"key": "float16", "value": "fp8", "skip_layers": [0]})
+    mixed = open_host(kv_cache_dtype={"key": "float16", "value": kind, "skip_layers": [0]})
     assert np.abs(mixed.logits(prompt) - expected).max() < 0.5 * expected.std()
 
 
@@ -289,8 +291,6 @@ print(next(stream).text)
 
 
 def test_what_the_gpu_cannot_is_refused(open_host: Callable[..., LLM]) -> None:
-    with pytest.raises(InferError, match=r"kv_cache_dtype must be .* with device='cuda', got 'int8'"):
-        open_host(kv_cache_dtype="int8")
     with pytest.raises(InferError, match=r'quantization must be one of .*got "int3"'):
         open_host(quantization="int3")
     with pytest.raises(InferError, match="is quantized already"):
@@ -328,6 +328,55 @@ def test_rounded_weights_are_those_of_the_cpu(name: str, quantization: str, open
     llm = open_host(folder, quantization=quantization)
     assert llm.info.quantization == quantization
     assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_stored_eight_bit_floats_are_kept(name: str, way: str, open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    """Folders of 8-bit floats with scales: logits of the float32 weights that they stand for; and 8 bits on the device."""
+    from infer.gpu.worker import Weights
+
+    coded, plain = float8_folders(GOLDEN / name, tmp_path, way)
+    tokens = read_safetensors(GOLDEN / name / "expected.safetensors")["token_ids"][:24].tolist()
+    with LLM(plain, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    with LLM(coded, dtype="float32", threads=2) as llm:
+        assert (llm.logits(tokens) == expected).all()
+        assert llm.info.quantization == "F8_E4M3"
+    kinds: list[str] = []
+    load = Weights._loaded
+
+    def loaded(self: Any, *arguments: Any) -> Any:
+        weight = load(self, *arguments)
+        kinds.append(weight.type)
+        return weight
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weights, "_loaded", loaded)
+        llm = open_host(coded)
+    assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+    assert kinds.count("e4m3") >= 4
+
+
+def test_random_weights_are_those_of_the_cpu(open_host: Callable[..., LLM], tmp_path: Path) -> None:
+    """Made by the device, in parts and rounded there: the same as in the core, for the same seed alone."""
+    for name in ("qwen2", "gpt2", "qwen3_moe"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((GOLDEN / name / "config.json").read_bytes())
+        options: dict[str, Any] = {"load_format": "dummy", "seed": 2**63 + 5}
+        tokens = list(range(5, 25))
+        for rounding in (None, "int8") if name != "qwen3_moe" else (None,):
+            with LLM(folder, dtype="float32", threads=2, quantization=rounding, **options) as llm:
+                expected = llm.logits(tokens)
+            found = open_host(folder, quantization=rounding, **options).logits(tokens)
+            assert np.abs(found - expected).max() <= 1e-4 * expected.std(), (name, rounding)
+        other = open_host(folder, **{**options, "seed": 6}).logits(tokens)
+        assert np.abs(other - expected).max() > 0.1 * expected.std()
+    with pytest.raises(InferError, match='load_format must be "auto" or "dummy"'):
+        open_host(folder, load_format="zeros")
+    with pytest.raises(InferError, match=r"needs a folder with config\.json"):
+        LLM(load_format="dummy")
 
 
 def test_blocks_of_many_formats_are_those_of_the_cpu(open_host: Callable[..., LLM]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from float8_folder import WAYS, float8_folders
 from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_safetensors
 from samples import PROMPTS, choices, same_choices, texts
 
@@ -81,6 +82,7 @@ def test_texts_are_those_of_the_cpu(options: dict[str, Any], expected: list[Any]
 def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every replayed step is computed again kernel by kernel, into the same pages."""
     compared: list[bool] = []
+    sizes: set[bool] = set()
     original = Runner.enqueue
 
     def enqueue(self: Runner, work: Any) -> Any:
@@ -88,20 +90,21 @@ def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         self._device.download(before, self._executor.choices)
         self._device.synchronize()
         outcome = original(self, work)
-        size = self._graph_size(work)
-        if size is not None and self._graphs.get((*size, work.draw_kind)) is not None:
-            replayed, eager = (np.empty((work.rows, self._host_logits.shape[1]), np.float32) for _ in range(2))
-            pointer = self._executor.logits(work.rows).pointer
+        size, kind = self._size(work, False), work.draw_kind if any(work.drawn) else None
+        if work.logit_rows and self._graphs.get((size, kind)) is not None:
+            replayed, eager = (np.empty((work.logit_rows, self._host_logits.shape[1]), np.float32) for _ in range(2))
+            pointer = self._executor.logits(work.logit_rows).pointer
             self._device.download(replayed, pointer)
             self._device.synchronize()
             self._device.clear(pointer, eager.nbytes)
             self._device.download(after, self._executor.choices)
             self._device.synchronize()
             self._device.upload(self._executor.choices, before)  # rows may follow what the step before chose
-            self._executor.forward(self._launch(work, *size, size[0], work.draw_kind))
+            self._executor.forward(self._launch(size, kind, False))
             self._device.download(eager, pointer)
             self._device.upload(self._executor.choices, after)
             self._device.synchronize()
+            sizes.add(size.only_decode)
             compared.append(bool((replayed.view(np.int32) == eager.view(np.int32)).all()))
         return outcome
 
@@ -111,6 +114,7 @@ def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) 
             llm.generate(prompts, GREEDY)
             llm.generate(prompts, WITH_LOGPROBS)
     assert all(compared)
+    assert sizes == {True, False}, "steps of decoding, and steps with prompts"
     assert len(compared) > 200
 
 
@@ -158,13 +162,14 @@ def test_deterministic_results_do_not_depend_on_company(name: str, options: dict
     assert all(one == seen[0] for one in seen[1:])
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.1), ("auto", BF16_TOLERANCE)])
-def test_keys_and_values_in_eight_bits(dtype: str, tolerance: float) -> None:
+def test_keys_and_values_in_eight_bits(dtype: str, tolerance: float, kind: str) -> None:
     """The CPU rounds alike, but for numbers in the middle between two."""
     prompt = list(range(100, 180))
-    with LLM(dtype="float32", threads=2, kv_cache_dtype="fp8") as llm:
+    with LLM(dtype="float32", threads=2, kv_cache_dtype=kind) as llm:
         expected = llm.logits(prompt)
-    with load(dtype=dtype, kv_cache_dtype="fp8") as llm:
+    with load(dtype=dtype, kv_cache_dtype=kind) as llm:
         assert np.abs(llm.logits(prompt) - expected).max() < tolerance * expected.std()
         assert len(llm.generate([prompt, prompt[:7]], GREEDY)[1].outputs[0].token_ids) > 0
 
@@ -182,6 +187,32 @@ def test_rounded_weights_are_those_of_the_cpu(model: str, quantization: str) -> 
     for step in (256, 8):
         with load(folder, dtype="auto", quantization=quantization, max_num_batched_tokens=step, max_num_seqs=8) as llm:
             assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_stored_eight_bit_floats_are_kept(name: str, way: str, tmp_path: Path) -> None:
+    """Folders of 8-bit floats with scales, few rows and many: the float32 weights that they stand for."""
+    coded, plain = float8_folders(GOLDEN / name, tmp_path, way)
+    tokens = read_safetensors(GOLDEN / name / "expected.safetensors")["token_ids"][:24].tolist()
+    with LLM(plain, dtype="float32", threads=2) as llm:
+        expected = llm.logits(tokens)
+    with load(coded) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+    with load(coded, dtype="auto", max_num_batched_tokens=8, max_num_seqs=8) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
+    with load(coded, dtype="auto") as llm:  # many rows are rounded to E4M3 too
+        assert np.abs(llm.logits(tokens) - expected).mean() <= 0.2 * expected.std()
+
+
+def test_random_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((GOLDEN / "llama" / "config.json").read_bytes())
+    options: dict[str, Any] = {"load_format": "dummy", "seed": 2**63 + 5}
+    tokens = list(range(5, 25))
+    with LLM(tmp_path, dtype="float32", threads=2, **options) as llm:
+        expected = llm.logits(tokens)
+    with load(tmp_path, **options) as llm:
+        assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
 
 
 def test_blocks_of_many_formats_are_those_of_the_cpu() -> None:
@@ -207,10 +238,10 @@ def test_draws_on_the_gpu_are_the_cores() -> None:
 
 def test_a_session_comes_back(tmp_path: Path) -> None:
     prompt = list(range(100, 180))
-    with load(dtype="auto") as llm:
+    with load() as llm:
         cold = llm.generate(prompt, GREEDY)[0].outputs[0]
         llm.save_session(tmp_path / "session", prompt)
-    with load(dtype="auto") as llm:
+    with load() as llm:
         llm.load_session(tmp_path / "session")
         found = llm.generate(prompt, GREEDY)[0]
     assert found.metrics.cached_tokens >= 64

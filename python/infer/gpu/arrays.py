@@ -5,13 +5,17 @@ Pointers are device addresses as integers, widths and strides count elements. No
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 PAGE_TOKENS = 16
 """Tokens of one page, as in rust/kernels/src/kv.rs and cuda/kv.cuh."""
 
-ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e4m3": 1}
-"""Bytes of each element type that kernels read; the names are those of the types in cuda/common.cuh, but for `float`."""
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e4m3": 1, "int8": 1}
+"""Bytes of each element type that kernels read; the names are those of the types in cuda/common.cuh, but for two."""
+
+KEY_GROUP = 32
+"""Dimensions of an int8 key that share a scale, as in rust/kernels/src/kv/element.rs."""
 
 DRAW_BYTES = 72
 """Of a draw, as in rust/engine/src/draw_layout.rs."""
@@ -35,12 +39,19 @@ BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
 
 def c_type(element: str) -> str:
     """Return the name of an element type in the kernels' sources."""
-    return "float" if element == "f32" else element
+    return {"f32": "float", "int8": "i8"}.get(element, element)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some columns of a buffer of activations: (rows, width), row-major, ``stride`` elements from row to row."""
+def key_scales(kind: str, head_dim: int) -> int:
+    """Return how many scales keys of a type have for a token and head."""
+    return {"e4m3": 1, "int8": -(-head_dim // KEY_GROUP)}.get(kind, 0)
+
+
+class Rows(NamedTuple):
+    """Some columns of a buffer of activations: (rows, width), row-major, ``stride`` elements from row to row.
+
+    A tuple, because every launch makes some: a dataclass takes several times as long.
+    """
 
     pointer: int
     rows: int
@@ -51,15 +62,16 @@ class Rows:
 
     def part(self, offset: int, width: int) -> Rows:
         """Return the columns from ``offset`` on, ``width`` of them."""
-        return replace(self, pointer=self.pointer + offset * ELEMENT_BYTES[self.dtype], width=width)
+        return Rows(self.pointer + offset * ELEMENT_BYTES[self.dtype], self.rows, width, self.stride, self.dtype)
 
     def first(self, rows: int) -> Rows:
         """Return the first rows."""
-        return replace(self, rows=rows)
+        return Rows(self.pointer, rows, self.width, self.stride, self.dtype)
 
     def from_row(self, row: int, rows: int) -> Rows:
         """Return ``rows`` rows from one on."""
-        return replace(self, pointer=self.pointer + row * self.stride * ELEMENT_BYTES[self.dtype], rows=rows)
+        pointer = self.pointer + row * self.stride * ELEMENT_BYTES[self.dtype]
+        return Rows(pointer, rows, self.width, self.stride, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -125,8 +137,9 @@ class KvLayer:
     head_dim: int
     pages: int
     key_scales: int = 0
-    """f32 (pages, kv_heads, PAGE_TOKENS) for e4m3, else 0."""
+    """f32 (pages, kv_heads, PAGE_TOKENS) for e4m3, (pages, kv_heads, head_dim / KEY_GROUP, PAGE_TOKENS) for int8, else 0."""
     value_scales: int = 0
+    """f32 (pages, kv_heads, PAGE_TOKENS) for 8-bit types, else 0."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, c_type
+from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, c_type, key_scales
 from infer.gpu.rows import RowOperations, element_macros
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def kv_macros(layer: KvLayer) -> dict[str, int | str]:
 
 def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
     """Return whether the kernels on matrix instructions take this attention."""
-    types = queries.dtype == "bf16" and {layer.key_type, layer.value_type} <= {"bf16", "e4m3"}
+    types = queries.dtype == "bf16" and {layer.key_type, layer.value_type} <= {"bf16", "e4m3", "int8"}
     spans = max(64 // ELEMENT_BYTES[kind] for kind in (layer.key_type, layer.value_type))
     aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 for rows in (queries, output))
     group = queries.width // layer.head_dim // layer.kv_heads
@@ -253,4 +253,5 @@ def prefill_shared_bytes(layer: KvLayer) -> int:
     """Return the shared memory of a prefill block, as in cuda/attention_prefill.cu: queries, two stages of pages and scales."""
     elements = PAGE_TOKENS * layer.head_dim * (ELEMENT_BYTES[layer.key_type] + ELEMENT_BYTES[layer.value_type])
     queries = PREFILL_ROWS * -(-layer.head_dim // 64) * 64 * 2
-    return queries + 2 * PREFILL_PAGES * (elements + 2 * PAGE_TOKENS * 4)
+    scales = max(key_scales(layer.key_type, layer.head_dim), 1) + 1
+    return queries + 2 * PREFILL_PAGES * (elements + scales * PAGE_TOKENS * 4)

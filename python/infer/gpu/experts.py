@@ -135,7 +135,7 @@ class ExpertOperations(RowOperations):
 
 def can_group(source: Rows, output: Rows, inner: Rows, gate_up: Weight, down: Weight) -> bool:
     """Return whether the kernels that group rows by expert take these types, widths and alignments."""
-    types = all(weight.type == "bf16" or weight.is_packed for weight in (gate_up, down)) and source.dtype == "bf16"
+    types = all(weight.type in ("bf16", "e4m3") or weight.is_packed for weight in (gate_up, down)) and source.dtype == "bf16"
     widths = (gate_up.columns, down.columns, down.rows, source.stride, output.stride)
     pointers = (gate_up.pointer, down.pointer, source.pointer, output.pointer, inner.pointer)
     return types and all(n % 8 == 0 for n in widths) and all(pointer % 16 == 0 for pointer in pointers)

@@ -8,10 +8,8 @@ kernel, whose pieces of positions are aligned to position 0. Everything else com
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from infer.gpu.arrays import ELEMENT_BYTES
 from infer.gpu.operations import Operations
 
 if TYPE_CHECKING:
@@ -97,4 +95,4 @@ def _blocks(*all_rows: Rows) -> Iterator[list[Rows]]:
 
 
 def _block(rows: Rows, first: int) -> Rows:
-    return replace(rows, pointer=rows.pointer + first * rows.stride * ELEMENT_BYTES[rows.dtype], rows=FIXED_ROWS)
+    return rows.from_row(first, FIXED_ROWS)

@@ -307,7 +307,7 @@ def can_pair(weight: Weight) -> bool:
 def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
     """Return whether rotation and storing may be fused to the product: whole heads, in halves, into types without scales."""
     whole = table.style == "half" and 2 * table.pairs == layer.head_dim and layer.head_dim % 32 == 0
-    return whole and "e4m3" not in (layer.key_type, layer.value_type)
+    return whole and {"e4m3", "int8"}.isdisjoint((layer.key_type, layer.value_type))
 
 
 def stream_warps(units: int, row_bytes: int, processors: int) -> int:

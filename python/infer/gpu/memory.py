@@ -15,6 +15,7 @@ from infer.gpu.arrays import (
     KvLayer,
     Rows,
     StepInputs,
+    key_scales,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 ROW_ARRAYS = 6  # tokens, positions, slots, rope rows, row's sequence, logit rows
 SMALL_TABLES = 1 << 18  # bytes of page tables that are sooner copied whole than by columns
 STEPS_AT_ONCE = 2  # that the engine begins before it waits for the first
-KV_TYPES = ("f32", "bf16", "f16", "e4m3")
 
 
 class Buffers:
@@ -48,11 +48,14 @@ class Buffers:
             pointer = device.allocate(count * stride * ELEMENT_BYTES[dtype])
             device.clear(pointer, count * stride * ELEMENT_BYTES[dtype])
             self._buffers.append(Rows(pointer, count, width, stride, dtype))
+        self._parts: dict[tuple[int, int, int], Rows] = {}
 
     def rows(self, place: tuple[int, int, int], rows: int) -> Rows:
         """Return columns of a buffer: (buffer, first column, width)."""
-        number, offset, width = place
-        return self._buffers[number].part(offset, width).first(rows)
+        if (part := self._parts.get(place)) is None:
+            number, offset, width = place
+            part = self._parts[place] = self._buffers[number].part(offset, width)
+        return part.first(rows)
 
 
 class _PinnedPlan:
@@ -140,15 +143,18 @@ class KvPages:
     """Pages of keys and values of all layers.
 
     A layer's keys are (pages, kv_heads, PAGE_TOKENS, head_dim), and so are its values; 8-bit ones have scales, f32 (pages,
-    kv_heads, PAGE_TOKENS). A page read out is layer after layer its keys, then its values, each with their scales behind them.
+    kv_heads, PAGE_TOKENS), or several for a key. A page read out is layer after layer its keys, then its values, each with their
+    scales behind them.
     """
 
     def __init__(self, device: Device, model: DeviceModel, pages: int) -> None:
         self._device = device
         heads, head_dim = model.constants["kv_heads"], model.constants["head_dim"]
-        scales = {"e4m3": heads * PAGE_TOKENS * 4}
-        kinds = [kind for both in model.kv_layers for kind in both]
-        sizes = [(heads * PAGE_TOKENS * head_dim * ELEMENT_BYTES[kind], scales.get(kind, 0)) for kind in kinds]
+        sizes = []
+        for keys, values in model.kv_layers:
+            for kind, scales in ((keys, key_scales(keys, head_dim)), (values, min(key_scales(values, head_dim), 1))):
+                tokens = heads * PAGE_TOKENS
+                sizes.append((tokens * head_dim * ELEMENT_BYTES[kind], tokens * scales * 4))
         self.page_bytes = sum(map(sum, sizes))
         base = device.allocate(self.page_bytes * pages)
         device.clear(base, self.page_bytes * pages)
@@ -190,12 +196,3 @@ class KvPages:
             parts.append((pointer + page * size, size, whole[start : start + size]))
             start += size
         return parts
-
-
-def check_kv_types(model: DeviceModel) -> None:
-    """Refuse types of keys and values that the GPU path does not store."""
-    for kinds in model.kv_layers:
-        for kind in kinds:
-            if kind not in KV_TYPES:
-                known = '"auto", "float32", "bfloat16", "float16" or "fp8"'
-                raise InferError(f"kv_cache_dtype must be {known} with device='cuda', got {kind!r}")

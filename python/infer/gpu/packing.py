@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Form = Literal["f32", "bf16", "stored"]
 
+RANDOM_THREADS = 256
 SHARERS = 16  # threads of a group, as in cuda/pack.cu
 FLOATS = ("F32", "F16", "BF16")
 
@@ -99,7 +100,12 @@ def from_row(weight: Weight, first: int) -> Weight:
 
 
 class PackOperations(RowOperations):
-    """Packing, enqueued on one stream."""
+    """Packing, and making random weights, enqueued on one stream."""
+
+    def random(self, output: int, element: str, seed: int, first: int, count: int) -> None:
+        """Write the values of a random weight from number ``first`` on, as rust/model/src/dummy.rs makes them."""
+        kernel = self.kernels.get("random.cu", "random_weights", **element_macros(element))
+        kernel(self.stream, (-(-count // RANDOM_THREADS),), RANDOM_THREADS, (output, seed, first, count))
 
     def pack(self, source: int, weight: Weight, plan: Plan, rows: int, refused: int) -> None:
         """Fill the first rows of a packed matrix from rows as ``plan`` reads them, at ``source``.

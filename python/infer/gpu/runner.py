@@ -1,8 +1,10 @@
 """One model's steps from the engine's work to logits in host memory: padding, graphs, copies.
 
-Steps of decoding, in which every row's logits are wanted and sequences have a few rows each, are padded to one of a few sizes;
-each size is captured into a graph when it comes the second time (the first time, run as it comes, compiles its kernels), and
-replayed from then on. Other steps hold prompts: they are enqueued kernel by kernel, which the GPU is busy enough to hide.
+Steps are padded to one of a few sizes: steps of decoding, in which every row's logits are wanted and sequences have a few rows
+each, finely; others, which hold prompts, by a sixteenth or so. Each size is captured into a graph when it comes the second time
+(the first time, run as it comes, compiles its kernels), and replayed from then on: kernel by kernel, a step of 16 layers takes
+Python 4 milliseconds. Steps whose every row's logits are wanted by the caller, and those of many more sizes than are kept, run as
+they come.
 
 Tokens are drawn on the device, with all sampling parameters: of a vocabulary of 128,256 a row of logits is half a megabyte to
 copy, and more work to look through on the host than a step takes on the device.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from infer.gpu.arrays import LOGPROB_VALUES
 from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from infer.gpu.executor import Executor
 
 MOST_GRAPH_ROWS = 512
+"""Most rows of a step of decoding that a graph is made for."""
+
+MOST_PROMPT_GRAPHS = 64
+MOST_PROMPT_WANTED = 256
+"""Most rows with logits of other steps for which graphs are made."""
 
 
 def padded(count: int) -> int:
@@ -39,6 +46,30 @@ def padded(count: int) -> int:
             return size
     step = 8 if count <= 64 else 16 if count <= 256 else 32
     return -(-count // step) * step
+
+
+def padded_prompt(count: int) -> int:
+    """Return the rows that a step with prompts is padded to: few sizes, and few rows for nothing where rows cost time."""
+    if count <= 64:
+        return max(16, 1 << (count - 1).bit_length())
+    step = 64 if count <= 1024 else 1 << ((count - 1).bit_length() - 4)
+    return -(-count // step) * step
+
+
+def padded_widely(count: int) -> int:
+    """Return a power of four: what a step's sequences, and its rows with logits, are padded to."""
+    return 1 << ((count - 1).bit_length() + 1 & ~1) if count > 1 else count
+
+
+class Size(NamedTuple):
+    """What a step is padded to."""
+
+    rows: int
+    sequences: int
+    wanted: int
+    """Rows with logits."""
+    only_decode: bool
+    is_captured: bool
 
 
 @dataclass
@@ -95,31 +126,41 @@ class Runner:
     ) -> None:
         self._device, self._executor, self._deterministic = device, executor, deterministic
         self.pages = executor.pages
-        self._sequences = sequences
+        self._most = rows, sequences, logit_rows
         self._plan = Plan(device, rows, sequences, pages, long_context_row, executor.choices)
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
         self._host, self._other = (_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE))
-        self._most_graph_rows = min(MOST_GRAPH_ROWS, logit_rows, rows) if graphs else 0
-        self._graphs: dict[tuple[int, int, int], Callable[[], None] | None] = {}
+        self._has_graphs = graphs
+        self._graphs: dict[tuple[Size, int | None], Callable[[], None] | None] = {}
+        self._prompt_graphs = 0
 
     def enqueue(self, work: Work) -> Outcome:
         """Enqueue a step; returns where its outcome will be once it is done."""
         self._plan.turn()
         self._host, self._other = self._other, self._host
-        rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
-        size, drawn, kind = self._graph_size(work), work.drawn, work.draw_kind
+        is_plain = self._is_plain(work)
+        size, drawn, kind = self._size(work, is_plain), work.drawn, work.draw_kind
         if kind != GREEDY:
-            self._plan.send_draws(work, wanted if size is None else size[0])
-        if size is None:
-            launch = self._launch(work, rows, sequences, wanted, kind)
-            self._plan.send(work, rows, sequences)
-            self._executor.forward(launch)
-            if any(drawn):
-                self._executor.choose(launch)
-        else:
-            self._plan.send(work, *size)
-            self._decode(work, size, kind)
+            self._plan.send_draws(work, size.wanted)
+        self._plan.send(work, size.rows, size.sequences)
+        self._compute(size, kind if any(drawn) else None, is_plain)
         return self._collect(drawn, kind)
+
+    def _size(self, work: Work, is_plain: bool) -> Size:
+        """Return what a step is padded to."""
+        rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
+        most_rows, most_sequences, most_wanted = self._most
+        only_decode = work.most_rows <= DECODE_ROWS
+        if only_decode and wanted == rows:
+            size, most = padded(rows), min(MOST_GRAPH_ROWS, most_wanted, most_rows)
+            if self._has_graphs and not is_plain and size <= most and padded(sequences) <= most_sequences:
+                return Size(size, padded(sequences), size, only_decode=True, is_captured=True)
+            return Size(rows, sequences, wanted, only_decode, is_captured=False)
+        size = min(padded_prompt(rows), most_rows)
+        if is_plain or wanted > MOST_PROMPT_WANTED:
+            return Size(size, sequences, wanted, only_decode, is_captured=False)
+        sequences, wanted = min(padded_widely(sequences), most_sequences), min(padded_widely(wanted), most_wanted, size)
+        return Size(size, sequences, wanted, only_decode=False, is_captured=self._has_graphs)
 
     def _collect(self, drawn: list[bool], kind: int) -> Outcome:
         """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not drawn."""
@@ -140,42 +181,39 @@ class Runner:
             self._device.download(outcome.logprobs, self._plan.draws.told)
         return outcome
 
-    def _graph_size(self, work: Work) -> tuple[int, int] | None:
-        """Return the padded rows and sequences of a step that a graph is made for: a decoding step that is not too large."""
-        rows, sequences = work.rows, work.sequences
-        if work.logit_rows != rows or rows > self._most_graph_rows or self._is_plain(work) or not self._only_decodes(work):
-            return None
-        size = padded(rows), padded(sequences)
-        return size if size[0] <= self._most_graph_rows and size[1] <= self._sequences else None
-
     def _is_plain(self, work: Work) -> bool:
         if self._deterministic:
             return False
         return work.decode_pieces(CHUNK_PAGES, DECODE_ROWS) > self._executor.plans.size.items
 
-    def _only_decodes(self, work: Work) -> bool:
-        return work.most_rows <= DECODE_ROWS
-
-    def _launch(self, work: Work, rows: int, sequences: int, wanted: int, kind: int) -> Launch:
-        inputs, logit_rows = self._plan.inputs(rows, sequences), self._plan.logit_rows(rows)
-        draws = self._plan.draws
-        return Launch(inputs, rows, wanted, logit_rows, draws, kind, self._only_decodes(work), self._is_plain(work))
-
-    def _decode(self, work: Work, size: tuple[int, int], kind: int) -> None:
-        """Enqueue a decoding step of a padded size."""
-        rows, sequences = size
+    def _compute(self, size: Size, kind: int | None, is_plain: bool) -> None:
+        """Enqueue a step of a padded size, and the choice of tokens unless ``kind`` is None."""
 
         def run() -> None:
-            launch = self._launch(work, rows, sequences, rows, kind)
+            launch = self._launch(size, kind, is_plain)
             self._executor.forward(launch)
-            self._executor.choose(launch)
+            if kind is not None:
+                self._executor.choose(launch)
 
-        key = (*size, kind)
-        if key not in self._graphs:
-            self._graphs[key] = None
+        key = size, kind
+        graph = self._graphs.get(key)
+        if graph is None and not self._is_time(size, key in self._graphs):
+            if size.is_captured:
+                self._graphs[key] = None
             run()
             return
-        graph = self._graphs[key]
         if graph is None:
             graph = self._graphs[key] = self._device.capture(run)
         graph()
+
+    def _launch(self, size: Size, kind: int | None, is_plain: bool) -> Launch:
+        inputs, wanted = self._plan.inputs(size.rows, size.sequences), self._plan.logit_rows(size.rows)
+        known = (self._plan.draws, GREEDY if kind is None else kind, size.only_decode, is_plain)
+        return Launch(inputs, size.rows, size.wanted, wanted, *known)
+
+    def _is_time(self, size: Size, is_known: bool) -> bool:
+        """Return whether a graph is made for a size now: when it comes the second time."""
+        if not (is_known and size.is_captured) or size.only_decode:
+            return is_known
+        self._prompt_graphs += 1
+        return self._prompt_graphs <= MOST_PROMPT_GRAPHS

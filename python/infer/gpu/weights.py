@@ -5,8 +5,7 @@ Host memory stays at two pieces, however large the model is.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,22 +24,41 @@ if TYPE_CHECKING:
     from infer.gpu.device import Device
     from infer.gpu.packing import Form
 
-    Reader = Callable[[int, NDArray[np.uint8]], None]
+    Read = Callable[[int, NDArray[np.uint8]], None]
     Done = Callable[[int, int], None]
 
 PIECE_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
+class RandomRows:
+    """Rows that the device makes itself: those of each part with a seed of its own."""
+
+    parts: list[tuple[int, int]]
+    columns: int
+    element: str
+
+    def fill(self, operations: Any, pointer: int, first: int, rows: int) -> None:
+        """Enqueue the making of ``rows`` of them from ``first`` on."""
+        begin = 0
+        for count, seed in self.parts:
+            own, end = max(first, begin), min(first + rows, begin + count)
+            if own < end:
+                target = pointer + (own - first) * self.columns * ELEMENT_BYTES[self.element]
+                operations.random(target, self.element, seed, (own - begin) * self.columns, (end - own) * self.columns)
+            begin += count
+
+
 class Staging:
     """Two pinned pieces: one is filled while the other is on its way."""
 
-    def __init__(self, device: Device, least: int) -> None:
-        self._device = device
+    def __init__(self, device: Device, operations: Any, least: int) -> None:
+        self._device, self._operations = device, operations
         self.piece_bytes = max(PIECE_BYTES, least)
         self._pieces = [device.pinned((self.piece_bytes,), "uint8") for _ in range(2)]
         self._next = 0
 
-    def load(self, pointer: int, rows: int, row_bytes: int, read: Reader, done: Done | None = None) -> None:
+    def load(self, pointer: int, rows: int, row_bytes: int, read: Read | RandomRows, done: Done | None = None) -> None:
         """Fill device memory with rows that ``read`` gives: it fills an array with rows from a number on.
 
         With ``done``, all pieces go to the same place, and it enqueues what is to become of each: the first row, a multiple of
@@ -50,14 +68,18 @@ class Staging:
         if done is not None:
             most = most // BLOCK_ROWS * BLOCK_ROWS
         for first in range(0, rows, most):
-            piece = self._pieces[self._next][: min(most, rows - first) * row_bytes]
-            read(first, piece)
-            # Whatever used the other piece is done once this returns, and this one's copy runs while the other is filled.
-            self._device.synchronize()
-            self._device.upload(pointer + (0 if done else first * row_bytes), piece)
+            count, target = min(most, rows - first), pointer + (0 if done else first * row_bytes)
+            if isinstance(read, RandomRows):
+                read.fill(self._operations, target, first, count)
+            else:
+                piece = self._pieces[self._next][: count * row_bytes]
+                read(first, piece)
+                # Whatever used the other piece is done once this returns, and this one's copy runs while the other is filled.
+                self._device.synchronize()
+                self._device.upload(target, piece)
+                self._next = 1 - self._next
             if done is not None:
-                done(first, len(piece) // row_bytes)
-            self._next = 1 - self._next
+                done(first, count)
 
     def load_array(self, pointer: int, array: NDArray[Any]) -> None:
         """Fill device memory with an array."""
@@ -100,7 +122,7 @@ class Weights:
         self.matrices: dict[int, Weight] = {}
         self.stacks: dict[int, Weight] = {}
         widest = max([columns for rows, columns in model.matrices if rows] + [width for _, width in model.buffers])
-        self._staging = Staging(device, widest * 4 * BLOCK_ROWS)
+        self._staging = Staging(device, operations, widest * 4 * BLOCK_ROWS)
         self._piece = device.allocate(self._staging.piece_bytes)
         self._refused = device.allocate(4)
         device.clear(self._refused, 4)
@@ -140,11 +162,24 @@ class Weights:
                 self.matrices[number] = self._loaded([number], number in rounded)
 
     def _loaded(self, numbers: list[int], rounded: bool) -> Weight:
-        """Load matrices of one shape, one after the other: packed if they can be, else rounded to E4M3 or expanded."""
+        """Load matrices of one shape, one after the other: as they are or packed if they can be, else rounded or expanded."""
+        groups = {self._model.matrix_group(number) for number in numbers}
+        if len(groups) == 1 and (group := groups.pop()) is not None:
+            return self._scaled(numbers, group)
         how = plan(chain.from_iterable(self._model.matrix_formats(number) for number in numbers))
         if how is not None and (len(numbers) == 1 or self._model.matrices[numbers[0]][0] % BLOCK_ROWS == 0):
             return self._packed(numbers, how)
         return self._rounded(numbers[0]) if rounded else self._stack(numbers)
+
+    def _scaled(self, numbers: list[int], group: int) -> Weight:
+        """Load matrices that are stored in E4M3 with scales."""
+        rows, columns = self._model.matrices[numbers[0]]
+        pointer = self._device.allocate(rows * columns * len(numbers))
+        for place, number in enumerate(numbers):
+            self._staging.load(pointer + place * rows * columns, rows, columns, self._reader(number, "stored"))
+        scales = self._stacked([self._model.matrix_scales(number) for number in numbers])
+        bias, experts = self._biases(numbers), len(numbers)
+        return Weight(pointer, rows, columns, "e4m3", bias=bias, scales=scales, group=group, experts=experts)
 
     def _packed(self, numbers: list[int], how: Plan) -> Weight:
         """Load matrices packed, each piece by the device."""
@@ -152,7 +187,7 @@ class Weights:
         bias = self._biases(numbers)
         whole = self._packed_memory(rows * len(numbers), columns, how.packed)
         for place, number in enumerate(numbers):
-            self._fill(from_row(whole, place * rows), rows, how, partial(self._read_matrix, number, form=how.form))
+            self._fill(from_row(whole, place * rows), rows, how, self._reader(number, how.form))
         return replace(whole, rows=rows, bias=bias, experts=len(numbers))
 
     def _packed_memory(self, rows: int, columns: int, packed: Packed) -> Weight:
@@ -160,14 +195,18 @@ class Weights:
         more = {"scales": scales, "minima": minima, "group": packed.group}
         return Weight(pointer, rows, columns, packed.type, **more, steps=packed.steps)
 
-    def _fill(self, weight: Weight, rows: int, how: Plan, read: Reader) -> None:
+    def _fill(self, weight: Weight, rows: int, how: Plan, read: Read | RandomRows) -> None:
         def done(first: int, count: int) -> None:
             self._operations.pack(self._piece, from_row(weight, first), how, count, self._refused)
 
         self._staging.load(self._piece, rows, how.row_bytes(weight.columns), read, done)
 
-    def _read_matrix(self, number: int, first: int, piece: NDArray[np.uint8], form: Form | None = None) -> None:
-        self._model.read_matrix(number, first, piece, form)
+    def _reader(self, number: int, form: Form | None = None) -> Read | RandomRows:
+        """Return what gives a matrix's rows: the core, or the device where they are random."""
+        parts = self._model.random_matrix(number)
+        if parts is not None:
+            return RandomRows(parts, self._model.matrices[number][1], form or self.element)
+        return lambda first, piece: self._model.read_matrix(number, first, piece, form)
 
     def _biases(self, numbers: list[int]) -> int:
         biases = [self._model.matrix_bias(number) for number in numbers]
@@ -182,7 +221,7 @@ class Weights:
             source = Rows(self._piece, count, columns, columns, self.element)
             self._operations.round_rows(source, pointer + first * columns, scales + first * 4)
 
-        self._staging.load(self._piece, rows, columns * self._bytes, partial(self._read_matrix, number), done)
+        self._staging.load(self._piece, rows, columns * self._bytes, self._reader(number), done)
         return Weight(pointer, rows, columns, "e4m3", bias=self._biases([number]), scales=scales, group=columns)
 
     def _stack(self, numbers: list[int]) -> Weight:
@@ -191,8 +230,7 @@ class Weights:
         size = rows * columns * self._bytes
         pointer = self._device.allocate(size * len(numbers))
         for place, number in enumerate(numbers):
-            read = partial(self._read_matrix, number)
-            self._staging.load(pointer + place * size, rows, columns * self._bytes, read)
+            self._staging.load(pointer + place * size, rows, columns * self._bytes, self._reader(number))
         return Weight(pointer, rows, columns, self.element, bias=self._biases(numbers), experts=len(numbers))
 
     def _stacked(self, arrays: list[NDArray[np.float32]]) -> int:
@@ -218,11 +256,14 @@ class Weights:
             return None
         rows, columns = shape
 
-        def read(first: int, piece: NDArray[np.uint8]) -> None:
-            self._model.read_table(name, first, piece, how and how.form)
-
         # Positions are added, which only knows plain tables.
         how = plan([self._model.table_formats(name)]) if name == "embedding" else None
+        form, seed = how and how.form, self._model.random_table(name)
+
+        def stored(first: int, piece: NDArray[np.uint8]) -> None:
+            self._model.read_table(name, first, piece, form)
+
+        read = stored if seed is None else RandomRows([(rows, seed)], columns, form or self.element)
         if how is not None:
             table = self._packed_memory(rows, columns, how.packed)
             self._fill(table, rows, how, read)

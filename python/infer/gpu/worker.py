@@ -22,7 +22,6 @@ from infer.gpu.arrays import PAGE_TOKENS
 from infer.gpu.energy import PowerMeter
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
-from infer.gpu.memory import check_kv_types
 from infer.gpu.runner import Runner, padded
 from infer.gpu.weights import Weights
 
@@ -189,7 +188,6 @@ class _Loaded:
         rounded: bool,
         deterministic: bool,
     ) -> None:
-        check_kv_types(model)
         constants = model.constants
         self.vocabulary: int = constants["vocabulary"]
         self.long_context_row: int = settings["max_model_len"] or constants["max_positions"]
@@ -256,7 +254,7 @@ def _open(device: Device, path: Path, graphs: bool, deterministic: bool, setting
         raise InferError("packed_cache_dir must be None with device='cuda', which packs no weights")
     speculation = settings["speculation"]
     paths = [path] if speculation is None or speculation[4] is None else [path, speculation[4]]
-    options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap")}
+    options = {name: settings[name] for name in ("dtype", "kv_cache_dtype", "mmap", "load_format", "seed")}
     # A draft model is computed as it is stored. E4M3 is a matter of this device; the core knows the other ways of rounding.
     name = f"{device.name} fp8" if rounded else device.name
     models = [DeviceModel(path, backend=name, quantization=None if rounded else quantization, **options)]

@@ -7,7 +7,7 @@ use infer_engine::{Driver, EngineConfig, EngineError, Handover, MonotonicClock, 
 use infer_model::{Blueprint, Checkpoint, CpuModel, KvTypes, LoadOptions, ModelSpec, PackedCacheUse};
 
 use crate::device::CpuDevice;
-use crate::load::Settings;
+use crate::load::{Settings, open};
 use crate::memory::{Budget, CacheLayout, free_memory};
 
 /// Models of an executor outside, and the bytes that its device has free for their keys and values.
@@ -40,7 +40,8 @@ impl Backend {
                 };
                 let model =
                     CpuModel::from_checkpoint(checkpoint, &options).map_err(|error| error.to_string())?;
-                let draft = settings.draft.as_deref().map(|path| load_draft(path, &options)).transpose()?;
+                let draft = settings.draft.as_deref();
+                let draft = draft.map(|path| load_draft(path, settings.dummy, &options)).transpose()?;
                 Self::Cpu { model: Box::new(model), draft: draft.map(Box::new) }
             }
         };
@@ -165,8 +166,8 @@ impl Backend {
 }
 
 /// Loads the model that guesses.
-fn load_draft(path: &Path, options: &LoadOptions) -> Result<CpuModel, String> {
-    let checkpoint = Checkpoint::open(path, options.mmap).map_err(|error| error.to_string())?;
+fn load_draft(path: &Path, dummy: Option<u64>, options: &LoadOptions) -> Result<CpuModel, String> {
+    let checkpoint = open(path, options.mmap, dummy)?;
     // Layers are numbered in the model alone: all of the draft's have the types that were wished for. It is computed as it is stored.
     let kv_types = KvTypes { skip_layers: Vec::new(), ..options.kv_types.clone() };
     let options = LoadOptions { kv_types, quantization: None, ..options.clone() };

@@ -23,8 +23,8 @@ use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
 use crate::settings::{
-    MAX_THREADS, OffloadArgs, SpeculationArgs, read_offload, read_packed_cache, read_quantization,
-    read_speculation, salt, seconds, thread_count,
+    MAX_THREADS, OffloadArgs, SpeculationArgs, read_load_format, read_offload, read_packed_cache,
+    read_quantization, read_speculation, salt, seconds, thread_count,
 };
 use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, prompt_ids};
@@ -62,11 +62,11 @@ impl Engine {
         max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
         kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), packed_cache_dir=None, max_waiting=None,
         priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None,
-        kv_events=Arg::of(false), trace=Arg::of(false), outside=None
+        kv_events=Arg::of(false), trace=Arg::of(false), load_format=Arg::of("auto".to_owned()), outside=None
     ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
         max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         quantization=None, seed=0, mmap=True, packed_cache_dir=None, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
-        speculation=None, kv_offload=None, kv_events=False, trace=False, outside=None)")]
+        speculation=None, kv_offload=None, kv_events=False, trace=False, load_format='auto', outside=None)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -89,6 +89,7 @@ impl Engine {
         kv_offload: Option<OffloadArgs>,
         kv_events: Arg<bool>,
         trace: Arg<bool>,
+        load_format: Arg<String>,
         outside: Option<OutsideArgs<'_>>,
     ) -> PyResult<Self> {
         guarded(|| {
@@ -96,6 +97,7 @@ impl Engine {
             let target = |time| seconds("step_time_target", time);
             let memory = |bytes: Arg<Int>| bytes.fit("kv_cache_memory_bytes", "None or a number of bytes");
             let (speculation, draft) = speculation.map(read_speculation).transpose()?.unzip();
+            let seed = seed.fit("seed", "from 0 to 2**64 - 1")?;
             let settings = Settings {
                 path: path.get("path", "a path")?,
                 precision,
@@ -108,8 +110,9 @@ impl Engine {
                 max_num_batched_tokens: max_num_batched_tokens.positive("max_num_batched_tokens")?,
                 enable_prefix_caching: enable_prefix_caching.flag("enable_prefix_caching")?,
                 kv_cache_memory_bytes: kv_cache_memory_bytes.map(memory).transpose()?,
-                seed: seed.fit("seed", "from 0 to 2**64 - 1")?,
+                seed,
                 mmap: mmap.flag("mmap")?,
+                dummy: read_load_format(load_format, seed)?,
                 packed_cache_dir: read_packed_cache(packed_cache_dir)?,
                 max_waiting: max_waiting.map(|count| count.positive("max_waiting")).transpose()?,
                 patience: seconds("priority_patience", priority_patience)?,

@@ -89,7 +89,7 @@ impl ModelInfo {
         quantization: Option<&Quantization>,
     ) -> Result<Self, String> {
         let spec = &checkpoint.spec;
-        let parameters = checkpoint.tensors().map(|tensor| tensor.elements() as u64).sum();
+        let parameters = checkpoint.parameters();
         let weight_bytes = checkpoint.weight_bytes();
         let (page_bytes, kv_cache_tokens) = cache_budget(spec, weight_bytes, kv_types)?;
         Ok(Self {

@@ -26,6 +26,7 @@ mod ready;
 mod request;
 mod settings;
 mod sources;
+mod steps;
 mod tier;
 mod tokenizer;
 mod vocabulary;

@@ -2,7 +2,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -33,6 +33,8 @@ pub struct Settings {
     pub kv_cache_memory_bytes: Option<u64>,
     pub seed: u64,
     pub mmap: bool,
+    /// The seed of random weights, if they are to be such.
+    pub dummy: Option<u64>,
     /// Where packed weights are kept for the next load.
     pub packed_cache_dir: Option<PathBuf>,
     pub max_waiting: Option<usize>,
@@ -86,7 +88,7 @@ pub fn precision(dtype: &str) -> PyResult<Precision> {
 /// # Errors
 /// What is wrong with the model's files, or which argument does not fit it or the machine.
 pub fn load(settings: &Settings) -> Result<Loaded, String> {
-    let checkpoint = Checkpoint::open(&settings.path, settings.mmap).map_err(|error| error.to_string())?;
+    let checkpoint = open(&settings.path, settings.mmap, settings.dummy)?;
     let text = TextModel::of_checkpoint(&checkpoint)?;
     let (kv_types, quantization) = match &settings.outside {
         Some(outside) => (outside.model.kv_types(), outside.model.quantization()),
@@ -133,6 +135,15 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     })
 }
 
+/// A model's files; or, with a seed, its configuration with random weights.
+pub fn open(path: &Path, mmap: bool, dummy: Option<u64>) -> Result<Checkpoint, String> {
+    let opened = match dummy {
+        Some(seed) => Checkpoint::open_dummy(path, seed),
+        None => Checkpoint::open(path, mmap),
+    };
+    opened.map_err(|error| error.to_string())
+}
+
 fn open_store(offload: &Offload, namespace: [u8; 32], page_bytes: usize) -> Result<Arc<Store>, String> {
     let Offload { dir, max_bytes } = offload;
     let options = StoreOptions { dir: dir.clone(), max_bytes: *max_bytes, namespace, page_bytes };
@@ -176,6 +187,7 @@ fn engine_config(
         digest_key: [0; 32],
         cache_events: settings.cache_events,
         trace: settings.trace,
+        device_draws: settings.outside.is_some(),
         check_invariants: false,
     }
 }

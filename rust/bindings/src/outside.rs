@@ -4,19 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use infer_engine::EngineConfig;
-use infer_kernels::{Activation, KvElement, NormKind, Precision, RopeStyle};
-use infer_model::{Blueprint, Checkpoint, PlainType, Role, RowForm, Slice, Step, StoredRows};
+use infer_kernels::{KvElement, Precision};
+use infer_model::{Blueprint, PlainType, Role, RowForm, StoredRows};
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadwriteArray1};
-use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::backend::Outside;
-use crate::convert::Arg;
+use crate::convert::{Arg, Int};
 use crate::error::{guarded, refusal};
 use crate::kv::{element_name, read_kv_types};
-use crate::load::precision;
-use crate::settings::{MAX_THREADS, read_quantization};
+use crate::load::{open, precision};
+use crate::settings::{MAX_THREADS, read_load_format, read_quantization};
+use crate::steps::{columns, fields};
 use crate::wait::interruptible;
 
 /// A norm's weight and bias.
@@ -35,8 +35,9 @@ pub struct DeviceModel {
 #[pymethods]
 impl DeviceModel {
     #[new]
-    #[pyo3(signature = (path, *, backend, dtype=Arg::of("auto".to_owned()), kv_cache_dtype=None, quantization=None, mmap=Arg::of(true)),
-        text_signature = "(path, *, backend, dtype='auto', kv_cache_dtype='auto', quantization=None, mmap=True)")]
+    #[pyo3(signature = (path, *, backend, dtype=Arg::of("auto".to_owned()), kv_cache_dtype=None, quantization=None, mmap=Arg::of(true),
+        load_format=Arg::of("auto".to_owned()), seed=Arg::int(0)),
+        text_signature = "(path, *, backend, dtype='auto', kv_cache_dtype='auto', quantization=None, mmap=True, load_format='auto', seed=0)")]
     fn new(
         py: Python<'_>,
         path: Arg<PathBuf>,
@@ -45,6 +46,8 @@ impl DeviceModel {
         kv_cache_dtype: Option<Bound<'_, PyAny>>,
         quantization: Option<Arg<String>>,
         mmap: Arg<bool>,
+        load_format: Arg<String>,
+        seed: Arg<Int>,
     ) -> PyResult<Self> {
         guarded(|| {
             let (element, auto) = match precision(&dtype.get("dtype", "a string")?)? {
@@ -54,10 +57,10 @@ impl DeviceModel {
             let kv_types = read_kv_types(kv_cache_dtype.as_ref(), auto)?;
             let quantization = read_quantization(quantization)?;
             let (path, mmap) = (path.get("path", "a path")?, mmap.flag("mmap")?);
+            let dummy = read_load_format(load_format, seed.fit("seed", "from 0 to 2**64 - 1")?)?;
             let blueprint = interruptible(py, "infer-load", move || {
-                let made = Checkpoint::open(&path, mmap).and_then(|checkpoint| {
-                    Blueprint::new(checkpoint, kv_types, element, quantization, &backend)
-                });
+                let checkpoint = open(&path, mmap, dummy)?;
+                let made = Blueprint::new(checkpoint, kv_types, element, quantization, &backend);
                 made.map_err(|error| error.to_string())
             })?;
             Ok(Self {
@@ -152,7 +155,34 @@ impl DeviceModel {
         })
     }
 
-    /// The same of a table.
+    /// Columns that share a scale, if all of a matrix is stored as 8-bit floats ("F8_E4M3") with scales of one kind.
+    fn matrix_group(&self, matrix: usize) -> PyResult<Option<usize>> {
+        guarded(|| {
+            let parts = self.blueprint.matrix_formats(self.known(matrix)?).map_err(refusal)?;
+            let group = parts.first().and_then(|part| part.group);
+            Ok(group.filter(|_| parts.iter().all(|part| part.group == group)))
+        })
+    }
+
+    /// The scales of such a matrix: float32 (outputs, groups of columns).
+    fn matrix_scales<'py>(&self, py: Python<'py>, matrix: usize) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        guarded(|| {
+            let scales = self.blueprint.matrix_scales(self.known(matrix)?).map_err(refusal)?;
+            Ok(PyArray1::from_vec(py, scales))
+        })
+    }
+
+    /// Rows and seed of each part of a matrix whose weights are random; None where they are read.
+    fn random_matrix(&self, matrix: usize) -> PyResult<Option<Vec<(usize, u64)>>> {
+        guarded(|| Ok(self.blueprint.random_matrix(self.known(matrix)?)))
+    }
+
+    /// The seed of a table whose weights are random.
+    fn random_table(&self, table: &str) -> PyResult<Option<u64>> {
+        guarded(|| Ok(self.blueprint.random_table(role(table)?)))
+    }
+
+    /// Rows, stored format and that to compute with of a table.
     fn table_formats(&self, table: &str) -> PyResult<Formats> {
         guarded(|| self.blueprint.table_formats(role(table)?).map(formats).map_err(refusal))
     }
@@ -273,7 +303,10 @@ pub fn read_outside((model, draft, free): OutsideArgs<'_>) -> Outside {
 }
 
 fn formats(rows: StoredRows) -> Formats {
-    (rows.rows, rows.stored.name(), rows.target.name())
+    match rows.group {
+        Some(_) => (rows.rows, "F8_E4M3", "F8_E4M3"),
+        None => (rows.rows, rows.stored.name(), rows.target.name()),
+    }
 }
 
 fn role(table: &str) -> PyResult<Role> {
@@ -281,101 +314,5 @@ fn role(table: &str) -> PyResult<Role> {
         "embedding" => Ok(Role::Embedding),
         "position" => Ok(Role::Position),
         _ => Err(refusal(format!("table must be \"embedding\" or \"position\", got {table:?}"))),
-    }
-}
-
-fn columns(slice: Slice) -> (usize, usize, usize) {
-    (slice.buffer, slice.offset, slice.width)
-}
-
-fn norm_kind(kind: NormKind) -> &'static str {
-    match kind {
-        NormKind::Rms => "rms",
-        NormKind::Layer => "layer",
-    }
-}
-
-fn rope_style(style: RopeStyle) -> &'static str {
-    match style {
-        RopeStyle::Half => "half",
-        RopeStyle::Interleaved => "interleaved",
-    }
-}
-
-fn activation_name(activation: Activation) -> &'static str {
-    match activation {
-        Activation::Silu => "silu",
-        Activation::GeluTanh => "gelu_tanh",
-        Activation::GeluErf => "gelu_erf",
-        Activation::Relu => "relu",
-        Activation::ReluSquared => "relu_squared",
-    }
-}
-
-/// A step as a name, the variant's in snake case, and its fields; slices are (buffer, first column, width).
-fn fields<'py>(py: Python<'py>, step: &Step) -> PyResult<(&'static str, Bound<'py, PyDict>)> {
-    macro_rules! step {
-        ($name:literal $(, $field:ident = $value:expr)*) => {{
-            let dict = PyDict::new(py);
-            $(dict.set_item(stringify!($field), ($value).into_py_any(py)?)?;)*
-            Ok(($name, dict))
-        }};
-    }
-    let at = |slice: &Slice| columns(*slice);
-    match step {
-        Step::Embed { output, scale } => step!("embed", output = at(output), scale = *scale),
-        Step::AddPosition { rows } => step!("add_position", rows = at(rows)),
-        Step::Norm { input, output, kind, groups, epsilon, weight } => step!(
-            "norm",
-            input = at(input),
-            output = at(output),
-            kind = norm_kind(*kind),
-            groups = *groups,
-            epsilon = *epsilon,
-            weight = *weight
-        ),
-        Step::Linear { input, output, weight } => {
-            step!("linear", input = at(input), output = at(output), weight = *weight)
-        }
-        Step::Rope { rows, heads, rope, style } => {
-            step!("rope", rows = at(rows), heads = *heads, rope = *rope, style = rope_style(*style))
-        }
-        Step::WriteKv { keys, values, layer } => {
-            step!("write_kv", keys = at(keys), values = at(values), layer = *layer)
-        }
-        Step::Attend { queries, output, layer, window } => {
-            step!("attend", queries = at(queries), output = at(output), layer = *layer, window = *window)
-        }
-        Step::GatedActivation { gate, up, output, activation } => step!(
-            "gated_activation",
-            gate = at(gate),
-            up = at(up),
-            output = at(output),
-            activation = activation_name(*activation)
-        ),
-        Step::Activation { rows, activation } => {
-            step!("activation", rows = at(rows), activation = activation_name(*activation))
-        }
-        Step::Add { destination, source, scale } => {
-            step!("add", destination = at(destination), source = at(source), scale = *scale)
-        }
-        Step::AddGated { destination, source, gate } => {
-            step!("add_gated", destination = at(destination), source = at(source), gate = at(gate))
-        }
-        Step::Route { logits, used, renormalise } => {
-            step!("route", logits = at(logits), used = *used, renormalise = *renormalise)
-        }
-        Step::Experts { input, output, gate_up, down, width, activation } => step!(
-            "experts",
-            input = at(input),
-            output = at(output),
-            gate_up = gate_up.clone(),
-            down = down.clone(),
-            width = *width,
-            activation = activation_name(*activation)
-        ),
-        Step::Select { input, output } => step!("select", input = at(input), output = at(output)),
-        Step::Scale { rows, scale } => step!("scale", rows = at(rows), scale = *scale),
-        Step::Softcap { rows, cap } => step!("softcap", rows = at(rows), cap = *cap),
     }
 }

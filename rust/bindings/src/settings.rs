@@ -44,6 +44,15 @@ pub fn read_quantization(value: Option<Arg<String>>) -> PyResult<Option<&'static
     Quantization::from_name(&name).map(Some).map_err(refusal)
 }
 
+/// The seed of random weights, if the way of loading is that.
+pub fn read_load_format(format: Arg<String>, seed: u64) -> PyResult<Option<u64>> {
+    match format.get("load_format", "a string")?.as_str() {
+        "auto" => Ok(None),
+        "dummy" => Ok(Some(seed)),
+        other => Err(refusal(format!("load_format must be \"auto\" or \"dummy\", got {other:?}"))),
+    }
+}
+
 /// Where packed weights are kept.
 pub fn read_packed_cache(dir: Option<Arg<PathBuf>>) -> PyResult<Option<PathBuf>> {
     dir.map(|dir| dir.get("packed_cache_dir", "None or a path")).transpose()

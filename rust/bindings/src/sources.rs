@@ -34,6 +34,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "mma.cuh",
     "norm.cu",
     "pack.cu",
+    "random.cu",
     "rope.cu",
     "rope.cuh",
     "rows.cu",

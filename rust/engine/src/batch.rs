@@ -132,7 +132,9 @@ impl Core {
         let end = first_row + rows;
         batch.logit_rows.extend((first_wanted..first_wanted + prompt_rows).map(|row| row as u32));
         batch.logit_rows.extend((end - sampled_rows..end).map(|row| row as u32));
-        batch.draws.extend(std::iter::repeat_n(None, prompt_rows));
+        if self.config.device_draws {
+            batch.draws.extend(std::iter::repeat_n(None, prompt_rows));
+        }
         batch.tokens.extend_from_slice(&sequence.tokens.range(computed, computed + real));
         batch.tokens.extend_from_slice(&sequence.drafts);
         batch.sequences.push(BatchSequence {
@@ -145,7 +147,7 @@ impl Core {
             // The draft model was fed the last token and all of its guesses but the last one.
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
-        let drawn = sampled_rows > 0 && self.add_draws(batch, id, sampled_rows);
+        let drawn = self.config.device_draws && sampled_rows > 0 && self.add_draws(batch, id, sampled_rows);
         Scheduled { id, rows, prompt_rows, sampled_rows, drawn, copied: copy.is_some() }
     }
 

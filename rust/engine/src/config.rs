@@ -57,6 +57,8 @@ pub struct EngineConfig {
     pub speculation: Option<Speculation>,
     /// Keys the digests of pages. Secret: who knows it can tell from a digest what was asked.
     pub digest_key: Digest,
+    /// Say how tokens are drawn ([`crate::Batch::draws`]), for a device that draws them itself.
+    pub device_draws: bool,
     /// Keep a journal of what becomes findable; see [`crate::Core::take_cache_events`].
     pub cache_events: bool,
     /// Keep a journal of requests' lives; see [`crate::Core::take_trace`].

@@ -280,7 +280,7 @@ impl Core {
             drafts: Vec::new(),
             delivered: 0,
             blocked: false,
-            changes: Changes::new(request, &history, 0),
+            changes: self.config.device_draws.then(|| Changes::new(request, &history, 0)).flatten(),
             history,
             seed,
             text: request.text.as_ref().map(|make| make()),

@@ -29,6 +29,7 @@ mod storage;
 mod writer;
 
 use crate::{Context, KernelError, Rows};
+pub use e4m3::decode as decode_e4m3;
 pub use element::KvElement;
 pub(crate) use element::{E4m3, Element, with_element};
 use storage::Storage;

@@ -6,7 +6,7 @@ use crate::ModelError;
 use crate::places::Part;
 use crate::program::MatrixKey;
 use crate::step::{Role, WeightKey};
-use crate::weights::{Loader, Source, format_of, values};
+use crate::weights::{Loader, Source, values};
 
 impl Loader<'_> {
     /// The format in memory and the bias of a matrix whose weights are packed already.
@@ -14,11 +14,16 @@ impl Loader<'_> {
         let mut biases = Vec::new();
         let mut format = None;
         for (part, &rows) in key.parts.iter().zip(&key.rows) {
+            if self.checkpoint.dummy.is_some() {
+                biases.push((self.no_bias(part, rows), rows));
+                format.get_or_insert(self.target(part.role, self.stored(part, rows)?.format));
+                continue;
+            }
             let (tensor, place) = self.find(part, rows)?;
             let chosen = self.permuted(part.role, place.rows(rows));
             let bias = self.chosen_bias(part, &place, &chosen)?;
             biases.push((bias, rows));
-            format.get_or_insert(self.target(part.role, format_of(tensor)?));
+            format.get_or_insert(self.target(part.role, self.format_of(tensor)?));
         }
         Ok((format.unwrap_or(Format::F32), joined(biases)))
     }
@@ -34,15 +39,25 @@ impl Loader<'_> {
         Ok(all.map(|all| chosen.iter().filter_map(|row| all.get(*row).copied()).collect()))
     }
 
-    /// The bias beside a weight; there must be one exactly if the configuration says so. (GGUF metadata do not say.)
-    fn bias(&self, key: &WeightKey, name: &str, total: usize) -> Result<Option<Vec<f32>>, ModelError> {
+    /// Whether the configuration says that there is a bias beside a weight.
+    fn wants_bias(&self, key: &WeightKey) -> bool {
         let biases = self.spec.biases;
-        let wanted = match key.role {
+        match key.role {
             Role::Query | Role::Key | Role::Value => biases.qkv,
             Role::Output => biases.output,
             Role::Gate | Role::Up | Role::Down => biases.mlp,
             _ => false,
-        };
+        }
+    }
+
+    /// The bias beside a random weight: zeros.
+    pub fn no_bias(&self, key: &WeightKey, rows: usize) -> Option<Vec<f32>> {
+        self.wants_bias(key).then(|| vec![0.0; rows])
+    }
+
+    /// The bias beside a weight; there must be one exactly if the configuration says so. (GGUF metadata do not say.)
+    fn bias(&self, key: &WeightKey, name: &str, total: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        let wanted = self.wants_bias(key);
         let name = format!("{name}.bias");
         let found = match wanted || self.checkpoint.is_gguf() {
             true => self.tensor(&name),

@@ -5,65 +5,18 @@
 //! a backend may keep a matrix in one format. Weights are read where the backend wants them (a pinned buffer): never is more than one of them
 //! in memory, however large the model is.
 
-use std::ops::Range;
-
-use infer_kernels::{Format, KvCache, KvLayer, Precision, dequantize, quantize};
+use infer_kernels::{Format, KvCache, KvLayer, Precision};
 
 use crate::checkpoint::Checkpoint;
 use crate::fingerprint;
 use crate::kv::KvTypes;
 use crate::loading::tied_head;
 use crate::quantization::unsuitable;
+use crate::reading::{PlainType, RowForm, check_rows, convert};
 use crate::rope::RopeTable;
-use crate::step::Role;
-use crate::weights::{Loader, format_of, joined_bias};
-use crate::{ModelError, ModelSpec, Program, Quantization};
-
-/// The type in which an outside backend wants its weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PlainType {
-    /// Exact.
-    F32,
-    /// Rounded to nearest, ties to even.
-    Bf16,
-}
-
-impl PlainType {
-    fn format(self) -> Format {
-        match self {
-            Self::F32 => Format::F32,
-            Self::Bf16 => Format::Bf16,
-        }
-    }
-
-    /// Bytes of one value.
-    #[must_use]
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-        }
-    }
-}
-
-/// In what form rows of a weight are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RowForm {
-    /// Converted to plain numbers.
-    Plain(PlainType),
-    /// In blocks of the format in which they are stored.
-    Stored,
-}
-
-impl RowForm {
-    /// Bytes of a row; none where no row of the format has so many columns.
-    fn row_bytes(self, stored: Format, columns: usize) -> Option<usize> {
-        match self {
-            Self::Plain(element) => columns.checked_mul(element.bytes()),
-            Self::Stored => stored.row_bytes(columns),
-        }
-    }
-}
+use crate::step::{Role, WeightKey};
+use crate::weights::{Loader, Source, Table, joined_bias};
+use crate::{ModelError, ModelSpec, Program, Quantization, dummy};
 
 /// Rows of a weight that are stored alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +27,9 @@ pub struct StoredRows {
     pub stored: Format,
     /// The format that a backend is to compute with: the same, unless they are to be rounded.
     pub target: Format,
+    /// Where they are stored as 8-bit floats (E4M3) with scales, how many columns share one; `stored` and `target` are then what
+    /// they are as plain numbers.
+    pub group: Option<usize>,
 }
 
 /// A checked checkpoint, ready to be read weight by weight.
@@ -105,17 +61,11 @@ impl Blueprint {
         let quantization = checkpoint.rounding(quantization)?;
         let kv_layers = kv_types.layers(&checkpoint.spec)?;
         let mut program = Program::new(&checkpoint.spec);
-        let loader = Loader::new(&checkpoint, quantization);
+        let loader = Loader::new(&checkpoint, quantization, element.format());
         program.fuse(|left, right| loader.may_merge(left, right));
-        for key in program.matrices.iter().filter(|key| !key.parts.is_empty()) {
-            loader.sources(key)?;
+        if checkpoint.dummy.is_none() {
+            check(&loader, &program)?;
         }
-        program.vectors.iter().try_for_each(|key| loader.vector(key).map(drop))?;
-        loader.stored_table(Role::Embedding, checkpoint.spec.vocabulary)?;
-        if has_positions(&checkpoint.spec) {
-            loader.stored_table(Role::Position, checkpoint.spec.max_positions)?;
-        }
-        loader.check_all_read()?;
         let precision = match element {
             PlainType::F32 => Precision::Exact,
             PlainType::Bf16 => Precision::Auto,
@@ -202,11 +152,12 @@ impl Blueprint {
     /// # Panics
     /// If there is no such matrix.
     pub fn matrix_formats(&self, matrix: usize) -> Result<Vec<StoredRows>, ModelError> {
-        let (key, loader) =
-            (&self.program.matrices[matrix], Loader::new(&self.checkpoint, self.quantization));
+        let (key, loader) = (&self.program.matrices[matrix], self.loader(self.quantization));
         let formats = key.parts.iter().zip(&key.rows).map(|(part, rows)| {
-            let (tensor, _) = loader.find(part, *rows)?;
-            stored_rows(&loader, part.role, (format_of(tensor)?, &tensor.info.name), [*rows, key.columns])
+            let stored = loader.stored(part, *rows)?;
+            let all = stored_rows(&loader, part.role, (stored.format, stored.name), [*rows, key.columns])?;
+            let group = stored.group.map(|group| group.unwrap_or(key.columns));
+            Ok(StoredRows { group, ..all })
         });
         formats.collect()
     }
@@ -217,7 +168,10 @@ impl Blueprint {
     /// A model without such a table, or as [`Blueprint::matrix_formats`].
     pub fn table_formats(&self, role: Role) -> Result<StoredRows, ModelError> {
         let Some((rows, columns)) = self.table_shape(role) else { return Err(no_table(role)) };
-        let loader = Loader::new(&self.checkpoint, self.quantization);
+        let loader = self.loader(self.quantization);
+        if self.checkpoint.dummy.is_some() {
+            return stored_rows(&loader, role, (dummy::FORMAT, "of random weights"), [rows, columns]);
+        }
         let table = loader.stored_table(role, rows)?;
         stored_rows(&loader, role, (table.format, table.name), [rows, columns])
     }
@@ -238,26 +192,65 @@ impl Blueprint {
         form: RowForm,
         out: &mut [u8],
     ) -> Result<(), ModelError> {
-        let (rows, columns) = self.matrix_shape(matrix);
-        let sources = Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])?;
-        let Some(stored) = sources.first().map(|source| source.table.format) else { return Ok(()) };
-        if form == RowForm::Stored && sources.iter().any(|source| source.table.format != stored) {
+        let (rows, _) = self.matrix_shape(matrix);
+        let sources = self.loader(None).sources(&self.program.matrices[matrix])?;
+        let Some(one) = sources.first().map(|source| &source.table) else { return Ok(()) };
+        let alike =
+            |other: &Table<'_>| other.format == one.format && other.scaled.is_some() == one.scaled.is_some();
+        if form == RowForm::Stored && !sources.iter().all(|source| alike(&source.table)) {
             return Err(ModelError::Request(format!(
                 "parts of matrix {matrix} are stored in several formats"
             )));
         }
-        let width = form.row_bytes(stored, columns).unwrap_or(0);
+        let width = form.row_bytes(one);
         let (mut skipped, mut rest) = (check_rows(rows, width, first, out)?.start, out);
         for source in sources {
-            let all: Vec<&[u8]> = source.rows().collect();
-            let own = &all[skipped.min(all.len())..];
-            let own = &own[..own.len().min(rest.len() / width)];
-            skipped = skipped.saturating_sub(all.len());
-            let (part, others) = rest.split_at_mut(own.len() * width);
-            convert(source.table.format, own, columns, form, threads, part);
+            let begin = skipped.min(source.outputs());
+            let end = source.outputs().min(begin + rest.len() / width);
+            skipped -= begin;
+            let (part, others) = rest.split_at_mut((end - begin) * width);
+            convert(&source, begin..end, form, threads, part);
             rest = others;
         }
         Ok(())
+    }
+
+    /// The scales of a matrix of 8-bit floats: for each of its rows one, or one for each group of columns
+    /// ([`StoredRows::group`]); none for others.
+    ///
+    /// # Errors
+    /// A tensor that does not fit.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    pub fn matrix_scales(&self, matrix: usize) -> Result<Vec<f32>, ModelError> {
+        let mut scales = Vec::new();
+        for source in self.loader(None).sources(&self.program.matrices[matrix])? {
+            let Some(scaled) = source.table.scaled else { continue };
+            scales.extend(source.row_numbers().iter().flat_map(|row| scaled.row(*row)));
+        }
+        Ok(scales)
+    }
+
+    /// The seed of each part of a matrix whose weights are random, for backends that make them themselves (`dummy.rs`); else none.
+    ///
+    /// # Panics
+    /// If there is no such matrix.
+    #[must_use]
+    pub fn random_matrix(&self, matrix: usize) -> Option<Vec<(usize, u64)>> {
+        let (key, loader) = (&self.program.matrices[matrix], self.loader(None));
+        let parts = key.parts.iter().zip(&key.rows);
+        parts.map(|(part, rows)| Some((*rows, loader.random_seed(part)?))).collect()
+    }
+
+    /// The same of a table.
+    #[must_use]
+    pub fn random_table(&self, role: Role) -> Option<u64> {
+        self.loader(None).random_seed(&WeightKey { role, layer: None, expert: None })
+    }
+
+    fn loader(&self, quantization: Option<&'static Quantization>) -> Loader<'_> {
+        Loader::new(&self.checkpoint, quantization, self.element.format())
     }
 
     /// A matrix's bias, if it has one: (outputs).
@@ -268,7 +261,10 @@ impl Blueprint {
     /// # Panics
     /// If there is no such matrix.
     pub fn matrix_bias(&self, matrix: usize) -> Result<Option<Vec<f32>>, ModelError> {
-        let sources = Loader::new(&self.checkpoint, None).sources(&self.program.matrices[matrix])?;
+        if self.checkpoint.dummy.is_some() {
+            return Ok(self.loader(None).outline(&self.program.matrices[matrix])?.1);
+        }
+        let sources = self.loader(None).sources(&self.program.matrices[matrix])?;
         Ok(joined_bias(&sources))
     }
 
@@ -295,11 +291,10 @@ impl Blueprint {
         form: RowForm,
         out: &mut [u8],
     ) -> Result<(), ModelError> {
-        let Some((rows, columns)) = self.table_shape(role) else { return Err(no_table(role)) };
-        let table = Loader::new(&self.checkpoint, None).stored_table(role, rows)?;
-        let range = check_rows(rows, form.row_bytes(table.format, columns).unwrap_or(0), first, out)?;
-        let all: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes().max(1)).collect();
-        convert(table.format, &all[range], columns, form, threads, out);
+        let Some((rows, _)) = self.table_shape(role) else { return Err(no_table(role)) };
+        let source = Source::whole(self.loader(None).stored_table(role, rows)?, rows);
+        let range = check_rows(rows, form.row_bytes(&source.table), first, out)?;
+        convert(&source, range, form, threads, out);
         Ok(())
     }
 
@@ -311,7 +306,7 @@ impl Blueprint {
     /// # Panics
     /// If there is no such vector.
     pub fn vector(&self, vector: usize) -> Result<(Vec<f32>, Option<Vec<f32>>), ModelError> {
-        let found = Loader::new(&self.checkpoint, None).vector(&self.program.vectors[vector])?;
+        let found = self.loader(None).vector(&self.program.vectors[vector])?;
         Ok((found.weight, found.bias))
     }
 
@@ -335,16 +330,18 @@ impl Blueprint {
     }
 }
 
-/// The rows of `width` bytes that `out` has room for.
-fn check_rows(rows: usize, width: usize, first: usize, out: &[u8]) -> Result<Range<usize>, ModelError> {
-    let count = out.len() / width.max(1);
-    match width > 0 && out.len().is_multiple_of(width) && first <= rows && count <= rows - first {
-        true => Ok(first..first + count),
-        false => Err(ModelError::Request(format!(
-            "a weight of {rows} rows of {width} bytes does not have {} bytes from row {first} on",
-            out.len()
-        ))),
+/// Whether every weight is there, in a shape that fits, and none is left over.
+fn check(loader: &Loader<'_>, program: &Program) -> Result<(), ModelError> {
+    let spec = loader.spec;
+    for key in program.matrices.iter().filter(|key| !key.parts.is_empty()) {
+        loader.sources(key)?;
     }
+    program.vectors.iter().try_for_each(|key| loader.vector(key).map(drop))?;
+    loader.stored_table(Role::Embedding, spec.vocabulary)?;
+    if has_positions(spec) {
+        loader.stored_table(Role::Position, spec.max_positions)?;
+    }
+    loader.check_all_read()
 }
 
 /// What rows of a role, in this format and tensor, are to become.
@@ -356,7 +353,7 @@ fn stored_rows(
 ) -> Result<StoredRows, ModelError> {
     let target = loader.target(role, stored);
     match target.row_bytes(shape[1]) {
-        Some(_) => Ok(StoredRows { rows: shape[0], stored, target }),
+        Some(_) => Ok(StoredRows { rows: shape[0], stored, target, group: None }),
         None => Err(unsuitable(name, &shape, target)),
     }
 }
@@ -367,34 +364,4 @@ fn no_table(role: Role) -> ModelError {
 
 fn has_positions(spec: &ModelSpec) -> bool {
     spec.arch.positions == crate::family::Positions::Learned
-}
-
-/// Converts rows of one format, a share for each thread.
-fn convert(format: Format, rows: &[&[u8]], columns: usize, form: RowForm, threads: usize, out: &mut [u8]) {
-    let width = form.row_bytes(format, columns).unwrap_or(0).max(1);
-    let share = rows.len().div_ceil(threads.max(1)).max(1);
-    std::thread::scope(|scope| {
-        for (rows, out) in rows.chunks(share).zip(out.chunks_mut(share * width)) {
-            scope.spawn(move || match form {
-                RowForm::Plain(element) if element.format() != format => {
-                    convert_rows(format, rows, columns, element, out);
-                }
-                _ => rows
-                    .iter()
-                    .zip(out.chunks_exact_mut(width))
-                    .for_each(|(row, out)| out.copy_from_slice(row)),
-            });
-        }
-    });
-}
-
-fn convert_rows(format: Format, rows: &[&[u8]], columns: usize, element: PlainType, out: &mut [u8]) {
-    let mut values = vec![0.0; columns];
-    let mut bytes = Vec::new();
-    for (row, out) in rows.iter().zip(out.chunks_exact_mut(columns * element.bytes())) {
-        dequantize(format, row, &mut values);
-        bytes.clear();
-        quantize(element.format(), &values, &mut bytes);
-        out.copy_from_slice(&bytes);
-    }
 }

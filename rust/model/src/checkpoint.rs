@@ -8,17 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use infer_formats::{
-    Container, FormatError, Gguf, Metadata, Safetensors, SafetensorsIndex, TensorInfo, check_splits,
-    shortened,
+    Container, FormatError, Gguf, Metadata, Safetensors, TensorInfo, check_splits, shortened,
 };
 
 use crate::file_bytes::FileBytes;
+use crate::folder::{files_with_extension, in_file, not_a_model, read_small, safetensors_files};
+use crate::methods::{AllScales, Stored};
 use crate::names::{self, Names};
-use crate::packed::{self, Packed, Scales};
-use crate::{Config, ModelError, ModelSpec, Quantization, arch, gguf};
-
-/// How much of a small text file of a model folder is read at most, bytes.
-const MAX_CONFIG_BYTES: u64 = 64 << 20;
+use crate::packed::Packed;
+use crate::scaled::Scaled;
+use crate::{Config, ModelError, ModelSpec, Program, Quantization, arch, dummy, gguf};
 
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +28,15 @@ pub struct Tensor<'a> {
     pub bytes: &'a [u8],
     /// Scales, where it is packed.
     pub packed: Option<Packed<'a>>,
+    /// Scales, where it holds 8-bit floats that have some.
+    pub scaled: Option<Scaled<'a>>,
+}
+
+impl<'a> Tensor<'a> {
+    /// One that has no scales.
+    pub(crate) fn plain(info: &'a TensorInfo, bytes: &'a [u8]) -> Self {
+        Self { info, bytes, packed: None, scaled: None }
+    }
 }
 
 /// The field of `config.json` that says how a folder that we wrote was rounded: its embedding and head are whole in it, and are
@@ -47,9 +55,11 @@ pub struct Checkpoint {
     path: PathBuf,
     files: Vec<FileBytes>,
     tensors: HashMap<String, (usize, TensorInfo)>,
-    scales: HashMap<String, Scales>,
+    scales: AllScales,
     /// How what is not packed is to be rounded.
     pub(crate) quantization: Option<&'static Quantization>,
+    /// Weights are random, from this seed, and no file is read for them.
+    pub(crate) dummy: Option<u64>,
 }
 
 impl Checkpoint {
@@ -85,6 +95,17 @@ impl Checkpoint {
         }
     }
 
+    /// Opens the configuration of a folder alone: weights are random, those of a seed.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`]; a path that is no folder with a `config.json`.
+    pub fn open_dummy(path: &Path, seed: u64) -> Result<Self, ModelError> {
+        if !path.join("config.json").is_file() {
+            return Err(not_a_model(path, "load_format \"dummy\" needs a folder with config.json"));
+        }
+        Self::open_config(path, Some(seed)).map(|(checkpoint, _)| checkpoint)
+    }
+
     /// The path that was opened.
     pub fn path(&self) -> &Path {
         &self.path
@@ -94,11 +115,16 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (file, info) = self.tensors.get(name)?;
         let bytes = self.files[*file].bytes().get(info.range.clone())?;
-        let packed = match self.scales.get(name) {
-            Some(scales) => Some(scales.packed(self.files[scales.file].bytes().get(scales.range.clone())?)),
+        let bytes_of = |file: usize, range: &Range<usize>| self.files[file].bytes().get(range.clone());
+        let packed = match self.scales.packed.get(name) {
+            Some(scales) => Some(scales.packed(bytes_of(scales.file, &scales.range)?)),
             None => None,
         };
-        Some(Tensor { info, bytes, packed })
+        let scaled = match self.scales.scaled.get(name) {
+            Some(scales) => Some(scales.scaled(bytes_of(scales.file, &scales.range)?)),
+            None => None,
+        };
+        Some(Tensor { info, bytes, packed, scaled })
     }
 
     /// Where each tensor lies: file, first byte, name.
@@ -115,22 +141,37 @@ impl Checkpoint {
     pub fn storage(&self) -> &'static str {
         let mut bytes_of = BTreeMap::<&str, usize>::new();
         for (name, (_, info)) in &self.tensors {
-            let kind = self.scales.get(name).map_or(info.tensor_type.name(), Scales::name);
+            let kind = self.scales.packed.get(name).map_or(info.tensor_type.name(), |scales| scales.name());
             *bytes_of.entry(kind).or_default() += info.range.len();
+        }
+        if self.dummy.is_some() {
+            bytes_of.insert(dummy::FORMAT.name(), 1);
         }
         let most = bytes_of.into_iter().max_by_key(|(_, bytes)| *bytes);
         self.quantization.map_or(most.map_or("none", |(name, _)| name), Quantization::name)
     }
 
-    /// Bytes of all weights in the files.
-    pub fn weight_bytes(&self) -> u64 {
-        let scales = self.scales.values().map(|scales| scales.range.len() as u64);
-        scales.chain(self.tensors().map(|info| info.range.len() as u64)).sum()
+    /// Number of weights.
+    pub fn parameters(&self) -> u64 {
+        let stored: u64 = self.tensors().map(|info| info.elements() as u64).sum();
+        if self.dummy.is_some() { Program::new(&self.spec).weights(&self.spec) } else { stored }
     }
 
-    /// Are weights integers already?
+    /// Bytes of all weights in the files, or of random ones.
+    pub fn weight_bytes(&self) -> u64 {
+        if self.dummy.is_some() {
+            return self.parameters() * dummy::FORMAT.block_bytes() as u64;
+        }
+        let packed = self.scales.packed.values().map(|scales| scales.range.len() as u64);
+        let scaled = self.scales.scaled.values().map(|scales| scales.range.len() as u64);
+        packed.chain(scaled).chain(self.tensors().map(|info| info.range.len() as u64)).sum()
+    }
+
+    /// Are weights integers or 8-bit floats already?
     pub fn is_quantized(&self) -> bool {
-        !self.scales.is_empty() || self.tensors().any(|info| info.tensor_type.block_len() > 1)
+        !self.scales.packed.is_empty()
+            || !self.scales.scaled.is_empty()
+            || self.tensors().any(|info| info.tensor_type.block_len() > 1)
     }
 
     /// Says that these bytes of some tensor were read for the last time, most likely: a model is then never in memory twice.
@@ -189,9 +230,10 @@ impl Checkpoint {
         }
     }
 
-    fn open_folder(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+    /// A folder without its tensors, and how these are stored.
+    fn open_config(path: &Path, dummy: Option<u64>) -> Result<(Self, Option<Stored>), ModelError> {
         let config = Config::parse(&read_small(&path.join("config.json"))?)?;
-        let method = packed::method(&config)?;
+        let stored = Stored::read(&config)?;
         let quantization = config.text(&[QUANTIZATION_FIELD])?.map(Quantization::from_name).transpose()?;
         let mut spec = ModelSpec::from_config(&config)?;
         let generation = path.join("generation_config.json");
@@ -202,25 +244,31 @@ impl Checkpoint {
             spec.eos_token_ids.dedup();
         }
         let names = spec.arch.names;
-        let mut checkpoint = Self {
+        let checkpoint = Self {
             spec,
             metadata: None,
             names,
             path: path.to_owned(),
             files: Vec::new(),
             tensors: HashMap::new(),
-            scales: HashMap::new(),
+            scales: AllScales::default(),
             quantization,
+            dummy,
         };
+        Ok((checkpoint, stored))
+    }
+
+    fn open_folder(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        let (mut checkpoint, stored) = Self::open_config(path, None)?;
         for file in safetensors_files(path)? {
             let bytes = FileBytes::open(&file, mmap)?;
             let parsed = Safetensors::parse(bytes.bytes()).map_err(in_file(&file))?;
             checkpoint.add(&file, bytes, parsed.tensors)?;
         }
         checkpoint.normalise_prefix();
-        if let Some(method) = method {
+        if let Some(stored) = stored {
             let Self { files, tensors, scales, .. } = &mut checkpoint;
-            *scales = (method.combine)(tensors, &|file, info| info.bytes(files.get(file)?.bytes()))?;
+            *scales = stored.combine(tensors, &|file, info| info.bytes(files.get(file)?.bytes()))?;
         }
         Ok(checkpoint)
     }
@@ -274,7 +322,7 @@ impl Checkpoint {
         let Some(metadata) = metadata else { return Err(not_a_model(path, "no parts")) };
         let tensor = |name: &str| {
             let (file, info) = tensors.get(name)?;
-            Some(Tensor { info, bytes: files[*file].bytes().get(info.range.clone())?, packed: None })
+            Some(Tensor::plain(info, files[*file].bytes().get(info.range.clone())?))
         };
         let (row, config) = gguf::config(&metadata, &tensor, path)?;
         let spec = ModelSpec::read(row, &config)?;
@@ -285,8 +333,9 @@ impl Checkpoint {
             path: path.to_owned(),
             files,
             tensors,
-            scales: HashMap::new(),
+            scales: AllScales::default(),
             quantization: None,
+            dummy: None,
         })
     }
 
@@ -316,58 +365,4 @@ fn insert(
 /// Whether there is an architecture of this name, for messages of other rooms.
 pub fn known_architectures() -> String {
     arch::known()
-}
-
-fn in_file(path: &Path) -> impl Fn(FormatError) -> ModelError + '_ {
-    |source| ModelError::Format { path: path.to_owned(), source: Box::new(source) }
-}
-
-fn not_a_model(path: &Path, reason: &str) -> ModelError {
-    ModelError::NotAModel { path: path.to_owned(), reason: reason.to_owned() }
-}
-
-fn read_small(path: &Path) -> Result<Vec<u8>, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
-    let length = fs::metadata(path).map_err(io)?.len();
-    if length > MAX_CONFIG_BYTES {
-        return Err(not_a_model(path, &format!("{length} bytes is too long for a configuration")));
-    }
-    fs::read(path).map_err(io)
-}
-
-fn files_with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>, ModelError> {
-    let io = |source| ModelError::Io { path: folder.to_owned(), source };
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(io)? {
-        let path = entry.map_err(io)?.path();
-        if path.is_file() && path.extension().is_some_and(|own| own == extension) {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-fn safetensors_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
-    let index = folder.join("model.safetensors.index.json");
-    if index.is_file() {
-        let parsed = SafetensorsIndex::parse(&read_small(&index)?).map_err(in_file(&index))?;
-        return Ok(parsed.files().into_iter().map(|name| folder.join(name)).collect());
-    }
-    let single = folder.join("model.safetensors");
-    if single.is_file() {
-        return Ok(vec![single]);
-    }
-    let found = files_with_extension(folder, "safetensors")?;
-    match found.len() {
-        0 if files_with_extension(folder, "bin")?.is_empty() => {
-            Err(not_a_model(folder, "there is a config.json but no .safetensors file"))
-        }
-        0 => Err(not_a_model(
-            folder,
-            "weights are .bin pickles, which can run code when read; convert to safetensors",
-        )),
-        1 => Ok(found),
-        _ => Err(not_a_model(folder, "several .safetensors files but no model.safetensors.index.json")),
-    }
 }

@@ -39,6 +39,7 @@ pub(crate) fn of(
     field(&mut hasher, backend.as_bytes());
     field(&mut hasher, format!("{PAGE_TOKENS} {BLOCK_PAGES} {precision:?} {kv_layers:?}").as_bytes());
     field(&mut hasher, format!("{} {quantization:?} {spec:?}", checkpoint.is_gguf()).as_bytes());
+    field(&mut hasher, format!("{:?}", checkpoint.dummy).as_bytes());
     let mut tensors: Vec<_> = checkpoint.tensors().collect();
     tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
     for info in tensors {
@@ -48,6 +49,7 @@ pub(crate) fn of(
             let read = |bytes| checkpoint.read(bytes);
             contents(&mut hasher, tensor.bytes, read);
             tensor.packed.iter().for_each(|packed| contents(&mut hasher, packed.scales, read));
+            tensor.scaled.iter().for_each(|scaled| contents(&mut hasher, scaled.scales, read));
         }
     }
     hasher.finalize().into()

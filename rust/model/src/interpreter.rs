@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
+    Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
     add_in_place, attention, gated_activation, linear, norm, norm_in_place, rope_in_place, scale_in_place,
     softcap_in_place,
 };
@@ -43,7 +43,11 @@ impl Interpreter {
         packed_cache_dir: Option<&Path>,
     ) -> Result<(Self, CacheNews), ModelError> {
         let spec = checkpoint.spec.clone();
-        let loader = Loader::new(checkpoint, quantization);
+        let floats = match precision {
+            Precision::Exact => Format::F32,
+            Precision::Auto => Format::Bf16,
+        };
+        let loader = Loader::new(checkpoint, quantization, floats);
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;

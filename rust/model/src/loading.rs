@@ -177,7 +177,8 @@ fn identity(loader: &Loader<'_>, program: &Program, context: &Context) -> [u8; 3
     let mut hasher = blake3::Hasher::new();
     hasher.update(&contents);
     hasher.update(&PackedMatrix::LAYOUT_VERSION.to_le_bytes());
-    hasher.update(format!("{:?} {:?}", checkpoint.stamps(), program.matrices).as_bytes());
+    let floats = loader.floats();
+    hasher.update(format!("{:?} {floats:?} {:?}", checkpoint.stamps(), program.matrices).as_bytes());
     hasher.finalize().into()
 }
 

@@ -1,8 +1,5 @@
-//! Weights that a safetensors folder stores as packed integers, as `quantization_config` in `config.json` says. One row per method:
-//! what it may say, and which tensors stand together for one weight. To the rest of this room they are one tensor.
-//!
-//! compressed-tensors, format "pack-quantized": `x.weight_packed` (I32, rows by columns * bits / 32), `x.weight_scale` (rows by
-//! groups) and `x.weight_shape` (I64, rows and columns).
+//! Weights that a safetensors folder stores as packed integers: compressed-tensors, format "pack-quantized", has `x.weight_packed` (I32,
+//! rows by columns * bits / 32), `x.weight_scale` (rows by groups) and `x.weight_shape` (I64, rows and columns).
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,33 +8,8 @@ use half::{bf16, f16};
 use infer_formats::{TensorInfo, TensorType};
 use infer_kernels::PackedFormat;
 
+use crate::methods::{Bytes, Tensors, wrong};
 use crate::{Config, ModelError};
-
-/// A file's number and a tensor of it, by name.
-type Tensors = HashMap<String, (usize, TensorInfo)>;
-
-/// The scales of packed tensors, by name.
-pub(crate) type AllScales = HashMap<String, Scales>;
-
-/// What a tensor of a file holds.
-type Bytes<'a> = &'a dyn Fn(usize, &TensorInfo) -> Option<&'a [u8]>;
-
-/// A method of `quantization_config`.
-pub(crate) struct Method {
-    /// `quant_method`.
-    name: &'static str,
-    /// Refuses what we cannot compute.
-    check: fn(&Config) -> Result<(), ModelError>,
-    /// Puts the tensors together that stand for one weight: `Tensors` then has the weight by its usual name, and the result its
-    /// scales. Refuses tensors that are missing or do not fit each other, and integers of a kind that we do not compute.
-    pub combine: fn(&mut Tensors, Bytes<'_>) -> Result<AllScales, ModelError>,
-}
-
-const METHODS: &[Method] = &[Method {
-    name: "compressed-tensors",
-    check: check_compressed_tensors,
-    combine: combine_compressed_tensors,
-}];
 
 /// Where the scales of a packed tensor lie, and how both read.
 #[derive(Debug, Clone)]
@@ -94,42 +66,15 @@ fn half(number: f32) -> Option<[u8; 2]> {
     (half.to_f32() == number).then(|| half.to_le_bytes())
 }
 
-/// The method by which weights are packed, if `config.json` says that they are.
-///
-/// # Errors
-/// A method, or details of one, that we do not read.
-pub(crate) fn method(config: &Config) -> Result<Option<&'static Method>, ModelError> {
-    let Some(quantization) = config.object("quantization_config")? else { return Ok(None) };
-    let name = quantization.text(&["quant_method"])?.unwrap_or("unnamed");
-    let Some(method) = METHODS.iter().find(|method| method.name == name) else {
-        let known = METHODS.iter().map(|method| format!("`{}`", method.name)).collect::<Vec<_>>().join(", ");
-        let expected = format!("{known}, a checkpoint that is not quantized, or a quantized GGUF file");
-        return Err(ModelError::config("quantization_config.quant_method", name, expected));
-    };
-    (method.check)(&quantization)?;
-    Ok(Some(method))
-}
-
-fn check_compressed_tensors(config: &Config) -> Result<(), ModelError> {
-    let wrong = |field: &str, value: String, expected: &str| {
-        Err(ModelError::config(&format!("quantization_config.{field}"), value, expected))
-    };
-    let format = config.text(&["format"])?.unwrap_or("missing");
-    if format != "pack-quantized" {
-        return wrong("format", format.to_owned(), "`pack-quantized`: integers of 4 or 8 bits in groups");
-    }
+pub(crate) fn check(config: &Config) -> Result<(), ModelError> {
     let Some(groups) = config.object("config_groups")? else {
-        return wrong("config_groups", "missing".to_owned(), "an object");
+        return wrong("config_groups", "missing", "an object");
     };
     for name in groups.names() {
         let Some(group) = groups.object(name)? else { continue };
         if group.find(&["input_activations"]).is_some() {
             let field = format!("config_groups.{name}.input_activations");
-            return wrong(
-                &field,
-                "an object".to_owned(),
-                "null: activations are rounded as this program sees fit",
-            );
+            return wrong(&field, "an object", "null: activations are rounded as this program sees fit");
         }
         let Some(weights) = group.object("weights")? else { continue };
         let kind = weights.text(&["type"])?.unwrap_or("int");
@@ -142,7 +87,10 @@ fn check_compressed_tensors(config: &Config) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn combine_compressed_tensors(tensors: &mut Tensors, bytes: Bytes<'_>) -> Result<AllScales, ModelError> {
+pub(crate) fn combine(
+    tensors: &mut Tensors,
+    bytes: Bytes<'_>,
+) -> Result<HashMap<String, Scales>, ModelError> {
     let mut found = HashMap::new();
     let names: Vec<String> =
         tensors.keys().filter(|name| name.ends_with(".weight_packed")).cloned().collect();

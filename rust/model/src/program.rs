@@ -60,6 +60,18 @@ pub struct Program {
 }
 
 impl Program {
+    /// How many weights there are, with tables of vectors that are looked up.
+    pub(crate) fn weights(&self, spec: &ModelSpec) -> u64 {
+        let matrices: usize = self.matrices.iter().map(MatrixKey::weights).sum();
+        let vectors: usize = self.vectors.iter().map(|key| key.width).sum();
+        let embedding = if spec.tied { 0 } else { spec.vocabulary * spec.hidden };
+        let positions = match spec.arch.positions {
+            Positions::Learned => spec.max_positions * spec.hidden,
+            Positions::Rope(_) => 0,
+        };
+        (matrices + vectors + embedding + positions) as u64
+    }
+
     /// Writes the program of a model, unfused: the truth that all backends share.
     pub fn new(spec: &ModelSpec) -> Self {
         let mut builder = Builder::new(spec);

@@ -7,14 +7,16 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-use infer_kernels::{Context, Format, KernelError, PackedMatrix, dequantize, round_rows};
+use infer_kernels::{Context, Format, PackedMatrix, round_rows};
 
 pub(crate) use crate::biases::joined_bias;
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
 use crate::step::{Role, WeightKey};
-use crate::{ModelError, ModelSpec, Quantization, quantization};
+use crate::table::transpose;
+pub(crate) use crate::table::{Source, Table, format_of, unroundable, values};
+use crate::{ModelError, ModelSpec, Quantization};
 
 /// A weight ready to be multiplied.
 pub(crate) struct Matrix {
@@ -28,51 +30,12 @@ pub(crate) struct Vector {
     pub bias: Option<Vec<f32>>,
 }
 
-/// Rows of a two-dimensional weight, in a format that kernels know.
-pub(crate) struct Table<'a> {
+/// How a weight is stored.
+pub(crate) struct StoredAs<'a> {
     pub name: &'a str,
     pub format: Format,
-    pub columns: usize,
-    pub bytes: Cow<'a, [u8]>,
-}
-
-impl Table<'_> {
-    pub fn row_bytes(&self) -> usize {
-        self.format.row_bytes(self.columns).unwrap_or(0)
-    }
-}
-
-/// Where the rows of one weight are.
-pub(crate) struct Source<'a> {
-    pub table: Table<'a>,
-    rows: Vec<usize>,
-    pub bias: Option<Vec<f32>>,
-}
-
-impl Source<'_> {
-    /// How many rows it has.
-    pub fn outputs(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// The bytes of each row, in the order of outputs.
-    pub fn rows(&self) -> impl Iterator<Item = &[u8]> {
-        let width = self.table.row_bytes();
-        self.rows.iter().map(move |row| &self.table.bytes[row * width..(row + 1) * width])
-    }
-}
-
-/// The kernels' name of a tensor's type.
-pub(crate) fn format_of(tensor: Tensor<'_>) -> Result<Format, ModelError> {
-    if let Some(packed) = tensor.packed {
-        return Ok(packed.format.format);
-    }
-    let name = tensor.info.tensor_type.name();
-    Format::from_name(name).ok_or_else(|| ModelError::TensorType {
-        name: tensor.info.name.clone(),
-        found: name.to_owned(),
-        known: Format::ALL.iter().map(|format| format.name()).collect::<Vec<_>>().join(", "),
-    })
+    /// Whether it is 8-bit floats with scales, and how many columns of a row share one: none means all.
+    pub group: Option<Option<usize>>,
 }
 
 /// Ends of names of tensors that old checkpoints store although they follow from the configuration.
@@ -93,12 +56,31 @@ pub(crate) struct Loader<'a> {
     pub spec: &'a ModelSpec,
     pub names: &'static Names,
     quantization: Option<&'static Quantization>,
+    floats: Format,
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, quantization: Option<&'static Quantization>) -> Self {
+    /// `floats` is the format that 8-bit floats with scales get where they are multiplied plainly.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        quantization: Option<&'static Quantization>,
+        floats: Format,
+    ) -> Self {
         let read = RefCell::default();
-        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names, quantization }
+        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names, quantization, floats }
+    }
+
+    /// The format of 8-bit floats with scales, where they are multiplied plainly.
+    pub fn floats(&self) -> Format {
+        self.floats
+    }
+
+    /// The format of a tensor's rows; that of 8-bit floats with scales is what they become.
+    pub fn format_of(&self, tensor: Tensor<'_>) -> Result<Format, ModelError> {
+        match tensor.scaled {
+            Some(_) => Ok(self.floats),
+            None => format_of(tensor),
+        }
     }
 
     /// How weights are rounded.
@@ -143,13 +125,22 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// How a weight is stored.
+    pub fn stored(&self, part: &WeightKey, rows: usize) -> Result<StoredAs<'a>, ModelError> {
+        if let Some(table) = self.random_table(part, 0, 0) {
+            return Ok(StoredAs { name: table.name, format: table.format, group: None });
+        }
+        let (tensor, _) = self.find(part, rows)?;
+        let (name, format) = (tensor.info.name.as_str(), self.format_of(tensor)?);
+        Ok(StoredAs { name, format, group: tensor.scaled.map(|scaled| scaled.group()) })
+    }
+
     /// May two matrices be multiplied as one? They must be stored in one format.
     pub fn may_merge(&self, left: &MatrixKey, right: &MatrixKey) -> bool {
         let format = |key: &MatrixKey| {
             let part = key.parts.first()?;
-            let (tensor, _) = self.find(part, key.rows[0]).ok()?;
-            let stored = format_of(tensor).ok()?;
-            Some((stored, self.target(part.role, stored)))
+            let stored = self.stored(part, key.rows[0]).ok()?;
+            Some((stored.format, self.target(part.role, stored.format), stored.group))
         };
         format(left).is_some_and(|own| Some(own) == format(right))
     }
@@ -166,7 +157,14 @@ impl<'a> Loader<'a> {
                 known: "one type for gate and up".to_owned(),
             });
         }
-        let rows: Vec<&[u8]> = sources.iter().flat_map(Source::rows).collect();
+        let decoded: Vec<_> = sources.iter().map(|source| source.decoded(&context.pool)).collect();
+        let mut rows: Vec<&[u8]> = Vec::with_capacity(key.rows.iter().sum());
+        for (source, decoded) in sources.iter().zip(&decoded) {
+            match decoded {
+                Some(bytes) => rows.extend(bytes.chunks_exact(bytes.len() / source.outputs().max(1))),
+                None => rows.extend(source.rows()),
+            }
+        }
         let target = self.target(key.parts[0].role, format);
         let packed = match target == format {
             true => PackedMatrix::pack(&context.pool, format, key.columns, &rows)?,
@@ -191,6 +189,11 @@ impl<'a> Loader<'a> {
 
     /// A norm.
     pub fn vector(&self, key: &VectorKey) -> Result<Vector, ModelError> {
+        let of_heads = matches!(key.key.role, Role::QueryNorm | Role::KeyNorm);
+        if self.checkpoint.dummy.is_some() {
+            let bias = (self.spec.arch.norm_bias && !of_heads).then(|| vec![0.0; key.width]);
+            return Ok(Vector { weight: vec![1.0; key.width], bias });
+        }
         let name = self.name(&key.key)?;
         let mut weight = match self.tensor(&format!("{name}.weight")) {
             Some(tensor) => values(tensor)?,
@@ -207,7 +210,6 @@ impl<'a> Loader<'a> {
         if self.spec.arch.norm_unit_offset && !self.checkpoint.is_gguf() {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
-        let of_heads = matches!(key.key.role, Role::QueryNorm | Role::KeyNorm);
         let bias = match self.tensor(&format!("{name}.bias")) {
             Some(tensor) => Some(values(tensor)?),
             None if self.spec.arch.norm_bias && !of_heads => {
@@ -229,9 +231,13 @@ impl<'a> Loader<'a> {
     /// A table whose rows are looked up instead of multiplied, as it is stored.
     pub fn stored_table(&self, role: Role, rows: usize) -> Result<Table<'a>, ModelError> {
         let key = WeightKey { role, layer: None, expert: None };
+        if let Some(table) = self.random_table(&key, rows, self.spec.hidden) {
+            return Ok(table);
+        }
         let name = format!("{}.weight", self.name(&key)?);
         let tensor = self.tensor(&name).ok_or(ModelError::MissingTensor { name })?;
-        self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))
+        let table = self.table_of(tensor, self.spec.hidden, |found| found >= rows, format!("{rows} rows"))?;
+        Ok(table.decoded())
     }
 
     /// The same, rounded if that is wished for.
@@ -262,11 +268,14 @@ impl<'a> Loader<'a> {
     ) -> Result<Table<'a>, ModelError> {
         match transposed {
             true => transpose(tensor, columns, tensor.info.elements() / columns.max(1)),
-            false => self.table_of(tensor, columns, |_| true, "rows".to_owned()),
+            false => Ok(self.table_of(tensor, columns, |_| true, "rows".to_owned())?.decoded()),
         }
     }
 
     fn source(&self, key: &WeightKey, rows: usize, columns: usize) -> Result<Source<'a>, ModelError> {
+        if let Some(table) = self.random_table(key, rows, columns) {
+            return Ok(Source { bias: self.no_bias(key, rows), ..Source::whole(table, rows) });
+        }
         let (tensor, part) = self.find(key, rows)?;
         let total = part.total;
         let table = match self.is_transposed(key.role) {
@@ -313,9 +322,10 @@ impl<'a> Loader<'a> {
                 })?)
             }
         };
-        let table = Table { name: &tensor.info.name, format: format_of(tensor)?, columns, bytes };
-        match table.format.row_bytes(columns) {
-            Some(width) if width * rows == table.bytes.len() => Ok(table),
+        let (format, scaled) = (self.format_of(tensor)?, tensor.scaled);
+        let table = Table { name: &tensor.info.name, format, columns, bytes, scaled };
+        match table.row_bytes().checked_mul(rows) {
+            Some(size) if size == table.bytes.len() && format.row_bytes(columns).is_some() => Ok(table),
             _ => Err(ModelError::Shape {
                 name: tensor.info.name.clone(),
                 found: shape.clone(),
@@ -333,41 +343,4 @@ impl<'a> Loader<'a> {
         }
         Ok(all)
     }
-}
-
-/// Why a table could not be rounded.
-pub(crate) fn unroundable(table: &Table<'_>, target: Format, error: KernelError) -> ModelError {
-    let rows = table.bytes.len() / table.row_bytes().max(1);
-    match target.row_bytes(table.columns) {
-        None => quantization::unsuitable(table.name, &[rows, table.columns], target),
-        Some(_) => ModelError::Quantization(format!("quantization: tensor `{}`: {error}", table.name)),
-    }
-}
-
-/// All values of a tensor as f32.
-pub(crate) fn values(tensor: Tensor<'_>) -> Result<Vec<f32>, ModelError> {
-    let mut out = vec![0.0; tensor.info.shape.iter().product()];
-    dequantize(format_of(tensor)?, tensor.bytes, &mut out);
-    Ok(out)
-}
-
-/// (inputs, outputs) to (outputs, inputs), for plain formats.
-fn transpose(tensor: Tensor<'_>, columns: usize, rows: usize) -> Result<Table<'_>, ModelError> {
-    let format = format_of(tensor)?;
-    let item = tensor.info.tensor_type.block_bytes();
-    if tensor.info.shape[..] != [columns, rows] || tensor.info.tensor_type.block_len() != 1 {
-        return Err(ModelError::Shape {
-            name: tensor.info.name.clone(),
-            found: tensor.info.shape.clone(),
-            expected: format!("{columns} rows of {rows}, transposed"),
-        });
-    }
-    let mut bytes = vec![0; tensor.bytes.len()];
-    for column in 0..columns {
-        for row in 0..rows {
-            let (from, to) = ((column * rows + row) * item, (row * columns + column) * item);
-            bytes[to..to + item].copy_from_slice(&tensor.bytes[from..from + item]);
-        }
-    }
-    Ok(Table { name: &tensor.info.name, format, columns, bytes: Cow::Owned(bytes) })
 }

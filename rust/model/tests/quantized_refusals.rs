@@ -79,7 +79,7 @@ fn other_methods_are_told() {
     for (change, words) in [
         (json!({"quant_method": "gptq"}), &["quant_method", "gptq", "compressed-tensors"][..]),
         (
-            json!({"quant_method": "compressed-tensors", "format": "float-quantized"}),
+            json!({"quant_method": "compressed-tensors", "format": "int-quantized"}),
             &["format", "pack-quantized"],
         ),
         (

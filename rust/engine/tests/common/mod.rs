@@ -371,6 +371,7 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         digest_key: [7; 32],
         cache_events: false,
         trace: false,
+        device_draws: true,
         check_invariants: true,
     }
 }

@@ -26,8 +26,8 @@ pub(super) fn encode(value: f32) -> u8 {
     sign | (((exponent + 6) as u8) * 8 + steps)
 }
 
-/// The number that these bits stand for.
-pub(super) fn decode(bits: u8) -> f32 {
+/// The number that these bits of E4M3 stand for.
+pub fn decode(bits: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
     let magnitude = match exponent {
         0 => mantissa / 512.0,

@@ -43,7 +43,7 @@ pub(super) fn write(
         )));
     }
     let draft = Draft::new(output)?;
-    let loader = Loader::new(checkpoint, None);
+    let loader = Loader::new(checkpoint, None, Format::F32);
     let (tensors, plain) = tensors(&loader, quantization)?;
     let config = config(checkpoint, quantization, &plain)?;
     let in_output = |source: infer_formats::FormatError| ModelError::Format {

@@ -44,7 +44,7 @@ pub(super) fn copy(
     options: &ExportOptions<'_>,
 ) -> Result<u64, ModelError> {
     let Some(metadata) = &checkpoint.metadata else { return Ok(0) };
-    let loader = Loader::new(checkpoint, None);
+    let loader = Loader::new(checkpoint, None, Format::F32);
     let roles = plan::roles(&loader)?;
     let mut tensors = Vec::new();
     for name in plan::in_order(checkpoint) {
@@ -80,7 +80,7 @@ pub(super) fn convert(
     output: &Path,
     options: &ExportOptions<'_>,
 ) -> Result<u64, ModelError> {
-    let loader = Loader::new(checkpoint, None);
+    let loader = Loader::new(checkpoint, None, Format::F32);
     let tensors = tensors(&loader, options)?;
     loader.check_all_read()?;
     let mut entries = header(checkpoint)?;
@@ -141,7 +141,7 @@ fn check(checkpoint: &Checkpoint, entries: &Entries, tensors: &[Planned]) -> Res
             Source::Given(bytes) => bytes.as_slice(),
             _ => &[],
         };
-        Some(Tensor { info: &planned.info, bytes, packed: None })
+        Some(Tensor::plain(&planned.info, bytes))
     };
     let (row, config) = gguf::config(&metadata, &find, path)?;
     let read = ModelSpec::read(row, &config)?;
