@@ -109,9 +109,10 @@ def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         return outcome
 
     monkeypatch.setattr(Runner, "enqueue", enqueue)
-    with load(dtype=dtype) as llm:
+    with load(dtype=dtype, enable_prefix_caching=False) as llm:
         for prompts in (PROMPTS[:1], PROMPTS, PROMPTS * 3):
-            llm.generate(prompts, GREEDY)
+            for _ in range(3):  # a graph is made when a size comes the second time
+                llm.generate(prompts, GREEDY)
             llm.generate(prompts, WITH_LOGPROBS)
     assert all(compared)
     assert sizes == {True, False}, "steps of decoding, and steps with prompts"

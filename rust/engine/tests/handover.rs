@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{FakeDevice, config};
 use infer_engine::{
-    Answer, Choice, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock,
+    Answer, Batch, Choice, Closed, Device, Driver, EngineConfig, FinishReason, Handover, MonotonicClock,
     OutsideDevice, RequestHandle, RequestKind, SamplingParams, SubmitOptions, Ticket, Work,
 };
 
@@ -127,7 +127,7 @@ fn an_executor_outside_gives_the_same_tokens() {
 fn an_executor_that_draws_gives_the_same_tokens() {
     let config = config(64, 4);
     let device = FakeDevice::new(&config);
-    let (own, (driver, thread)) = (start(config, device), outside(usize::MAX, true));
+    let (own, (driver, thread)) = (start(config.clone(), device), outside(usize::MAX, true));
     let params = [
         SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         SamplingParams { temperature: 0.5, min_p: 0.1, ..SamplingParams::default() },
@@ -137,12 +137,27 @@ fn an_executor_that_draws_gives_the_same_tokens() {
     ];
     let handles =
         |driver: &Driver| params.clone().map(|params| submit_with(driver, &[1, 2, 3, 4, 5], params));
-    let (expected, found) = (handles(&own), handles(&driver));
-    for (expected, found) in expected.iter().zip(&found) {
-        assert_eq!(drain(expected), drain(found));
+    // An engine whose device draws nothing is told so, and says nothing of draws.
+    let quiet = EngineConfig { device_draws: false, ..config };
+    let untold = start(quiet.clone(), Silent(FakeDevice::new(&quiet)));
+    let (expected, found, others) = (handles(&own), handles(&driver), handles(&untold));
+    for ((expected, found), other) in expected.iter().zip(&found).zip(&others) {
+        let expected = drain(expected);
+        assert_eq!(expected, drain(found));
+        assert_eq!(expected, drain(other));
     }
     driver.close();
     thread.join().expect("the executor ends when the engine closes");
+}
+
+/// A device that is never asked to draw.
+struct Silent(FakeDevice);
+
+impl Device for Silent {
+    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        assert!(batch.draws.is_empty() && batch.changes.is_empty());
+        self.0.forward(batch, logits)
+    }
 }
 
 #[test]
