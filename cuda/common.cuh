@@ -51,6 +51,32 @@ DEVICE void let_next_start() {
 #endif
 }
 
+// ---- clusters: blocks that run together and read each other's shared memory; where there are none, a block is alone
+
+// Waits for all threads of the cluster, or of the block where it is alone.
+DEVICE void cluster_barrier(bool is_alone) {
+#if __CUDA_ARCH__ >= 900
+    if (!is_alone) {
+        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
+// Sixteen bytes at an address in the shared memory of a block of the cluster.
+DEVICE float4 load_of_block(u32 place, u32 block) {
+    float4 value;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .u32 place; mapa.shared::cluster.u32 place, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [place]; }"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(place), "r"(block));
+#else
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(place));
+#endif
+    return value;
+}
+
 // ---- conversions, all rounding to nearest even
 
 DEVICE float to_float(float value) { return value; }
@@ -181,14 +207,57 @@ DEVICE void copy_16_cached(void *to, const void *from, bool exists) {
     copy_16_to(u32(__cvta_generic_to_shared(to)), from, exists);
 }
 
-DEVICE void copy_4(void *to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+// Copies BYTES, 4 or 8, to an address in shared memory.
+template <int BYTES> DEVICE void copy_piece(u32 place, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(from), "n"(BYTES) : "memory");
 }
+
+DEVICE void copy_4(void *to, const void *from) { copy_piece<4>(u32(__cvta_generic_to_shared(to)), from); }
 
 DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until all but the last N groups of this thread are there.
 template <int N> DEVICE void wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- barriers in shared memory, by their addresses: each phase ends when so many have arrived
+
+DEVICE void begin_barrier(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+DEVICE void arrive(u32 barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+// Arrives once all copies to shared memory that this thread has started are there.
+DEVICE void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// Arrives, and lets the phase wait for so many bytes.
+DEVICE void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Copies a multiple of 16 bytes to an address in shared memory, told to a barrier there, by the copy engine.
+DEVICE void copy_bulk(u32 to, const void *from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+#endif
+
+// Waits for the end of a phase: of those with even numbers (parity 0), or odd ones, it is the current or the one before.
+DEVICE void wait_for_phase(u32 barrier, u32 parity) {
+    u32 ended;
+    do {
+        asm volatile("{ .reg .pred ended; mbarrier.test_wait.parity.shared.b64 ended, [%1], %2; selp.u32 %0, 1, 0, ended; }"
+                     : "=r"(ended)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!ended);
+}
 
 // ---- reductions, each in one fixed order
 

@@ -24,11 +24,30 @@ DEVICE u64 streaming_policy() {
     return policy;
 }
 
+// What is read by all multiprocessors, one after the other: last to leave L2.
+DEVICE u64 keeping_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 DEVICE uint4 load_stream(const void *from, u64 policy) {
     uint4 value;
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(from), "l"(policy));
+    return value;
+}
+
+// The same to an address in shared memory, by an asynchronous copy; or zeros.
+DEVICE void copy_stream(u32 place, const void *from, bool exists, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
+DEVICE uint4 load_shared(u32 place) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(place));
     return value;
 }
 

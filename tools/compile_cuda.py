@@ -79,6 +79,9 @@ VARIANTS: dict[str, list[Macros]] = {
     + [{**layout, "TILE": 64, "GATED": 1} for layout in (*PACKED, {"WEIGHT": "e4m3"})],
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
     "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
+    "linear_many.cu": choices(TOKENS=[32, 64, 96, 128], STAGES=[4, 6], WEIGHT=["bf16", "e4m3"], EPILOGUE=[1])
+    + choices(TOKENS=[64], GROUPED=[0, 1], EPILOGUE=[2], PAIRED=[1], WEIGHT=["e4m3"])
+    + packed(choices(TOKENS=[64, 128], EPILOGUE=[0]) + choices(TOKENS=[32, 128], STAGES=[6], EPILOGUE=[2], PAIRED=[1])),
     "linear_rope.cu": choices(PAIRED=[1], RESIDENT=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
     + packed(choices(PAIRED=[1], **NORMED)),
     "linear_stream.cu": choices(**STREAMED)

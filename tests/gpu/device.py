@@ -78,7 +78,7 @@ class Device:
     def __init__(self) -> None:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.kernels = Kernels(sources())
-        workspace = cupy.empty(34 << 20, np.uint8)
+        workspace = cupy.zeros(36 << 20, np.uint8)
         self.kept = [workspace]
         self.ops = Operations(self.kernels, self.stream.ptr, workspace.data.ptr, workspace.nbytes)
 

@@ -164,11 +164,11 @@ def test_what_half_precision_cannot_hold_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
-@pytest.mark.parametrize("rows", [1, 8, 13, 70, 130])
+@pytest.mark.parametrize("rows", [1, 8, 13, 70, 130, 400])
 @pytest.mark.parametrize("shape", [(64, 256), (1000, 4096), (21, 768), (48, 11008)])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_k_quants(name: str, rows: int, shape: tuple[int, int], dtype: str) -> None:
-    """Products with weights in steps: streamed, streamed several times, unpacked, and plain."""
+    """Products with weights in steps: streamed, of many rows, unpacked, and plain."""
     gpu, plan, dice = device(), Plan(FORMATS[name], "stored"), np.random.default_rng(2)
     data = dice.integers(0, 256, (shape[0], plan.row_bytes(shape[1])), np.uint8)
     blocks = data.reshape(shape[0], -1, plan.packed.block_bytes)
@@ -188,7 +188,7 @@ def test_k_quants(name: str, rows: int, shape: tuple[int, int], dtype: str) -> N
     assert error(gpu.read(output), rounded(x, dtype) @ exact.T) < TOLERANCE[dtype] * 1.5
     few = gpu.blank(rows, shape[0], "f32")
     gpu.ops.linear(gpu.rows(x, dtype), few, weight)
-    assert error(gpu.read(few), rounded(x, dtype) @ exact.T) < (2e-5 if rows <= 96 or dtype == "f32" else TOLERANCE["bf16"])
+    assert error(gpu.read(few), rounded(x, dtype) @ exact.T) < (2e-5 if rows <= 16 or dtype == "f32" else TOLERANCE["bf16"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,13 +15,14 @@ from functools import lru_cache
 from infer._core import InferError
 
 PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SIGNATURE = re.compile(r"^(?:KERNEL|BOUNDED_KERNEL\([^\n]*\))\s+(\w+)\(([^)]*)\)", re.MULTILINE)
 CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q"}
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
 
 
 class _Config(ctypes.Structure):
@@ -77,26 +78,51 @@ class Kernel:
         self._buffer = ctypes.create_string_buffer(max(self._packer.size, 1))
         base = ctypes.addressof(self._buffer)
         self._pointers = (ctypes.c_void_p * max(len(offsets), 1))(*(base + offset for offset in offsets))
-        self._attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, b"", 1, b"")
-        self._config = _Config(attributes=ctypes.pointer(self._attribute), attribute_count=int(dependent))
+        self._attributes = (_Attribute * 2)(_Attribute(PROGRAMMATIC_SERIALIZATION), _Attribute(CLUSTER_DIMENSION))
+        self._attributes[0].value[0] = 1
+        self._dependent = int(dependent)
+        self._config = _Config(attributes=self._attributes)
         self._config_pointer = ctypes.byref(self._config)
         self._shared_limit = 0
 
     def __call__(
-        self, stream: int, grid: tuple[int, ...], threads: int, arguments: tuple[int | float, ...], shared: int = 0
+        self,
+        stream: int,
+        grid: tuple[int, ...],
+        threads: int,
+        arguments: tuple[int | float, ...],
+        shared: int = 0,
+        cluster: int = 1,
     ) -> None:
-        """Enqueue one launch: ``grid`` blocks of ``threads`` threads with ``shared`` bytes of dynamic shared memory."""
+        """Enqueue one launch: ``grid`` blocks of ``threads`` threads with ``shared`` bytes of dynamic shared memory.
+
+        ``cluster`` neighbouring blocks run together; more than 1 needs compute capability 9.0.
+        """
         self._packer.pack_into(self._buffer, 0, *arguments)
         config = self._config
         config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
         config.block_x, config.block_y, config.block_z = threads, 1, 1
         config.shared, config.stream = shared, stream
+        config.attribute_count = self._dependent + (cluster > 1)
+        if cluster > 1:
+            self._attributes[1].value[:3] = (cluster, 1, 1)
         if shared > self._shared_limit:
             check(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared), f"shared memory of {self.name}")
             self._shared_limit = shared
         status = self._launch(self._config_pointer, self._function, self._pointers, None)
         if status:
             check(status, f"launch of {self.name} with grid {grid}, {threads} threads")
+
+    def most_clusters(self, cluster: int, threads: int, shared: int) -> int:
+        """Return how many clusters of so many blocks run at once; 0 where there are none of that size."""
+        attributes = (_Attribute * 1)(_Attribute(CLUSTER_DIMENSION))
+        attributes[0].value[:3] = (cluster, 1, 1)
+        shape = (cluster, 1, 1, threads, 1, 1, shared)
+        config, count = _Config(*shape, None, attributes, attribute_count=1), ctypes.c_int()
+        check(driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared), f"shared memory of {self.name}")
+        self._shared_limit = max(self._shared_limit, shared)
+        status = driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(config))
+        return count.value if status == 0 else 0
 
 
 def _layout(codes: str) -> tuple[struct.Struct, list[int]]:

@@ -1,7 +1,8 @@
 """Products of rows with weight matrices: which kernel runs, and how it is launched.
 
-Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in; more go to
-cuBLASLt; what neither takes, for its type, shape or alignment, to the plain kernel (cuda/linear.cu).
+Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in, and more through
+another (cuda/linear_many.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or alignment, the plain kernel
+(cuda/linear.cu).
 """
 
 from __future__ import annotations
@@ -21,18 +22,26 @@ from infer.gpu.arrays import (
     Weight,
     c_type,
 )
-from infer.gpu.attention import AttentionOperations, kv_macros
+from infer.gpu.attention import kv_macros
 from infer.gpu.blas import Blas, can_multiply
+from infer.gpu.many import ADD, GATED, STORE, ManyOperations, ceil_of
 from infer.gpu.rows import THREADS, element_macros, norm_threads, vector
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
 
 STREAM_ROWS = 16
-"""Most rows that are streamed: beyond, cuBLASLt reads the weights as fast and computes faster."""
+"""Most rows that are streamed by linear_stream.cu."""
 
-STREAMED_AGAIN = 96
-"""Most rows for which packed weights are streamed again for every STREAM_ROWS: beyond, they are sooner unpacked."""
+MOST_MANY = {"e4m3": 128, "int4": 384, "int8": 256}
+"""Most rows that linear_many.cu multiplies, as many at a time as fit, by the weight's type: beyond, cuBLASLt is faster.
+
+With bfloat16 weights it is from the first.
+"""
+
+MOST_SCALED = 64, 32
+"""Most rows, and weight rows for each multiprocessor, for which linear_many.cu multiplies E4M3 weights though cuBLASLt
+could, with rows rounded to E4M3, too: cuBLASLt does not split columns then, and leaves multiprocessors idle."""
 
 BLAS_BYTES = 32 << 20
 UNPACKED_ROWS = 64
@@ -40,7 +49,6 @@ UNPACKED_ROWS = 64
 MOST_GRID_ROWS = 65535
 
 STREAM_THREADS = 512
-STORE, ADD, GATED = 0, 1, 2
 WARPS = 8  # of the plain kernel
 
 
@@ -54,25 +62,26 @@ class _Launch(NamedTuple):
     """Whether all of the input is kept in shared memory."""
 
 
-class LinearOperations(AttentionOperations):
+class LinearOperations(ManyOperations):
     """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
 
-    cuBLASLt has the first BLAS_BYTES of it; in the rest, 8-bit weights are unpacked for many rows, as many at a time as fit.
+    cuBLASLt has the first BLAS_BYTES of it; in the rest, weights are unpacked for many rows, as many at a time as fit, or
+    rows are rounded, or arranged.
     """
 
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
-        super().__init__(kernels, stream)
         blas_bytes = min(workspace_bytes, BLAS_BYTES)
+        super().__init__(kernels, stream, workspace + blas_bytes, workspace_bytes - blas_bytes)
         self._blas = Blas(workspace, blas_bytes)
-        self._unpacked, self._unpacked_bytes = workspace + blas_bytes, workspace_bytes - blas_bytes
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """``output = source * weight^T + bias``."""
         if source.rows == 0:
             return
-        if parts := streamed_parts(source, output, weight):
-            for rows, target in parts:
-                self._stream(rows, target, weight, STORE)
+        if can_stream(source, output, weight):
+            self._stream(source, output, weight, STORE)
+        elif self._is_many(source, output, weight):
+            self._many(source, output, weight, STORE)
         elif can_multiply(source, weight, output):
             self._blas.product(self.stream, source, weight, output)
             if weight.bias:
@@ -86,9 +95,10 @@ class LinearOperations(AttentionOperations):
         """``destination += scale * (source * weight^T + bias)``."""
         if source.rows == 0:
             return
-        if parts := streamed_parts(source, destination, weight):
-            for rows, target in parts:
-                self._stream(rows, target, weight, ADD, add=scale)
+        if can_stream(source, destination, weight):
+            self._stream(source, destination, weight, ADD, add=scale)
+        elif self._is_many(source, destination, weight):
+            self._many(source, destination, weight, ADD, add=scale)
         elif can_multiply(source, weight, destination):
             self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
             if weight.bias:
@@ -104,9 +114,11 @@ class LinearOperations(AttentionOperations):
         ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
         """
         width = weight.rows // 2
-        if can_pair(weight) and (parts := streamed_parts(source, output, weight)):
-            for rows, target in parts:
-                self._stream(rows, target, weight, GATED, activation=activation)
+        if can_pair(weight) and can_stream(source, output, weight):
+            self._stream(source, output, weight, GATED, activation=activation)
+            return
+        if can_pair(weight) and self._is_many(source, output, weight):
+            self._many(source, output, weight, GATED, activation=activation)
             return
         self.linear(source, scratch.part(0, weight.rows), weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
@@ -194,6 +206,14 @@ class LinearOperations(AttentionOperations):
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
         kernel(self.stream, (launch.blocks,), STREAM_THREADS, (*pointers, *shape, add, epsilon), launch.shared)
 
+    def _is_many(self, source: Rows, output: Rows, weight: Weight) -> bool:
+        """Return whether the kernel of many rows takes this product, and is faster than others."""
+        if not (0 < source.rows <= MOST_MANY.get(weight.type, 0) and self._can_be_many(source, output, weight)):
+            return False
+        rows, weight_rows = MOST_SCALED
+        few = source.rows <= rows and weight.rows <= weight_rows * self.kernels.multiprocessors
+        return weight.type != "e4m3" or few or not self._can_scale(source, output, weight)
+
     def _can_normalise(self, source: Rows, weight: Weight, epilogue: int) -> bool:
         """Return whether the streaming kernels normalise input rows themselves: every block does it anew, so few of them."""
         return source.rows <= 8 and self._launch(source.rows, epilogue, True, weight).is_resident
@@ -236,7 +256,7 @@ class LinearOperations(AttentionOperations):
         kernel(self.stream, (source.rows,), norm_threads(source.width, v), arguments)
 
     def _can_unpack(self, source: Rows, output: Rows, weight: Weight) -> bool:
-        fits = self._unpacked_bytes >= UNPACKED_ROWS * weight.columns * ELEMENT_BYTES[source.dtype] and weight.columns % 8 == 0
+        fits = self._space_bytes >= UNPACKED_ROWS * weight.columns * ELEMENT_BYTES[source.dtype] and weight.columns % 8 == 0
         return (
             source.rows > STREAM_ROWS
             and (weight.type == "e4m3" or weight.is_packed)
@@ -244,18 +264,27 @@ class LinearOperations(AttentionOperations):
             and can_multiply(source, replace(weight, type=source.dtype), output)
         )
 
+    def _rounded(self, source: Rows) -> Rows:
+        """Return where rows are rounded to E4M3; their scales lie before them."""
+        scales_bytes = ceil_of(source.rows * 4, 256) * 256
+        return Rows(self._space + scales_bytes, source.rows, source.width, source.width, "e4m3")
+
+    def _can_scale(self, source: Rows, output: Rows, weight: Weight) -> bool:
+        """Return whether cuBLASLt multiplies E4M3 weights by rows rounded to E4M3."""
+        rounded = self._rounded(source)
+        fits = rounded.pointer + source.rows * source.width <= self._space + self._space_bytes
+        known = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)
+        whole = weight.columns % 16 == 0 and weight.rows % 16 == 0
+        return fits and known and whole and self._blas.has_scaled(rounded, weight, output)
+
     def _wide_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         """Multiply weights of few bits by many rows: E4M3 by E4M3 where the hardware does that, else unpacked."""
-        scales_bytes = -(-source.rows * 4 // 256) * 256
-        rounded = Rows(self._unpacked + scales_bytes, source.rows, source.width, source.width, "e4m3")
-        fits = scales_bytes + source.rows * source.width <= self._unpacked_bytes
-        can_scale = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)
-        can_scale = can_scale and weight.columns % 16 == 0 and weight.rows % 16 == 0
-        if not (fits and can_scale and self._blas.has_scaled(rounded, weight, output)):
+        if not self._can_scale(source, output, weight):
             self._unpacked_product(source, output, weight, alpha, beta)
             return
-        self.round_rows(source, rounded.pointer, self._unpacked)
-        self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._unpacked)
+        rounded = self._rounded(source)
+        self.round_rows(source, rounded.pointer, self._space)
+        self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._space)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)
 
@@ -263,13 +292,13 @@ class LinearOperations(AttentionOperations):
         macros = {**weight.macros, **element_macros(source.dtype)}
         kernel = self.kernels.get("linear.cu", "dequantize", VECTOR=8, **macros)
         row_bytes = weight.columns * ELEMENT_BYTES[source.dtype]
-        step = min(self._unpacked_bytes // row_bytes, MOST_GRID_ROWS) // UNPACKED_ROWS * UNPACKED_ROWS
+        step = min(self._space_bytes // row_bytes, MOST_GRID_ROWS) // UNPACKED_ROWS * UNPACKED_ROWS
         for first in range(0, weight.rows, step):
             rows = min(step, weight.rows - first)
-            arguments = (weight.pointer, weight.scales, weight.minima, self._unpacked, first, weight.columns)
+            arguments = (weight.pointer, weight.scales, weight.minima, self._space, first, weight.columns)
             grid = (-(-weight.columns // (THREADS * 8)), rows)
             kernel(self.stream, grid, THREADS, (*arguments, weight.group or weight.columns))
-            part = replace(weight, pointer=self._unpacked, rows=rows, type=source.dtype)
+            part = replace(weight, pointer=self._space, rows=rows, type=source.dtype)
             self._blas.product(self.stream, source, part, output.part(first, rows), alpha, beta)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)
@@ -290,18 +319,9 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     return 0 < source.rows <= STREAM_ROWS and aligned and types and known
 
 
-def streamed_parts(source: Rows, output: Rows, weight: Weight) -> list[tuple[Rows, Rows]]:
-    """Return the rows that are streamed together, with their outputs; none where another kernel is faster, or must run."""
-    if source.rows > (STREAMED_AGAIN if weight.is_packed else STREAM_ROWS):
-        return []
-    counts = [(first, min(STREAM_ROWS, source.rows - first)) for first in range(0, source.rows, STREAM_ROWS)]
-    parts = [(source.from_row(*rows), output.from_row(*rows)) for rows in counts]
-    return parts if all(can_stream(*part, weight) for part in parts) else []
-
-
 def can_pair(weight: Weight) -> bool:
-    """Return whether the streaming kernels may combine the two halves of the rows: packed ones begin with a block."""
-    return not weight.is_packed or weight.rows // 2 % BLOCK_ROWS == 0
+    """Return whether these kernels may combine the two halves of the rows: packed ones begin with a block."""
+    return weight.rows % 2 == 0 and (not weight.is_packed or weight.rows // 2 % BLOCK_ROWS == 0)
 
 
 def can_rotate(layer: KvLayer, table: RopeTable) -> bool:

@@ -27,10 +27,13 @@ const SOURCES: &[(&str, &str)] = sources![
     "kv.cu",
     "kv.cuh",
     "linear.cu",
+    "linear_many.cu",
+    "linear_product.cuh",
     "linear_rope.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
     "logprobs.cu",
+    "many_weights.cuh",
     "mma.cuh",
     "norm.cu",
     "pack.cu",
@@ -42,6 +45,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "select.cuh",
     "stream_packed.cuh",
     "stream_plain.cuh",
+    "warp_group.cuh",
     "weights.cuh",
 ];
 
