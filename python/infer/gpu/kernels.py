@@ -1,4 +1,4 @@
-"""Kernels from source: includes put in as text, compiled by NVRTC, kept on disk, loaded by the driver.
+"""Kernels from source: includes put in as text, compiled by NVRTC, kept on disk, loaded by the driver; or compiled before.
 
 The sources are part of the extension module. They are expanded here and compiled whole, so the cache's key, a digest of the
 text, options, architecture and compiler, covers everything that matters; CuPy's own cache would not see a changed header. The
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import re
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infer._core import InferError
+from infer.gpu import prebuilt
 from infer.gpu.launch import Kernel, check, driver, signatures
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Kernels:
         self.architecture = architecture_name(properties["major"], properties["minor"])
         self._driver_version = runtime.driverGetVersion()
         self._sources = dict(sources)
-        self._folder = folder or cache_folder()
+        self._folder, self._prebuilt = folder or cache_folder(), prebuilt.FOLDER
         self._modules: dict[tuple[str, tuple[str, ...]], ctypes.c_void_p] = {}
         self._kernels: dict[tuple[object, ...], Kernel] = {}
 
@@ -91,8 +91,12 @@ class Kernels:
         return kernel
 
     def _load(self, file: str, source: str, defines: tuple[str, ...]) -> ctypes.c_void_p:
-        path = self._folder / f"{self._digest(source, defines)}.cubin"
         module = ctypes.c_void_p()
+        before = prebuilt.read(self.architecture, prebuilt.digest(source, defines, self.architecture), self._prebuilt)
+        # A driver older than the compiler may refuse it.
+        if before is not None and driver().cuModuleLoadData(ctypes.byref(module), before) == 0:
+            return module
+        path = self._folder / f"{self._digest(source, defines)}.cubin"
         with contextlib.suppress(OSError):
             # A file that was cut short or altered is refused by the driver, and made again.
             if driver().cuModuleLoadData(ctypes.byref(module), path.read_bytes()) == 0:
@@ -106,8 +110,7 @@ class Kernels:
     def _digest(self, source: str, defines: Iterable[str]) -> str:
         from cupy_backends.cuda.libs import nvrtc
 
-        parts = [source, *defines, self.architecture, str(nvrtc.getVersion()), str(self._driver_version)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+        return prebuilt.digest(source, defines, self.architecture, str(nvrtc.getVersion()), str(self._driver_version))
 
 
 def compile_source(name: str, source: str, options: Iterable[str]) -> bytes:
