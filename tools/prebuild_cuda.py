@@ -62,6 +62,20 @@ ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 40, 64, 96, 128, 192, 256, 512, 2048)
 Variant = tuple[str, tuple[str, ...]]
 
 
+class NoKernel:
+    """In the place of a kernel."""
+
+    def __init__(self, multiprocessors: int) -> None:
+        self._multiprocessors = multiprocessors
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch nothing."""
+
+    def most_clusters(self, cluster: int, threads: int, shared: int) -> int:
+        """Return how many clusters of blocks of the greatest size run at once, if none is left over."""
+        return self._multiprocessors // cluster
+
+
 class Recorder:
     """In the place of `Kernels`: launches nothing, and remembers what would have been compiled."""
 
@@ -70,10 +84,10 @@ class Recorder:
         self.multiprocessors, self.shared_limit = CARDS[architecture]
         self.variants: set[Variant] = set()
 
-    def get(self, file: str, name: str, **macros: int | str) -> Any:
+    def get(self, file: str, name: str, **macros: int | str) -> NoKernel:
         """Remember a kernel."""
         self.variants.add((file, tuple(f"-D{macro}={value}" for macro, value in sorted(macros.items()))))
-        return lambda *arguments: None
+        return NoKernel(self.multiprocessors)
 
 
 class NoBlas:
