@@ -120,7 +120,8 @@ impl Value for f32 {
 pub(crate) struct Rounding {
     /// What sums of bytes are multiplied with: what must be added to the layout's bytes to make them integers.
     pub(crate) weight_offset: i32,
-    /// Groups that share a scale of activations: as many as share one of weights, or what its scales are counted in.
+    /// Groups that share a scale of activations: as many as share one of weights, or what its scales are counted in; four in
+    /// Q4_0. The last ones of a row may be fewer.
     pub(crate) span: usize,
     /// One sum for each half of a group, instead of one for both.
     pub(crate) halves: bool,
@@ -141,6 +142,7 @@ pub(crate) struct IntegerTiles<'a> {
     /// How rows are cut.
     pub(crate) tiles: Tiles,
     groups: usize,
+    spans: usize,
     gap: usize, // groups of bytes between tiles
     bytes: &'a [[u8; GROUP]],
     scales: &'a [f32],
@@ -169,10 +171,10 @@ impl<'a> IntegerTiles<'a> {
         let (start, len) = (self.tiles.first(tile) * self.groups, self.tiles.width(tile) * self.groups);
         let parts = self.rounding.parts();
         let totals = if self.rounding.totals { start * parts..(start + len) * parts } else { 0..0 };
-        let span = self.rounding.span;
         IntegerTile {
             bytes: &self.bytes[start + tile * self.gap..][..len],
-            scales: &self.scales[start / span..][..len / span],
+            scales: &self.scales[self.tiles.first(tile) * self.spans..]
+                [..self.tiles.width(tile) * self.spans],
             offsets: &self.offsets[start * parts..][..len * parts],
             totals: &self.totals[totals],
         }
@@ -236,13 +238,13 @@ impl Activations {
         rounding: Rounding,
         tiles: Tiles,
     ) -> IntegerTiles<'_> {
-        let (groups, span) = (input.width() / GROUP, rounding.span);
-        debug_assert!(groups.is_multiple_of(span), "rows are whole blocks of the weights' format");
+        let groups = input.width() / GROUP;
+        let spans = groups.div_ceil(rounding.span);
         let len = tiles.padded_rows() * groups;
         let gap = if tiles.full == TILE_ROWS { GAP / GROUP } else { 0 };
         let all_bytes = self.bytes.at_least((len + tiles.count() * gap) * GROUP).as_chunks_mut().0;
         let bytes = SharedSlice::new(&mut *all_bytes);
-        let scales = SharedSlice::new(at_least(&mut self.scales, len / span));
+        let scales = SharedSlice::new(at_least(&mut self.scales, tiles.padded_rows() * spans));
         let parts = rounding.parts();
         let offsets = SharedSlice::new(at_least(&mut self.offsets, len * parts));
         let share = if rounding.totals { parts } else { 0 };
@@ -252,7 +254,7 @@ impl Activations {
             // SAFETY: tiles are disjoint.
             let bytes = unsafe { bytes.part_mut(start + tile * gap, len) };
             // SAFETY: the same.
-            let scales = unsafe { scales.part_mut(start / span, len / span) };
+            let scales = unsafe { scales.part_mut(tiles.first(tile) * spans, tiles.width(tile) * spans) };
             // SAFETY: the same.
             let (offsets, totals) = unsafe {
                 (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * share, len * share))
@@ -261,7 +263,7 @@ impl Activations {
             context.isa.dispatch(kernel);
         });
         let (scales, offsets, totals) = (&self.scales, &self.offsets, &self.totals);
-        IntegerTiles { tiles, groups, gap, bytes: all_bytes, scales, offsets, totals, rounding }
+        IntegerTiles { tiles, groups, spans, gap, bytes: all_bytes, scales, offsets, totals, rounding }
     }
 }
 

@@ -75,11 +75,12 @@ impl Layout {
 
     /// What a layout of integers wants beside activations of 8 bits; none for layouts without integers.
     pub(crate) fn rounding(self) -> Option<Rounding> {
-        let whole = |weight_offset| Some(Rounding { weight_offset, span: 1, halves: false, totals: false });
+        let whole =
+            |weight_offset, span| Some(Rounding { weight_offset, span, halves: false, totals: false });
         match self {
             Layout::F32 | Layout::F16 | Layout::Bf16 => None,
-            Layout::Int8 => whole(-128),
-            Layout::Int4 => whole(-8),
+            Layout::Int8 => whole(-128, 1),
+            Layout::Int4 => whole(-8, integer::INT4_SPAN),
             Layout::Coded(format) => Some(Rounding {
                 weight_offset: coded::offset(format.codes),
                 span: coded::span(format.scales),

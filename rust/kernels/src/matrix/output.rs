@@ -50,9 +50,16 @@ impl Output<'_> {
         sums: &[S::F32; T],
         last: bool,
     ) {
-        let bias = self.bias.filter(|_| last);
-        for (t, &sum) in sums.iter().enumerate().take(tiles.rows(tile)) {
-            self.store_row(simd, panel, tiles.first(tile) + t, sum, bias);
+        let (bias, first, rows) = (self.bias.filter(|_| last), tiles.first(tile), tiles.rows(tile));
+        if rows == T {
+            // The loop of a full tile has no branches.
+            for (t, &sum) in sums.iter().enumerate() {
+                self.store_row(simd, panel, first + t, sum, bias);
+            }
+        } else {
+            for (t, &sum) in sums.iter().enumerate().take(rows) {
+                self.store_row(simd, panel, first + t, sum, bias);
+            }
         }
     }
 

@@ -169,7 +169,7 @@ fn linear_ref(
     let one = |(index, row): (usize, &&[u8])| {
         let sum = match (integer, format.as_grouped()) {
             (true, Some(grouped)) => grouped_ref(grouped, span, row, &rounded),
-            (true, None) => integer_ref(format, row, &rounded),
+            (true, None) => integer_ref(format, span, row, &rounded),
             (false, _) => {
                 let mut weights = vec![0.0; input.len()];
                 crate::dequantize(format, row, &mut weights);
@@ -212,17 +212,24 @@ fn bf16_tiles_ref(weights: &[f32], input: &[f32]) -> f32 {
 
 /// A row of Q8_0 or Q4_0 times one of rounded activations, each with its scale.
 #[cfg(test)]
-fn integer_ref(format: crate::Format, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
+fn integer_ref(format: crate::Format, span: usize, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
     let mut weights = vec![0.0; rounded.len()];
     crate::dequantize(format, row, &mut weights);
     let mut sum = 0.0_f32;
-    for group in 0..rounded.len() / 32 {
-        let scale_bytes = &row[group * format.block_bytes()..][..2];
-        let scale = half::f16::from_le_bytes([scale_bytes[0], scale_bytes[1]]).to_f32();
-        let columns = group * 32..group * 32 + 32;
-        // Weights divided by their scale are integers again.
-        let exact: f32 = columns.clone().map(|k| (weights[k] / scale).round() * rounded[k].0).sum();
-        sum = (exact * scale).mul_add(rounded[group * 32].1, sum);
+    for (blocks, (weights, rounded)) in
+        row.chunks(span * format.block_bytes()).zip(weights.chunks(span * 32).zip(rounded.chunks(span * 32)))
+    {
+        let mut inner = 0.0_f32;
+        for (block, (weights, rounded)) in
+            blocks.chunks(format.block_bytes()).zip(weights.chunks(32).zip(rounded.chunks(32)))
+        {
+            let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
+            // Weights divided by their scale are integers again.
+            let exact: f32 =
+                weights.iter().zip(rounded).map(|(weight, value)| (weight / scale).round() * value.0).sum();
+            inner = exact.mul_add(scale, inner);
+        }
+        sum = inner.mul_add(rounded[0].1, sum);
     }
     sum
 }

@@ -1,6 +1,6 @@
 //! AVX2, FMA and F16C: two registers hold the 16 lanes.
 
-use super::{Isa, Kernel, LANES, Simd, four};
+use super::{Isa, Kernel, LANES, Simd, WeightSteps, four};
 use core::arch::x86_64::*;
 
 /// Token of AVX2, FMA and F16C; only [`Avx2::detect`] makes one.
@@ -405,13 +405,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot<const N: usize, const T: usize, const BITS: u32>(
+    fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
-        weights: &[I32; N],
+        weights: &W,
         rows: &[[u8; 32]; T],
         first: usize,
         offsets: &[i32; T],
     ) -> [I32; T] {
+        let weights: [I32; N] = weights.all(self);
         let mut sums = [self.splat_i32(0); T];
         for t in 0..T {
             if BITS == 8 {

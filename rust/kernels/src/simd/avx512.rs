@@ -1,7 +1,7 @@
 //! AVX-512 F, BW, DQ, VL and VNNI, also with AMX: one register holds all 16 lanes.
 
 use super::tiles::{self, TileShape, TileSums};
-use super::{Isa, Kernel, LANES, Simd, amx, dot_bf16_in_two, four};
+use super::{Isa, Kernel, LANES, Simd, WeightSteps, amx, dot_bf16_in_two, four};
 use core::arch::x86_64::*;
 
 /// Token of AVX-512, with or without BF16 and AMX; only [`Avx512::detect`] makes one.
@@ -316,9 +316,9 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         dot_bf16_in_two(self, sums, weights, pair)
     }
     #[inline(always)]
-    fn dot<const N: usize, const T: usize, const BITS: u32>(
+    fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
-        weights: &[__m512i; N],
+        weights: &W,
         rows: &[[u8; 32]; T],
         first: usize,
         offsets: &[i32; T],
@@ -327,7 +327,8 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         for t in 0..T {
             sums[t] = self.splat_i32(offsets[t]);
         }
-        for (i, &weights) in weights.iter().enumerate() {
+        for i in 0..N {
+            let weights = weights.step(self, i);
             for t in 0..T {
                 let four = self.splat_i32(four(&rows[t], first + i));
                 sums[t] = hardware!(_mm512_dpbusd_epi32(sums[t], weights, four));

@@ -396,15 +396,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
         dot_bf16_in_two(self, sums, weights, pair)
     }
 
-    /// Exact sums of products of the bytes of `weights`, four per lane and vector, with as many activations of each of `T`
+    /// Exact sums of products of the bytes of `N` steps of `weights`, four per lane and vector, with as many activations of each of `T`
     /// rows, from the four at `first` on. `N` is 4 or 8, and `first` a multiple of 4.
     ///
     /// `BITS` is 4, 5 or 6: bytes are unsigned numbers of so many bits, and sums begin with `offsets`; or 8: bytes are offset
     /// by 128 (0 stands for -128, which does not occur), and `offsets` are -128 times the sum of the activations, which are
     /// signed bytes in -127..=127.
-    fn dot<const N: usize, const T: usize, const BITS: u32>(
+    fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
-        weights: &[Self::I32; N],
+        weights: &W,
         rows: &[[u8; 32]; T],
         first: usize,
         offsets: &[i32; T],
@@ -456,6 +456,30 @@ pub trait Simd: Copy + Send + Sync + 'static {
     ) {
         // SAFETY: the caller's promise.
         unsafe { tiles::multiply_bf16_ref(shape, input, weights, groups, sums) }
+    }
+}
+
+/// What [`Simd::dot`] multiplies: vectors of weights of four columns, made where they are used.
+pub trait WeightSteps<S: Simd> {
+    /// One of them.
+    fn step(&self, simd: S, index: usize) -> S::I32;
+
+    /// The first `N` of them.
+    #[inline(always)]
+    fn all<const N: usize>(&self, simd: S) -> [S::I32; N] {
+        let mut all = [simd.splat_i32(0); N];
+        for (index, step) in all.iter_mut().enumerate() {
+            *step = self.step(simd, index);
+        }
+        all
+    }
+}
+
+/// Made before.
+impl<S: Simd, const N: usize> WeightSteps<S> for [S::I32; N] {
+    #[inline(always)]
+    fn step(&self, _simd: S, index: usize) -> S::I32 {
+        self[index]
     }
 }
 

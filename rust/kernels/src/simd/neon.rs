@@ -18,7 +18,7 @@
 //! tried with I8MM, half a panel at a time: the 32 registers of sums in `f32` are spilled then, and 673 instructions for 4096 products are
 //! more than twice those of 4 rows.
 
-use super::{Isa, Kernel, LANES, Simd};
+use super::{Isa, Kernel, LANES, Simd, WeightSteps};
 use core::arch::aarch64::*;
 use core::arch::asm;
 
@@ -694,14 +694,14 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
         self.products::<Nibbles<'_>, 8, T, 4>(&Nibbles(weights), rows, 0, offsets)
     }
     #[inline(always)]
-    fn dot<const N: usize, const T: usize, const BITS: u32>(
+    fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
-        weights: &[I32; N],
+        weights: &W,
         rows: &[[u8; 32]; T],
         first: usize,
         offsets: &[i32; T],
     ) -> [I32; T] {
-        self.products::<Unpacked<'_, N>, N, T, BITS>(&Unpacked(weights), rows, first, offsets)
+        self.products::<Unpacked<'_, N>, N, T, BITS>(&Unpacked(&weights.all(self)), rows, first, offsets)
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], indices: I32) -> I32 {

@@ -1,6 +1,6 @@
 //! Portable code: the oracle of the others, and the fallback where none of them is present.
 
-use super::{Isa, LANES, Simd};
+use super::{Isa, LANES, Simd, WeightSteps};
 
 /// Token of the portable instruction set; anybody may have one.
 #[derive(Clone, Copy, Debug)]
@@ -278,13 +278,14 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn dot<const N: usize, const T: usize, const BITS: u32>(
+    fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
-        weights: &[Self::I32; N],
+        weights: &W,
         rows: &[[u8; 32]; T],
         first: usize,
         offsets: &[i32; T],
     ) -> [Self::I32; T] {
+        let weights: [Self::I32; N] = weights.all(self);
         std::array::from_fn(|t| {
             let mut sums = [if BITS == 8 { 0 } else { offsets[t] }; LANES];
             for (i, weights) in weights.iter().enumerate() {

@@ -84,11 +84,11 @@ fn products<S: Simd>(s: S, w: S::I32, row: &[u8; 32]) -> [S::I32; 6] {
     let six = s.and_i32(w, s.splat_i32(0x3f3f_3f3f));
     let table = std::array::from_fn(|i| row[i] ^ row[i + 16]);
     let found = s.lookup(&table, four);
-    let [of_four] = s.dot::<8, 1, 4>(&[four; 8], &[*row], 0, &[11]);
-    let [of_five, again] = s.dot::<8, 2, 5>(&[five; 8], &[*row; 2], 0, &[-5; 2]);
-    let [of_six] = s.dot::<4, 1, 6>(&[six; 4], &[*row], 4, &[0]);
+    let [of_four] = s.dot::<_, 8, 1, 4>(&[four; 8], &[*row], 0, &[11]);
+    let [of_five, again] = s.dot::<_, 8, 2, 5>(&[five; 8], &[*row; 2], 0, &[-5; 2]);
+    let [of_six] = s.dot::<_, 4, 1, 6>(&[six; 4], &[*row], 4, &[0]);
     let total: i32 = row[16..].iter().map(|&i| i32::from(i as i8)).sum();
-    let [of_eight] = s.dot::<4, 1, 8>(&[found; 4], &[*row], 4, &[-128 * total]);
+    let [of_eight] = s.dot::<_, 4, 1, 8>(&[found; 4], &[*row], 4, &[-128 * total]);
     [found, of_four, of_five, again, of_six, of_eight]
 }
 

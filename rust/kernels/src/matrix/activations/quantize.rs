@@ -26,7 +26,7 @@ impl Kernel for QuantizeTile<'_> {
         let (width, rows) = (self.tiles.width(self.tile), self.tiles.rows(self.tile));
         for lane in 0..rows {
             let row = self.input.row(self.tiles.first(self.tile) + lane).as_chunks::<GROUP>().0;
-            for (span, groups) in row.chunks_exact(self.rounding.span).enumerate() {
+            for (span, groups) in row.chunks(self.rounding.span).enumerate() {
                 let (scale, inverse) = scale_of(simd, groups);
                 self.scales[span * width + lane] = scale;
                 for (index, values) in groups.iter().enumerate() {

@@ -1,11 +1,11 @@
 //! The exact values of coded panels: for `f32` activations, and for rows that are looked up.
 
 use super::super::{GROUP, PackedMatrix};
-use super::kernel::load_scales;
-use super::unpack::{Book, Five, Nibbles, Six, Unpack};
+use super::kernel::{load_scales, load_units};
+use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
 use super::{drop_at, group_bytes, offset, record, step_at, table, upper_bits};
 use crate::quant::{Codes, Grouped, Scales};
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, Simd, WeightSteps};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -39,9 +39,10 @@ fn unpack<S: Simd, U: Unpack>(
     let (weights, scales) = (weight.weights(panel..panel + 1), weight.scale_bytes(panel));
     let (table, offset) = (table(format.codes), simd.splat_i32(offset(format.codes)));
     for (group, values) in groups.zip(values.as_chunks_mut::<GROUP>().0) {
-        let own = load_scales(simd, format.scales, format.factor, scales, group);
+        let units = load_units(simd, format.scales, format.factor, scales, group);
+        let own = load_scales(simd, format.scales, units, scales, group);
         let weights = &weights[group * U::BYTES..][..U::BYTES];
-        let steps = U::unpack::<S, 8>(simd, weights, 0, &table);
+        let steps: [S::I32; 8] = Unpacked::<U>::new(weights, &table, 0).all(simd);
         for (column, value) in values.iter_mut().enumerate() {
             let byte = simd.shift_right(steps[column / 4], 8 * (column % 4) as u32);
             let integer = simd.add_i32(simd.and_i32(byte, simd.splat_i32(255)), offset);

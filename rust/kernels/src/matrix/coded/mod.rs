@@ -15,8 +15,8 @@ mod unpack;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
-pub(super) use kernel::load_scales;
-pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack};
+pub(super) use kernel::{load_scales, load_units};
+pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;
 use crate::quant::{Blocks, Codes, Group, Grouped, Scales};

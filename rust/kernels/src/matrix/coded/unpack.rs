@@ -2,7 +2,8 @@
 
 use super::group_bytes;
 use crate::quant::Codes;
-use crate::simd::Simd;
+use crate::simd::{Simd, WeightSteps};
+use std::marker::PhantomData;
 
 /// How codes become bytes that [`Simd::dot`] multiplies.
 pub(in super::super) trait Unpack: Copy {
@@ -10,13 +11,32 @@ pub(in super::super) trait Unpack: Copy {
     const BYTES: usize;
     /// Bits of those bytes, as [`Simd::dot`] counts them.
     const BITS: u32;
-    /// `N` steps of four columns.
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        table: &[u8; 16],
-    ) -> [S::I32; N];
+    /// A step of four columns.
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, table: &[u8; 16]) -> S::I32;
+}
+
+/// The steps of 32 columns of a panel, from `first` on, as `U` unpacks them.
+pub(in super::super) struct Unpacked<'a, U> {
+    weights: &'a [u8],
+    table: &'a [u8; 16],
+    first: usize,
+    kind: PhantomData<U>,
+}
+
+impl<'a, U: Unpack> Unpacked<'a, U> {
+    /// `weights` are `U::BYTES`.
+    #[inline(always)]
+    pub(in super::super) fn new(weights: &'a [u8], table: &'a [u8; 16], first: usize) -> Unpacked<'a, U> {
+        debug_assert_eq!(weights.len(), U::BYTES);
+        Unpacked { weights, table, first, kind: PhantomData }
+    }
+}
+
+impl<S: Simd, U: Unpack> WeightSteps<S> for Unpacked<'_, U> {
+    #[inline(always)]
+    fn step(&self, simd: S, index: usize) -> S::I32 {
+        U::step(simd, self.weights, self.first + index, self.table)
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -30,7 +50,7 @@ pub(in super::super) struct Book;
 
 /// 64 bytes.
 #[inline(always)]
-fn line<S: Simd>(simd: S, weights: &[u8], index: usize) -> S::I32 {
+pub(in super::super) fn line<S: Simd>(simd: S, weights: &[u8], index: usize) -> S::I32 {
     let line = &weights.as_chunks::<64>().0[index];
     // SAFETY: these are 64 bytes.
     unsafe { simd.load_bytes(line.as_ptr()) }
@@ -56,17 +76,8 @@ impl Unpack for Nibbles {
     const BYTES: usize = group_bytes(Codes::Nibbles(0));
     const BITS: u32 = 4;
     #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = low(simd, weights, first + i);
-        }
-        out
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, _table: &[u8; 16]) -> S::I32 {
+        low(simd, weights, step)
     }
 }
 
@@ -74,19 +85,9 @@ impl Unpack for Five {
     const BYTES: usize = group_bytes(Codes::Five(0));
     const BITS: u32 = 5;
     #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let plane = line(simd, weights, 4);
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            let step = first + i;
-            *out = simd.or_i32(low(simd, weights, step), upper(simd, plane, step, 0x1010_1010));
-        }
-        out
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, _table: &[u8; 16]) -> S::I32 {
+        let upper = upper(simd, line(simd, weights, 4), step, 0x1010_1010);
+        simd.or_i32(low(simd, weights, step), upper)
     }
 }
 
@@ -94,20 +95,9 @@ impl Unpack for Six {
     const BYTES: usize = group_bytes(Codes::Six(0));
     const BITS: u32 = 6;
     #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            let step = first + i;
-            let plane = line(simd, weights, 4 + step / 4);
-            let upper = upper(simd, plane, step % 4 * 2, 0x3030_3030);
-            *out = simd.or_i32(low(simd, weights, step), upper);
-        }
-        out
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, _table: &[u8; 16]) -> S::I32 {
+        let upper = upper(simd, line(simd, weights, 4 + step / 4), step % 4 * 2, 0x3030_3030);
+        simd.or_i32(low(simd, weights, step), upper)
     }
 }
 
@@ -115,16 +105,7 @@ impl Unpack for Book {
     const BYTES: usize = group_bytes(Codes::Nibbles(0));
     const BITS: u32 = 8;
     #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = simd.lookup(table, low(simd, weights, first + i));
-        }
-        out
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, table: &[u8; 16]) -> S::I32 {
+        simd.lookup(table, low(simd, weights, step))
     }
 }

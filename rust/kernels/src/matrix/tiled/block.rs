@@ -70,8 +70,8 @@ impl Integers {
         // Bytes minus the offset: with the upper bit set there is no borrow, and without it they are right.
         let (upper, offset) = (splat(0x80), splat(-coded::offset(codes) as u8 & 0x7f));
         for (out, weights) in self.bytes.iter_mut().zip(weights.chunks_exact(U::BYTES)) {
-            let steps = U::unpack::<S, 8>(simd, weights, 0, &table);
-            for (step, out) in steps.into_iter().zip(out.as_chunks_mut::<64>().0) {
+            for (step, out) in out.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+                let step = U::step(simd, weights, step, &table);
                 let integers = match U::BITS {
                     8 => simd.xor_i32(step, upper),
                     _ => simd.xor_i32(simd.sub_i32(simd.or_i32(step, upper), offset), upper),
@@ -95,7 +95,8 @@ impl Integers {
         groups: Range<usize>,
     ) {
         for (at, group) in groups.enumerate() {
-            let own = coded::load_scales(simd, kind, factor, scales, group);
+            let units = coded::load_units(simd, kind, factor, scales, group);
+            let own = coded::load_scales(simd, kind, units, scales, group);
             for half in 0..2 {
                 simd.store(own.scales[half], &mut self.scales[at][half]);
                 simd.store(own.minima[half], &mut self.minima[at][half]);
@@ -112,17 +113,7 @@ impl Unpack for Bytes {
     const BYTES: usize = GROUP * LANES;
     const BITS: u32 = 8;
     #[inline(always)]
-    fn unpack<S: Simd, const N: usize>(
-        simd: S,
-        weights: &[u8],
-        first: usize,
-        _table: &[u8; 16],
-    ) -> [S::I32; N] {
-        let mut out = [simd.splat_i32(0); N];
-        for (out, line) in out.iter_mut().zip(&weights.as_chunks::<64>().0[first..]) {
-            // SAFETY: these are 64 bytes.
-            *out = unsafe { simd.load_bytes(line.as_ptr()) };
-        }
-        out
+    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, _table: &[u8; 16]) -> S::I32 {
+        coded::line(simd, weights, step)
     }
 }

@@ -130,7 +130,8 @@ impl<S: Simd, const PARTS: usize, const MINIMA: bool, const SHARED: bool>
             for panel in 0..block.panels.len() {
                 for (t, tile) in tiles.iter().enumerate() {
                     let (integers, start) = (&self.integers[panel], block.groups.start);
-                    let meeting = Meeting::<PARTS, MINIMA> { tile: *tile, span, integers, start };
+                    let end = (self.weight.groups() - start) * PARTS;
+                    let meeting = Meeting::<PARTS, MINIMA> { tile: *tile, span, integers, start, end };
                     let at = panel * T + t;
                     let (exact, inner) = (&self.kept.exact[at..], &mut self.kept.inner[at]);
                     match span {
@@ -150,6 +151,7 @@ struct Meeting<'a, const PARTS: usize, const MINIMA: bool> {
     span: usize,
     integers: &'a Integers,
     start: usize, // first group of the block
+    end: usize,   // parts from there to the row's end
 }
 
 /// Adds exact sums of parts, which are `step` apart, in order.
@@ -192,6 +194,7 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
     ) {
         let (last, per_span) = (parts.end - 1, self.span * PARTS);
         let begins = parts.start.is_multiple_of(per_span);
+        let ends = parts.end.is_multiple_of(per_span) || parts.end == self.end;
         let mut own = if begins { [simd.splat(0.0); TILE_ROWS] } else { load(simd, inner) };
         for (part, exact) in parts.zip(exact.iter().step_by(step)) {
             let scale = simd.load(&self.integers.scales[part / PARTS][part % PARTS]);
@@ -205,7 +208,7 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
                 }
             }
         }
-        match (last + 1).is_multiple_of(per_span) {
+        match ends {
             true => self.complete(simd, last, own, sums),
             false => store(simd, own, inner),
         }
