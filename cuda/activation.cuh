@@ -9,12 +9,21 @@
 #define ACTIVATION SILU
 #endif
 
+// x / (1 + exp(y)). Activations of bfloat16 need few digits, and the exact division and exponential took as long as the memory.
+DEVICE float logistic(float x, float y) {
+#ifdef INFER_F32
+    return x / (1.0f + expf(y));
+#else
+    return __fdividef(x, 1.0f + exp2_fast(fminf(y * 1.44269504f, 126.0f))); // divided by more, any x would give 0 or NaN
+#endif
+}
+
 DEVICE float activate(float x) {
     if constexpr (ACTIVATION == SILU) {
-        return x / (1.0f + expf(-x));
+        return logistic(x, -x);
     } else if constexpr (ACTIVATION == GELU_TANH) {
         // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)): one exponential, and no cancellation for negative x.
-        return x / (1.0f + expf(x * fmaf(x * x, -0.071354814f, -1.595769f)));
+        return logistic(x, x * fmaf(x * x, -0.071354814f, -1.595769f));
     } else if constexpr (ACTIVATION == GELU_ERF) {
         return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     } else if constexpr (ACTIVATION == RELU) {

@@ -226,7 +226,8 @@ struct Warp {
     }
 };
 
-// queries, output: (rows, heads * HEAD_DIM), aligned to 16 bytes. Launch: grid (tiles or more, kv_heads), WARPS warps, ROWS * QUERY_STRIDE *
+// queries, output: (rows, heads * HEAD_DIM), aligned to 16 bytes. All heads of a tile are neighbours: late tiles of a prompt see the most, and
+// multiprocessors were idle while the last head's were left. Launch: grid (kv_heads, tiles or more), WARPS warps, ROWS * QUERY_STRIDE *
 // 2 bytes and STAGES stages of dynamic shared memory.
 BOUNDED_KERNEL(THREADS, 1)
 attention_prefill(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const VALUE_TYPE *values, const float *key_scales,
@@ -237,9 +238,9 @@ attention_prefill(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const
     Stage *stages = reinterpret_cast<Stage *>(rows.rows + ROWS * QUERY_STRIDE);
     let_next_start();
     wait_for_previous();
-    if (int(blockIdx.x) >= counts[1]) return;
-    const Tile tile = tiles[blockIdx.x];
-    const int kv_head = blockIdx.y;
+    if (int(blockIdx.y) >= counts[1]) return;
+    const Tile tile = tiles[blockIdx.y];
+    const int kv_head = blockIdx.x;
     const Score score = {scale, softcap, window, tile.first_position};
     const int first = first_visible(tile.first_position, window) / PAGE_TOKENS, end = tile.first_position + tile.rows;
     const int page_end = (end + PAGE_TOKENS - 1) / PAGE_TOKENS;

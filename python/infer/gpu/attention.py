@@ -213,7 +213,7 @@ class AttentionOperations(RowOperations):
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
         arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)
         threads = 256 if layer.head_dim > 128 else 128
-        prefill(self.stream, (min(most, plan.size.tiles), layer.kv_heads), threads, arguments, prefill_shared_bytes(layer))
+        prefill(self.stream, (layer.kv_heads, min(most, plan.size.tiles)), threads, arguments, prefill_shared_bytes(layer))
 
     def attend_plainly(
         self,

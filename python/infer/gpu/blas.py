@@ -1,19 +1,23 @@
 """Matrix products by cuBLASLt, through ctypes: CuPy's own bindings refuse while a stream captures, and know no float8.
 
-One algorithm is chosen per shape, the first time it is seen; workspace is fixed memory that the caller owns. Nothing is
-allocated afterwards, so captured graphs stay valid.
+One algorithm is chosen per shape, the first time it is seen (tuning.py); workspace is fixed memory that the caller owns. Nothing
+is allocated afterwards, so captured graphs stay valid.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from infer._core import InferError
 from infer.gpu.arrays import ELEMENT_BYTES
+from infer.gpu.tuning import Choices, fastest, may_time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from infer.gpu.arrays import Rows, Weight
 
 # From cublasLt.h and library_types.h.
@@ -29,6 +33,10 @@ PREFERENCE_WORKSPACE = 1
 PREFERENCE_ALIGNMENTS = (5, 6, 7, 8)  # of A, B, C and D
 MOST_ALIGNMENT = 256
 
+TIMED_ROWS = 17, 512
+"""Least and most rows of products whose algorithm is timed: fewer are streamed, and of more the first choice is a good one."""
+CANDIDATES = 8
+
 
 class _Heuristic(ctypes.Structure):
     _fields_ = [
@@ -38,6 +46,9 @@ class _Heuristic(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     ]
+
+
+_Layouts = tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
 
 
 class _Shape(NamedTuple):
@@ -56,8 +67,10 @@ class _Shape(NamedTuple):
 
 class _Plan(NamedTuple):
     description: ctypes.c_void_p
-    layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    layouts: _Layouts
     heuristic: _Heuristic
+    is_first_choice: bool
+    """Others may be faster, and are to be timed."""
 
 
 @lru_cache(maxsize=1)
@@ -84,15 +97,24 @@ def check(status: int, what: str) -> None:
 
 
 class Blas:
-    """Matrix products on one device, with ``workspace_bytes`` of device memory at ``workspace`` to work in."""
+    """Matrix products on one device, with ``workspace_bytes`` of device memory at ``workspace`` to work in.
 
-    def __init__(self, workspace: int, workspace_bytes: int) -> None:
+    ``space`` is memory that is used while algorithms are timed: (address, bytes); none are where it is None.
+    """
+
+    def __init__(self, workspace: int, workspace_bytes: int, space: tuple[int, int] | None) -> None:
         self._library = library()
         self._workspace = ctypes.c_void_p(workspace)
         self._workspace_bytes = ctypes.c_size_t(workspace_bytes)
         self._handle = ctypes.c_void_p()
         self._plans: dict[_Shape, _Plan] = {}
         check(self._library.cublasLtCreate(ctypes.byref(self._handle)), "creating a handle")
+        self._space, self._choices = space, None if space is None else Choices(self._version(), workspace_bytes)
+
+    def _version(self) -> int:
+        get = self._library.cublasLtGetVersion
+        get.restype = ctypes.c_size_t
+        return int(get())
 
     def has_scaled(self, source: Rows, weight: Weight, output: Rows) -> bool:
         """Return whether this cuBLASLt and GPU multiply these E4M3 rows with one scale each."""
@@ -117,6 +139,21 @@ class Blas:
         Where both are E4M3, each row of either has its scale: the weight's own, and ``source_scales``, f32 (rows).
         """
         plan = self._plan(source, weight, output)
+        if plan.is_first_choice and self._choices is not None and may_time(stream):
+            plan = self._time(stream, plan, source, weight, output, source_scales)
+        self._enqueue(stream, plan, source, weight, output, alpha, beta, source_scales)
+
+    def _enqueue(
+        self,
+        stream: int,
+        plan: _Plan,
+        source: Rows,
+        weight: Weight,
+        output: Rows,
+        alpha: float,
+        beta: float,
+        source_scales: int,
+    ) -> None:
         if source.dtype == "e4m3":
             for attribute, pointer in zip(SCALE_POINTERS, (weight.scales, source_scales), strict=True):
                 self._set(plan.description, attribute, ctypes.c_void_p(pointer))
@@ -142,17 +179,80 @@ class Blas:
         )
         check(status, f"a product of {source.rows} x {weight.columns} with {weight.rows} rows")
 
-    def _plan(self, source: Rows, weight: Weight, output: Rows) -> _Plan:
-        pointers = (weight.pointer, source.pointer, output.pointer)
-        alignments = tuple(min(MOST_ALIGNMENT, pointer & -pointer) for pointer in pointers)
-        strides = (source.stride, output.stride)
-        types = (weight.type, source.dtype, output.dtype)
-        shape = _Shape(source.rows, weight.rows, weight.columns, *types, *strides, alignments)  # type: ignore[arg-type]
-        if (found := self._plans.get(shape)) is None:
-            found = self._plans[shape] = self._make(shape, weight.scales)
+    def _time(self, stream: int, plan: _Plan, source: Rows, weight: Weight, output: Rows, scales: int) -> _Plan:
+        """Choose the fastest algorithm for a shape, and keep it.
+
+        What the space holds is lost; if that is an operand, nothing is timed.
+        """
+        shape, choices = _shape(source, weight, output), self._choices
+        start, size = self._space or (0, 0)
+        target_bytes = source.rows * output.stride * ELEMENT_BYTES[output.dtype]
+        plans = self._plans_of(shape, weight.scales)
+        weight_bytes = weight.rows * weight.row_bytes
+        is_operand = any(start <= pointer < start + size for pointer in (source.pointer, weight.pointer))
+        found = plan._replace(is_first_choice=False)
+        if choices and len(plans) > 1 and not is_operand and target_bytes < size:
+            target = output._replace(pointer=start)
+            place = -(-target_bytes // MOST_ALIGNMENT) * MOST_ALIGNMENT
+
+            def product(one: _Plan) -> Callable[[int], None]:
+                return lambda pointer: self._enqueue(
+                    stream, one, source, replace(weight, pointer=pointer), target, 1.0, 0.0, scales
+                )
+
+            number = fastest(stream, [product(one) for one in plans], weight.pointer, weight_bytes, start + place, size - place)
+            found = plans[number]._replace(is_first_choice=False)
+            choices.put(str(tuple(shape)), list(found.heuristic.algorithm))
+        self._plans[shape] = found
         return found
 
-    def _make(self, shape: _Shape, scales: int) -> _Plan:
+    def _plan(self, source: Rows, weight: Weight, output: Rows) -> _Plan:
+        shape = _shape(source, weight, output)
+        if (found := self._plans.get(shape)) is None:
+            found = self._plans[shape] = self._kept(shape, weight.scales) or self._plans_of(shape, weight.scales)[0]
+        return found
+
+    def _kept(self, shape: _Shape, scales: int) -> _Plan | None:
+        """Return a product by the algorithm that was chosen in an earlier process, if there is one that can be used."""
+        words = self._choices.get(str(tuple(shape))) if self._choices else None
+        if words is None:
+            return None
+        description, (first, second, result) = self._describe(shape, scales)
+        heuristic = _Heuristic((ctypes.c_uint64 * 8)(*words))
+        checked = _Heuristic()
+        status = self._library.cublasLtMatmulAlgoCheck(
+            self._handle, description, first, second, result, result, ctypes.byref(heuristic), ctypes.byref(checked)
+        )
+        if status != 0 or checked.workspace > self._workspace_bytes.value:
+            return None
+        return _Plan(description, (first, second, result), heuristic, is_first_choice=False)
+
+    def _plans_of(self, shape: _Shape, scales: int) -> list[_Plan]:
+        """Return a product's algorithms, what cuBLASLt thinks the fastest first: several only where they are to be timed."""
+        description, layouts = self._describe(shape, scales)
+        least, most = TIMED_ROWS
+        timed = self._choices is not None and least <= shape.rows <= most
+        preference = self._preference(shape.alignments)
+        found, count = (_Heuristic * CANDIDATES)(), ctypes.c_int()
+        first, second, result = layouts
+        status = self._library.cublasLtMatmulAlgoGetHeuristic(
+            self._handle,
+            description,
+            first,
+            second,
+            result,
+            result,
+            preference,
+            CANDIDATES if timed else 1,
+            found,
+            ctypes.byref(count),
+        )
+        self._library.cublasLtMatmulPreferenceDestroy(preference)
+        if status != 0 or count.value == 0:
+            raise InferError(f"cuBLASLt has no algorithm for {shape}")
+        return [_Plan(description, layouts, found[i], timed) for i in range(count.value) if found[i].state == 0]
+
+    def _describe(self, shape: _Shape, scales: int) -> tuple[ctypes.c_void_p, _Layouts]:
         """Describe the product in cuBLAS's order, by columns: (weight^T)^T times input^T gives output^T."""
         lib, description = self._library, ctypes.c_void_p()
         check(lib.cublasLtMatmulDescCreate(ctypes.byref(description), COMPUTE_32F, CUDA_TYPES["f32"]), "describing a product")
@@ -164,16 +264,7 @@ class Blas:
             self._set(description, FAST_SUMS, ctypes.c_int8(1))
         first = self._layout(shape.weight_type, shape.columns, shape.outputs, shape.columns)
         second = self._layout(shape.input_type, shape.columns, shape.rows, shape.input_stride)
-        result = self._layout(shape.output_type, shape.outputs, shape.rows, shape.output_stride)
-        preference = self._preference(shape.alignments)
-        heuristic, count = _Heuristic(), ctypes.c_int()
-        status = lib.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, description, first, second, result, result, preference, 1, ctypes.byref(heuristic), ctypes.byref(count)
-        )
-        lib.cublasLtMatmulPreferenceDestroy(preference)
-        if status != 0 or count.value == 0:
-            raise InferError(f"cuBLASLt has no algorithm for {shape}")
-        return _Plan(description, (first, second, result), heuristic)
+        return description, (first, second, self._layout(shape.output_type, shape.outputs, shape.rows, shape.output_stride))
 
     def _set(self, description: ctypes.c_void_p, attribute: int, value: ctypes.c_int | ctypes.c_int8 | ctypes.c_void_p) -> None:
         size = ctypes.c_size_t(ctypes.sizeof(value))
@@ -196,6 +287,13 @@ class Blas:
             value = ctypes.c_uint32(alignment)
             check(set_attribute(preference, attribute, ctypes.byref(value), ctypes.c_size_t(4)), "describing a preference")
         return preference
+
+
+def _shape(source: Rows, weight: Weight, output: Rows) -> _Shape:
+    alignments = [min(MOST_ALIGNMENT, pointer & -pointer) for pointer in (weight.pointer, source.pointer, output.pointer)]
+    sizes = (source.rows, weight.rows, weight.columns)
+    types = (weight.type, source.dtype, output.dtype)
+    return _Shape(*sizes, *types, source.stride, output.stride, (alignments[0], alignments[1], alignments[2]))
 
 
 def can_multiply(source: Rows, weight: Weight, output: Rows) -> bool:

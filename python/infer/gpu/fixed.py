@@ -31,6 +31,7 @@ class FixedOperations(Operations):
 
     decode_rows = 0
     always_groups = True
+    is_timed = False
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """See `Operations`."""

@@ -69,10 +69,13 @@ class LinearOperations(ManyOperations):
     rows are rounded, or arranged.
     """
 
+    is_timed = True
+    """Whether cuBLASLt's algorithms are timed, and the fastest chosen."""
+
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
         blas_bytes = min(workspace_bytes, BLAS_BYTES)
         super().__init__(kernels, stream, workspace + blas_bytes, workspace_bytes - blas_bytes)
-        self._blas = Blas(workspace, blas_bytes)
+        self._blas = Blas(workspace, blas_bytes, (self._space, self._space_bytes) if self.is_timed else None)
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """``output = source * weight^T + bias``."""
