@@ -529,6 +529,13 @@ class Work:
         of which there are two at most.
         """
     @property
+    def rounds(self) -> int:
+        """How many tokens "draft" may draw for each row by itself."""
+
+    def advanced(self, positions: int) -> Work:
+        """A "draft" so many positions later, of what the rows before chose."""
+
+    @property
     def rows(self) -> int: ...
     @property
     def sequences(self) -> int: ...
@@ -601,6 +608,9 @@ class WorkLink:
         Choices and log-probabilities, (values of a row) each, have an entry for every wanted row. A choice is -1 where a logit is NaN
         or infinite, and -2 where no token is left. See rust/engine/src/draw_layout.rs.
         """
+
+    def finish_rounds(self, work: Work, choices: NDArray[np.int32]) -> None:
+        """Answer "draft" with what was chosen in several rounds: (rounds, rows)."""
 
     def finish_page(self, work: Work, page: NDArray[np.uint8]) -> None: ...
     def finish(self, work: Work) -> None: ...

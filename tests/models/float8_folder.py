@@ -113,6 +113,6 @@ def float8_folders(source: Path, folder: Path, way: str) -> tuple[Path, Path]:
             coded[name.replace(".weight", ".input_scale")] = ("F32", np.ones((), np.float32))
         else:
             coded[f"{name}_scale_inv"] = ("F32", scales)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stated = {**config, "quantization_config": quantization_config(way)}
     return write(folder / f"{way}-coded", stated, coded), write(folder / f"{way}-plain", config, plain)

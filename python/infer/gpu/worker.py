@@ -22,12 +22,16 @@ from infer.gpu.arrays import PAGE_TOKENS
 from infer.gpu.energy import PowerMeter
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
+from infer.gpu.memory import STEPS_AT_ONCE
 from infer.gpu.runner import Runner, padded
 from infer.gpu.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from infer._core import Work, WorkLink
     from infer.gpu.device import Device
@@ -107,6 +111,9 @@ class Worker:
         elif kind == "draft":
             if self._draft is None:
                 raise InferError("this engine has no draft model")
+            if work.rounds > 1:
+                self._link.finish_rounds(work, self._guess(self._draft, work))
+                return
             outcome = self._draft.enqueue(work)
             self._device.synchronize()
             self._finish(work, work, outcome)
@@ -141,6 +148,32 @@ class Worker:
         if self._draft is not None and (rest := work.not_drafted()).rows:
             self._draft.enqueue(rest)
         return self._target.enqueue(work)
+
+    def _guess(self, draft: Runner, work: Work) -> NDArray[np.int32]:
+        """Have the draft model draw several tokens of each row, one after the other: (rounds, rows).
+
+        What a round chooses is the next one's input on the device. The host waits for the round before the last only, since
+        pinned memory is there for STEPS_AT_ONCE of them.
+        """
+        import numpy as np
+
+        chosen = np.empty((work.rounds, work.rows), np.int32)
+        begun: deque[tuple[int, Any, Outcome]] = deque()
+
+        def take() -> None:
+            number, mark, outcome = begun.popleft()
+            self._device.reach(mark)
+            if outcome.choices is not None:  # as all rows are drawn
+                chosen[number] = outcome.choices
+
+        for number in range(work.rounds):
+            if len(begun) == STEPS_AT_ONCE:
+                take()
+            outcome = draft.enqueue(work if number == 0 else work.advanced(number))
+            begun.append((number, self._device.mark(), outcome))
+        while begun:
+            take()
+        return chosen
 
     def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
         self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use infer_engine::{Answer, Batch, Handover, Ticket};
+use infer_engine::{Answer, Batch, Choice, Handover, Ticket};
 use infer_kernels::PAGE_TOKENS;
 use numpy::{
     PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2, PyUntypedArrayMethods,
@@ -81,6 +81,15 @@ impl WorkLink {
         })
     }
 
+    /// Answer "draft" with what was chosen in several rounds: (rounds, rows).
+    fn finish_rounds(&self, work: &Work, choices: PyReadonlyArray2<'_, i32>) -> PyResult<()> {
+        guarded(|| {
+            let chosen = choices.as_slice().map_err(refusal)?.iter();
+            let choices = chosen.map(|&token| Choice { token, logprobs: None }).collect();
+            self.answer(work, Ok(Answer::Rows { logits: Vec::new(), choices }))
+        })
+    }
+
     /// Answer "export".
     fn finish_page(&self, work: &Work, page: PyReadonlyArray1<'_, u8>) -> PyResult<()> {
         guarded(|| self.answer(work, Ok(Answer::Page(page.as_slice().map_err(refusal)?.to_vec()))))
@@ -140,6 +149,19 @@ impl Work {
             infer_engine::Work::Export(_) => "export",
             infer_engine::Work::Import(..) => "import",
         }
+    }
+
+    /// How many tokens "draft" may draw for each row by itself.
+    #[getter]
+    fn rounds(&self) -> PyResult<usize> {
+        Ok(self.batch()?.rounds)
+    }
+
+    /// A "draft" so many positions later, of what the rows before chose.
+    fn advanced(&self, positions: usize) -> PyResult<Work> {
+        let batch = self.batch()?.advanced(positions);
+        let work = Arc::new(infer_engine::Work::Draft(batch));
+        Ok(Work { ticket: Ticket { number: self.ticket.number, work } })
     }
 
     /// Rows to compute.

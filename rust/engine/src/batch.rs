@@ -28,6 +28,9 @@ pub struct Batch {
     pub changes: Vec<Change>,
     /// Which tokens rows may choose: masks, one after the other.
     pub allowed: Vec<u32>,
+    /// In [`crate::Device::draft`]: how many tokens a device that draws may draw for each row, one after the other, feeding itself what it
+    /// drew ([`Batch::advanced`]). It gives the choices of all rows for the first, then for the second, ...; or those of the first alone.
+    pub rounds: usize,
 }
 
 /// The rows of one sequence in a step.
@@ -55,6 +58,17 @@ impl Batch {
     #[must_use]
     pub fn draw_words(&self) -> usize {
         self.changes.len() * CHANGE_WORDS + self.allowed.len()
+    }
+
+    /// The same rows so many positions later, of tokens that the rows before chose themselves.
+    #[must_use]
+    pub fn advanced(&self, positions: usize) -> Self {
+        let mut next = Self { rounds: 0, ..self.clone() };
+        next.tokens.fill(0);
+        next.follows = (0..self.tokens.len() as u32).map(|row| (row, row)).collect();
+        next.sequences.iter_mut().for_each(|sequence| sequence.first_position += positions);
+        next.draws.iter_mut().flatten().for_each(|draw| draw.position += positions as u64);
+        next
     }
 
     /// The rows that the draft model has not computed yet; none of their logits are wanted, and no page is copied.

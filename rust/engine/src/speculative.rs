@@ -103,7 +103,8 @@ impl Core {
             self.draft_round = Some(DraftRound { open: self.open_draft_round() });
         }
         let mut round = self.draft_round.take()?;
-        let mut batch = Batch::default();
+        let most = round.open.iter().map(|guessing| guessing.left).min().unwrap_or(0);
+        let mut batch = Batch { rounds: most, ..Batch::default() };
         for (row, guessing) in round.open.iter_mut().enumerate() {
             let sequence = &self.sequences[&guessing.id];
             let last = sequence.tokens.len() - 1;
@@ -121,6 +122,10 @@ impl Core {
             let drawn = self.draw(sequence, sequence.drafts.len(), 1);
             let drawn = drawn.filter(|drawn| batch.draw_words() + drawn.words() <= MOST_DRAW_WORDS);
             guessing.drawn = drawn.is_some();
+            // Whoever cannot be drawn, now or some tokens later, ends what a device does by itself.
+            let more = 1..if guessing.drawn { batch.rounds } else { 0 };
+            let can = |ahead: &usize| self.draw(sequence, sequence.drafts.len() + ahead, 1).is_some();
+            batch.rounds = 1 + more.take_while(can).count();
             match drawn {
                 Some(drawn) => drawn.silent().put(1, None, &mut batch),
                 None => batch.draws.push(None),
@@ -132,23 +137,30 @@ impl Core {
     }
 
     /// Takes the draft model's logits for the last [`Core::next_draft`]: (rows, vocabulary), or what the device chose and the logits of the
-    /// other rows, as [`Core::commit_choices`]. Rows that give no token end their sequence's guessing.
+    /// other rows, as [`Core::commit_choices`], or its choices of several rounds. Rows that give no token end their sequence's guessing.
     pub fn commit_draft(&mut self, logits: &[f32], choices: &[Choice]) {
         let Some(round) = &mut self.draft_round else { return };
         let open = std::mem::take(&mut round.open);
         let mut next = Vec::with_capacity(open.len());
         let (mut rows, mut chosen) = (logits.chunks_exact(self.config.vocabulary), choices.iter());
-        for guessing in open {
-            let Guessing { id, left, drawn } = guessing;
-            let token = match drawn && !choices.is_empty() {
+        let (count, rounds) = (open.len(), choices.len() / open.len().max(1));
+        for (place, guessing) in open.into_iter().enumerate() {
+            let Guessing { id, mut left, drawn } = guessing;
+            let first = match drawn && !choices.is_empty() {
                 true => chosen.next().and_then(|choice| choice.token().ok()),
                 false => rows.next().and_then(|logits| self.draft_token(id, logits)),
             };
-            let Some(token) = token else { continue };
-            self.sequences.get_mut(&id).expect("it was open").drafts.push(token);
-            let ends = self.requests[&id.request].stop_tokens.binary_search(&token).is_ok();
-            if left > 1 && !ends {
-                next.push(Guessing { left: left - 1, ..guessing });
+            let later = (1..rounds).map(|round| choices[round * count + place].token().ok());
+            for token in std::iter::once(first).chain(later) {
+                let ends = |token| self.requests[&id.request].stop_tokens.binary_search(&token).is_ok();
+                left = if token.is_none_or(ends) { 0 } else { left - 1 };
+                self.sequences.get_mut(&id).expect("it was open").drafts.extend(token);
+                if left == 0 {
+                    break;
+                }
+            }
+            if left > 0 {
+                next.push(Guessing { left, ..guessing });
             }
         }
         self.draft_round = Some(DraftRound { open: next });

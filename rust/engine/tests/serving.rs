@@ -287,3 +287,45 @@ fn energy_is_shared_out_by_rows() {
     let taken: Vec<_> = done.map(|event| event.metrics.microjoules).collect();
     assert_eq!(taken, [Some(15_000_000), Some(5_000_000)]);
 }
+
+#[test]
+fn a_device_that_draws_is_asked_once_for_all_drafts_of_a_step() {
+    let drafts = Some(Speculation::DraftModel { num_speculative_tokens: 4 });
+    let config = EngineConfig { speculation: drafts, ..config(64, 4) };
+    let run = |draws: bool| {
+        let mut engine = Engine::new(config.clone());
+        engine.device.draws = draws;
+        for first in 0..2 {
+            engine.submit(&prompt(first, 6), tokens(30), RequestOptions::default()).unwrap();
+        }
+        let (mut asked, mut guessed, mut logits) = (0, 0, Vec::new());
+        loop {
+            while let Some(batch) = engine.core.next_draft() {
+                engine.device.draft(&batch, &mut logits).unwrap();
+                let choices = engine.device.take_choices();
+                guessed += choices.len().max(logits.len() / config.vocabulary);
+                engine.core.commit_draft(&logits, &choices);
+                asked += 1;
+            }
+            let Some(batch) = engine.core.next_batch(engine.now) else { break };
+            engine.device.compute(&batch, &mut logits).unwrap();
+            let choices = engine.device.take_choices();
+            engine.core.commit_choices(&logits, choices, engine.now);
+        }
+        let events = engine.core.take_events().into_iter();
+        let tokens: Vec<_> = events
+            .filter_map(|event| match event.kind {
+                EventKind::Token { token, .. } => Some((event.request, token)),
+                _ => None,
+            })
+            .collect();
+        (tokens, asked, guessed)
+    };
+    let ((expected, often, guesses), (found, seldom, others)) = (run(false), run(true));
+    assert_eq!(expected.len(), 60);
+    let of = |tokens: &[(RequestId, u32)], request: RequestId| -> Vec<u32> {
+        tokens.iter().filter(|token| token.0 == request).map(|token| token.1).collect()
+    };
+    assert!((0..2).all(|request| of(&expected, request) == of(&found, request)));
+    assert!(seldom * 2 < often && others >= guesses, "{seldom} {often} {guesses} {others}");
+}

@@ -3,15 +3,14 @@
 //! panics. It has a draft model of the same kind, which often agrees with it.
 #![allow(dead_code)] // each test file uses its own part
 
+mod draws;
 pub mod requests;
 pub mod simulate;
 pub mod tier;
 pub mod world;
 
-use infer_engine::{
-    Batch, BatchSequence, Choice, Device, Draw, EngineConfig, PageRef, SampleError, Sampler, SamplingParams,
-    TextStep, TokenHistory, TokenText,
-};
+use draws::choose;
+use infer_engine::{Batch, BatchSequence, Choice, Device, EngineConfig, PageRef, TextStep, TokenText};
 
 pub const VOCABULARY: usize = 48;
 pub const EOS: u32 = 0;
@@ -242,51 +241,6 @@ impl FakeDevice {
     }
 }
 
-/// What a draw is, in the engine's own words.
-fn choose(batch: &Batch, draw: &Draw, row: &[f32], before: &[i32]) -> Choice {
-    let mut params = SamplingParams {
-        temperature: match draw.inverse_temperature {
-            0.0 => 0.0,
-            inverse => 1.0 / f64::from(inverse),
-        },
-        min_p: f64::from(draw.min_p),
-        top_k: draw.top_k,
-        top_p: draw.top_p,
-        repetition_penalty: f64::from(draw.repetition),
-        frequency_penalty: f64::from(draw.frequency),
-        presence_penalty: f64::from(draw.presence),
-        ..SamplingParams::default()
-    };
-    let (mut history, mut banned) = (TokenHistory::default(), Vec::new());
-    for change in &batch.changes[draw.changes.0 as usize..][..draw.changes.1 as usize] {
-        match change.bias == f32::NEG_INFINITY {
-            true => banned.push(change.token),
-            false => drop(params.logit_bias.insert(change.token, change.bias)),
-        }
-        if change.count > 0 {
-            history.output.insert(change.token, change.count);
-        } else if change.seen {
-            history.prompt.insert(change.token);
-        }
-    }
-    if let Some(token) = draw.uncounted.map(|place| before[place as usize]).filter(|&token| token >= 0) {
-        *history.output.entry(token as u32).or_default() += 1;
-    }
-    params.allowed_token_ids = draw.allowed.map(|first| {
-        let set = |&token: &u32| batch.allowed[first as usize + token as usize / 32] >> (token % 32) & 1 == 1;
-        (0..VOCABULARY as u32).filter(set).collect()
-    });
-    let mut sampler = Sampler::default();
-    match sampler.sample(row, &params, &history, &banned, draw.seed, draw.position) {
-        Ok(token) => {
-            let logprobs = draw.logprobs.map(|count| sampler.logprobs(row, token, count));
-            Choice { token: token as i32, logprobs }
-        }
-        Err(SampleError::NothingLeft) => Choice { token: -2, logprobs: None },
-        Err(_) => Choice { token: -1, logprobs: None },
-    }
-}
-
 /// Logits with ties, in [-4, 4).
 pub fn row_logits(prefix: u64) -> impl Iterator<Item = f32> {
     (0..VOCABULARY as u64).map(move |token| (mix(prefix, token) % 64) as f32 / 8.0 - 4.0)
@@ -302,16 +256,8 @@ pub fn expected_logits(tokens: &[u32], long_context: bool) -> Vec<f32> {
     rows.flat_map(row_logits).collect()
 }
 
-impl Device for FakeDevice {
-    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        self.compute(batch, logits)
-    }
-
-    fn take_choices(&mut self) -> Vec<Choice> {
-        std::mem::take(&mut self.choices)
-    }
-
-    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+impl FakeDevice {
+    fn draft_once(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         logits.clear();
         for sequence in &batch.sequences {
             assert_eq!(sequence.rows, 1, "one row for each draft");
@@ -325,6 +271,34 @@ impl Device for FakeDevice {
             self.draw(batch, logits, &[]);
             self.chosen = None;
         }
+        Ok(())
+    }
+}
+
+impl Device for FakeDevice {
+    fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        self.compute(batch, logits)
+    }
+
+    fn take_choices(&mut self) -> Vec<Choice> {
+        std::mem::take(&mut self.choices)
+    }
+
+    fn draft(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        self.draft_once(batch, logits)?;
+        let mut all = self.choices.clone();
+        // Now and then it stops after the first round.
+        let rounds = if self.draws && !batch.tokens[0].is_multiple_of(5) { batch.rounds } else { 1 };
+        for round in 1..rounds {
+            let mut next = batch.advanced(round);
+            let latest = &all[all.len() - batch.tokens.len()..];
+            for (token, choice) in next.tokens.iter_mut().zip(latest) {
+                *token = choice.token.max(0) as u32; // who found none goes on with anything
+            }
+            self.draft_once(&next, logits)?;
+            all.extend(self.choices.iter().cloned());
+        }
+        self.choices = all;
         Ok(())
     }
 
