@@ -86,6 +86,7 @@ class Plan:
             device.allocate(8 * rows),
             device.allocate(4 * LOGPROB_VALUES * rows),
         )
+        device.clear(self.draws.told, 4 * LOGPROB_VALUES * rows)  # which is copied with rows that want none
         self._table_pointer = device.allocate(self._host.table.nbytes)
         device.upload(self._pointer, self._host.rows)
         device.upload(self._table_pointer, self._host.table)
