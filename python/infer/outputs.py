@@ -213,7 +213,7 @@ class Collector:
         self._prompt = prompt
         self._names = names
         self._outputs = [CompletionOutput(index) for index in range(completions)]
-        self._texts: dict[int, str] = {}  # the likely tokens of a text are often the same
+        self._texts: dict[int, str | None] = {}  # the likely tokens of a text are often the same
 
     def add(self, update: _core.Update) -> None:
         """Take one update, which may be the last of its completion."""
@@ -248,12 +248,11 @@ class Collector:
         return None if rows is None else [self._named(row) for row in rows]
 
     def _named(self, row: list[tuple[int, float, int]]) -> dict[int, Logprob]:
-        return {token: Logprob(logprob, rank, self._text(token)) for token, logprob, rank in row}
-
-    def _text(self, token: int) -> str | None:
-        if self._names is not None and token not in self._texts:
-            self._texts[token] = self._names.decode([token], skip_special_tokens=False)
-        return self._texts.get(token)
+        texts = self._texts
+        for token, _, _ in row:
+            if token not in texts:
+                texts[token] = None if self._names is None else self._names.decode([token], skip_special_tokens=False)
+        return {token: Logprob(logprob, rank, texts[token]) for token, logprob, rank in row}
 
 
 def check(request: _core.Request, update: _core.Update) -> None:
