@@ -93,7 +93,7 @@ class Recorder:
 class NoBlas:
     """In the place of cuBLASLt, which has no kernels of ours."""
 
-    def __init__(self, workspace: int, size: int) -> None: ...
+    def __init__(self, *arguments: Any) -> None: ...
 
     def has_scaled(self, *arguments: Any) -> bool:
         """As on Hopper."""

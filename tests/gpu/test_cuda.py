@@ -146,7 +146,16 @@ def test_weights_in_eight_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "qwen3", "gpt2"])
-@pytest.mark.parametrize("options", [{"dtype": "auto"}, {"dtype": "float32"}, {"dtype": "auto", "quantization": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "auto"},
+        {"dtype": "float32"},
+        {"dtype": "auto", "quantization": "fp8"},
+        {"dtype": "auto", "kv_cache_dtype": "int8"},
+    ],
+    ids=str,
+)
 def test_deterministic_results_do_not_depend_on_company(name: str, options: dict[str, Any]) -> None:
     """Alone and among others, whole and in chunks, cached or not: the same tokens and log-probabilities, bit for bit."""
     expected = read_safetensors(GOLDEN / name / "expected.safetensors")
