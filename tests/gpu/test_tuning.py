@@ -36,6 +36,7 @@ def test_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return real(*arguments)
 
     monkeypatch.setattr(blas_module, "fastest", fastest)
+    monkeypatch.setattr(blas_module, "LEAST_TIMED", 0)
     first = Blas(memory, 32 << 20, space)
     assert product(first, gpu) < 2e-5
     assert product(first, gpu) < 2e-5
@@ -54,6 +55,7 @@ def test_nothing_is_timed_while_a_stream_captures(tmp_path: Path, monkeypatch: p
     gpu = device()
     monkeypatch.setenv("INFER_KERNEL_CACHE", str(tmp_path))
     monkeypatch.setattr(blas_module, "fastest", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(blas_module, "LEAST_TIMED", 0)
     blas = Blas(gpu.zeros(32 << 20), 32 << 20, (gpu.zeros(16 << 20), 16 << 20))
     x, w = normal(64, 2048), normal(512, 2048) / 8
     source, output, weight = gpu.rows(x, "bf16"), gpu.blank(64, 512, "f32"), gpu.weight(w, "bf16")

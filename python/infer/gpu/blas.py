@@ -36,6 +36,8 @@ MOST_ALIGNMENT = 256
 TIMED_ROWS = 17, 512
 """Least and most rows of products whose algorithm is timed: fewer are streamed, and of more the first choice is a good one."""
 CANDIDATES = 8
+LEAST_TIMED = 40 << 20
+"""Bytes of weights of such products: shorter ones are over before the clock can tell them apart."""
 
 
 class _Heuristic(ctypes.Structure):
@@ -231,7 +233,8 @@ class Blas:
         """Return a product's algorithms, what cuBLASLt thinks the fastest first: several only where they are to be timed."""
         description, layouts = self._describe(shape, scales)
         least, most = TIMED_ROWS
-        timed = self._choices is not None and least <= shape.rows <= most
+        weight_bytes = shape.outputs * shape.columns * ELEMENT_BYTES[shape.weight_type]
+        timed = self._choices is not None and least <= shape.rows <= most and weight_bytes >= LEAST_TIMED
         preference = self._preference(shape.alignments)
         found, count = (_Heuristic * CANDIDATES)(), ctypes.c_int()
         first, second, result = layouts
