@@ -2,7 +2,7 @@
 //! the columns: two at a time, the odd one first, each addition rounded to `f32`.
 
 use super::activations::Value;
-use super::float::AHEAD;
+use super::ahead::{AHEAD, NextPanel};
 use super::{GROUP, Output, PackedMatrix, RowTiles};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
@@ -50,16 +50,18 @@ impl Kernel for BfloatLinear<'_> {
         let mut panel = self.panels.start;
         while panel < self.panels.end {
             let two = self.panels.end - panel >= 2;
-            for tile in 0..self.input.tiles.count() {
+            let count = self.input.tiles.count();
+            for tile in 0..count {
                 match (self.input.tiles.width(tile), two) {
-                    (1, true) => self.tile::<S, 1, 2>(simd, panel, tile),
-                    (2, true) => self.tile::<S, 2, 2>(simd, panel, tile),
-                    (4, true) => self.tile::<S, 4, 2>(simd, panel, tile),
-                    (_, true) => self.tile::<S, 8, 2>(simd, panel, tile),
-                    (1, false) => self.tile::<S, 1, 1>(simd, panel, tile),
-                    (2, false) => self.tile::<S, 2, 1>(simd, panel, tile),
-                    (4, false) => self.tile::<S, 4, 1>(simd, panel, tile),
-                    (_, false) => self.tile::<S, 8, 1>(simd, panel, tile),
+                    (1, true) => self.tile::<S, 1, 2, false>(simd, panel, tile),
+                    (2, true) => self.tile::<S, 2, 2, false>(simd, panel, tile),
+                    (4, true) => self.tile::<S, 4, 2, false>(simd, panel, tile),
+                    (_, true) if count == 1 => self.tile::<S, 8, 2, false>(simd, panel, tile),
+                    (_, true) => self.tile::<S, 8, 2, true>(simd, panel, tile),
+                    (1, false) => self.tile::<S, 1, 1, false>(simd, panel, tile),
+                    (2, false) => self.tile::<S, 2, 1, false>(simd, panel, tile),
+                    (4, false) => self.tile::<S, 4, 1, false>(simd, panel, tile),
+                    (_, false) => self.tile::<S, 8, 1, false>(simd, panel, tile),
                 }
             }
             panel += if two { 2 } else { 1 };
@@ -70,10 +72,16 @@ impl Kernel for BfloatLinear<'_> {
 impl BfloatLinear<'_> {
     /// `P` panels by one tile of `T` rows, over all columns.
     #[inline(always)]
-    fn tile<S: Simd, const T: usize, const P: usize>(&self, simd: S, panel: usize, tile: usize) {
+    fn tile<S: Simd, const T: usize, const P: usize, const SEVERAL: bool>(
+        &self,
+        simd: S,
+        panel: usize,
+        tile: usize,
+    ) {
         let weights = self.weight.weights(panel..panel + P);
         let steps = self.weight.groups() * GROUP / 2;
-        let sums = multiply::<S, T, P>(simd, weights, steps, self.input.tile(tile));
+        let next = NextPanel::<SEVERAL>::new(weights, steps, tile, self.input.tiles.count());
+        let sums = multiply::<S, T, P, SEVERAL>(simd, weights, steps, self.input.tile(tile), next);
         for (p, sums) in sums.iter().enumerate() {
             self.output.store(simd, panel + p, self.input.tiles, tile, sums, true);
         }
@@ -83,16 +91,18 @@ impl BfloatLinear<'_> {
 /// The sums of `P` panels with `T` rows. `weights` is (P, steps, 64 bytes), `input` (steps, T).
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
-fn multiply<S: Simd, const T: usize, const P: usize>(
+fn multiply<S: Simd, const T: usize, const P: usize, const SEVERAL: bool>(
     simd: S,
     weights: &[u8],
     steps: usize,
     input: &[Pair],
+    next: NextPanel<SEVERAL>,
 ) -> [[S::F32; T]; P] {
     let input = &input.as_chunks::<T>().0[..steps];
     assert!(weights.len() >= P * steps * 64);
     let mut sums = [[simd.splat(0.0); T]; P];
     for (step, pairs) in input.iter().enumerate() {
+        next.fetch(simd, step);
         for p in 0..P {
             let at = weights.as_ptr().wrapping_add((p * steps + step) * 64);
             simd.prefetch(at.wrapping_add(AHEAD));

@@ -1,14 +1,11 @@
 //! Panels times `f32` activations: weights are unpacked exactly.
 
+use super::ahead::AHEAD;
 use super::{GROUP, Layout, Output, PackedMatrix, RowTiles, coded};
 use crate::quant::Grouped;
 use crate::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// How far ahead of the weights being used others are asked for, in bytes. The hardware alone does not overlap
-/// memory and arithmetic.
-pub(super) const AHEAD: usize = 4096;
 
 /// Greatest number of columns in 64 bytes.
 const STEP: usize = 8;

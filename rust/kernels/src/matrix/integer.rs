@@ -2,7 +2,7 @@
 //! the order of the columns, over a span of groups that share a scale of activations, and these likewise.
 
 use super::activations::IntegerTile;
-use super::float::AHEAD;
+use super::ahead::{AHEAD, NextPanel};
 use super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
@@ -86,19 +86,21 @@ impl IntegerLinear<'_> {
     #[inline(always)]
     fn panels<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize>(&self, simd: S) {
         for panel in self.panels.clone() {
-            for tile in 0..self.input.tiles.count() {
+            let count = self.input.tiles.count();
+            for tile in 0..count {
                 match self.input.tiles.width(tile) {
-                    1 => self.tile::<S, L, BYTES, 1>(simd, panel, tile),
-                    2 => self.tile::<S, L, BYTES, 2>(simd, panel, tile),
-                    4 => self.tile::<S, L, BYTES, 4>(simd, panel, tile),
-                    _ => self.tile::<S, L, BYTES, 8>(simd, panel, tile),
+                    1 => self.tile::<S, L, BYTES, 1, false>(simd, panel, tile),
+                    2 => self.tile::<S, L, BYTES, 2, false>(simd, panel, tile),
+                    4 => self.tile::<S, L, BYTES, 4, false>(simd, panel, tile),
+                    _ if count == 1 => self.tile::<S, L, BYTES, 8, false>(simd, panel, tile),
+                    _ => self.tile::<S, L, BYTES, 8, true>(simd, panel, tile),
                 }
             }
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(
+    fn tile<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const SEVERAL: bool>(
         &self,
         simd: S,
         panel: usize,
@@ -107,9 +109,15 @@ impl IntegerLinear<'_> {
         let weights = self.weight.weights(panel..panel + 1);
         let scales = self.weight.scales(panel..panel + 1);
         let input = self.input.tile(tile);
+        let next = NextPanel::<SEVERAL>::new(
+            weights,
+            scales.len().div_ceil(L::SPAN),
+            tile,
+            self.input.tiles.count(),
+        );
         let sums = match const { L::SPAN } {
-            1 => multiply::<S, L, BYTES, T>(simd, weights, scales, input),
-            _ => multiply_spans::<S, L, BYTES, T>(simd, weights, scales, input),
+            1 => multiply::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),
+            _ => multiply_spans::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),
         };
         self.output.store(simd, panel, self.input.tiles, tile, &sums, true);
     }
@@ -117,17 +125,19 @@ impl IntegerLinear<'_> {
 
 /// The sums of a panel with `T` rows, of which every group has a scale. `weights` is (groups, `BYTES`).
 #[inline(always)]
-fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(
+fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const SEVERAL: bool>(
     simd: S,
     weights: &[u8],
     scales: &[[u16; LANES]],
     tile: IntegerTile<'_>,
+    next: NextPanel<SEVERAL>,
 ) -> [S::F32; T] {
     let mut sums = [simd.splat(0.0); T];
     let rows = tile.bytes.as_chunks::<T>().0.iter().zip(tile.offsets.as_chunks::<T>().0);
     let rows = rows.zip(tile.scales.as_chunks::<T>().0);
     let weights = weights.as_chunks::<BYTES>().0.iter().zip(scales);
-    for ((weights, scale), ((bytes, offsets), row_scales)) in weights.zip(rows) {
+    for (turn, ((weights, scale), ((bytes, offsets), row_scales))) in weights.zip(rows).enumerate() {
+        next.fetch(simd, turn);
         let (exact, scale) = group::<S, L, BYTES, T>(simd, weights, scale, bytes, offsets);
         for t in 0..T {
             let inner = simd.mul(simd.to_f32(exact[t]), scale);
@@ -139,17 +149,25 @@ fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize
 
 /// The same where the groups of a span share the rows' scales.
 #[inline(always)]
-fn multiply_spans<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(
+fn multiply_spans<
+    S: Simd,
+    L: IntegerLayout<BYTES>,
+    const BYTES: usize,
+    const T: usize,
+    const SEVERAL: bool,
+>(
     simd: S,
     weights: &[u8],
     scales: &[[u16; LANES]],
     tile: IntegerTile<'_>,
+    next: NextPanel<SEVERAL>,
 ) -> [S::F32; T] {
     let (span, mut sums) = (const { L::SPAN }, [simd.splat(0.0); T]);
     let rows = tile.bytes.as_chunks::<T>().0.chunks(span).zip(tile.offsets.as_chunks::<T>().0.chunks(span));
     let rows = rows.zip(tile.scales.as_chunks::<T>().0);
     let weights = weights.as_chunks::<BYTES>().0.chunks(span).zip(scales.chunks(span));
-    for ((weights, scales), ((bytes, offsets), row_scales)) in weights.zip(rows) {
+    for (turn, ((weights, scales), ((bytes, offsets), row_scales))) in weights.zip(rows).enumerate() {
+        next.fetch(simd, turn);
         let mut inner = [simd.splat(0.0); T];
         for ((weights, scale), (bytes, offsets)) in weights.iter().zip(scales).zip(bytes.iter().zip(offsets))
         {

@@ -14,6 +14,7 @@
 //! | Coded | 32 columns in 256 to 384 bytes, see `coded` | scales and minima as the format has them |
 
 mod activations;
+mod ahead;
 mod bfloat;
 mod buffer;
 mod coded;

@@ -4,7 +4,7 @@
 //! share a scale, their integers are added exactly.
 
 use super::super::activations::IntegerTile;
-use super::super::float::AHEAD;
+use super::super::ahead::AHEAD;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
 use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
 use super::{drop_at, record, span, step_at, table};
