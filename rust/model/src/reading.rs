@@ -39,7 +39,7 @@ impl PlainType {
 pub enum RowForm {
     /// Converted to plain numbers.
     Plain(PlainType),
-    /// In blocks of the format in which they are stored; 8-bit floats with scales without these, see [`Blueprint::matrix_scales`].
+    /// In blocks of the format in which they are stored; 8-bit floats with scales without these, see [`crate::Blueprint::matrix_scales`].
     Stored,
 }
 
