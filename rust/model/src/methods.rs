@@ -54,8 +54,12 @@ const METHODS: &[Method] = &[
     Method { name: "fbgemm_fp8", formats: &[], check: scaled::check_fp8, combine: combine_scaled },
 ];
 
-fn combine_scaled(config: &Config, tensors: &mut Tensors, bytes: Bytes<'_>) -> Result<AllScales, ModelError> {
-    Ok(AllScales { scaled: scaled::combine(config, tensors, bytes)?, ..AllScales::default() })
+fn combine_scaled(
+    config: &Config,
+    tensors: &mut Tensors,
+    _bytes: Bytes<'_>,
+) -> Result<AllScales, ModelError> {
+    Ok(AllScales { scaled: scaled::combine(config, tensors)?, ..AllScales::default() })
 }
 
 /// How a folder's weights are stored, if `config.json` says that they are quantized.

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use infer_formats::{TensorInfo, TensorType};
 use infer_kernels::{Format, decode_e4m3, quantize};
 
-use crate::methods::{Bytes, Tensors, wrong};
+use crate::methods::{Tensors, wrong};
 use crate::{Config, ModelError};
 
 /// Ends of names of scales that nobody needs.
@@ -173,11 +173,7 @@ fn block(config: &Config) -> Result<Option<[usize; 2]>, ModelError> {
 }
 
 /// Takes the scales of all weights of 8-bit floats from the tensors, and those that nobody needs.
-pub(crate) fn combine(
-    config: &Config,
-    tensors: &mut Tensors,
-    _bytes: Bytes<'_>,
-) -> Result<HashMap<String, Scales>, ModelError> {
+pub(crate) fn combine(config: &Config, tensors: &mut Tensors) -> Result<HashMap<String, Scales>, ModelError> {
     let block = block(config)?;
     let is_scaled = |info: &TensorInfo| info.tensor_type == TensorType::F8E4M3;
     let names: Vec<String> =

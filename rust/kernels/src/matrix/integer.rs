@@ -147,7 +147,7 @@ fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize
     sums
 }
 
-/// The same where the groups of a span share the rows' scales.
+/// The same where the groups of a span share the rows' scales. (With spans of one group it costs 3 to 5 % more than [`multiply`].)
 #[inline(always)]
 fn multiply_spans<
     S: Simd,
