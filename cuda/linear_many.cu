@@ -10,25 +10,16 @@
 // Instructions are what limits it: unpacking a weight takes two, so everything else is kept short. Input rows are brought by the copy
 // engine where there is one (BULK); it takes a thread ten instructions a piece, so weights, in many small pieces, are copied by all lanes.
 //
-// EPILOGUE: as in linear_stream.cu.
+// EPILOGUE: as epilogue.cuh says.
 #include "common.cuh"
 #include "activation.cuh"
 #include "mma.cuh"
 #include "many_weights.cuh"
+#include "epilogue.cuh"
 
 #ifndef STAGES
 #define STAGES 4
 #endif
-#ifndef EPILOGUE
-#define EPILOGUE 0
-#endif
-#ifndef OUTPUT
-#define OUTPUT T
-#endif
-#define STORE 0
-#define ADD 1
-#define GATED 2
-static_assert((EPILOGUE == GATED) == PAIRED, "gates are combined with the rows of up");
 static_assert(STAGES >= 4, "copies are two steps ahead, and warps up to two steps apart");
 static_assert(TOKENS % 32 == 0 && TILES == 1, "tokens are a multiple of 32, weight rows of a warp 16");
 

@@ -1,22 +1,10 @@
 // A weight matrix times few input rows: decoding. linear_stream.cuh says how.
-//
-// EPILOGUE: 0 stores, 1 adds to the output, 2 takes the first half of the weight's rows as gates of the second and stores
-// activation(gate) * up.
+// EPILOGUE: as epilogue.cuh says.
 #include "common.cuh"
 #include "activation.cuh"
 #include "mma.cuh"
 #include "linear_stream.cuh"
-
-#ifndef EPILOGUE
-#define EPILOGUE 0
-#endif
-#ifndef OUTPUT
-#define OUTPUT T
-#endif
-#define STORE 0
-#define ADD 1
-#define GATED 2
-static_assert((EPILOGUE == GATED) == PAIRED, "gates are combined with the rows of up");
+#include "epilogue.cuh"
 
 // input (rows, columns), columns a multiple of 8, or 16 for E4M3 weights; weight (weight_rows, columns), both aligned to 16 bytes; scales
 // (weight_rows) for E4M3, or (weight_rows, ceil(columns / STEP)) for GROUPED ones; scales and minima of PACKED weights as weights.cuh says,

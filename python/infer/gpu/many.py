@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
 
 STORE, ADD, GATED = 0, 1, 2
-"""How a product ends, as in cuda/linear_stream.cu."""
+"""How a product ends, as in cuda/epilogue.cuh."""
 
 TOKENS = (128, 96, 64, 32)
 """Rows of a launch, as many as shared memory holds."""

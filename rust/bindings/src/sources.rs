@@ -22,6 +22,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "common.cuh",
     "draw.cuh",
     "elementwise.cu",
+    "epilogue.cuh",
     "experts.cu",
     "experts_grouped.cu",
     "kv.cu",
