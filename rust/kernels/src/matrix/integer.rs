@@ -3,6 +3,7 @@
 
 use super::activations::IntegerTile;
 use super::ahead::{AHEAD, NextPanel};
+use super::blocks::{Block, blocks};
 use super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
@@ -85,15 +86,21 @@ impl Kernel for IntegerLinear<'_> {
 impl IntegerLinear<'_> {
     #[inline(always)]
     fn panels<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize>(&self, simd: S) {
-        for panel in self.panels.clone() {
-            let count = self.input.tiles.count();
-            for tile in 0..count {
-                match self.input.tiles.width(tile) {
-                    1 => self.tile::<S, L, BYTES, 1, false>(simd, panel, tile),
-                    2 => self.tile::<S, L, BYTES, 2, false>(simd, panel, tile),
-                    4 => self.tile::<S, L, BYTES, 4, false>(simd, panel, tile),
-                    _ if count == 1 => self.tile::<S, L, BYTES, 8, false>(simd, panel, tile),
-                    _ => self.tile::<S, L, BYTES, 8, true>(simd, panel, tile),
+        let (panel_bytes, row_bytes) = (self.weight.groups() * BYTES, self.weight.columns());
+        for Block { panels, tiles, again } in
+            blocks(self.panels.clone(), panel_bytes, self.input.tiles, row_bytes)
+        {
+            let (first, count) = (tiles.start, if again { 1 } else { tiles.len() });
+            for panel in panels {
+                for tile in tiles.clone() {
+                    let turn = (tile - first, count);
+                    match self.input.tiles.width(tile) {
+                        1 => self.tile::<S, L, BYTES, 1, false>(simd, panel, tile, turn),
+                        2 => self.tile::<S, L, BYTES, 2, false>(simd, panel, tile, turn),
+                        4 => self.tile::<S, L, BYTES, 4, false>(simd, panel, tile, turn),
+                        _ if count == 1 => self.tile::<S, L, BYTES, 8, false>(simd, panel, tile, turn),
+                        _ => self.tile::<S, L, BYTES, 8, true>(simd, panel, tile, turn),
+                    }
                 }
             }
         }
@@ -105,16 +112,12 @@ impl IntegerLinear<'_> {
         simd: S,
         panel: usize,
         tile: usize,
+        (turn, turns): (usize, usize),
     ) {
         let weights = self.weight.weights(panel..panel + 1);
         let scales = self.weight.scales(panel..panel + 1);
         let input = self.input.tile(tile);
-        let next = NextPanel::<SEVERAL>::new(
-            weights,
-            scales.len().div_ceil(L::SPAN),
-            tile,
-            self.input.tiles.count(),
-        );
+        let next = NextPanel::<SEVERAL>::new(weights, scales.len().div_ceil(L::SPAN), turn, turns);
         let sums = match const { L::SPAN } {
             1 => multiply::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),
             _ => multiply_spans::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),

@@ -16,6 +16,7 @@
 mod activations;
 mod ahead;
 mod bfloat;
+mod blocks;
 mod buffer;
 mod coded;
 mod float;

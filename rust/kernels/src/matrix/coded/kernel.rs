@@ -5,6 +5,7 @@
 
 use super::super::activations::IntegerTile;
 use super::super::ahead::AHEAD;
+use super::super::blocks::blocks;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
 use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
 use super::{drop_at, record, span, step_at, table};
@@ -169,13 +170,16 @@ impl Kernel for CodedLinear<'_> {
 impl CodedLinear<'_> {
     #[inline(always)]
     fn panels<S: Simd, U: Unpack, K: Kind>(&self, simd: S, table: &[u8; 16]) {
-        for panel in self.panels.clone() {
-            for tile in 0..self.input.tiles.count() {
-                match self.input.tiles.width(tile) {
-                    1 => self.tile::<S, U, K, 1>(simd, panel, tile, table),
-                    2 => self.tile::<S, U, K, 2>(simd, panel, tile, table),
-                    4 => self.tile::<S, U, K, 4>(simd, panel, tile, table),
-                    _ => self.tile::<S, U, K, 8>(simd, panel, tile, table),
+        let (panel_bytes, row_bytes) = (self.weight.groups() * U::BYTES, self.weight.columns());
+        for block in blocks(self.panels.clone(), panel_bytes, self.input.tiles, row_bytes) {
+            for panel in block.panels {
+                for tile in block.tiles.clone() {
+                    match self.input.tiles.width(tile) {
+                        1 => self.tile::<S, U, K, 1>(simd, panel, tile, table),
+                        2 => self.tile::<S, U, K, 2>(simd, panel, tile, table),
+                        4 => self.tile::<S, U, K, 4>(simd, panel, tile, table),
+                        _ => self.tile::<S, U, K, 8>(simd, panel, tile, table),
+                    }
                 }
             }
         }

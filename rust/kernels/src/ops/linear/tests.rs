@@ -210,6 +210,28 @@ fn a_row_does_not_depend_on_its_company_or_the_threads() {
 }
 
 #[test]
+fn rows_of_several_blocks_equal_rows_alone() {
+    for format in [Format::Q8_0, Format::Q4_0, Format::Q4_K, Format::Q6_K] {
+        let columns = 8192;
+        let weight = Weight::new(format, 150, columns);
+        let inputs = sample_values(70 * columns);
+        for isa in Isa::available() {
+            let context = context(isa, 2);
+            let together = weight.compute(&context, &inputs, Precision::Auto, false);
+            for position in [0, 33, 69] {
+                let alone = &inputs[position * columns..][..columns];
+                let alone = weight.compute(&context, alone, Precision::Auto, false);
+                assert_eq!(
+                    bits(&together[position..=position]),
+                    bits(&alone),
+                    "{isa:?} {format:?} {position}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn extremes_of_the_integer_layouts() {
     // The greatest sums: all weights of the smallest or greatest code, all activations +-127.
     for (format, fill, scale_at) in [
