@@ -10,9 +10,10 @@ first token:    time of a call that generates one token from a prompt of 2,048
 start:          from a path to a model that is ready; and to its first token
 
 Prompts are fresh random token ids, decoding is greedy and ignores the end of text, nothing is shared between prompts; medians of
-`--rounds`. Joules come from the GPU's own counter, over everything it did in the call. Weights are random, which changes
-nothing but the text; of shapes too large to be written, and with `--dummy` of all, they are made on the GPU
-(`load_format="dummy"`), so that "start" reads nothing. Results go to `benches/results/gpu-*.json`.
+`--rounds`, after calls of the same load in which kernels are compiled, products timed and most graphs captured. Joules come from
+the GPU's own counter, over everything it did in the call. Weights are random, which changes nothing but the text; of shapes too
+large to be written, and with `--dummy` of all, they are made on the GPU (`load_format="dummy"`), so that "start" reads nothing.
+Results go to `benches/results/gpu-*.json`.
 """
 
 from __future__ import annotations
@@ -178,7 +179,8 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
     dice, energy = random.Random(7), Energy()
 
     def median(count: int, tokens: int, generated: int, times: int = rounds) -> tuple[float, float]:
-        timed(llm, energy, dice, count, tokens, min(generated, 8))  # graphs and kernels of these sizes
+        for _ in range(1 if generated > 1 else 2):  # a size's first step compiles what it needs, the second is captured
+            timed(llm, energy, dice, count, tokens, generated)
         runs = [timed(llm, energy, dice, count, tokens, generated) for _ in range(times)]
         return statistics.median(seconds for seconds, _ in runs), statistics.median(joules for _, joules in runs)
 

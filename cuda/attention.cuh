@@ -15,10 +15,11 @@
 constexpr float LOWEST = -1e30f; // a greatest score of nothing: differences to it stay finite
 constexpr float LOG2E = 1.44269504f;
 
-// One piece of decode attention: a few query rows of a sequence against one chunk of its positions. The chunks of a tile are neighbours.
+// One piece of decode attention: a few query rows of a sequence against one chunk of its positions, `chunk_pages` pages or, the last one,
+// what is left. The chunks of a tile are neighbours.
 struct Item {
     int first_row, rows, first_position, sequence;
-    int chunk, first_chunk, chunks, unused;
+    int chunk, first_chunk, chunks, chunk_pages;
 };
 
 // Query rows of a sequence, for the prefill kernel.

@@ -303,8 +303,9 @@ struct Work {
         item = items[index];
         pages.kv_head = work % pages.kv_heads;
         pages.table = page_table + size_t(item.sequence) * page_stride;
-        const int begin = max(item.chunk * CHUNK_PAGES, first_visible(item.first_position, window) / PAGE_TOKENS);
-        end = min((item.chunk + 1) * CHUNK_PAGES, (item.first_position + item.rows - 1) / PAGE_TOKENS + 1);
+        const int begin = max(item.chunk * item.chunk_pages, first_visible(item.first_position, window) / PAGE_TOKENS);
+        end = (item.first_position + item.rows - 1) / PAGE_TOKENS + 1;
+        if (item.chunk + 1 < item.first_chunk + item.chunks) end = min(end, (item.chunk + 1) * item.chunk_pages);
         // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
         number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
         first = number < end ? pages.part(number) : 0;

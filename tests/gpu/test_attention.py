@@ -120,8 +120,18 @@ def test_plain_attention(dtype, window, cap, sinks, heads, kv_heads, dim, kinds)
     Case([(0, 5), (200, 3), (31, 1)], heads, kv_heads, dim, dtype, kinds).check(window, cap, sinks, plain=True)
 
 
+@pytest.mark.parametrize("window", [0, 1100])
+@pytest.mark.parametrize(("count", "first"), [(5, 600), (24, 700), (24, 1700), (14, 2600)])
+def test_chunks_grow_with_what_is_read(monkeypatch: pytest.MonkeyPatch, window: int, count: int, first: int) -> None:
+    """A GPU of 4 multiprocessors has much to read soon: short last chunks are merged, then chunks doubled."""
+    sequences = [(first + 37 * i, 1 + i % 3) for i in range(count)]
+    case = Case(sequences, 8, 2, 64, "bf16", ("bf16", "bf16"))
+    monkeypatch.setattr(case.gpu.ops.kernels, "multiprocessors", 4)
+    case.check(window, only_decode=True)
+
+
 def test_decoded_rows_do_not_depend_on_company() -> None:
-    """The same sequence alone, among others, and with its draft tokens verified at once: the same bits."""
+    """Where little is read: the same sequence alone, among others, and with its draft tokens verified at once: the same bits."""
     together = Case([(700, 1), (1290, 6)], 8, 2, 128, "bf16", ("bf16", "bf16"))
     plan, output = together.plan(0, True), together.gpu.blank(together.inputs.rows, 8 * 128, "bf16")
     together.gpu.ops.attend(together.inputs, plan, together.rows, output, together.layer, 0.1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 CHUNK_PAGES = 32
-"""Pages whose scores are weighed together when decoding; part of the result's last bits, never a function of the batch."""
+"""Pages whose scores are weighed together when decoding, at least: more where a step reads many (cuda/attention_plan.cu)."""
 
 DECODE_ROWS = 8
 """Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
@@ -173,7 +173,8 @@ class AttentionOperations(RowOperations):
         kernel = self.kernels.get("attention_plan.cu", "attention_plan", CHUNK_PAGES=CHUNK_PAGES)
         pointers = (inputs.first_row, inputs.positions, plan.items, plan.tiles, plan.pointer)
         limits = (inputs.sequences, self.decode_rows, decode_tokens(group), prefill_tokens(group), plan.window)
-        kernel(self.stream, (1,), 512, (*pointers, *limits, plan.size.items, plan.size.tiles))
+        readers = max(1, self.kernels.multiprocessors * DECODE_BLOCKS // plan.size.kv_heads)
+        kernel(self.stream, (1,), 512, (*pointers, *limits, plan.size.items, plan.size.tiles, readers))
 
     def attend(
         self,
@@ -194,7 +195,7 @@ class AttentionOperations(RowOperations):
             self.attend_plainly(inputs, plan, queries, output, layer, scale, softcap, sinks)
             return
         heads = queries.width // layer.head_dim
-        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "CHUNK_PAGES": CHUNK_PAGES, "SOFTCAP": int(softcap > 0)}
+        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "SOFTCAP": int(softcap > 0)}
         wide = layer.head_dim > 128 or heads // layer.kv_heads > 8  # whose partial sums would not fit shared memory
         warps = 4 if wide else DECODE_WARPS
         sizes = {"DECODE_WARPS": warps, "DECODE_BLOCKS": DECODE_BLOCKS}

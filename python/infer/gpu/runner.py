@@ -1,10 +1,11 @@
 """One model's steps from the engine's work to logits in host memory: padding, graphs, copies.
 
 Steps are padded to one of a few sizes: steps of decoding, in which every row's logits are wanted and sequences have a few rows
-each, finely; others, which hold prompts, by a sixteenth or so. Each size is captured into a graph when it comes the second time
-(the first time, run as it comes, compiles its kernels), and replayed from then on: kernel by kernel, a step of 16 layers takes
-Python 4 milliseconds. Steps whose every row's logits are wanted by the caller, and those of many more sizes than are kept, run as
-they come.
+each, finely; others, which hold prompts, by a thirty-second or so. Each size is captured into a graph when it comes the second
+time (the first time, run as it comes, compiles its kernels), and replayed from then on: kernel by kernel, a step of 16 layers
+takes Python 4 milliseconds. A step with prompts takes the device longer than Python, so the second one runs as it comes, too, and
+is captured while the device computes it. Steps whose every row's logits are wanted by the caller, and those of many more sizes
+than are kept, run as they come.
 
 Tokens are drawn on the device, with all sampling parameters: of a vocabulary of 128,256 a row of logits is half a megabyte to
 copy, and more work to look through on the host than a step takes on the device.
@@ -49,10 +50,13 @@ def padded(count: int) -> int:
 
 
 def padded_prompt(count: int) -> int:
-    """Return the rows that a step with prompts is padded to: few sizes, and few rows for nothing where rows cost time."""
+    """Return the rows that a step with prompts is padded to: few sizes, and few rows for nothing where rows cost time.
+
+    Steps that the engine cuts for their time (`whole_rows` in rust/engine/src/config.rs) are of such sizes already.
+    """
     if count <= 64:
         return max(16, 1 << (count - 1).bit_length())
-    step = 64 if count <= 1024 else 1 << ((count - 1).bit_length() - 4)
+    step = 64 if count <= 1024 else max(128, 1 << ((count - 1).bit_length() - 5))
     return -(-count // step) * step
 
 
@@ -159,7 +163,9 @@ class Runner:
         size = min(padded_prompt(rows), most_rows)
         if is_plain or wanted > MOST_PROMPT_WANTED:
             return Size(size, sequences, wanted, only_decode, is_captured=False)
-        sequences, wanted = min(padded_widely(sequences), most_sequences), min(padded_widely(wanted), most_wanted, size)
+        sequences = min(padded_widely(sequences), most_sequences)
+        if wanted > 1:  # nearly as many as sequences, then, and nearly free: one size for both
+            wanted = min(max(min(sequences, MOST_PROMPT_WANTED), padded_widely(wanted)), most_wanted, size)
         return Size(size, sequences, wanted, only_decode=False, is_captured=self._has_graphs)
 
     def _collect(self, drawn: list[bool], kind: int) -> Outcome:
@@ -196,15 +202,19 @@ class Runner:
                 self._executor.choose(launch)
 
         key = size, kind
-        graph = self._graphs.get(key)
-        if graph is None and not self._is_time(size, key in self._graphs):
-            if size.is_captured:
-                self._graphs[key] = None
-            run()
+        if (graph := self._graphs.get(key)) is not None:
+            graph()
             return
-        if graph is None:
+        is_time = size.is_captured and self._is_time(size, key in self._graphs)
+        if is_time and size.only_decode:
             graph = self._graphs[key] = self._device.capture(run)
-        graph()
+            graph()
+            return
+        run()
+        if is_time:
+            self._graphs[key] = self._device.capture(run)
+        elif size.is_captured:
+            self._graphs[key] = None
 
     def _launch(self, size: Size, kind: int | None, is_plain: bool) -> Launch:
         inputs, wanted = self._plan.inputs(size.rows, size.sequences), self._plan.logit_rows(size.rows)
@@ -213,7 +223,7 @@ class Runner:
 
     def _is_time(self, size: Size, is_known: bool) -> bool:
         """Return whether a graph is made for a size now: when it comes the second time."""
-        if not (is_known and size.is_captured) or size.only_decode:
+        if not is_known or size.only_decode:
             return is_known
         self._prompt_graphs += 1
         return self._prompt_graphs <= MOST_PROMPT_GRAPHS

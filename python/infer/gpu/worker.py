@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer._core import DeviceModel, Engine, InferError
 from infer.gpu.arrays import PAGE_TOKENS
-from infer.gpu.energy import PowerMeter
+from infer.gpu.energy import PowerMeter, PowerWatch
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
 from infer.gpu.memory import STEPS_AT_ONCE
@@ -57,7 +57,7 @@ class Worker:
         self._device, self._link = device, link
         self._target, self._draft = target, draft
         joules = device.joules()
-        self._meter = PowerMeter(joules) if joules else None
+        self._watch = PowerWatch(PowerMeter(joules), link.report_power) if joules else None
         self._begun: deque[tuple[Work, Callable[[], Outcome]]] = deque()
         self._thread = threading.Thread(target=self._run, name="infer-gpu", daemon=True)
         self._thread.start()
@@ -86,6 +86,8 @@ class Worker:
         except BaseException as error:
             self._link.stop(f"the GPU's thread stopped: {_describe(error)}")
         finally:
+            if self._watch is not None:
+                self._watch.close()
             self._device.close()
 
     def _attempt(self, work: Work) -> str | None:
@@ -177,8 +179,8 @@ class Worker:
 
     def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
         self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)
-        if self._meter is not None and (watts := self._meter.step()) is not None:
-            self._link.report_power(watts)
+        if self._watch is not None:
+            self._watch.step()
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]

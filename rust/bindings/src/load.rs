@@ -19,6 +19,9 @@ use crate::memory::{CacheLayout, CachePlan, CacheRequest, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
 
+/// Rows of which a step on a device outside is a multiple, where prompts are cut anyway: as `padded_prompt` in infer/gpu/runner.py pads.
+const OUTSIDE_ROW_UNIT: usize = 64;
+
 /// Checked arguments of `Engine`.
 pub struct Settings {
     pub path: PathBuf,
@@ -181,6 +184,7 @@ fn engine_config(
         max_waiting: settings.max_waiting,
         patience: settings.patience,
         step_time_target: settings.step_time_target,
+        row_unit: if settings.outside.is_some() { OUTSIDE_ROW_UNIT } else { 1 },
         window: layout.window,
         local: layout.local.zip(plan.local_pages).map(|(window, pages)| LocalLayers { window, pages }),
         speculation: settings.speculation.clone(),

@@ -49,7 +49,9 @@ impl Core {
         // A step that was begun while another was computed had the device for itself only afterwards.
         let took = now.saturating_sub(flight.started.max(self.step_ended));
         self.step_ended = now;
-        self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), took);
+        let decoding = scheduled.iter().filter(|work| work.rows == work.sampled_rows);
+        let decoding = decoding.map(|work| work.rows).sum();
+        self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), decoding, took);
         self.counters.histograms.step_time.add(took.as_secs_f64());
         self.charge_energy(&flight.scheduled, took);
         self.settle_cancelled(now);

@@ -49,6 +49,9 @@ pub struct EngineConfig {
     /// How long a step should take at most that carries running completions besides prompts: prompts get fewer rows then, by what a row
     /// cost lately. None: as many as `max_num_batched_tokens` allows.
     pub step_time_target: Option<Duration>,
+    /// Steps that are cut for [`EngineConfig::step_time_target`] have a multiple of so many rows, a power of two, or of more where
+    /// there are many: for a device that pads steps to some such size. 1 for any number.
+    pub row_unit: usize,
     /// If every layer sees only so many last positions: pages wholly before that are given up.
     pub window: Option<usize>,
     /// If only some layers do: these have pages of their own.
@@ -93,6 +96,12 @@ impl EngineConfig {
             if value == 0 {
                 return Err(EngineError::Config(format!("{name} must be at least 1, got 0")));
             }
+        }
+        if !self.row_unit.is_power_of_two() {
+            return Err(EngineError::Config(format!(
+                "row_unit must be a power of two, got {}",
+                self.row_unit
+            )));
         }
         if self.max_num_batched_tokens < self.max_num_seqs {
             return Err(EngineError::Config(format!(
@@ -156,6 +165,15 @@ impl EngineConfig {
             pages_at_once(tokens, self.page_tokens, Some(local.window), self.max_num_batched_tokens)
         };
         self.local.map_or(0, seen)
+    }
+
+    /// The most rows, up to `rows`, of a step that a device need not pad: an eighth of them is lost at most.
+    pub(crate) fn whole_rows(&self, rows: usize) -> usize {
+        if self.row_unit == 1 || rows < 8 * self.row_unit {
+            return rows;
+        }
+        let step = 1 << (rows.ilog2() - 3);
+        rows / step * step
     }
 
     /// Pages that hold `tokens` tokens.

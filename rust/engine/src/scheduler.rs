@@ -97,8 +97,11 @@ impl Core {
         }
         if let Some(target) = self.config.step_time_target.filter(|_| !plan.rows.is_empty()) {
             let planned = self.config.max_num_batched_tokens - plan.budget;
-            let rows = self.costs.rows_within(target).saturating_sub(planned);
-            plan.budget = plan.budget.min(rows.max(LEAST_PROMPT_ROWS));
+            let rows = self.costs.rows_within(target, planned).max(LEAST_PROMPT_ROWS);
+            if rows < plan.budget {
+                let whole = self.config.whole_rows(planned + rows).saturating_sub(planned);
+                plan.budget = if whole < LEAST_PROMPT_ROWS { rows } else { whole };
+            }
         }
         prompts.sort_by_key(|id| {
             let sequence = &self.sequences[id];

@@ -99,6 +99,21 @@ fn beside_running_completions_a_prompt_gets_what_fits_into_the_target() {
 }
 
 #[test]
+fn a_step_that_is_cut_has_whole_units_of_rows() {
+    let row_unit = 4;
+    let limits = EngineConfig { row_unit, max_num_batched_tokens: 200, ..config(200, 4) };
+    let mut engine = Engine::new(limits);
+    let row = Duration::from_micros(2100);
+    let rows = |batch: Option<Batch>| batch.map(|batch| batch.tokens.len());
+    engine.submit(&prompt(210), tokens(40));
+    assert_eq!(rows(engine.step_of(row)), Some(200));
+    assert_eq!(rows(engine.step_of(row)), Some(10));
+    let other: Vec<u32> = prompt(300).into_iter().rev().collect();
+    engine.submit(&other, tokens(1));
+    assert_eq!(rows(engine.step_of(row)), Some(44), "47 would fit, and steps of that many are padded to 48");
+}
+
+#[test]
 fn a_common_beginning_is_computed_once() {
     let mut engine = Engine::new(config(64, 4));
     engine.submit(&prompt(41), tokens(1));

@@ -339,6 +339,7 @@ pub fn config(pages: usize, page_tokens: usize) -> EngineConfig {
         max_waiting: None,
         patience: EngineConfig::PATIENCE,
         step_time_target: Some(EngineConfig::STEP_TIME_TARGET),
+        row_unit: 1,
         window: None,
         local: None,
         speculation: None,
