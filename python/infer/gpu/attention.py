@@ -19,7 +19,9 @@ DECODE_ROWS = 8
 """Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
 
 PREFILL_PAGES = 2
-PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
+PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu and attention_warp_group.cu
+GROUP_DIMS = (64, 96, 128, 192, 256)
+"""Widths of heads that cuda/attention_warp_group.cu takes."""
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
 DECODE_WARPS = 6
 DECODE_BLOCKS = 2  # per multiprocessor
@@ -209,11 +211,18 @@ class AttentionOperations(RowOperations):
             decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
             if plan.only_decode:
                 return
-        prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
-        arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)
+        tiles, lists = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
+        if has_warp_groups(self.kernels.capability, layer):
+            del macros["KEY_TYPE"], macros["VALUE_TYPE"], macros["CHUNK_PAGES"]
+            kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
+            arguments = (*rows, layer.keys, layer.values, sinks, *lists, *shape)
+            blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
+            kernel(self.stream, (blocks,), 384, arguments, warp_group_shared_bytes(layer.head_dim))
+            return
+        prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         threads = 256 if layer.head_dim > 128 else 128
-        prefill(self.stream, (layer.kv_heads, min(most, plan.size.tiles)), threads, arguments, prefill_shared_bytes(layer))
+        prefill(self.stream, (layer.kv_heads, tiles), threads, (*rows, *pages, *lists, *shape), prefill_shared_bytes(layer))
 
     def attend_plainly(
         self,
@@ -247,6 +256,16 @@ def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
     aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 for rows in (queries, output))
     group = queries.width // layer.head_dim // layer.kv_heads
     return types and layer.head_dim % spans == 0 and layer.head_dim <= 256 and group <= 16 and aligned
+
+
+def has_warp_groups(capability: int, layer: KvLayer) -> bool:
+    """Return whether cuda/attention_warp_group.cu takes prompts over these pages: never a question of how many rows there are."""
+    return capability == 90 and layer.key_type == layer.value_type == "bf16" and layer.head_dim in GROUP_DIMS
+
+
+def warp_group_shared_bytes(head_dim: int) -> int:
+    """Return the shared memory of a block of cuda/attention_warp_group.cu: queries, two stages of keys and of values."""
+    return (PREFILL_ROWS + 4 * (64 if head_dim > 128 else 128)) * head_dim * 2
 
 
 def prefill_shared_bytes(layer: KvLayer) -> int:

@@ -120,10 +120,11 @@ class LinearOperations(ManyOperations):
         if can_pair(weight) and can_stream(source, output, weight):
             self._stream(source, output, weight, GATED, activation=activation)
             return
-        if can_pair(weight) and self._is_many(source, output, weight):
+        both = scratch.part(0, weight.rows)  # as wide as the product that would be made otherwise
+        if can_pair(weight) and self._can_be_many(source, output, weight) and self._is_many(source, both, weight):
             self._many(source, output, weight, GATED, activation=activation)
             return
-        self.linear(source, scratch.part(0, weight.rows), weight)
+        self.linear(source, both, weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
 
     def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:

@@ -19,6 +19,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "attention_decode.cu",
     "attention_plan.cu",
     "attention_prefill.cu",
+    "attention_warp_group.cu",
     "common.cuh",
     "draw.cuh",
     "elementwise.cu",
