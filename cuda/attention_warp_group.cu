@@ -52,6 +52,10 @@ struct Places {
     DEVICE u32 values(int turn) const { return keys(turn) + STAGES * STAGE_BYTES; }
 };
 
+// The groups take turns in starting products, so that one multiplies while the other weighs scores: barriers of their own in hardware.
+DEVICE void wait_for_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
+DEVICE void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory"); }
+
 // A tile for one key/value head, and which blocks of positions it sees.
 struct Work {
     Tile tile;
@@ -235,6 +239,109 @@ DEVICE void hold_sums(Sums &sums) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) hold(sums[part]);
 }
+
+// What a launch is given, and where its parts lie.
+struct Call {
+    const bf16 *queries;
+    bf16 *output;
+    const u8 *keys, *values;
+    const float *sinks;
+    const Tile *tiles;
+    const int *page_table;
+    int count, query_stride, output_stride, page_stride, kv_heads, window; // count: of tiles
+    float scale, softcap;
+    Signals signals;
+    Places places;
+
+    DEVICE bool find(Work &work, int round) const { return work.find(round, tiles, count, kv_heads, window); }
+};
+
+// The part of the warp group that copies.
+DEVICE void copy_all(const Call &call, const Copier &copier) {
+    const Signals &signals = call.signals;
+    const Places &places = call.places;
+    Work work;
+    int turn = 0; // of the stages
+    for (int round = 0; call.find(work, round); round++) {
+        const int *table = call.page_table + size_t(work.tile.sequence) * call.page_stride;
+        for (int block = work.first_block; block < work.end_block; block++, turn++) {
+            int numbers[PAGES], pages[PAGES];
+            copier.find_pages(table, work, block, numbers, pages);
+            const u32 parity = turn / STAGES % 2 ^ 1;
+            sleep_for_phase(signals.free(signals.keys(turn)), parity);
+            copier.copy_keys(call.keys, pages, work, call.kv_heads, places.keys(turn));
+            arrive_with_copies(signals.full(signals.keys(turn)));
+            if (block == work.first_block) {
+                sleep_for_phase(signals.free(signals.queries()), round % 2 ^ 1);
+                copier.copy_queries(call.queries, work, call.query_stride, places.queries);
+                arrive_with_copies(signals.full(signals.queries()));
+            }
+            sleep_for_phase(signals.free(signals.values(turn)), parity);
+            copier.copy_values(call.values, numbers, pages, work, call.kv_heads, places.values(turn));
+            arrive_with_copies(signals.full(signals.values(turn)));
+        }
+    }
+    end_group();
+    wait_group<0>();
+}
+
+// Starts adding the values of a stage's block, once they are there.
+DEVICE void start_values(const Call &call, const Operands &weights, int turn, Sums &sums) {
+    sleep_for_phase(call.signals.full(call.signals.values(turn)), turn / STAGES % 2);
+    multiply_what_was_copied();
+    add_values(weights, call.places.values(turn), sums);
+}
+
+// The part of the warp group that has 64 packed rows.
+DEVICE void compute_all(const Call &call, int group, int warp, int lane) {
+    const Signals &signals = call.signals;
+    const float factor = SOFTCAP ? 1.0f : call.scale * LOG2E;
+    Work work;
+    Rows rows;
+    rows.first_row = group * 64 + warp * 16 + lane / 4, rows.t = lane % 4;
+    Scores scores = {};
+    Operands weights;
+    int turn = 0;
+    if (group == 1) give_turn(0);
+    for (int round = 0; call.find(work, round); round++) {
+        const Score score = {call.scale, call.softcap, call.window, work.tile.first_position};
+        Sums sums = {};
+        float shrink[2];
+        rows.greatest[0] = rows.greatest[1] = LOWEST, rows.total[0] = rows.total[1] = 0.0f;
+        sleep_for_phase(signals.full(signals.queries()), round % 2);
+        for (int block = work.first_block; block < work.end_block; block++, turn++) {
+            const bool is_first = block == work.first_block;
+            sleep_for_phase(signals.full(signals.keys(turn)), turn / STAGES % 2);
+            multiply_what_was_copied();
+            wait_for_turn(group);
+            multiply_keys(call.places.queries + group * 1024, call.places.keys(turn), scores);
+            if (is_first) {
+                give_turn(group ^ 1);
+                wait_for_products<0>();
+            } else {
+                start_values(call, weights, turn - 1, sums);
+                give_turn(group ^ 1);
+                wait_for_products<1>();
+            }
+            hold(scores);
+            if (lane == 0) arrive(signals.free(signals.keys(turn)));
+            if (lane == 0 && block + 1 == work.end_block) arrive(signals.free(signals.queries()));
+            const int begin = block * TOKENS;
+            rows.finish(scores, score, begin, !score.all_visible(begin, begin + TOKENS, work.tile.rows));
+            rows.weigh(scores, factor, shrink);
+            wait_for_products<0>();
+            hold_sums(sums);
+            if (lane == 0 && !is_first) arrive(signals.free(signals.values(turn - 1)));
+            shrink_sums(sums, shrink);
+            pack_weights(scores, weights);
+        }
+        start_values(call, weights, turn - 1, sums);
+        wait_for_products<0>();
+        hold_sums(sums);
+        if (lane == 0) arrive(signals.free(signals.values(turn - 1)));
+        rows.write(work, sums, call.sinks, call.output, call.output_stride);
+    }
+}
 #endif
 
 // queries, output: (rows, heads * HEAD_DIM), aligned to 16 bytes. Launch: as many blocks as multiprocessors or fewer, THREADS threads,
@@ -252,80 +359,15 @@ attention_warp_group(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, co
     __syncthreads();
     let_next_start();
     wait_for_previous();
-    const int count = counts[1], lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Work work;
-    int turn = 0; // of the stages
+    const Call call = {queries, output, reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), sinks, tiles, page_table,
+                       counts[1], query_stride, output_stride, page_stride, kv_heads, window, scale, softcap, signals, places};
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (warp < 4) {
         leave_registers<COPIER_REGISTERS>();
-        const Copier copier = {warp, lane};
-        for (int round = 0; work.find(round, tiles, count, kv_heads, window); round++) {
-            const int *table = page_table + size_t(work.tile.sequence) * page_stride;
-            for (int block = work.first_block; block < work.end_block; block++, turn++) {
-                int numbers[PAGES], pages[PAGES];
-                copier.find_pages(table, work, block, numbers, pages);
-                const u32 parity = turn / STAGES % 2 ^ 1;
-                sleep_for_phase(signals.free(signals.keys(turn)), parity);
-                copier.copy_keys(reinterpret_cast<const u8 *>(keys), pages, work, kv_heads, places.keys(turn));
-                arrive_with_copies(signals.full(signals.keys(turn)));
-                if (block == work.first_block) {
-                    sleep_for_phase(signals.free(signals.queries()), round % 2 ^ 1);
-                    copier.copy_queries(queries, work, query_stride, places.queries);
-                    arrive_with_copies(signals.full(signals.queries()));
-                }
-                sleep_for_phase(signals.free(signals.values(turn)), parity);
-                copier.copy_values(reinterpret_cast<const u8 *>(values), numbers, pages, work, kv_heads, places.values(turn));
-                arrive_with_copies(signals.full(signals.values(turn)));
-            }
-        }
-        end_group();
-        wait_group<0>();
+        copy_all(call, Copier{warp, lane});
     } else {
         take_registers<OTHER_REGISTERS>();
-        const int group = warp / 4 - 1;
-        const float factor = SOFTCAP ? 1.0f : scale * LOG2E;
-        Rows rows;
-        rows.first_row = group * 64 + warp % 4 * 16 + lane / 4, rows.t = lane % 4;
-        Scores scores = {};
-        Operands weights;
-        for (int round = 0; work.find(round, tiles, count, kv_heads, window); round++) {
-            const Score score = {scale, softcap, window, work.tile.first_position};
-            Sums sums = {};
-            float shrink[2];
-            rows.greatest[0] = rows.greatest[1] = LOWEST, rows.total[0] = rows.total[1] = 0.0f;
-            sleep_for_phase(signals.full(signals.queries()), round % 2);
-            for (int block = work.first_block; block < work.end_block; block++, turn++) {
-                const bool is_first = block == work.first_block;
-                sleep_for_phase(signals.full(signals.keys(turn)), turn / STAGES % 2);
-                multiply_what_was_copied();
-                multiply_keys(places.queries + group * 1024, places.keys(turn), scores);
-                if (!is_first) {
-                    sleep_for_phase(signals.full(signals.values(turn - 1)), (turn - 1) / STAGES % 2);
-                    multiply_what_was_copied();
-                    add_values(weights, places.values(turn - 1), sums);
-                    wait_for_products<1>();
-                } else {
-                    wait_for_products<0>();
-                }
-                hold(scores);
-                if (lane == 0) arrive(signals.free(signals.keys(turn)));
-                if (lane == 0 && block + 1 == work.end_block) arrive(signals.free(signals.queries()));
-                const int begin = block * TOKENS;
-                rows.finish(scores, score, begin, !score.all_visible(begin, begin + TOKENS, work.tile.rows));
-                rows.weigh(scores, factor, shrink);
-                wait_for_products<0>();
-                hold_sums(sums);
-                if (lane == 0 && !is_first) arrive(signals.free(signals.values(turn - 1)));
-                shrink_sums(sums, shrink);
-                pack_weights(scores, weights);
-            }
-            sleep_for_phase(signals.full(signals.values(turn - 1)), (turn - 1) / STAGES % 2);
-            multiply_what_was_copied();
-            add_values(weights, places.values(turn - 1), sums);
-            wait_for_products<0>();
-            hold_sums(sums);
-            if (lane == 0) arrive(signals.free(signals.values(turn - 1)));
-            rows.write(work, sums, sinks, output, output_stride);
-        }
+        compute_all(call, warp / 4 - 1, warp % 4, lane);
     }
 #endif
 }

@@ -73,7 +73,7 @@ VARIANTS: dict[str, list[Macros]] = {
     "attention_decode.cu": HEADS,
     "attention_plan.cu": ONE,
     "attention_prefill.cu": HEADS,
-    "attention_warp_group.cu": choices(GROUP=[4], HEAD_DIM=[64, 128, 256]) + [{"GROUP": 3, "HEAD_DIM": 96, "SOFTCAP": 1}],
+    "attention_warp_group.cu": [*choices(GROUP=[4], HEAD_DIM=[64, 128, 256]), {"GROUP": 3, "HEAD_DIM": 96, "SOFTCAP": 1}],
     "elementwise.cu": choices(**BOTH),
     "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
     "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1])

@@ -157,6 +157,9 @@ class AttentionOperations(RowOperations):
         ``qkv`` is (rows, (heads + 2 * kv_heads) * head_dim), queries first. The norms are root mean square, one weight
         (head_dim) for all heads.
         """
+        if table and can_rotate_halves(qkv, layer, table, (query_norm, key_norm)):
+            self._rope_write_halves(inputs, qkv, layer, heads, table, query_norm, key_norm, epsilon)
+            return
         style = table.style if table else "half"
         macros = {**element_macros(qkv.dtype), **kv_macros(layer), "INTERLEAVED": int(style == "interleaved")}
         kernel = self.kernels.get("kv.cu", "rope_write_kv", **macros)
@@ -165,6 +168,26 @@ class AttentionOperations(RowOperations):
         shape = (qkv.stride, heads, layer.kv_heads, table.pairs if table else 0, layer.pages * PAGE_TOKENS)
         all_heads = heads + 2 * layer.kv_heads
         kernel(self.stream, (-(-all_heads // 4), qkv.rows), 128, (qkv.pointer, *turn, *pages, *shape, epsilon))
+
+    def _rope_write_halves(
+        self,
+        inputs: StepInputs,
+        qkv: Rows,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable,
+        query_norm: int,
+        key_norm: int,
+        epsilon: float,
+    ) -> None:
+        """``rope_write_kv`` in vectors; into how many parts a row's heads are divided changes no result."""
+        kernel = self.kernels.get("kv.cu", "rope_write_halves", **kv_macros(layer))
+        quads = -(-qkv.rows // 4)
+        groups = -(-(heads + layer.kv_heads) * layer.head_dim // 512)
+        parts = min(groups, max(1, 8 * self.kernels.multiprocessors // max(quads, 1)))
+        pointers = (qkv.pointer, table.pointer, inputs.rope_rows, query_norm, key_norm, layer.keys, layer.values, inputs.slots)
+        shape = (qkv.stride, qkv.rows, heads, layer.kv_heads, layer.pages * PAGE_TOKENS, epsilon)
+        kernel(self.stream, (parts, quads), 128, (*pointers, *shape))
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None:
         """Make the work lists of a step: once, before all layers, for each distinct window, and before any other operation.
@@ -212,17 +235,17 @@ class AttentionOperations(RowOperations):
             if plan.only_decode:
                 return
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
-        tiles, lists = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
+        tiles, tables = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
         if has_warp_groups(self.kernels.capability, layer):
             del macros["KEY_TYPE"], macros["VALUE_TYPE"], macros["CHUNK_PAGES"]
             kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
-            arguments = (*rows, layer.keys, layer.values, sinks, *lists, *shape)
+            arguments = (*rows, layer.keys, layer.values, sinks, *tables, *shape)
             blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
             kernel(self.stream, (blocks,), 384, arguments, warp_group_shared_bytes(layer.head_dim))
             return
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         threads = 256 if layer.head_dim > 128 else 128
-        prefill(self.stream, (layer.kv_heads, tiles), threads, (*rows, *pages, *lists, *shape), prefill_shared_bytes(layer))
+        prefill(self.stream, (layer.kv_heads, tiles), threads, (*rows, *pages, *tables, *shape), prefill_shared_bytes(layer))
 
     def attend_plainly(
         self,
@@ -256,6 +279,14 @@ def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
     aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 for rows in (queries, output))
     group = queries.width // layer.head_dim // layer.kv_heads
     return types and layer.head_dim % spans == 0 and layer.head_dim <= 256 and group <= 16 and aligned
+
+
+def can_rotate_halves(qkv: Rows, layer: KvLayer, table: RopeTable, norms: tuple[int, int]) -> bool:
+    """Return whether cuda/kv.cu rotates and stores these in vectors: never a question of how many rows there are."""
+    types = qkv.dtype == layer.key_type == layer.value_type == "bf16"
+    whole = table.style == "half" and 2 * table.pairs == layer.head_dim and layer.head_dim in (64, 128, 256)
+    aligned = qkv.stride % 8 == 0 and all(pointer % 16 == 0 for pointer in (qkv.pointer, table.pointer, *norms))
+    return types and whole and aligned and (norms[0] == 0) == (norms[1] == 0)
 
 
 def has_warp_groups(capability: int, layer: KvLayer) -> bool:

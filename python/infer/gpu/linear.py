@@ -288,6 +288,9 @@ class LinearOperations(ManyOperations):
             return
         rounded = self._rounded(source)
         self.round_rows(source, rounded.pointer, self._space)
+        self._rounded_product(rounded, output, weight, alpha, beta)
+
+    def _rounded_product(self, rounded: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._space)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)

@@ -42,6 +42,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "random.cu",
     "rope.cu",
     "rope.cuh",
+    "round.cuh",
     "rows.cu",
     "sampler.cu",
     "select.cuh",
