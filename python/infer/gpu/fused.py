@@ -45,7 +45,18 @@ READS = {
 }
 """The columns that a step reads, by the names of its fields."""
 
-FILLS = ("embed", "norm", "linear", "attend", "gated_activation", "experts", "select", "linear_gated", "norm_linear")
+FILLS = (
+    "embed",
+    "norm",
+    "linear",
+    "attend",
+    "gated_activation",
+    "experts",
+    "select",
+    "linear_gated",
+    "norm_linear",
+    "norm_linear_gated",
+)
 """Steps that fill their `output` without reading it."""
 
 
