@@ -17,39 +17,42 @@ constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int TOKENS = HEAD_DIM > 128 ? 64 : 128; // copied and computed at a time
 constexpr int PAGES = TOKENS / PAGE_TOKENS;
 constexpr int STAGES = 2;
+constexpr int QUERY_STAGES = HEAD_DIM > 192 ? 1 : 2; // tiles whose queries are there
 constexpr int PARTS = HEAD_DIM > 128 ? 2 : 1; // of the dimensions, for the sums of values
 constexpr int PART_DIMS = HEAD_DIM / PARTS;
-constexpr int QUERY_BYTES = ROWS * HEAD_DIM * 2;
-constexpr int STAGE_BYTES = TOKENS * HEAD_DIM * 2; // of keys, or of values
+constexpr int BLOCKS = (HEAD_DIM + 63) / 64; // of dimensions: what a row of 128 bytes of shared memory holds
+constexpr int QUERY_BYTES = BLOCKS * ROWS * 128;
+constexpr int KEY_BYTES = BLOCKS * TOKENS * 128, VALUE_BYTES = TOKENS / 64 * HEAD_DIM * 128; // of a stage
 constexpr int COPIER_REGISTERS = 40, OTHER_REGISTERS = 232;
 
 #if HAS_WARP_GROUPS
 static_assert(sizeof(KEY_TYPE) == 2 && sizeof(VALUE_TYPE) == 2 && HEAD_DIM % 32 == 0, "pages of 8-bit types are for attention_prefill.cu");
 
-// What is full, and what nobody reads any more: the queries, and each stage of keys and of values.
+// What is full, and what nobody reads any more: each stage of queries, of keys and of values.
 struct Signals {
     u32 barriers;
 
     DEVICE void begin() const {
-        for (int i = 0; i < 1 + 2 * STAGES; i++) begin_barrier(full(i), 128), begin_barrier(free(i), GROUPS * 4);
+        for (int i = 0; i < QUERY_STAGES + 2 * STAGES; i++) begin_barrier(full(i), 128), begin_barrier(free(i), GROUPS * 4);
         multiply_what_was_copied();
     }
 
     DEVICE u32 full(int what) const { return barriers + what * 16; }
     DEVICE u32 free(int what) const { return barriers + what * 16 + 8; }
 
-    static DEVICE int queries() { return 0; }
-    static DEVICE int keys(int turn) { return 1 + turn % STAGES; }
-    static DEVICE int values(int turn) { return 1 + STAGES + turn % STAGES; }
+    static DEVICE int queries(int round) { return round % QUERY_STAGES; }
+    static DEVICE int keys(int turn) { return QUERY_STAGES + turn % STAGES; }
+    static DEVICE int values(int turn) { return QUERY_STAGES + STAGES + turn % STAGES; }
 };
 
-// Where a block's parts lie in shared memory: queries in tiles of 8 rows and 8 dimensions (dimensions / 8, ROWS / 8, 8, 8), keys likewise,
-// (dimensions / 8, TOKENS / 8, 8, 8), values transposed, (TOKENS / 8, dimensions / 8, 8, 8).
+// Where a block's parts lie in shared memory, aligned to 1024 bytes: queries (BLOCKS, ROWS, 64 dimensions), keys likewise, (BLOCKS, TOKENS, 64),
+// values transposed, (TOKENS / 64, HEAD_DIM, 64 positions); of row n, pieces of 16 bytes are exchanged by n % 8.
 struct Places {
-    u32 queries;
+    u32 first;
 
-    DEVICE u32 keys(int turn) const { return queries + QUERY_BYTES + turn % STAGES * STAGE_BYTES; }
-    DEVICE u32 values(int turn) const { return keys(turn) + STAGES * STAGE_BYTES; }
+    DEVICE u32 queries(int round) const { return first + round % QUERY_STAGES * QUERY_BYTES; }
+    DEVICE u32 keys(int turn) const { return first + QUERY_STAGES * QUERY_BYTES + turn % STAGES * KEY_BYTES; }
+    DEVICE u32 values(int turn) const { return keys(0) + STAGES * KEY_BYTES + turn % STAGES * VALUE_BYTES; }
 };
 
 // The groups take turns in starting products, so that one multiplies while the other weighs scores: barriers of their own in hardware.
@@ -77,7 +80,7 @@ DEVICE void copy_8_to(u32 place, const void *from, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
 }
 
-// One of the 128 threads that copy: eight lanes write 128 neighbouring bytes of shared memory.
+// One of the 128 threads that copy: lanes that write at a time meet different banks.
 struct Copier {
     int warp, lane;
 
@@ -86,9 +89,9 @@ struct Copier {
             const int row = group * 8 + lane % 8, token = row / GROUP, head = work.kv_head * GROUP + row % GROUP;
             const bool exists = token < work.tile.rows;
             const bf16 *from = queries + size_t(work.tile.first_row + (exists ? token : 0)) * stride + head * HEAD_DIM + lane / 8 * 8;
-            const u32 to = place + lane / 8 * (ROWS * 16) + row * 16;
+            const u32 to = place + row * 128 + (lane / 8 ^ lane % 8) * 16;
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) copy_16_to(to + i * (4 * ROWS * 16), from + i * 32, exists);
+            for (int i = 0; i < HEAD_DIM / 32; i++) copy_16_to((to ^ i % 2 * 64) + i / 2 * (ROWS * 128), from + i * 32, exists);
         }
     }
 
@@ -105,14 +108,14 @@ struct Copier {
     DEVICE void copy_keys(const u8 *keys, const int (&pages)[PAGES], const Work &work, int kv_heads, u32 place) const {
         const int half = warp % 2, unit = warp / 2; // lanes have 8 tokens of the 16, of a unit's four pieces
         keys += unit * 1024 + half * 512 + lane % 8 * 64 + lane / 8 * 16;
-        place += (unit * 4 + lane / 8) * (TOKENS * 16) + half * 128 + lane % 8 * 16;
+        place += (half * 8 + lane % 8) * 128 + (unit * 4 + lane / 8 ^ lane % 8) * 16;
 #pragma unroll
         for (int page = 0; page < PAGES; page++) {
             const u8 *from = keys + (size_t(pages[page]) * kv_heads + work.kv_head) * PAGE_BYTES_OF_KEYS;
 #pragma unroll
             for (int i = 0; i < (HEAD_DIM + 63) / 64; i++) {
                 if (HEAD_DIM % 64 == 0 || unit + 2 * i < HEAD_DIM / 32) {
-                    copy_16_to(place + page * 256 + i * (8 * TOKENS * 16), from + i * 2048, true);
+                    copy_16_to(place + page * 2048 + i * (TOKENS * 128), from + i * 2048, true);
                 }
             }
         }
@@ -122,15 +125,24 @@ struct Copier {
                             u32 place) const {
         const int dim = lane % 16 / 2, four = lane / 16 * 2 + lane % 2; // lanes have 8 dimensions and 4 times 4 tokens
         values += warp * 256 + dim / 2 * 64 + four * 16 + dim % 2 * 8;
-        place += warp * 128 + lane / 16 * (HEAD_DIM * 16) + dim * 16 + lane % 2 * 8;
+        place += warp * 1024 + dim * 128 + (lane / 16 ^ dim) * 16 + lane % 2 * 8;
 #pragma unroll
         for (int page = 0; page < PAGES; page++) {
             const u8 *from = values + (size_t(pages[page]) * kv_heads + work.kv_head) * PAGE_BYTES_OF_VALUES;
             const int bytes = min(max((work.end - numbers[page] * PAGE_TOKENS - four * 4) * 2, 0), 8); // of tokens that exist
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) copy_8_to(place + page * (2 * HEAD_DIM * 16) + i * 512, from + i * 1024, bytes);
+            for (int i = 0; i < HEAD_DIM / 32; i++) {
+                copy_8_to((place ^ page % 4 * 32) + page / 4 * (HEAD_DIM * 128) + i * 4096, from + i * 1024, bytes);
+            }
         }
     }
+};
+
+// Where a tile's results go.
+struct Output {
+    bf16 *rows;
+    const float *sinks;
+    int first_row, count, kv_head, stride;
 };
 
 typedef float Scores[TOKENS / 2];        // of two rows, in fours: two neighbouring positions of either
@@ -139,8 +151,10 @@ typedef float Sums[PARTS][PART_DIMS / 2]; // likewise of dimensions
 
 // A thread's part of 64 packed rows: rows g and g + 8 of its warp's 16.
 struct Rows {
-    float greatest[2], total[2];
     int first_row, t; // packed row of this thread, the other is 8 more
+    float greatest[2], total[2];
+
+    DEVICE void begin() { greatest[0] = greatest[1] = LOWEST, total[0] = total[1] = 0.0f; }
 
     // Sets what a row does not see to minus infinity, and applies the soft cap.
     DEVICE void finish(Scores &scores, const Score &score, int begin, bool masked) const {
@@ -185,18 +199,18 @@ struct Rows {
     }
 
     // Divides by the sums of weights and writes the rows that exist.
-    DEVICE void write(const Work &work, const Sums &sums, const float *sinks, bf16 *output, int stride) const {
+    DEVICE void write(const Output &output, const Sums &sums) const {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             float all = total[row];
             all += __shfl_xor_sync(ALL_LANES, all, 1);
             all += __shfl_xor_sync(ALL_LANES, all, 2);
-            const int packed = first_row + row * 8, head = work.kv_head * GROUP + packed % GROUP;
-            if (packed >= work.tile.rows * GROUP) continue;
+            const int packed = first_row + row * 8, head = output.kv_head * GROUP + packed % GROUP;
+            if (packed >= output.count * GROUP) continue;
             float factor = 1.0f;
-            if (sinks) factor = join_sink(sinks[head], greatest[row], all);
+            if (output.sinks) factor = join_sink(output.sinks[head], greatest[row], all);
             factor /= all;
-            bf16 *to = output + size_t(work.tile.first_row + packed / GROUP) * stride + head * HEAD_DIM + 2 * t;
+            bf16 *to = output.rows + size_t(output.first_row + packed / GROUP) * output.stride + head * HEAD_DIM + 2 * t;
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 8; i++) {
                 const float *sum = &sums[i * 8 / PART_DIMS][i % (PART_DIMS / 8) * 4 + row * 2];
@@ -207,20 +221,24 @@ struct Rows {
 };
 
 DEVICE void multiply_keys(u32 queries, u32 keys, Scores &scores) {
-    const u64 a = tiled(queries, ROWS * 16), b = tiled(keys, TOKENS * 16);
+    const u64 a = swizzled(queries), b = swizzled(keys);
     multiplied_from_here();
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 16; i++) multiply_shared(scores, a + i * (2 * ROWS), b + i * (2 * TOKENS), i > 0);
+    for (int i = 0; i < HEAD_DIM / 16; i++) {
+        multiply_shared(scores, a + i / 4 * (ROWS * 8) + i % 4 * 2, b + i / 4 * (TOKENS * 8) + i % 4 * 2, i > 0);
+    }
     end_products();
 }
 
 DEVICE void add_values(const Operands &weights, u32 values, Sums &sums) {
-    const u64 b = tiled(values, HEAD_DIM * 16);
+    const u64 b = swizzled(values);
     multiplied_from_here();
 #pragma unroll
     for (int i = 0; i < TOKENS / 16; i++) {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) multiply_described(sums[part], weights[i], b + i * (2 * HEAD_DIM) + part * PART_DIMS);
+        for (int part = 0; part < PARTS; part++) {
+            multiply_described(sums[part], weights[i], b + i / 4 * (HEAD_DIM * 8) + i % 4 * 2 + part * (PART_DIMS * 8));
+        }
     }
     end_products();
 }
@@ -233,6 +251,11 @@ DEVICE void pack_weights(const Scores &scores, Operands &weights) {
 DEVICE void shrink_sums(Sums &sums, const float (&shrink)[2]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; i++) sums[i / (PART_DIMS / 2)][i % (PART_DIMS / 2)] *= shrink[i / 2 % 2];
+}
+
+DEVICE void clear_sums(Sums &sums) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) sums[i / (PART_DIMS / 2)][i % (PART_DIMS / 2)] = 0.0f;
 }
 
 DEVICE void hold_sums(Sums &sums) {
@@ -254,6 +277,9 @@ struct Call {
     Places places;
 
     DEVICE bool find(Work &work, int round) const { return work.find(round, tiles, count, kv_heads, window); }
+    DEVICE Output output_of(const Work &work) const {
+        return Output{output, sinks, work.tile.first_row, work.tile.rows, work.kv_head, output_stride};
+    }
 };
 
 // The part of the warp group that copies.
@@ -272,9 +298,9 @@ DEVICE void copy_all(const Call &call, const Copier &copier) {
             copier.copy_keys(call.keys, pages, work, call.kv_heads, places.keys(turn));
             arrive_with_copies(signals.full(signals.keys(turn)));
             if (block == work.first_block) {
-                sleep_for_phase(signals.free(signals.queries()), round % 2 ^ 1);
-                copier.copy_queries(call.queries, work, call.query_stride, places.queries);
-                arrive_with_copies(signals.full(signals.queries()));
+                sleep_for_phase(signals.free(signals.queries(round)), round / QUERY_STAGES % 2 ^ 1);
+                copier.copy_queries(call.queries, work, call.query_stride, places.queries(round));
+                arrive_with_copies(signals.full(signals.queries(round)));
             }
             sleep_for_phase(signals.free(signals.values(turn)), parity);
             copier.copy_values(call.values, numbers, pages, work, call.kv_heads, places.values(turn));
@@ -285,76 +311,109 @@ DEVICE void copy_all(const Call &call, const Copier &copier) {
     wait_group<0>();
 }
 
-// Starts adding the values of a stage's block, once they are there.
-DEVICE void start_values(const Call &call, const Operands &weights, int turn, Sums &sums) {
-    sleep_for_phase(call.signals.full(call.signals.values(turn)), turn / STAGES % 2);
-    multiply_what_was_copied();
-    add_values(weights, call.places.values(turn), sums);
-}
-
-// The part of the warp group that has 64 packed rows.
-DEVICE void compute_all(const Call &call, int group, int warp, int lane) {
-    const Signals &signals = call.signals;
-    const float factor = SOFTCAP ? 1.0f : call.scale * LOG2E;
+// One of the warp groups that have 64 packed rows each. Blocks follow each other without a break where a tile ends: its last values are
+// added while the next tile's first scores are weighed, and then it is written.
+struct Computer {
+    const Call &call;
+    int group, lane;
     Work work;
     Rows rows;
-    rows.first_row = group * 64 + warp * 16 + lane / 4, rows.t = lane % 4;
-    Scores scores = {};
-    Operands weights;
-    int turn = 0;
-    if (group == 1) give_turn(0);
-    for (int round = 0; call.find(work, round); round++) {
+    int round, turn, block; // of tiles, of stages, and of positions
+
+    // Starts multiplying the block's keys, when it is this group's turn.
+    DEVICE void start_scores(Scores &scores) const {
+        const Signals &signals = call.signals;
+        if (block == work.first_block) sleep_for_phase(signals.full(signals.queries(round)), round / QUERY_STAGES % 2);
+        sleep_for_phase(signals.full(signals.keys(turn)), turn / STAGES % 2);
+        multiply_what_was_copied();
+        wait_for_turn(group);
+        multiply_keys(call.places.queries(round) + group * (64 * 128), call.places.keys(turn), scores);
+    }
+
+    // Starts adding the values of the block before.
+    DEVICE void start_values(const Operands &weights, Sums &sums) const {
+        const Signals &signals = call.signals;
+        sleep_for_phase(signals.full(signals.values(turn - 1)), (turn - 1) / STAGES % 2);
+        multiply_what_was_copied();
+        add_values(weights, call.places.values(turn - 1), sums);
+    }
+
+    // Makes weights of scores that are there.
+    DEVICE void weigh(Scores &scores, float (&shrink)[2]) {
+        const Signals &signals = call.signals;
+        if (lane == 0) arrive(signals.free(signals.keys(turn)));
+        if (lane == 0 && block + 1 == work.end_block) arrive(signals.free(signals.queries(round)));
         const Score score = {call.scale, call.softcap, call.window, work.tile.first_position};
-        Sums sums = {};
-        float shrink[2];
-        rows.greatest[0] = rows.greatest[1] = LOWEST, rows.total[0] = rows.total[1] = 0.0f;
-        sleep_for_phase(signals.full(signals.queries()), round % 2);
-        for (int block = work.first_block; block < work.end_block; block++, turn++) {
-            const bool is_first = block == work.first_block;
-            sleep_for_phase(signals.full(signals.keys(turn)), turn / STAGES % 2);
-            multiply_what_was_copied();
-            wait_for_turn(group);
-            multiply_keys(call.places.queries + group * 1024, call.places.keys(turn), scores);
-            if (is_first) {
-                give_turn(group ^ 1);
-                wait_for_products<0>();
-            } else {
-                start_values(call, weights, turn - 1, sums);
-                give_turn(group ^ 1);
-                wait_for_products<1>();
-            }
-            hold(scores);
-            if (lane == 0) arrive(signals.free(signals.keys(turn)));
-            if (lane == 0 && block + 1 == work.end_block) arrive(signals.free(signals.queries()));
-            const int begin = block * TOKENS;
-            rows.finish(scores, score, begin, !score.all_visible(begin, begin + TOKENS, work.tile.rows));
-            rows.weigh(scores, factor, shrink);
-            wait_for_products<0>();
-            hold_sums(sums);
-            if (lane == 0 && !is_first) arrive(signals.free(signals.values(turn - 1)));
-            shrink_sums(sums, shrink);
-            pack_weights(scores, weights);
-        }
-        start_values(call, weights, turn - 1, sums);
+        const int begin = block * TOKENS;
+        rows.finish(scores, score, begin, !score.all_visible(begin, begin + TOKENS, work.tile.rows));
+        rows.weigh(scores, SOFTCAP ? 1.0f : call.scale * LOG2E, shrink);
+    }
+
+    // Multiplies the block's keys, adds the values of the block before, and makes weights of the scores meanwhile.
+    DEVICE void advance(Scores &scores, const Operands &weights, Sums &sums, float (&shrink)[2]) {
+        turn++;
+        start_scores(scores);
+        start_values(weights, sums);
+        give_turn(group ^ 1);
+        wait_for_products<1>();
+        hold(scores);
+        weigh(scores, shrink);
         wait_for_products<0>();
         hold_sums(sums);
-        if (lane == 0) arrive(signals.free(signals.values(turn - 1)));
-        rows.write(work, sums, call.sinks, call.output, call.output_stride);
+        if (lane == 0) arrive(call.signals.free(call.signals.values(turn - 1)));
     }
-}
+
+    DEVICE void compute() {
+        Scores scores = {};
+        Operands weights;
+        Sums sums = {};
+        float shrink[2];
+        if (!call.find(work, 0)) return;
+        if (group == 1) give_turn(0);
+        block = work.first_block;
+        rows.begin();
+        start_scores(scores);
+        give_turn(group ^ 1);
+        wait_for_products<0>();
+        hold(scores);
+        weigh(scores, shrink);
+        pack_weights(scores, weights);
+        while (true) {
+            for (block++; block < work.end_block; block++) {
+                advance(scores, weights, sums, shrink);
+                shrink_sums(sums, shrink);
+                pack_weights(scores, weights);
+            }
+            const Output output = call.output_of(work);
+            if (!call.find(work, ++round)) break;
+            const Rows before = rows;
+            rows.begin();
+            block = work.first_block;
+            advance(scores, weights, sums, shrink);
+            before.write(output, sums);
+            clear_sums(sums);
+            pack_weights(scores, weights);
+        }
+        turn++;
+        start_values(weights, sums);
+        wait_for_products<0>();
+        hold_sums(sums);
+        rows.write(call.output_of(work), sums);
+    }
+};
 #endif
 
 // queries, output: (rows, heads * HEAD_DIM), aligned to 16 bytes. Launch: as many blocks as multiprocessors or fewer, THREADS threads,
-// QUERY_BYTES + 2 * STAGES * STAGE_BYTES of dynamic shared memory.
+// 1024 + QUERY_STAGES * QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) of dynamic shared memory.
 BOUNDED_KERNEL(THREADS, 1)
 attention_warp_group(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const VALUE_TYPE *values, const float *sinks,
                      const Tile *tiles, const int *counts, const int *page_table, int query_stride, int output_stride, int page_stride,
                      int kv_heads, int window, float scale, float softcap) {
 #if HAS_WARP_GROUPS
     extern __shared__ uint4 dynamic[];
-    __shared__ u64 barriers[2 + 4 * STAGES];
+    __shared__ u64 barriers[2 * QUERY_STAGES + 4 * STAGES];
     const Signals signals = {u32(__cvta_generic_to_shared(barriers))};
-    const Places places = {u32(__cvta_generic_to_shared(dynamic))};
+    const Places places = {(u32(__cvta_generic_to_shared(dynamic)) + 1023) / 1024 * 1024};
     if (threadIdx.x == 0) signals.begin();
     __syncthreads();
     let_next_start();
@@ -367,7 +426,9 @@ attention_warp_group(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, co
         copy_all(call, Copier{warp, lane});
     } else {
         take_registers<OTHER_REGISTERS>();
-        compute_all(call, warp / 4 - 1, warp % 4, lane);
+        Computer computer = {call, warp / 4 - 1, lane};
+        computer.rows.first_row = (warp - 4) * 16 + lane / 4, computer.rows.t = lane % 4;
+        computer.compute();
     }
 #endif
 }

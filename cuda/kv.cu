@@ -186,6 +186,25 @@ template <int COUNT> DEVICE void store_values(const T *from, VALUE_TYPE *page, i
     }
 }
 
+// Stores this block's part of a row's values; each of four rows whose slots are neighbours stores a quarter of them all.
+DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int stride, int row, int rows, int kv_heads, int all_slots) {
+    const int slot = slots[row], lane = threadIdx.x % WARP;
+    if (u32(slot) >= u32(all_slots)) return;
+    const bool is_four = fills_four(slots, row, slot, rows);
+    const int quarter = slot % 4, step = is_four ? 4 * gridDim.x : gridDim.x; // of pieces of 128 dimensions
+    const T *from = values + size_t(is_four ? row - quarter : row) * stride;
+    for (int piece = is_four ? blockIdx.x * 4 + quarter : blockIdx.x; piece * 128 < kv_heads * HEAD_DIM; piece += step) {
+        const int i = piece * 128 + lane * 4;
+        if (i >= kv_heads * HEAD_DIM) continue;
+        VALUE_TYPE *page = pages + page_index(slot / PAGE_TOKENS, i / HEAD_DIM, kv_heads);
+        if (is_four) {
+            store_values<4>(from + i, page, stride, slot % PAGE_TOKENS - quarter, i % HEAD_DIM);
+        } else {
+            store_values<1>(from + i, page, stride, slot % PAGE_TOKENS, i % HEAD_DIM);
+        }
+    }
+}
+
 // As rope_write_kv, of rows and weights that are aligned to 16 bytes, with HEAD_DIM / 2 pairs in the table: a block has 4 rows, a warp one of
 // them for queries and keys. Launch: grid (parts of the heads, ceil(rows / WARPS)), WARPS warps.
 KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, const float *query_norm, const float *key_norm,
@@ -218,22 +237,7 @@ KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, cons
                 }
             }
         }
-        const T *values = qkv + size_t(heads + kv_heads) * HEAD_DIM;
-        for (int own = blockIdx.y * WARPS; own < min(int(blockIdx.y + 1) * WARPS, rows); own++) {
-            const int slot = slots[own];
-            if (u32(slot) >= u32(all_slots)) continue;
-            const bool is_four = fills_four(slots, own, slot, rows);
-            if (is_four && slot % 4 != 0) continue; // the first of the four stores them
-            for (int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4; i < kv_heads * HEAD_DIM; i += gridDim.x * blockDim.x * 4) {
-                const T *from = values + size_t(own) * stride + i;
-                VALUE_TYPE *page = value_pages + page_index(slot / PAGE_TOKENS, i / HEAD_DIM, kv_heads);
-                if (is_four) {
-                    store_values<4>(from, page, stride, slot % PAGE_TOKENS, i % HEAD_DIM);
-                } else {
-                    store_values<1>(from, page, stride, slot % PAGE_TOKENS, i % HEAD_DIM);
-                }
-            }
-        }
+        if (row < rows) store_row(qkv + size_t(heads + kv_heads) * HEAD_DIM, value_pages, slots, stride, row, rows, kv_heads, all_slots);
     }
 }
 #endif

@@ -1,9 +1,8 @@
 // Matrix instructions of a warp group on bfloat16, with float sums (compute capability 9.0): D (64, N) += A (64, 16) * B (16, N).
 //
 // Warp i of four has rows 16 i to 16 i + 15 of A, in registers as in mma.cuh, and of D, N / 8 times the four sums of mma.cuh. B is in shared
-// memory, and A may be: in tiles of 8 rows and 8 columns, each 128 bytes, or (multiply_group) (N, 64) by rows of 128 bytes, 16-byte pieces of
-// row n exchanged by n % 8. Instructions are asynchronous: registers of A and D may not be touched between multiplied_from_here() and
-// wait_for_products().
+// memory, and A may be: (N, 64) by rows of 128 bytes, 16-byte pieces of row n exchanged by n % 8. Instructions are asynchronous: registers
+// of A and D may not be touched between multiplied_from_here() and wait_for_products().
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WARP_GROUPS 1
 
@@ -69,11 +68,11 @@ DEVICE void multiply_described(float (&d)[64], const u32 (&a)[4], u64 b) {
                    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-template <int N> DEVICE void multiply_group(float (&d)[N], const u32 (&a)[4], u32 b) { multiply_described(d, a, u64(0x40000040) << 32 | b); }
 
-// What describes an operand in tiles: where it begins, and the bytes from a tile to the next one along the columns; along the rows tiles are
-// neighbours.
-DEVICE u64 tiled(u32 place, u32 leading) { return place >> 4 | u64(leading >> 4) << 16 | u64(128 >> 4) << 32; }
+// What describes the rows from this place on, aligned to 1024 bytes but for the column's offset.
+DEVICE u64 swizzled(u32 place) { return u64(0x40000040) << 32 | described(place); }
+
+template <int N> DEVICE void multiply_group(float (&d)[N], const u32 (&a)[4], u32 b) { multiply_described(d, a, u64(0x40000040) << 32 | b); }
 
 // Both operands in shared memory; D is replaced unless `adds`.
 DEVICE void multiply_shared(float (&d)[32], u64 a, u64 b, int adds) {

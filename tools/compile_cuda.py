@@ -123,7 +123,7 @@ def compile_for(job: tuple[str, Macros, str]) -> tuple[str, dict[str, dict[str, 
     nvrtc.nvrtcGetProgramLog(program, log)
     words = log.decode(errors="replace").strip("\0 \n")
     title = " ".join([name, architecture, *(f"{macro}={value}" for macro, value in sorted(macros.items()))])
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS or "instructions are serialized" in words:
         return title, {}, words or str(error)
     return title, usage(words), ""
 

@@ -295,8 +295,9 @@ def has_warp_groups(capability: int, layer: KvLayer) -> bool:
 
 
 def warp_group_shared_bytes(head_dim: int) -> int:
-    """Return the shared memory of a block of cuda/attention_warp_group.cu: queries, two stages of keys and of values."""
-    return (PREFILL_ROWS + 4 * (64 if head_dim > 128 else 128)) * head_dim * 2
+    """Return the shared memory of a block of cuda/attention_warp_group.cu: two stages of all, or one of queries."""
+    tokens, blocks, tiles = 64 if head_dim > 128 else 128, -(-head_dim // 64), 1 if head_dim > 192 else 2
+    return 1024 + tiles * blocks * PREFILL_ROWS * 128 + 2 * tokens * (blocks * 128 + head_dim * 2)
 
 
 def prefill_shared_bytes(layer: KvLayer) -> int:
