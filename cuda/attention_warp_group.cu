@@ -80,6 +80,8 @@ DEVICE void copy_8_to(u32 place, const void *from, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
 }
 
+typedef int Pages[PAGES / 4]; // those of a block that one of the four warps copies, with neighbouring addresses known at compile time
+
 // One of the 128 threads that copy: lanes that write at a time meet different banks.
 struct Copier {
     int warp, lane;
@@ -95,45 +97,39 @@ struct Copier {
         }
     }
 
-    // The pages of a block; where no row sees one, the nearest that is seen in its place.
-    DEVICE void find_pages(const int *table, const Work &work, int block, int (&numbers)[PAGES], int (&pages)[PAGES]) const {
-        const int least = work.first / PAGE_TOKENS, most = (work.end - 1) / PAGE_TOKENS;
-#pragma unroll
-        for (int i = 0; i < PAGES; i++) {
-            numbers[i] = max(min(block * PAGES + i, most), least);
-            pages[i] = table[numbers[i]];
-        }
+    // The page of a block that this warp copies as its i-th, or the nearest that some row sees.
+    DEVICE int number(const Work &work, int block, int i) const {
+        return max(min(block * PAGES + warp + i * 4, (work.end - 1) / PAGE_TOKENS), work.first / PAGE_TOKENS);
     }
 
-    DEVICE void copy_keys(const u8 *keys, const int (&pages)[PAGES], const Work &work, int kv_heads, u32 place) const {
-        const int half = warp % 2, unit = warp / 2; // lanes have 8 tokens of the 16, of a unit's four pieces
-        keys += unit * 1024 + half * 512 + lane % 8 * 64 + lane / 8 * 16;
-        place += (half * 8 + lane % 8) * 128 + (unit * 4 + lane / 8 ^ lane % 8) * 16;
+    DEVICE void find_pages(const int *table, const Work &work, int block, Pages &pages) const {
 #pragma unroll
-        for (int page = 0; page < PAGES; page++) {
+        for (int i = 0; i < PAGES / 4; i++) pages[i] = table[number(work, block, i)];
+    }
+
+    DEVICE void copy_keys(const u8 *keys, const Pages &pages, const Work &work, int kv_heads, u32 place) const {
+        keys += lane % 8 * 64 + lane / 8 * 16; // lanes have 8 tokens of the 16, of a unit's four pieces
+        place += (warp * 16 + lane % 8) * 128 + (lane / 8 ^ lane % 8) * 16;
+#pragma unroll
+        for (int page = 0; page < PAGES / 4; page++) {
             const u8 *from = keys + (size_t(pages[page]) * kv_heads + work.kv_head) * PAGE_BYTES_OF_KEYS;
 #pragma unroll
-            for (int i = 0; i < (HEAD_DIM + 63) / 64; i++) {
-                if (HEAD_DIM % 64 == 0 || unit + 2 * i < HEAD_DIM / 32) {
-                    copy_16_to(place + page * 2048 + i * (TOKENS * 128), from + i * 2048, true);
-                }
+            for (int i = 0; i < HEAD_DIM / 16; i++) {
+                copy_16_to((place ^ i / 2 % 2 * 64) + i / 4 * (TOKENS * 128) + i % 2 * 1024 + page * 8192, from + i * 512, true);
             }
         }
     }
 
-    DEVICE void copy_values(const u8 *values, const int (&numbers)[PAGES], const int (&pages)[PAGES], const Work &work, int kv_heads,
-                            u32 place) const {
+    DEVICE void copy_values(const u8 *values, const Pages &pages, const Work &work, int block, int kv_heads, u32 place) const {
         const int dim = lane % 16 / 2, four = lane / 16 * 2 + lane % 2; // lanes have 8 dimensions and 4 times 4 tokens
-        values += warp * 256 + dim / 2 * 64 + four * 16 + dim % 2 * 8;
-        place += warp * 1024 + dim * 128 + (lane / 16 ^ dim) * 16 + lane % 2 * 8;
+        values += dim / 2 * 64 + four * 16 + dim % 2 * 8;
+        place += dim * 128 + (warp * 2 + lane / 16 ^ dim) * 16 + lane % 2 * 8;
 #pragma unroll
-        for (int page = 0; page < PAGES; page++) {
+        for (int page = 0; page < PAGES / 4; page++) {
             const u8 *from = values + (size_t(pages[page]) * kv_heads + work.kv_head) * PAGE_BYTES_OF_VALUES;
-            const int bytes = min(max((work.end - numbers[page] * PAGE_TOKENS - four * 4) * 2, 0), 8); // of tokens that exist
+            const int bytes = min(max((work.end - number(work, block, page) * PAGE_TOKENS - four * 4) * 2, 0), 8); // of tokens that exist
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++) {
-                copy_8_to((place ^ page % 4 * 32) + page / 4 * (HEAD_DIM * 128) + i * 4096, from + i * 1024, bytes);
-            }
+            for (int i = 0; i < HEAD_DIM / 8; i++) copy_8_to(place + page * (HEAD_DIM * 128) + i * 1024, from + i * 256, bytes);
         }
     }
 };
@@ -290,10 +286,11 @@ DEVICE void copy_all(const Call &call, const Copier &copier) {
     int turn = 0; // of the stages
     for (int round = 0; call.find(work, round); round++) {
         const int *table = call.page_table + size_t(work.tile.sequence) * call.page_stride;
+        Pages pages, next;
+        copier.find_pages(table, work, work.first_block, pages);
         for (int block = work.first_block; block < work.end_block; block++, turn++) {
-            int numbers[PAGES], pages[PAGES];
-            copier.find_pages(table, work, block, numbers, pages);
             const u32 parity = turn / STAGES % 2 ^ 1;
+            copier.find_pages(table, work, block + 1, next);
             sleep_for_phase(signals.free(signals.keys(turn)), parity);
             copier.copy_keys(call.keys, pages, work, call.kv_heads, places.keys(turn));
             arrive_with_copies(signals.full(signals.keys(turn)));
@@ -303,8 +300,10 @@ DEVICE void copy_all(const Call &call, const Copier &copier) {
                 arrive_with_copies(signals.full(signals.queries(round)));
             }
             sleep_for_phase(signals.free(signals.values(turn)), parity);
-            copier.copy_values(call.values, numbers, pages, work, call.kv_heads, places.values(turn));
+            copier.copy_values(call.values, pages, work, block, call.kv_heads, places.values(turn));
             arrive_with_copies(signals.full(signals.values(turn)));
+#pragma unroll
+            for (int i = 0; i < PAGES / 4; i++) pages[i] = next[i];
         }
     }
     end_group();

@@ -68,7 +68,7 @@ def packed(variants: list[Macros]) -> list[Macros]:
 
 
 VARIANTS: dict[str, list[Macros]] = {
-    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]),
+    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]) + choices(INFER_F32=[None, 1], VECTOR=[8], VECTORS=[4]),
     "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
     "attention_decode.cu": HEADS,
     "attention_plan.cu": ONE,
