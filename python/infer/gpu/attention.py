@@ -20,6 +20,7 @@ DECODE_ROWS = 8
 
 PREFILL_PAGES = 2
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu and attention_warp_group.cu
+WARP_GROUP_THREADS = 384
 GROUP_DIMS = (64, 96, 128, 192, 256)
 """Widths of heads that cuda/attention_warp_group.cu takes."""
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
@@ -241,7 +242,7 @@ class AttentionOperations(RowOperations):
             kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
             arguments = (*rows, layer.keys, layer.values, sinks, *tables, *shape)
             blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
-            kernel(self.stream, (blocks,), 384, arguments, warp_group_shared_bytes(layer.head_dim))
+            kernel(self.stream, (blocks,), WARP_GROUP_THREADS, arguments, warp_group_shared_bytes(layer.head_dim))
             return
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         threads = 256 if layer.head_dim > 128 else 128
@@ -295,9 +296,10 @@ def has_warp_groups(capability: int, layer: KvLayer) -> bool:
 
 
 def warp_group_shared_bytes(head_dim: int) -> int:
-    """Return the shared memory of a block of cuda/attention_warp_group.cu: two stages of all, or one of queries."""
-    tokens, blocks, tiles = 64 if head_dim > 128 else 128, -(-head_dim // 64), 1 if head_dim > 192 else 2
-    return 1024 + tiles * blocks * PREFILL_ROWS * 128 + 2 * tokens * (blocks * 128 + head_dim * 2)
+    """Return the shared memory of a block of cuda/attention_warp_group.cu: stages of queries, keys and values."""
+    tokens, blocks = 64 if head_dim > 128 else 128, -(-head_dim // 64)
+    stages, tiles = 2 if head_dim > 192 else 3, 1 if head_dim > 64 else 2
+    return 1024 + tiles * blocks * PREFILL_ROWS * 128 + stages * tokens * (blocks * 128 + head_dim * 2)
 
 
 def prefill_shared_bytes(layer: KvLayer) -> int:

@@ -16,6 +16,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "activation.cuh",
     "attention.cu",
     "attention.cuh",
+    "attention_copier.cuh",
     "attention_decode.cu",
     "attention_plan.cu",
     "attention_prefill.cu",
