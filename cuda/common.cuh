@@ -191,6 +191,34 @@ template <int V, class E> DEVICE void store(E *to, const float (&values)[V]) {
     }
 }
 
+// V neighbouring activations in registers, as they lie in memory.
+template <int V> struct Part {
+    static constexpr int WORDS = V * sizeof(T) / 16;
+    uint4 words[WORDS];
+
+    DEVICE void read(const T *from) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words[i] = reinterpret_cast<const uint4 *>(from)[i];
+    }
+
+    DEVICE void write(T *to) const {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) reinterpret_cast<uint4 *>(to)[i] = words[i];
+    }
+
+    DEVICE void get(float (&values)[V]) const { load<V>(reinterpret_cast<const T *>(words), values); }
+    DEVICE void set(const float (&values)[V]) { store<V>(reinterpret_cast<T *>(words), values); }
+};
+
+template <> struct Part<1> {
+    T value;
+
+    DEVICE void read(const T *from) { value = *from; }
+    DEVICE void write(T *to) const { *to = value; }
+    DEVICE void get(float (&values)[1]) const { values[0] = to_float(value); }
+    DEVICE void set(const float (&values)[1]) { value = from_float<T>(values[0]); }
+};
+
 // ---- asynchronous copies to shared memory, by each thread for itself; a group is what was started since the last one ended
 
 // Copies 16 bytes past L1.
@@ -280,4 +308,13 @@ DEVICE float block_sum(float value, float *scratch) {
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
     __syncthreads();
     return warp_sum(threadIdx.x % WARP < (blockDim.x + WARP - 1) / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
+}
+
+// The greatest of no negative values, likewise.
+DEVICE float block_max(float value, float *scratch) {
+    value = warp_max(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    return warp_max(threadIdx.x % WARP < (blockDim.x + WARP - 1) / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
 }

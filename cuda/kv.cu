@@ -103,3 +103,141 @@ KERNEL rope_write_kv(T *qkv, const float2 *table, const int *rope_rows, const fl
         store_key(turned[warp], key_pages, key_scales, slot, head - heads, kv_heads, lane);
     }
 }
+
+// ---- the same for pages of bfloat16 and rotation of halves, in vectors: what a prompt's time goes to otherwise
+
+#if !defined(INFER_F32) && !INTERLEAVED
+constexpr int LANES = HEAD_DIM >= 64 && HEAD_DIM <= 512 && (HEAD_DIM & HEAD_DIM - 1) == 0 ? HEAD_DIM / 16 : 32; // of a head: 8 values of either half
+constexpr int HEADS = WARP / LANES; // of a warp at a time
+
+// A row of the table for one lane's pairs.
+struct Turn {
+    float cosines[8], sines[8];
+
+    DEVICE void read(const float2 *turn, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float4 two = reinterpret_cast<const float4 *>(turn + lane * 8)[i];
+            cosines[2 * i] = two.x, sines[2 * i] = two.y, cosines[2 * i + 1] = two.z, sines[2 * i + 1] = two.w;
+        }
+    }
+
+    // Both halves' values of these pairs, rotated.
+    DEVICE void rotate(float (&first)[8], float (&second)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float a = first[i], b = second[i];
+            first[i] = a * cosines[i] - b * sines[i];
+            second[i] = b * cosines[i] + a * sines[i];
+        }
+    }
+};
+
+DEVICE void normalise_values(float (&values)[8], const float *weight, float scale) {
+    float factors[8];
+    load<8>(weight, factors);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = to_float(from_float<T>(values[i] * scale * factors[i]));
+}
+
+// Root-mean-square normalisation of a head that LANES lanes hold, rounded to T as if it had been stored between.
+DEVICE void normalise_halves(float (&first)[8], float (&second)[8], const float *weight, float epsilon, int lane) {
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) square = fmaf(first[i], first[i], fmaf(second[i], second[i], square));
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) square += __shfl_xor_sync(ALL_LANES, square, step);
+    const float scale = 1.0f / sqrtf(square / HEAD_DIM + epsilon);
+    normalise_values(first, weight + lane * 8, scale);
+    normalise_values(second, weight + HEAD_DIM / 2 + lane * 8, scale);
+}
+
+// Whether rows from that of `row` whose slot is a multiple of 4 fill it and the next three.
+DEVICE bool fills_four(const int *slots, int row, int slot, int rows) {
+    const int begin = row - slot % 4;
+    if (begin < 0 || begin + 4 > rows) return false;
+    bool result = true;
+#pragma unroll
+    for (int i = 0; i < 4; i++) result = result && slots[begin + i] == slot - slot % 4 + i;
+    return result;
+}
+
+// Stores four dimensions of a value head, of one row or of four whose slots are neighbours.
+template <int COUNT> DEVICE void store_values(const T *from, VALUE_TYPE *page, int stride, int token, int dim) {
+    uint2 words[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) words[i] = *reinterpret_cast<const uint2 *>(from + size_t(i) * stride);
+    if constexpr (COUNT == 4) {
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            u32 own[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) own[i] = pair ? words[i].y : words[i].x;
+            const uint4 four = make_uint4(__byte_perm(own[0], own[1], 0x5410), __byte_perm(own[2], own[3], 0x5410),
+                                          __byte_perm(own[0], own[1], 0x7632), __byte_perm(own[2], own[3], 0x7632));
+            *reinterpret_cast<uint4 *>(page + value_offset<VALUE_TYPE>(token, dim + 2 * pair)) = four;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u16 bits = u16((i < 2 ? words[0].x : words[0].y) >> 16 * (i % 2));
+            page[value_offset<VALUE_TYPE>(token, dim + i)] = VALUE_TYPE{bits};
+        }
+    }
+}
+
+// Stores this block's part of a row's values; each of four rows whose slots are neighbours stores a quarter of them all.
+DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int stride, int row, int rows, int kv_heads, int all_slots) {
+    const int slot = slots[row], lane = threadIdx.x % WARP;
+    if (u32(slot) >= u32(all_slots)) return;
+    const bool is_four = fills_four(slots, row, slot, rows);
+    const int quarter = slot % 4, step = is_four ? 4 * gridDim.x : gridDim.x; // of pieces of 128 dimensions
+    const T *from = values + size_t(is_four ? row - quarter : row) * stride;
+    for (int piece = is_four ? blockIdx.x * 4 + quarter : blockIdx.x; piece * 128 < kv_heads * HEAD_DIM; piece += step) {
+        const int i = piece * 128 + lane * 4;
+        if (i >= kv_heads * HEAD_DIM) continue;
+        VALUE_TYPE *page = pages + page_index(slot / PAGE_TOKENS, i / HEAD_DIM, kv_heads);
+        if (is_four) {
+            store_values<4>(from + i, page, stride, slot % PAGE_TOKENS - quarter, i % HEAD_DIM);
+        } else {
+            store_values<1>(from + i, page, stride, slot % PAGE_TOKENS, i % HEAD_DIM);
+        }
+    }
+}
+
+// As rope_write_kv, of rows and weights that are aligned to 16 bytes, with HEAD_DIM / 2 pairs in the table: a block has 4 rows, a warp one of
+// them for queries and keys. Launch: grid (parts of the heads, ceil(rows / WARPS)), WARPS warps.
+KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, const float *query_norm, const float *key_norm,
+                         KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const int *slots, int stride, int rows, int heads, int kv_heads,
+                         int all_slots, float epsilon) {
+    let_next_start();
+    wait_for_previous();
+    if constexpr (ORDERED<KEY_TYPE> && ORDERED<VALUE_TYPE> && sizeof(KEY_TYPE) == 2 && sizeof(VALUE_TYPE) == 2) {
+        const int row = blockIdx.y * WARPS + threadIdx.x / WARP, lane = threadIdx.x % LANES;
+        if (row < rows) {
+            const int slot = slots[row];
+            Turn turn;
+            turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
+            for (int group = blockIdx.x; group * HEADS < heads + kv_heads; group += gridDim.x) {
+                const int head = group * HEADS + threadIdx.x % WARP / LANES;
+                const bool exists = head < heads + kv_heads, is_query = head < heads;
+                T *from = qkv + size_t(row) * stride + (exists ? head : 0) * HEAD_DIM + lane * 8;
+                float first[8], second[8];
+                load<8>(from, first);
+                load<8>(from + HEAD_DIM / 2, second);
+                if (query_norm) normalise_halves(first, second, is_query ? query_norm : key_norm, epsilon, lane);
+                turn.rotate(first, second);
+                if (is_query) {
+                    store<8>(from, first);
+                    store<8>(from + HEAD_DIM / 2, second);
+                } else if (exists && u32(slot) < u32(all_slots)) {
+                    KEY_TYPE *page = key_pages + page_index(slot / PAGE_TOKENS, head - heads, kv_heads);
+                    store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, lane * 8), first);
+                    store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, HEAD_DIM / 2 + lane * 8), second);
+                }
+            }
+        }
+        if (row < rows) store_row(qkv + size_t(heads + kv_heads) * HEAD_DIM, value_pages, slots, stride, row, rows, kv_heads, all_slots);
+    }
+}
+#endif

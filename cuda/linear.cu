@@ -2,6 +2,7 @@
 // streaming kernel (linear_stream.cu) nor cuBLASLt applies, and the oracle of both.
 #include "common.cuh"
 #include "weights.cuh"
+#include "round.cuh"
 
 #ifndef OUTPUT
 #define OUTPUT T
@@ -68,23 +69,9 @@ KERNEL quantize(const T *input, e4m3 *output, float *scales, int input_stride, i
 #pragma unroll
         for (int j = 0; j < V; j++) greatest = fmaxf(greatest, fabsf(values[j]));
     }
-    greatest = warp_max(greatest);
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = greatest;
-    __syncthreads();
-    greatest = warp_max(threadIdx.x % WARP < blockDim.x / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
-    const float factor = greatest > 0.0f ? 448.0f / greatest : 0.0f;
-    if (threadIdx.x == 0) scales[blockIdx.x] = greatest / 448.0f;
+    const float factor = round_factor(block_max(greatest, scratch), scales + blockIdx.x);
     for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
         load<V>(input + i, values);
-#pragma unroll
-        for (int j = 0; j < V; j++) values[j] *= factor;
-        if constexpr (V == 8) {
-            u32 words[2] = {};
-#pragma unroll
-            for (int j = 0; j < 8; j++) words[j / 4] |= u32(from_float<e4m3>(values[j]).bits) << (8 * (j % 4));
-            *reinterpret_cast<uint2 *>(output + i) = make_uint2(words[0], words[1]);
-        } else {
-            store<V>(output + i, values);
-        }
+        store_rounded<V>(output + i, values, factor);
     }
 }

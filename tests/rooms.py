@@ -76,6 +76,7 @@ CUDA_TWINS = {
     "attention_decode": "rust/kernels/src/ops/attention/mod.rs",
     "attention_plan": "rust/kernels/src/ops/attention/plan.rs",
     "attention_prefill": "rust/kernels/src/ops/attention/mod.rs",
+    "attention_warp_group": "rust/kernels/src/ops/attention/mod.rs",
     "experts": "rust/model/src/experts.rs",
     "experts_grouped": "rust/model/src/experts.rs",
     "kv": "rust/kernels/src/kv.rs",

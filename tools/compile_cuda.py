@@ -68,11 +68,12 @@ def packed(variants: list[Macros]) -> list[Macros]:
 
 
 VARIANTS: dict[str, list[Macros]] = {
-    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]),
+    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]) + choices(INFER_F32=[None, 1], VECTOR=[8], VECTORS=[4]),
     "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
     "attention_decode.cu": HEADS,
     "attention_plan.cu": ONE,
     "attention_prefill.cu": HEADS,
+    "attention_warp_group.cu": [*choices(GROUP=[4], HEAD_DIM=[64, 128, 256]), {"GROUP": 3, "HEAD_DIM": 96, "SOFTCAP": 1}],
     "elementwise.cu": choices(**BOTH),
     "experts.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
     "experts_grouped.cu": choices(TILE=[16, 64], GATED=[0, 1])
@@ -122,7 +123,7 @@ def compile_for(job: tuple[str, Macros, str]) -> tuple[str, dict[str, dict[str, 
     nvrtc.nvrtcGetProgramLog(program, log)
     words = log.decode(errors="replace").strip("\0 \n")
     title = " ".join([name, architecture, *(f"{macro}={value}" for macro, value in sorted(macros.items()))])
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS or "instructions are serialized" in words:
         return title, {}, words or str(error)
     return title, usage(words), ""
 

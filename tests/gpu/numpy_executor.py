@@ -337,6 +337,13 @@ class NumpyOperations(NumpyPacking):
         self.norm(source, normed, "rms", epsilon, norm)
         self.linear_gated(normed, output, weight, activation, scratch)
 
+    def norm_gated_add(
+        self, source: Rows, inner: Rows, destination: Rows, weight: Weight, down: Weight, activation: str, norm: int,
+        epsilon: float, scale: float, normed: Rows, scratch: Rows,
+    ) -> None:  # fmt: skip
+        self.norm_linear_gated(source, inner, weight, activation, norm, epsilon, normed, scratch)
+        self.linear_add(inner, destination, down, scale)
+
     def rope_write_kv(
         self,
         inputs: StepInputs,

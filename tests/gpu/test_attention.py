@@ -7,6 +7,7 @@ import pytest
 from device import PAGE_TOKENS, device, error, from_bits, rounded, to_bits
 from test_rows import norm, normal
 
+from infer.gpu import attention
 from infer.gpu.arrays import KvLayer, RopeTable, Rows, StepInputs
 from infer.gpu.attention import AttentionPlan, PlanSize, is_fast
 
@@ -147,6 +148,58 @@ def test_decoded_rows_do_not_depend_on_company() -> None:
         alone = gpu.blank(1, 8 * 128, "bf16")
         gpu.ops.attend(inputs, plan, query, alone, together.layer, 0.1)
         assert (gpu.read(alone) == expected[row]).all(), (row, position)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (6, 2, 64), (4, 2, 256)])
+@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize("kind", ["bf16", "e4m3"])
+def test_prefilled_rows_do_not_depend_on_chunks(heads: int, kv_heads: int, dim: int, window: int, kind: str) -> None:
+    """A prompt whole, among others, and in chunks of some lengths: the same bits."""
+    case = Case([(0, 20), (0, 700)], heads, kv_heads, dim, "bf16", (kind, kind))
+    gpu, scale = case.gpu, dim**-0.5
+    plan, output = case.plan(window, False), gpu.blank(case.inputs.rows, heads * dim, "bf16")
+    gpu.ops.attend(case.inputs, plan, case.rows, output, case.layer, scale)
+    expected = gpu.read(output)[20:720]
+    stride = case.inputs.page_stride
+    table = gpu.put(gpu.ints(case.inputs.page_table, 4 * stride).reshape(4, -1)[1])
+    for first, rows in ((0, 700), (500, 200), (13, 101), (690, 9), (384, 128)):
+        arrays = ([0], np.arange(first, first + rows), [-1] * rows, [0], [0] * rows, [0, rows])
+        inputs = StepInputs(rows, 1, *[gpu.put(np.array(x, np.int32)) for x in arrays], table, stride)
+        size = PlanSize(rows, 1, 700, heads, kv_heads, dim)
+        plan = AttentionPlan(gpu.zeros(size.plan_bytes), gpu.zeros(size.scratch_bytes), size, window, False)
+        gpu.ops.attention_plan(inputs, plan)
+        queries = gpu.rows(case.queries[20 + first : 20 + first + rows], "bf16")
+        alone = gpu.blank(rows, heads * dim, "bf16")
+        gpu.ops.attend(inputs, plan, queries, alone, case.layer, scale)
+        assert (gpu.read(alone) == expected[first : first + rows]).all(), (first, rows)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (5, 3, 64), (4, 2, 256), (32, 8, 128)])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("sequences", [[(7, 4), (250, 3)], [(5, 40), (0, 33), (16, 1)], [(256, 64)]])
+def test_rotation_in_vectors(
+    heads: int, kv_heads: int, dim: int, has_norm: bool, sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored and rotated in vectors, against the kernel that takes everything."""
+    gpu, pages = device(), 60
+    turns = np.stack([np.cos(angles := normal(400, dim // 2) * 3), np.sin(angles)], -1).astype(np.float32)
+    table, inputs = RopeTable(gpu.put(turns), dim // 2), gpu.inputs(sequences, padding=1, pages=pages)
+    values = normal(inputs.rows, (heads + 2 * kv_heads) * dim)
+    norms = [gpu.vector(normal(dim)) for _ in range(2)] if has_norm else [0, 0]
+    found = []
+    for vectors in (True, False):
+        if not vectors:
+            monkeypatch.setattr(attention, "can_rotate_halves", lambda *_: False)
+        qkv, layer = gpu.rows(values, "bf16", values.shape[1] + 8), gpu.kv_layer(pages, kv_heads, dim, "bf16", "bf16")
+        gpu.ops.rope_write_kv(inputs, qkv, layer, heads, table, *norms, 1e-6)
+        size = pages * kv_heads * PAGE_TOKENS * dim
+        stored = [gpu.ints(pointer, size, np.uint16) for pointer in (layer.keys, layer.values)]
+        found.append((gpu.read(qkv.part(0, heads * dim)), *[from_bits(bits, "bf16") for bits in stored]))
+    for own, other in zip(*found, strict=True):
+        assert (np.isnan(own) == np.isnan(other)).all(), "other slots were written"
+        own, other = np.nan_to_num(own), np.nan_to_num(other)
+        assert (own == other).mean() > (0.99 if has_norm else 0.9999)
+        assert error(own, other) < 2e-3
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])

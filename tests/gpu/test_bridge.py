@@ -87,7 +87,7 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         assert not any(taken)
         llm.generate("Once", SamplingParams(max_tokens=2, logprobs=40))
         assert any(taken)
-    layer = ["norm_qkv", "attend", "linear_add", "norm_linear_gated", "linear_add"]
+    layer = ["norm_qkv", "attend", "linear_add", "norm_gated_add"]
     assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
 
 

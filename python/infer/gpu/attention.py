@@ -19,7 +19,10 @@ DECODE_ROWS = 8
 """Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
 
 PREFILL_PAGES = 2
-PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu
+PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu and attention_warp_group.cu
+WARP_GROUP_THREADS = 384
+GROUP_DIMS = (64, 96, 128, 192, 256)
+"""Widths of heads that cuda/attention_warp_group.cu takes."""
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
 DECODE_WARPS = 6
 DECODE_BLOCKS = 2  # per multiprocessor
@@ -155,6 +158,9 @@ class AttentionOperations(RowOperations):
         ``qkv`` is (rows, (heads + 2 * kv_heads) * head_dim), queries first. The norms are root mean square, one weight
         (head_dim) for all heads.
         """
+        if table and can_rotate_halves(qkv, layer, table, (query_norm, key_norm)):
+            self._rope_write_halves(inputs, qkv, layer, heads, table, query_norm, key_norm, epsilon)
+            return
         style = table.style if table else "half"
         macros = {**element_macros(qkv.dtype), **kv_macros(layer), "INTERLEAVED": int(style == "interleaved")}
         kernel = self.kernels.get("kv.cu", "rope_write_kv", **macros)
@@ -163,6 +169,26 @@ class AttentionOperations(RowOperations):
         shape = (qkv.stride, heads, layer.kv_heads, table.pairs if table else 0, layer.pages * PAGE_TOKENS)
         all_heads = heads + 2 * layer.kv_heads
         kernel(self.stream, (-(-all_heads // 4), qkv.rows), 128, (qkv.pointer, *turn, *pages, *shape, epsilon))
+
+    def _rope_write_halves(
+        self,
+        inputs: StepInputs,
+        qkv: Rows,
+        layer: KvLayer,
+        heads: int,
+        table: RopeTable,
+        query_norm: int,
+        key_norm: int,
+        epsilon: float,
+    ) -> None:
+        """``rope_write_kv`` in vectors; into how many parts a row's heads are divided changes no result."""
+        kernel = self.kernels.get("kv.cu", "rope_write_halves", **kv_macros(layer))
+        quads = -(-qkv.rows // 4)
+        groups = -(-(heads + layer.kv_heads) * layer.head_dim // 512)
+        parts = min(groups, max(1, 8 * self.kernels.multiprocessors // max(quads, 1)))
+        pointers = (qkv.pointer, table.pointer, inputs.rope_rows, query_norm, key_norm, layer.keys, layer.values, inputs.slots)
+        shape = (qkv.stride, qkv.rows, heads, layer.kv_heads, layer.pages * PAGE_TOKENS, epsilon)
+        kernel(self.stream, (parts, quads), 128, (*pointers, *shape))
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None:
         """Make the work lists of a step: once, before all layers, for each distinct window, and before any other operation.
@@ -210,11 +236,18 @@ class AttentionOperations(RowOperations):
             decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
             if plan.only_decode:
                 return
-        prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
-        arguments = (*rows, *pages, plan.tiles, plan.pointer, inputs.page_table, *shape)
+        tiles, tables = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
+        if has_warp_groups(self.kernels.capability, layer):
+            del macros["KEY_TYPE"], macros["VALUE_TYPE"], macros["CHUNK_PAGES"]
+            kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
+            arguments = (*rows, layer.keys, layer.values, sinks, *tables, *shape)
+            blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
+            kernel(self.stream, (blocks,), WARP_GROUP_THREADS, arguments, warp_group_shared_bytes(layer.head_dim))
+            return
+        prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         threads = 256 if layer.head_dim > 128 else 128
-        prefill(self.stream, (layer.kv_heads, min(most, plan.size.tiles)), threads, arguments, prefill_shared_bytes(layer))
+        prefill(self.stream, (layer.kv_heads, tiles), threads, (*rows, *pages, *tables, *shape), prefill_shared_bytes(layer))
 
     def attend_plainly(
         self,
@@ -248,6 +281,26 @@ def is_fast(queries: Rows, output: Rows, layer: KvLayer) -> bool:
     aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 for rows in (queries, output))
     group = queries.width // layer.head_dim // layer.kv_heads
     return types and layer.head_dim % spans == 0 and layer.head_dim <= 256 and group <= 16 and aligned
+
+
+def can_rotate_halves(qkv: Rows, layer: KvLayer, table: RopeTable, norms: tuple[int, int]) -> bool:
+    """Return whether cuda/kv.cu rotates and stores these in vectors: never a question of how many rows there are."""
+    types = qkv.dtype == layer.key_type == layer.value_type == "bf16"
+    whole = table.style == "half" and 2 * table.pairs == layer.head_dim and layer.head_dim in (64, 128, 256)
+    aligned = qkv.stride % 8 == 0 and all(pointer % 16 == 0 for pointer in (qkv.pointer, table.pointer, *norms))
+    return types and whole and aligned and (norms[0] == 0) == (norms[1] == 0)
+
+
+def has_warp_groups(capability: int, layer: KvLayer) -> bool:
+    """Return whether cuda/attention_warp_group.cu takes prompts over these pages: never a question of how many rows there are."""
+    return capability == 90 and layer.key_type == layer.value_type == "bf16" and layer.head_dim in GROUP_DIMS
+
+
+def warp_group_shared_bytes(head_dim: int) -> int:
+    """Return the shared memory of a block of cuda/attention_warp_group.cu: stages of queries, keys and values."""
+    tokens, blocks = 64 if head_dim > 128 else 128, -(-head_dim // 64)
+    stages, tiles = 2 if head_dim > 192 else 3, 1 if head_dim > 64 else 2
+    return 1024 + tiles * blocks * PREFILL_ROWS * 128 + stages * tokens * (blocks * 128 + head_dim * 2)
 
 
 def prefill_shared_bytes(layer: KvLayer) -> int:

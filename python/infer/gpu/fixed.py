@@ -68,6 +68,25 @@ class FixedOperations(Operations):
         for own, target, rows, space in _blocks(source, output, normed, scratch):
             super().norm_linear_gated(own, target, weight, activation, norm, epsilon, rows, space)
 
+    def norm_gated_add(
+        self,
+        source: Rows,
+        inner: Rows,
+        destination: Rows,
+        weight: Weight,
+        down: Weight,
+        activation: str,
+        norm: int,
+        epsilon: float,
+        scale: float,
+        normed: Rows,
+        scratch: Rows,
+    ) -> None:
+        """See `Operations`."""
+        for own, middle, target, rows, space in _blocks(source, inner, destination, normed, scratch):
+            super().norm_linear_gated(own, middle, weight, activation, norm, epsilon, rows, space)
+            super().linear_add(middle, target, down, scale)
+
     def qkv(
         self,
         inputs: StepInputs,

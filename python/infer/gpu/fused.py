@@ -39,12 +39,24 @@ READS = {
     "linear_gated": ("input",),
     "norm_linear": ("input",),
     "norm_linear_gated": ("input",),
+    "norm_gated_add": ("input", "destination"),
     "rope_write_kv": ("qkv",),
     "norm_qkv": ("input",),
 }
 """The columns that a step reads, by the names of its fields."""
 
-FILLS = ("embed", "norm", "linear", "attend", "gated_activation", "experts", "select", "linear_gated", "norm_linear")
+FILLS = (
+    "embed",
+    "norm",
+    "linear",
+    "attend",
+    "gated_activation",
+    "experts",
+    "select",
+    "linear_gated",
+    "norm_linear",
+    "norm_linear_gated",
+)
 """Steps that fill their `output` without reading it."""
 
 
@@ -71,7 +83,7 @@ def is_dead(later: list[Step], place: Place) -> bool:
 def fuse(steps: list[Step], weights: Weights, heads: int) -> list[Step]:
     """Return the program with neighbours merged, as far as there are kernels for it."""
     fused = _fuse_attention(steps, weights, heads)
-    for merge in (_merge_add, _merge_gated, _merge_norm, _merge_qkv, _merge_add_norm):
+    for merge in (_merge_add, _merge_gated, _merge_norm, _merge_qkv, _merge_gated_add, _merge_add_norm):
         fused = _merge_pairs(fused, weights, merge)
     return fused
 
@@ -138,6 +150,18 @@ def _merge_qkv(first: Step, second: Step, later: list[Step], weights: Weights) -
         return None
     product = {name: first[1][name] for name in ("input", "weight", "norm", "epsilon", "normed")}
     return "norm_qkv", {**product, **{name: fields[name] for name in ("qkv", "layer", "rope", "style")}}
+
+
+def _merge_gated_add(first: Step, second: Step, later: list[Step], weights: Weights) -> Step | None:
+    """``norm_linear_gated``, ``linear_add`` of its output: ``norm_gated_add``."""
+    if (first[0], second[0]) != ("norm_linear_gated", "linear_add") or second[1]["input"] != first[1]["output"]:
+        return None
+    inner, target = first[1]["output"], second[1]["destination"]
+    if any(overlap(first[1][name], target) for name in ("output", "normed", "scratch")) or not is_dead(later, inner):
+        return None
+    fields = {name: value for name, value in first[1].items() if name != "output"}
+    last = {name: second[1][name] for name in ("destination", "scale")}
+    return "norm_gated_add", {**fields, **last, "inner": inner, "down": second[1]["weight"]}
 
 
 def _merge_add_norm(first: Step, second: Step, later: list[Step], weights: Weights) -> Step | None:
@@ -285,6 +309,28 @@ class FusedSteps:
         source, target, rows, both = (self._rows(launch, place) for place in (input, output, normed, scratch))
         matrix, pointer = self._weights.matrices[weight], self._weights.vectors[norm][0]
         self._operations.norm_linear_gated(source, target, matrix, activation, pointer, epsilon, rows, both)
+
+    def norm_gated_add(
+        self,
+        launch: Launch,
+        input: Place,
+        inner: Place,
+        destination: Place,
+        weight: int,
+        down: int,
+        activation: str,
+        scratch: Place,
+        norm: int,
+        epsilon: float,
+        normed: Place,
+        scale: float,
+    ) -> None:
+        """A gated activation of two products of normed rows, and a product of that, added."""
+        places = (input, inner, destination, normed, scratch)
+        source, middle, target, rows, both = (self._rows(launch, place) for place in places)
+        first, second = self._weights.matrices[weight], self._weights.matrices[down]
+        pointer = self._weights.vectors[norm][0]
+        self._operations.norm_gated_add(source, middle, target, first, second, activation, pointer, epsilon, scale, rows, both)
 
     def rope_write_kv(
         self,

@@ -120,10 +120,11 @@ class LinearOperations(ManyOperations):
         if can_pair(weight) and can_stream(source, output, weight):
             self._stream(source, output, weight, GATED, activation=activation)
             return
-        if can_pair(weight) and self._is_many(source, output, weight):
+        both = scratch.part(0, weight.rows)  # as wide as the product that would be made otherwise
+        if can_pair(weight) and self._can_be_many(source, output, weight) and self._is_many(source, both, weight):
             self._many(source, output, weight, GATED, activation=activation)
             return
-        self.linear(source, scratch.part(0, weight.rows), weight)
+        self.linear(source, both, weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
 
     def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
@@ -287,6 +288,9 @@ class LinearOperations(ManyOperations):
             return
         rounded = self._rounded(source)
         self.round_rows(source, rounded.pointer, self._space)
+        self._rounded_product(rounded, output, weight, alpha, beta)
+
+    def _rounded_product(self, rounded: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._space)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)

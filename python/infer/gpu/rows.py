@@ -30,6 +30,25 @@ def norm_threads(width: int, elements: int) -> int:
     return min(1024, max(WARP, -(-width // elements // WARP) * WARP))
 
 
+HELD_VECTORS = 4
+"""Vectors of 8 values of a row that a thread keeps in registers, at most: VECTORS in cuda/norm.cu and cuda/activation.cu."""
+
+MOST_NORM_THREADS = 512
+MANY_ROWS = 256
+"""From so many rows on, an activation's threads take several vectors each."""
+
+
+def held_threads(width: int) -> int:
+    """Return the threads of a block that keeps a row in registers, as vectors of 8 values."""
+    return max(WARP, -(-width // (8 * HELD_VECTORS) // WARP) * WARP)
+
+
+def norm_shape(width: int, weight: int, *rows: Rows) -> tuple[int, int]:
+    """Return the elements that a norm's thread takes at once, and the threads of a block."""
+    v = vector(width, *rows) if weight % 16 == 0 and held_threads(width) <= MOST_NORM_THREADS else 1
+    return v, held_threads(width) if v == 8 else norm_threads(width, v)
+
+
 class RowOperations:
     """Operations on rows, enqueued on one stream."""
 
@@ -40,11 +59,12 @@ class RowOperations:
     def _over_columns(
         self, file: str, name: str, rows: Rows, width: int, v: int, arguments: tuple[int | float, ...], **macros: int | str
     ) -> None:
-        """Launch a kernel whose threads take ``v`` columns of one row each."""
+        """Launch a kernel whose threads take ``v`` columns of one row each, or VECTORS times as many."""
         if rows.rows == 0:
             return
         kernel = self.kernels.get(file, name, VECTOR=v, **element_macros(rows.dtype), **macros)
-        kernel(self.stream, (-(-width // (THREADS * v)), rows.rows), THREADS, arguments)
+        each = THREADS * v * int(macros.get("VECTORS", 1))
+        kernel(self.stream, (-(-width // each), rows.rows), THREADS, arguments)
 
     def embed(self, inputs: StepInputs, table: Weight, output: Rows, scale: float = 1.0) -> None:
         """``output[row] = scale * table[token]`` of each row's token, which may be what the step before chose."""
@@ -81,18 +101,29 @@ class RowOperations:
         weight and bias are f32, 0 for none: (width / groups), which the groups share, or (width) if ``per_group``.
         """
         width = source.width // groups
-        v = vector(width, source, output)
+        v, threads = norm_shape(width, weight, source, output)
+        if groups > 1:
+            v = vector(width, source, output)
         macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(source.dtype)}
         pointers = (source.pointer, output.pointer, weight, bias, source.stride, output.stride, width)
         if source.rows == 0:
             return
         if groups == 1:
             kernel = self.kernels.get("norm.cu", "norm_rows", **macros)
-            kernel(self.stream, (source.rows,), norm_threads(width, v), (*pointers, epsilon))
+            kernel(self.stream, (source.rows,), threads, (*pointers, epsilon))
         else:
             kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
             step = width if per_group else 0
             kernel(self.stream, (-(-groups // 4), source.rows), 4 * WARP, (*pointers, groups, step, epsilon))
+
+    def norm_round(self, source: Rows, output: int, scales: int, epsilon: float, weight: int) -> None:
+        """Round the root-mean-square norm of each row to E4M3 numbers, (rows, width), times its scale, f32 (rows).
+
+        The same as ``norm`` and then ``round_rows``, bit for bit; for rows that ``norm_shape`` gives vectors of 8.
+        """
+        kernel = self.kernels.get("norm.cu", "norm_round", VECTOR=8, LAYER_NORM=0, **element_macros(source.dtype))
+        arguments = (source.pointer, output, scales, weight, source.stride, source.width, epsilon)
+        kernel(self.stream, (source.rows,), held_threads(source.width), arguments)
 
     def add_norm(
         self,
@@ -108,19 +139,31 @@ class RowOperations:
         """``hidden += scale * branch``, then ``output = norm(hidden)``, in one kernel."""
         if hidden.rows == 0:
             return
-        v = vector(hidden.width, hidden, branch, output)
+        v, threads = norm_shape(hidden.width, weight, hidden, branch, output)
         macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(hidden.dtype)}
         pointers = (hidden.pointer, branch.pointer, output.pointer, weight, bias)
         strides = (hidden.stride, branch.stride, output.stride, hidden.width)
         kernel = self.kernels.get("norm.cu", "add_norm", **macros)
-        kernel(self.stream, (hidden.rows,), norm_threads(hidden.width, v), (*pointers, *strides, scale, epsilon))
+        kernel(self.stream, (hidden.rows,), threads, (*pointers, *strides, scale, epsilon))
 
     def gated_activation(self, gate: Rows, up: Rows, output: Rows, name: str) -> None:
         """``output = activation(gate) * up``."""
         v = vector(output.width, gate, up, output)
         pointers = (gate.pointer, up.pointer, output.pointer, gate.stride, up.stride, output.stride, output.width)
-        number = ACTIVATIONS.index(name)
-        self._over_columns("activation.cu", "gated_activation", output, output.width, v, pointers, ACTIVATION=number)
+        macros: dict[str, int | str] = {"ACTIVATION": ACTIVATIONS.index(name)}
+        if v == 8 and output.rows >= MANY_ROWS:
+            macros["VECTORS"] = HELD_VECTORS
+        self._over_columns("activation.cu", "gated_activation", output, output.width, v, pointers, **macros)
+
+    def gated_round(self, gate: Rows, up: Rows, output: int, scales: int, name: str) -> None:
+        """Round ``activation(gate) * up`` to E4M3 numbers, (rows, width), times each row's scale, f32 (rows).
+
+        The same as ``gated_activation`` and then ``round_rows``, bit for bit.
+        """
+        macros = {"VECTOR": 8, "VECTORS": HELD_VECTORS, "ACTIVATION": ACTIVATIONS.index(name), **element_macros(gate.dtype)}
+        kernel = self.kernels.get("activation.cu", "gated_round", **macros)
+        arguments = (gate.pointer, up.pointer, output, scales, gate.stride, up.stride, gate.width)
+        kernel(self.stream, (gate.rows,), held_threads(gate.width), arguments)
 
     def activation(self, rows: Rows, name: str) -> None:
         """``rows = activation(rows)``."""
