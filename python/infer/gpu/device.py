@@ -1,5 +1,10 @@
 """One GPU: its memory, one stream, copies and graphs. The only file of this room that talks to CuPy besides kernels.py.
 
+What a step enqueues goes through the driver (launch.py), which keeps Python's lock: CuPy's copies and launches give it up, and
+where another thread computes in Python, each of them then takes five milliseconds to get it back. (Beside such a thread, 64
+sequences of the 1B shape made 1,300 tokens a second so, and make 4,600; waiting for the device and for work still gives the lock
+up.)
+
 Memory is taken with plain allocations and given back when the device is closed. Everything is enqueued on one stream, so what
 is written before is seen by what comes after, and one `synchronize` per step is all the waiting there is.
 `tests/gpu/numpy_executor.py` has a twin over host memory, with which the whole room is tested where there is no GPU.
@@ -7,9 +12,11 @@ is written before is seen by what comes after, and one `synchronize` per step is
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 from infer._core import InferError
+from infer.gpu.launch import check, driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +29,7 @@ WORKSPACE_BYTES = 32 << 20  # of matrix products; what cuBLASLt wants on Hopper
 UNPACKED_BYTES = 256 << 20  # ... and of products of many rows with weights of few bits: rounded rows, or unpacked weights
 LEAST_DRIVER = 12000  # CUDA 12
 LEAST_CAPABILITY = 80  # bfloat16 and cp.async
+BRIEF_BYTES = 1 << 20  # of copies that are enqueued, or made, in no time
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 
 
@@ -115,6 +123,10 @@ class Device:
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
         """Enqueue a copy of a contiguous array to the device."""
+        if array.nbytes <= BRIEF_BYTES:
+            place, source, stream = (ctypes.c_void_p(each) for each in (pointer, array.ctypes.data, self.stream))
+            check(driver().cuMemcpyHtoDAsync_v2(place, source, ctypes.c_size_t(array.nbytes), stream), "a copy to the GPU")
+            return
         self._runtime.memcpyAsync(pointer, array.ctypes.data, array.nbytes, HOST_TO_DEVICE, self.stream)
 
     def upload_columns(self, pointer: int, array: NDArray[Any], rows: int, columns: int) -> None:
@@ -124,6 +136,10 @@ class Device:
 
     def download(self, array: NDArray[Any], pointer: int) -> None:
         """Enqueue a copy from the device to a contiguous array."""
+        if array.nbytes <= BRIEF_BYTES:
+            place, source, stream = (ctypes.c_void_p(each) for each in (array.ctypes.data, pointer, self.stream))
+            check(driver().cuMemcpyDtoHAsync_v2(place, source, ctypes.c_size_t(array.nbytes), stream), "a copy from the GPU")
+            return
         self._runtime.memcpyAsync(array.ctypes.data, pointer, array.nbytes, DEVICE_TO_HOST, self.stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
@@ -137,7 +153,7 @@ class Device:
     def mark(self) -> Any:
         """Return what `reach` waits for: all that is enqueued up to here."""
         event = self._event(disable_timing=True)
-        event.record(self._stream)
+        check(driver().cuEventRecord(ctypes.c_void_p(event.ptr), ctypes.c_void_p(self.stream)), "marking a step's end")
         return event
 
     def reach(self, mark: Any) -> None:
@@ -156,7 +172,13 @@ class Device:
         finally:
             graph = self._stream.end_capture()
         graph.upload(self._stream)
-        return lambda: graph.launch(self._stream)
+        launch, ready, stream = driver().cuGraphLaunch, ctypes.c_void_p(graph.graphExec), ctypes.c_void_p(self.stream)
+
+        def replay() -> None:
+            check(launch(ready, stream), "launching a graph")
+
+        replay.graph = graph  # type: ignore[attr-defined]  # which lives as long
+        return replay
 
     def is_broken(self, error: BaseException) -> bool:
         """Whether the GPU can do nothing more in this process after this error."""
