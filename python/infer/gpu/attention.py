@@ -239,7 +239,7 @@ class AttentionOperations(RowOperations):
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
         tiles, tables = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
         if has_warp_groups(self.kernels.capability, layer):
-            del macros["KEY_TYPE"], macros["VALUE_TYPE"], macros["CHUNK_PAGES"]
+            del macros["KEY_TYPE"], macros["VALUE_TYPE"]
             kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
             arguments = (*rows, layer.keys, layer.values, sinks, *tables, *shape)
             blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
