@@ -216,8 +216,7 @@ def decode_step(bench: Bench, shape: Shape, kind: str, rows: int, rate: float) -
             ops.qkv(inputs, hidden, qkv, first, layer, shape.heads, table, norm, 1e-5, normed)
             ops.attend(inputs, plan, qkv.part(0, shape.heads * dim), attended, layer, dim**-0.5)
             ops.linear_add(attended, hidden, second)
-            ops.norm_linear_gated(hidden, inner, third, "silu", norm, 1e-5, normed, both)
-            ops.linear_add(inner, hidden, fourth)
+            ops.norm_gated_add(hidden, inner, hidden, third, fourth, "silu", norm, 1e-5, 1.0, normed, both)
         ops.norm_linear(hidden, logits, head, norm, 1e-5, normed)
         ops.argmax(logits, chosen, scratch)
 

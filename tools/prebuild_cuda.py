@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from functools import cache
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from infer.gpu import linear, prebuilt
 from infer.gpu.attention import DECODE_ROWS
 from infer.gpu.executor import FULL, GREEDY, SAMPLED, Launch
 from infer.gpu.kernels import expand
+from infer.gpu.launch import signatures
 from infer.gpu.memory import Plan
 from infer.gpu.operations import Operations
 from infer.gpu.worker import _Loaded
@@ -62,14 +64,23 @@ ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 40, 64, 96, 128, 192, 256, 512, 2048)
 Variant = tuple[str, tuple[str, ...]]
 
 
+@cache
+def parameters(file: str) -> dict[str, str]:
+    """Return the types of the parameters of a file's kernels."""
+    return signatures(expand(kernel_sources(), file))
+
+
 class NoKernel:
-    """In the place of a kernel."""
+    """In the place of a kernel, whose parameters have these types (launch.py)."""
 
-    def __init__(self, multiprocessors: int) -> None:
-        self._multiprocessors = multiprocessors
+    def __init__(self, multiprocessors: int, name: str, codes: str) -> None:
+        self._multiprocessors, self._name, self._codes = multiprocessors, name, codes
 
-    def __call__(self, *arguments: Any) -> None:
-        """Launch nothing."""
+    def __call__(self, stream: int, grid: tuple[int, ...], threads: int, arguments: tuple[int | float, ...], *more: int) -> None:
+        """Launch nothing, but see that the arguments are the kernel's."""
+        pairs = zip(arguments, self._codes, strict=False)
+        if len(arguments) != len(self._codes) or any(isinstance(one, float) and code != "f" for one, code in pairs):
+            raise TypeError(f"{self._name} takes {self._codes}, not {arguments}")
 
     def most_clusters(self, cluster: int, threads: int, shared: int) -> int:
         """Return how many clusters of blocks of the greatest size run at once, if none is left over."""
@@ -87,7 +98,7 @@ class Recorder:
     def get(self, file: str, name: str, **macros: int | str) -> NoKernel:
         """Remember a kernel."""
         self.variants.add((file, tuple(f"-D{macro}={value}" for macro, value in sorted(macros.items()))))
-        return NoKernel(self.multiprocessors)
+        return NoKernel(self.multiprocessors, name, parameters(file)[name])
 
 
 class NoBlas:
