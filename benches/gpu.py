@@ -179,7 +179,7 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
     dice, energy = random.Random(7), Energy()
 
     def median(count: int, tokens: int, generated: int, times: int = rounds) -> tuple[float, float]:
-        for _ in range(1 if generated > 1 else 2):  # a size's first step compiles what it needs, the second is captured
+        for _ in range(2):  # a size's first step compiles what it needs, the second is captured
             timed(llm, energy, dice, count, tokens, generated)
         runs = [timed(llm, energy, dice, count, tokens, generated) for _ in range(times)]
         return statistics.median(seconds for seconds, _ in runs), statistics.median(joules for _, joules in runs)
