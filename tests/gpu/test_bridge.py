@@ -15,6 +15,7 @@ from machine import patience
 from samples import PROMPTS, choices, same_choices, texts
 
 from infer import LLM, InferError, SamplingParams
+from infer.gpu.runner import padded_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -387,3 +388,10 @@ def test_blocks_of_many_formats_are_those_of_the_cpu(open_host: Callable[..., LL
         expected = llm.logits(tokens)
     llm = open_host(path)
     assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_steps_that_the_engine_cuts_are_not_padded() -> None:
+    """As `whole_rows` in rust/engine/src/config.rs cuts them."""
+    for rows in range(512, 8193):
+        step = 1 << (rows.bit_length() - 4)
+        assert padded_prompt(rows // step * step) == rows // step * step
