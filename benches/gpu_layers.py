@@ -2,8 +2,8 @@
 
 usage: gpu_layers.py [--json FILE] [--shapes 8B ...] [--weights bf16 e4m3 ...] [--rows 1 64 256 2048 ...]
 
-Of up to 256 rows each is a sequence that decodes, behind a context of 512 tokens; more are one prompt. Weights are random and those
-of several layers, so that they come from memory. Figures are medians of replayed graphs, in microseconds a layer.
+Of up to 256 rows each is a sequence that decodes, behind a context of 512 tokens; more are one prompt. Weights are random and
+those of several layers, so that they come from memory. Figures are medians of replayed graphs, in microseconds a layer.
 """
 
 from __future__ import annotations
