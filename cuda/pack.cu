@@ -29,7 +29,7 @@ typedef u8 Source;
 #endif
 
 // What a thread has of a group: codes (of 8 bits: integers) of columns lane + 16 * i.
-struct Part {
+struct PackedPart {
     int codes[PER_THREAD];
     f16 scale, minimum; // or steps, and
     u32 units;
@@ -82,8 +82,8 @@ DEVICE float greatest_of(const float (&values)[PER_THREAD], int lane) {
     return most;
 }
 
-DEVICE Part rounded_to_nibbles(const float (&values)[PER_THREAD], int lane) {
-    Part part = {};
+DEVICE PackedPart rounded_to_nibbles(const float (&values)[PER_THREAD], int lane) {
+    PackedPart part = {};
     const float greatest = greatest_of(values, lane);
     float best = __fdiv_rn(greatest, -8.0f), best_gain = 0.0f;
     for (int eighths = 56; eighths < 92; eighths++) {
@@ -99,8 +99,8 @@ DEVICE Part rounded_to_nibbles(const float (&values)[PER_THREAD], int lane) {
     return part;
 }
 
-DEVICE Part rounded_to_bytes(const float (&values)[PER_THREAD], int lane) {
-    Part part;
+DEVICE PackedPart rounded_to_bytes(const float (&values)[PER_THREAD], int lane) {
+    PackedPart part;
     const float scale = __fdiv_rn(fabsf(greatest_of(values, lane)), 127.0f), inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale);
     part.scale = from_float<f16>(scale);
 #pragma unroll
@@ -116,8 +116,8 @@ DEVICE u32 word_at(const u8 *bytes) { return bytes[0] | bytes[1] << 8 | bytes[2]
 DEVICE f16 both(int first, int second) { return f16{u16(first + 128 | (second + 128) << 8)}; }
 
 // Group `index` of a block of 256 weights (rust/kernels/src/quant/q4_k.rs, q5_k.rs, q6_k.rs).
-DEVICE Part read_k_quant(const u8 *block, int index, int lane) {
-    Part part = {};
+DEVICE PackedPart read_k_quant(const u8 *block, int index, int lane) {
+    PackedPart part = {};
     if (FORMAT == Q6_K) {
         const u8 *nibbles = block + index / 4 * 64 + index % 2 * 32, *high = block + 128 + index / 4 * 32;
         const signed char *steps = reinterpret_cast<const signed char *>(block) + 192 + 2 * index;
@@ -146,9 +146,9 @@ DEVICE Part read_k_quant(const u8 *block, int index, int lane) {
 }
 
 // The part of a group whose first column is `column`; `row` begins with the row.
-DEVICE Part read_part(const Source *row, int column, int lane, int *refused) {
+DEVICE PackedPart read_part(const Source *row, int column, int lane, int *refused) {
     const int group = column / WEIGHT_GROUP;
-    Part part = {};
+    PackedPart part = {};
     if constexpr (FORMAT == NUMBERS) {
         float values[PER_THREAD];
         bool fits = true;
@@ -195,7 +195,7 @@ KERNEL pack(const u8 *source, u8 *packed, f16 *scales, f16 *minima, int *refused
     // Sixteen threads are always of one mind, but not a whole warp: so all shuffle, with what the first row has.
     const bool exists = matrix_row < rows && column < columns;
     const Source *from = reinterpret_cast<const Source *>(source + size_t(exists ? matrix_row : 0) * row_bytes);
-    const Part part = read_part(from, exists ? column : 0, lane, refused);
+    const PackedPart part = read_part(from, exists ? column : 0, lane, refused);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) codes[row][group * WEIGHT_GROUP + i * SHARERS + lane] = u8(exists ? part.codes[i] : ZERO);
     if (lane == 0) {
