@@ -221,7 +221,8 @@ class AttentionOperations(RowOperations):
             self.attend_plainly(inputs, plan, queries, output, layer, scale, softcap, sinks)
             return
         heads = queries.width // layer.head_dim
-        macros = {**kv_macros(layer), "GROUP": heads // layer.kv_heads, "SOFTCAP": int(softcap > 0)}
+        query_macros: dict[str, int | str] = {"GROUP": heads // layer.kv_heads, "SOFTCAP": int(softcap > 0)}
+        macros = {**kv_macros(layer), **query_macros}
         wide = layer.head_dim > 128 or heads // layer.kv_heads > 8  # whose partial sums would not fit shared memory
         warps = 4 if wide else DECODE_WARPS
         sizes = {"DECODE_WARPS": warps, "DECODE_BLOCKS": DECODE_BLOCKS}
@@ -239,8 +240,7 @@ class AttentionOperations(RowOperations):
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
         tiles, tables = min(most, plan.size.tiles), (plan.tiles, plan.pointer, inputs.page_table)
         if has_warp_groups(self.kernels.capability, layer):
-            del macros["KEY_TYPE"], macros["VALUE_TYPE"]
-            kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", **macros)
+            kernel = self.kernels.get("attention_warp_group.cu", "attention_warp_group", HEAD_DIM=layer.head_dim, **query_macros)
             arguments = (*rows, layer.keys, layer.values, sinks, *tables, *shape)
             blocks = min(self.kernels.multiprocessors, tiles * layer.kv_heads)
             kernel(self.stream, (blocks,), WARP_GROUP_THREADS, arguments, warp_group_shared_bytes(layer.head_dim))

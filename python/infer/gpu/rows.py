@@ -101,9 +101,7 @@ class RowOperations:
         weight and bias are f32, 0 for none: (width / groups), which the groups share, or (width) if ``per_group``.
         """
         width = source.width // groups
-        v, threads = norm_shape(width, weight, source, output)
-        if groups > 1:
-            v = vector(width, source, output)
+        v, threads = norm_shape(width, weight, source, output) if groups == 1 else (vector(width, source, output), 4 * WARP)
         macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(source.dtype)}
         pointers = (source.pointer, output.pointer, weight, bias, source.stride, output.stride, width)
         if source.rows == 0:
@@ -114,7 +112,7 @@ class RowOperations:
         else:
             kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
             step = width if per_group else 0
-            kernel(self.stream, (-(-groups // 4), source.rows), 4 * WARP, (*pointers, groups, step, epsilon))
+            kernel(self.stream, (-(-groups // 4), source.rows), threads, (*pointers, groups, step, epsilon))
 
     def norm_round(self, source: Rows, output: int, scales: int, epsilon: float, weight: int) -> None:
         """Round the root-mean-square norm of each row to E4M3 numbers, (rows, width), times its scale, f32 (rows).

@@ -49,8 +49,8 @@ pub struct EngineConfig {
     /// How long a step should take at most that carries running completions besides prompts: prompts get fewer rows then, by what a row
     /// cost lately. None: as many as `max_num_batched_tokens` allows.
     pub step_time_target: Option<Duration>,
-    /// Steps that are cut for [`EngineConfig::step_time_target`] have a multiple of so many rows, a power of two, or of more where
-    /// there are many: for a device that pads steps to some such size. 1 for any number.
+    /// A power of two; 1 for a device that takes any number of rows. One that pads steps: those that are cut for
+    /// [`EngineConfig::step_time_target`] and have eight times as many rows or more get a multiple of it, the more rows the larger.
     pub row_unit: usize,
     /// If every layer sees only so many last positions: pages wholly before that are given up.
     pub window: Option<usize>,

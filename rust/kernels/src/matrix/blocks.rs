@@ -9,7 +9,6 @@ const WEIGHT_BYTES: usize = 192 << 10;
 const ROW_BYTES: usize = 256 << 10;
 
 /// Panels that meet tiles.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Block {
     pub(super) panels: Range<usize>,
     pub(super) tiles: Range<usize>,
@@ -18,7 +17,7 @@ pub(super) struct Block {
 }
 
 /// Blocks in which each panel meets each tile once, given the bytes of a panel and those of a row in a tile. (512 rows of Q4_0: 3 to 6 %,
-/// of other formats 1 to 3.)
+/// of other formats up to 3.)
 pub(super) fn blocks(
     panels: Range<usize>,
     panel_bytes: usize,
