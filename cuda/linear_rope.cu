@@ -4,7 +4,12 @@
 #include "common.cuh"
 #include "kv.cuh"
 #include "mma.cuh"
+#include "linear_product.cuh"
+#if PACKED == 4
+#include "linear_registers.cuh"
+#else
 #include "linear_stream.cuh"
+#endif
 
 static_assert(PAIRED, "dimensions are combined with those that they pair with");
 constexpr int HALF = HEAD_DIM / 2, UNITS_OF_HEAD = HALF / OUTPUTS;
@@ -33,9 +38,17 @@ struct Places {
     }
 };
 
+#if PACKED != 4
+// What a thread needs at the end of its two dimensions.
+struct Early {
+    Ending first, second;
+    float2 angle;
+};
+#endif
+
 // As linear_stream; weight is ((heads + 2 * kv_heads) * HEAD_DIM, columns), output (rows, heads * HEAD_DIM and more), table (table rows,
 // HALF) of (cosine, sine). Launch: any grid of up to weight_rows / (2 * OUTPUTS) blocks, else as linear_stream.
-BOUNDED_KERNEL(TEAMS * WARPS * WARP, 1)
+BOUNDED_KERNEL(BOUND, 1)
 linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Scale *scales, const Scale *minima, const float *norm,
             bf16 *output, KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const float2 *table, const int *rope_rows, const int *slots,
             int input_stride, int output_stride, int rows, int columns, int heads, int kv_heads, int all_slots, float epsilon) {
@@ -43,9 +56,10 @@ linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Sc
     const int units = (heads + 2 * kv_heads) * UNITS_OF_HEAD;
     const Product product = {input, weight, scales, minima, norm, input_stride, rows, (heads + 2 * kv_heads) * HEAD_DIM, columns,
                              units, HALF};
-    const Ending ending = {bias, scales, columns, epsilon};
     const Places places = {output, key_pages, value_pages, slots, output_stride, heads, kv_heads, all_slots};
     const auto first_row = [](int unit) { return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * OUTPUTS; };
+#if PACKED == 4
+    const Ending ending = {bias, scales, columns, epsilon};
     stream(product, dynamic, first_row, [&](const Shared &shared, const Squares &squares, int unit, int thread) {
         for (int i = thread; i < OUTPUTS * rows; i += WARPS * WARP) {
             const int place = i % OUTPUTS, token = i / OUTPUTS, head = unit / UNITS_OF_HEAD;
@@ -57,4 +71,21 @@ linear_rope(const bf16 *input, const WEIGHT *weight, const float *bias, const Sc
             places.store(token, head, dim + HALF, b * angle.x + a * angle.y);
         }
     });
+#else
+    const auto begin = [&](int unit, int thread) {
+        const int row = first_row(unit) + thread % OUTPUTS, token = thread / OUTPUTS;
+        Early early = {{scales, bias, row}, {scales, bias, row + HALF}, make_float2(1.0f, 0.0f)};
+        if (token < rows && unit / UNITS_OF_HEAD < heads + kv_heads) early.angle = table[size_t(rope_rows[token]) * HALF + row % HEAD_DIM];
+        return early;
+    };
+    const auto finish = [&](const float *sums, const float *factors, int stride, int unit, int thread, const Early &early) {
+        const int token = thread / OUTPUTS, place = thread % OUTPUTS, head = unit / UNITS_OF_HEAD, dim = (first_row(unit) + place) % HEAD_DIM;
+        if (token >= rows) return;
+        const float2 angle = early.angle;
+        const float a = early.first(sums, factors, stride, place, 0, token), b = early.second(sums, factors, stride, place, 1, token);
+        places.store(token, head, dim, a * angle.x - b * angle.y);
+        places.store(token, head, dim + HALF, b * angle.x + a * angle.y);
+    };
+    stream(product, dynamic, epsilon, first_row, begin, finish);
+#endif
 }

@@ -1,246 +1,303 @@
 // The pipeline of the streaming products: a weight matrix times up to TOKENS input rows, at the speed of reading the weights once.
 //
-// WARPS warps are a team, and a block has the TEAMS that fill a multiprocessor. A team takes TILES tiles of 16 weight rows at a time, and
-// then the next ones; its warps share out the columns in steps, and their sums are added in order at the end of each. So a result depends
-// on its input row and the weights alone, not on the other rows. Weights go from memory straight into the registers of the matrix
-// instructions, 16 bytes a lane, DEPTH steps ahead, across the ends of tiles; the first steps are read before the kernel waits for its
-// predecessor, so memory never idles between kernels. The loops are kept short: what does not fit the instruction cache cost half of the
-// speed.
+// A block takes a unit of 16 weight rows at a time, and then another; its WARPS warps share out the columns in steps, and their sums are
+// added in order at the end of each. So a result depends on its input row and the weights alone, not on the other rows. Each warp copies
+// its steps of the weights to a ring of its own in shared memory, DEPTH steps ahead, across the ends of units, and waits for nobody. The
+// loops are kept short: what does not fit the instruction cache cost half of the speed.
 //
-// Input rows are in shared memory: whole, for all teams, where that is large enough (RESIDENT); else each warp copies its columns to a ring
-// of its own, RING steps ahead. Read directly, their latency in every step held up the weights; and copied anew for every tile, 16 rows
-// were four times the bytes of 4-bit weights.
+// A multiprocessor has 8 of these warps: with 16, in two teams, an H200 read 3.8 TB/s in place of 4.5, whatever was under way.
+//
+// What decode loses, it loses between kernels: until the last block has ended, and the next kernel's blocks have been launched, have read
+// their input and asked for weights, memory idles, 4 us of 13 for a small matrix. So two kernels share a multiprocessor: the next one's
+// block is there before this one's ends, with its ring full of weights, which it multiplies while the ring of the kernel after that fills.
+// (When the ring was in registers, a block took all of them.) Two blocks of one kernel must not share one: where that once happens, the
+// next kernel finds its places elsewhere, and soon every kernel runs on half of the multiprocessors. So launches alternate between blocks
+// with more than half of the shared memory, and blocks with more than half of the registers, by warps that do nothing but wait for the end.
+//
+// Input rows are in shared memory: whole (RESIDENT), or each warp copies its columns behind its weights to the ring.
 //
 // NORM 1: input rows, RESIDENT, are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the
 // end, when the sum of squares is known.
-#include "linear_product.cuh"
-
+#ifndef WARPS
+#define WARPS 8
+#endif
 #ifndef DEPTH
-#define DEPTH ((PACKED == 8 ? 2 : 4) / TILES)
+#define DEPTH 2
 #endif
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef WARPS
-#define WARPS 8
-#endif
 #ifndef RESIDENT
 #define RESIDENT 0
 #endif
-#ifndef RING
-#define RING 2 // steps of input that are under way, where it is not resident: 1, 2 or 4, up to DEPTH
-#endif
 
-constexpr int TEAMS = 16 / WARPS;
-constexpr int EIGHTS = STEP / 8;                               // 16 bytes of an input row each, in a step
-constexpr int AT_ONCE = WARP / EIGHTS;                         // tokens that a warp copies at once
-constexpr int SLOT = TOKENS * STEP * 2;                        // bytes of a step in the ring
-static_assert(DEPTH % RING == 0, "a step's slot follows from its place in the ring of weights");
+constexpr int THREADS = WARPS * WARP;
+constexpr int BOUND = TOKENS > 8 ? 576 : 768; // threads of a block, so that there are up to 96 or 80 registers
+constexpr int EIGHTS = STEP / 8;                  // 16 bytes of an input row each, in a step
+constexpr int AT_ONCE = WARP / EIGHTS;            // tokens that a warp copies at once
+constexpr int TURNS = TOKENS > 8 ? 1 : 2;         // units whose sums are kept
 static_assert(RESIDENT || !NORM, "only resident rows are normalised");
+static_assert(TILES == 1 && OUTPUTS * TOKENS <= THREADS, "a thread ends one output of a unit");
+
+// Ends a block: the warps that only take registers wait for those that work.
+DEVICE void end_block(bool works) {
+    if (blockDim.x == THREADS) return;
+    if (works) {
+        asm volatile("bar.arrive 1, %0;" ::"r"(blockDim.x) : "memory");
+    } else {
+        asm volatile("bar.sync 1, %0;" ::"r"(blockDim.x) : "memory");
+    }
+}
+
+// Waits for the other warps that work.
+DEVICE void work_barrier() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 
 // Eight input values of a token times the norm's factors, and their squares added up.
-DEVICE void normalise(uint4 &values, const float *factors, float &squares) {
-    float f[8];
-    load<8>(factors, f);
+DEVICE void normalise(uint4 &values, const float (&factors)[8], float &squares) {
     u32 words[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float a = low_bf16(words[i]), b = high_bf16(words[i]);
         squares = fmaf(b, b, fmaf(a, a, squares));
-        words[i] = pack_bf16(a * f[2 * i], b * f[2 * i + 1]);
+        words[i] = pack_bf16(a * factors[2 * i], b * factors[2 * i + 1]);
     }
     values = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// A block's shared memory: squares that each warp added up (WARPS, TOKENS), the rows' scales (TOKENS), sums (TURNS, WARPS, 16, stride), the
+// rings (WARPS, DEPTH) of a step's weights and, unless RESIDENT, its input (rows, STEP); the RESIDENT input, for each warp
+// ceil(steps / WARPS) slots of (rows, STEP).
+struct Memory {
+    u8 *begin;
+    int rows;
+
+    DEVICE float *squares() const { return reinterpret_cast<float *>(begin); }
+    DEVICE float *factors() const { return squares() + WARPS * TOKENS; }
+    DEVICE int stride() const { return rows | 1; }
+    DEVICE float *sums(int turn) const { return factors() + TOKENS + turn * WARPS * 16 * stride(); }
+    DEVICE int slot_bytes() const { return Feed<WARPS>::BYTES + (RESIDENT ? 0 : rows * STEP * 2); }
+    DEVICE u8 *ring(int warp) const { return reinterpret_cast<u8 *>(sums(TURNS)) + warp * DEPTH * slot_bytes(); }
+    DEVICE u8 *input() const { return ring(WARPS); }
+};
+
+// Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
+DEVICE int input_place(int token, int eight) {
+    constexpr bool INTERLEAVED_READS = !PACKED && sizeof(WEIGHT) == 1; // a lane reads two neighbouring eights
+    const int half = INTERLEAVED_READS ? eight % 2 : eight / 4 % 2, quarter = INTERLEAVED_READS ? eight / 2 % 4 : eight % 4;
+    return token * STEP * 2 + eight / 8 * 128 + (half ^ token % 2) * 64 + quarter * 16;
+}
+
 // A warp's steps of the input rows in shared memory, (rows, STEP) each.
 struct Input {
-    const bf16 *from; // the lane's part of its first row
-    u8 *slots;
-    u32 to; // where the lane's part goes, an address in shared memory
-    int stride, rows, columns, lane, g, t;
+    const bf16 *begin, *at; // the lane's part of its first row: in the warp's first step, and in the next one that is copied
+    int stride, rows, columns, left, lane, t; // left: columns from that step on, less the lane's
+    u32 to, from[PARTS][2]; // where in a slot the lane writes, and reads either half of 64 columns
 
-    // Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
-    DEVICE static int place(int token, int eight) {
-        constexpr bool INTERLEAVED_READS = !PACKED && sizeof(WEIGHT) == 1; // a lane reads two neighbouring eights
-        const int half = INTERLEAVED_READS ? eight % 2 : eight / 4 % 2, quarter = INTERLEAVED_READS ? eight / 2 % 4 : eight % 4;
-        return token * STEP * 2 + eight / 8 * 128 + (half ^ token % 2) * 64 + quarter * 16;
+    DEVICE Input(const Product &product, int warp, int lane)
+        : stride(product.input_stride), rows(product.rows), columns(product.columns - warp * STEP - lane % EIGHTS * 8), lane(lane), t(lane % 4) {
+        begin = product.input + size_t(lane / EIGHTS) * stride + warp * STEP + lane % EIGHTS * 8;
+        to = input_place(lane / EIGHTS, lane % EIGHTS);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            // Tokens that do not exist are some other one: nobody uses their sums.
+            const int token = min(part * 8 + lane / 4, rows - 1);
+            from[part][0] = token * STEP * 2 + token % 2 * 64 + t * 16;
+            from[part][1] = from[part][0] ^ 64;
+            asm volatile("" : "+r"(from[part][0]), "+r"(from[part][1])); // or they are computed anew in every step
+        }
+        restart();
     }
 
-    // Starts copying a step's columns to a slot; what lies beyond the row becomes zeros, and is not read.
-    DEVICE void copy(int number, int slot) const {
-        const bool inside = number * STEP + lane % EIGHTS * 8 < columns;
-        const bf16 *source = from + number * STEP;
-        u32 target = to + slot;
+    // Goes to the warp's first step.
+    DEVICE void restart() { at = begin, left = columns; }
+
+    // Starts copying the next step's columns to a slot; what lies beyond the row becomes zeros, and is not read.
+    DEVICE void start(u32 slot) {
+        const bf16 *source = at;
+        u32 target = slot + to;
 #pragma unroll 1
         for (int token = lane / EIGHTS; token < rows; token += AT_ONCE) {
-            copy_16_to(target, source, inside);
+            copy_16_to(target, source, left > 0);
             source += AT_ONCE * size_t(stride);
             target += AT_ONCE * STEP * 2;
         }
+        at += WARPS * STEP, left -= WARPS * STEP;
     }
 
-    // Normalises what this lane copied to a slot, and adds up the squares of each of its tokens.
-    DEVICE void normalise_own(int number, int slot, const float *norm, float (&squares)[TOKENS / AT_ONCE]) const {
-        const int column = number * STEP + lane % EIGHTS * 8;
-        if (column >= columns) return;
-#pragma unroll
-        for (int i = 0; i < TOKENS / AT_ONCE; i++) {
-            const int token = lane / EIGHTS + i * AT_ONCE;
-            if (token >= rows) return;
-            uint4 *values = reinterpret_cast<uint4 *>(slots + slot + place(token, lane % EIGHTS));
-            normalise(*values, norm + column, squares[i]);
+    // Starts copying to the whole ring, a group for each slot, beside the weights that are copied already.
+    DEVICE void begin_ring(u32 slot, u32 slot_bytes, int own_steps) {
+        int left = own_steps;
+#pragma unroll 1
+        for (int i = 0; i < DEPTH; i++, slot += slot_bytes) {
+            if (left > 0) start(slot);
+            if (--left == 0) left = own_steps, restart();
+            end_group();
         }
     }
 
-    // The lane's eight columns of each token in a slot. Tokens that do not exist are some other one: nobody uses their sums.
-    DEVICE void read(int slot, int eight, uint4 (&values)[PARTS]) const {
+    // The lane's eight columns of each token, of a half of a block of 64 columns in a slot.
+    DEVICE void read(u32 slot, int block, int half, uint4 (&values)[PARTS]) const {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            values[part] = *reinterpret_cast<const uint4 *>(slots + slot + place(min(part * 8 + g, rows - 1), eight));
-        }
+        for (int part = 0; part < PARTS; part++) values[part] = load_shared(slot + from[part][half] + block * 128);
     }
 };
 
-// Sums of all warps of a team: (warps, weight rows of a unit, tokens).
-struct alignas(16) Shared {
-    float sums[WARPS][TILES * 16][TOKENS + 1];
-};
+// Brings all columns of the input rows to shared memory, normalised with NORM, by all threads: each has eight columns, of all rows, and then
+// the next ones. The norm's factors come from far, so they are asked for before the kernel waits.
+struct Residence {
+    const Product &product;
+    int eights;
+    float factors[8];
 
-// Squares of a token that each warp added up.
-typedef float Squares[TEAMS * WARPS][TOKENS];
+    DEVICE Residence(const Product &product, int steps) : product(product), eights(steps * EIGHTS) {
+        if (!NORM) return;
+        if (threadIdx.x * 8 < product.columns) load<8>(product.norm + threadIdx.x * 8, factors);
+        for (int column = (threadIdx.x + THREADS) * 8; column < product.columns; column += THREADS * 8) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(product.norm + column));
+        }
+    }
 
-// Leaves a warp's sums where its team can read them.
-DEVICE void publish(const Sums &sums, int warp, int g, int t, Shared &shared) {
+    DEVICE void fill(const Memory &memory, int steps, float epsilon) {
+        const int slot_bytes = product.rows * STEP * 2, slots = (steps + WARPS - 1) / WARPS;
+        float squares[TOKENS] = {};
+        for (int eight = threadIdx.x; eight < eights; eight += THREADS) {
+            const int number = eight / EIGHTS, column = eight * 8;
+            u8 *slot = memory.input() + (number % WARPS * slots + number / WARPS) * slot_bytes;
+            const bool inside = column < product.columns;
+            if (NORM && inside && eight >= THREADS) load<8>(product.norm + column, factors);
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                shared.sums[warp][tile * 16 + i / 2 * 8 + g][part * 8 + 2 * t + i % 2] = sums.values[tile][part][i];
+            for (int token = 0; token < TOKENS; token++) {
+                if (token >= product.rows) break;
+                uint4 values = make_uint4(0, 0, 0, 0);
+                if (inside) values = *reinterpret_cast<const uint4 *>(product.input + token * size_t(product.input_stride) + column);
+                if (NORM && inside) normalise(values, factors, squares[token]);
+                *reinterpret_cast<uint4 *>(slot + input_place(token, eight % EIGHTS)) = values;
             }
         }
+        if (NORM) {
+#pragma unroll
+            for (int token = 0; token < TOKENS; token++) {
+                if (token >= product.rows) break;
+                const float sum = warp_sum(squares[token]);
+                if (threadIdx.x % WARP == 0) memory.squares()[threadIdx.x / WARP * TOKENS + token] = sum;
+            }
+        }
+        work_barrier();
+        const int token = threadIdx.x; // its factor is read behind the barrier at the end of a unit
+        if (NORM && token < product.rows) {
+            float square = 0.0f;
+            for (int warp = 0; warp < WARPS; warp++) square += memory.squares()[warp * TOKENS + token];
+            memory.factors()[token] = 1.0f / sqrtf(square / product.columns + epsilon);
+        }
+    }
+};
+
+// Leaves a warp's sums where its team can read them: (16, stride).
+DEVICE void publish(const Sums (&sums)[2], float *to, int rows, int stride, int g, int t) {
+#pragma unroll
+    for (int i = 0; i < PARTS * 4; i++) {
+        const int token = i / 4 * 8 + 2 * t + i % 2;
+        if (token < rows) to[(i % 4 / 2 * 8 + g) * stride + token] = sums[0].values[0][i / 4][i % 4] + sums[1].values[0][i / 4][i % 4];
     }
 }
 
-// What ends a product: the norm's scale, the weights' scale, the bias. `row` is the weight's.
+// What ends an output, besides sums: read early, since it comes from far.
 struct Ending {
-    const float *bias;
-    const Scale *scales;
-    int columns;
-    float epsilon;
+    float scale, bias;
+
+    DEVICE Ending(const Scale *scales, const float *biases, int row) : scale(1.0f), bias(0.0f) {
+        if (!PACKED && sizeof(WEIGHT) == 1 && !GROUPED) scale = to_float(scales[row]);
+        if (biases) bias = biases[row];
+    }
 
     // `output` counts within the unit; `second` 1 takes the row that it is combined with.
-    DEVICE float operator()(const Shared &shared, const Squares &squares, int output, int second, int token, int row) const {
+    DEVICE float operator()(const float *sums, const float *factors, int stride, int output, int second, int token) const {
         const int place = PAIRED ? output / 8 * 16 + second * 8 + output % 8 : output;
-        float sum = 0.0f, square = 0.0f;
-        for (int warp = 0; warp < WARPS; warp++) sum += shared.sums[warp][place][token];
-        if (NORM) {
-            for (int warp = 0; warp < TEAMS * WARPS; warp++) square += squares[warp][token];
-            sum *= 1.0f / sqrtf(square / columns + epsilon);
-        }
-        if (!PACKED && sizeof(WEIGHT) == 1 && !GROUPED) sum *= to_float(scales[row]);
-        return bias ? sum + bias[row] : sum;
+        float sum = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * 16 + place) * stride + token];
+        if (NORM) sum *= factors[token];
+        return fmaf(sum, scale, bias);
     }
 };
 
-// Brings all columns of the input rows to shared memory, normalised with NORM, by all warps of all teams.
-DEVICE void make_resident(const Input &inputs, int warp, int team, int steps, const float *norm, Squares &squares) {
-    const int slot_bytes = inputs.rows * STEP * 2;
-    for (int number = warp + team * WARPS, slot = team; number < steps; number += TEAMS * WARPS, slot += TEAMS) {
-        inputs.copy(number, slot * slot_bytes);
+// A warp's copies to its ring, ahead of what it multiplies.
+template <class FirstRow> struct Ahead {
+    Feed<WARPS> feed;
+    FirstRow first_row;
+    int units, unit_step, own_steps, unit, left; // steps of the warp in a unit; the unit that is copied, and how many steps of it
+
+    DEVICE Ahead(const Product &product, int warp, int lane, int own_steps, FirstRow first_row)
+        : feed(product, warp, lane), first_row(first_row), units(product.units), unit_step(gridDim.x), own_steps(own_steps),
+          unit(own_steps > 0 ? blockIdx.x : product.units), left(own_steps) {
+        feed.move(first_row(blockIdx.x));
     }
-    end_group();
-    wait_group<0>();
-    if (NORM) {
-        float sums[TOKENS / AT_ONCE] = {};
-        for (int number = warp + team * WARPS, slot = team; number < steps; number += TEAMS * WARPS, slot += TEAMS) {
-            inputs.normalise_own(number, slot * slot_bytes, norm, sums);
+
+    // Starts copying the next step to a slot, and its input too, if any, and goes on, maybe to the next unit.
+    DEVICE void start(u32 slot, Input *inputs) {
+        if (unit < units) {
+            feed.start(slot);
+            if (inputs) inputs->start(slot + Feed<WARPS>::BYTES);
+            if (--left == 0) {
+                unit += unit_step, left = own_steps;
+                if (unit < units) feed.move(first_row(unit));
+                if (inputs) inputs->restart();
+            }
         }
-#pragma unroll
-        for (int i = 0; i < TOKENS / AT_ONCE; i++) {
-#pragma unroll
-            for (int step = EIGHTS / 2; step > 0; step /= 2) sums[i] += __shfl_xor_sync(ALL_LANES, sums[i], step);
-            if (inputs.lane % EIGHTS == 0) squares[team * WARPS + warp][inputs.lane / EIGHTS + i * AT_ONCE] = sums[i];
-        }
+        end_group();
     }
-    __syncthreads();
-}
+};
 
-// A warp's part of the input, with its slots from `memory` on.
-DEVICE Input input_of(const Product &product, u8 *memory, int warp, int team, int lane) {
-    const int steps = (product.columns + STEP - 1) / STEP;
-    u8 *own = memory + (team * WARPS + warp) * RING * SLOT;
-    if (RESIDENT) own = memory + warp * ((steps + WARPS - 1) / WARPS) * product.rows * STEP * 2;
-    const bf16 *from = product.input + size_t(lane / EIGHTS) * product.input_stride + lane % EIGHTS * 8;
-    u32 to = u32(__cvta_generic_to_shared(own + Input::place(lane / EIGHTS, lane % EIGHTS)));
-    asm volatile("" : "+l"(from), "+r"(to)); // or they are computed anew in every step
-    return {from, own, to, product.input_stride, product.rows, product.columns, lane, lane / 4, lane % 4};
-}
-
-// Waits for the other warps of a team.
-DEVICE void team_barrier(int team) { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(WARPS * WARP) : "memory"); }
-
-// Runs the units of this block's teams: first_row(unit) is the weight's row that the first tile begins with; finish(shared, squares, unit,
-// thread) takes the sums of all warps, by all threads of the team. `dynamic` is the squares, two of Shared for each team, and the input:
-// RESIDENT ceil(steps / WARPS) slots of (rows, STEP) for each warp of a team, else RING slots of (TOKENS, STEP) for each of all warps.
-template <class FirstRow, class Finish>
-DEVICE void stream(const Product &product, uint4 *dynamic, FirstRow first_row, Finish finish) {
-    const int warp = threadIdx.x / WARP % WARPS, team = threadIdx.x / WARP / WARPS, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int steps = (product.columns + STEP - 1) / STEP;
-    Squares &squares = *reinterpret_cast<Squares *>(dynamic);
-    Shared *memory = reinterpret_cast<Shared *>(&squares + 1) + team * 2; // taken in turns
-    Reader read = {product, g, t, streaming_policy()};
-    const Constants constants;
-    int unit = blockIdx.x + team * gridDim.x;
-    read.move(first_row(unit));
-    Step ring[DEPTH];
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++) read(ring[i], unit < product.units ? warp + i * WARPS : steps);
+// Runs the units of this block: first_row(unit) is the weight's row that it begins with; begin(unit, thread) reads what the threads need at
+// its end, and finish(sums, factors, stride, unit, thread, what begin gave) writes results. `dynamic` is the Memory.
+template <class FirstRow, class Begin, class Finish>
+DEVICE void stream(const Product &product, uint4 *dynamic, float epsilon, FirstRow first_row, Begin begin, Finish finish) {
     let_next_start();
-    const int slot_bytes = RESIDENT ? product.rows * STEP * 2 : SLOT;
-    const Input inputs = input_of(product, reinterpret_cast<u8 *>(reinterpret_cast<Shared *>(&squares + 1) + TEAMS * 2), warp, team, lane);
+    if (threadIdx.x >= THREADS) return end_block(false);
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const int steps = (product.columns + STEP - 1) / STEP, own_steps = max((steps - warp + WARPS - 1) / WARPS, 0);
+    const Memory memory = {reinterpret_cast<u8 *>(dynamic), product.rows};
+    const u32 slot_bytes = memory.slot_bytes(), input_bytes = product.rows * STEP * 2;
+    const u32 ring = u32(__cvta_generic_to_shared(memory.ring(warp))), ring_end = ring + DEPTH * slot_bytes;
+    Ahead<FirstRow> ahead(product, warp, lane, own_steps, first_row);
+#pragma unroll 1
+    for (u32 slot = ring; slot < ring_end; slot += slot_bytes) ahead.start(slot, nullptr);
+    Residence residence(product, steps);
+    const Constants constants;
+    Input inputs(product, warp, lane);
     wait_for_previous();
+    u32 resident = 0;
     if (RESIDENT) {
-        make_resident(inputs, warp, team, steps, product.norm, squares);
+        residence.fill(memory, steps, epsilon);
+        resident = u32(__cvta_generic_to_shared(memory.input())) + warp * ((steps + WARPS - 1) / WARPS) * input_bytes;
     } else {
-#pragma unroll 1
-        for (int i = 0; i < RING; i++) inputs.copy(warp + i * WARPS, i * SLOT), end_group();
+        inputs.begin_ring(ring + Feed<WARPS>::BYTES, slot_bytes, own_steps);
     }
-    for (int turn = 0; unit < product.units; turn ^= 1) {
-        Sums sums = {};
-        const int next_unit = unit + TEAMS * gridDim.x;
-        int slot = 0;
+    u32 slot = ring;
+    int turn = 0;
+    for (int unit = blockIdx.x; unit < product.units; unit += gridDim.x) {
+        const auto early = begin(unit, thread);
+        Sums sums[2] = {};
+        u32 place = resident;
 #pragma unroll 1
-        for (int base = warp; base - warp < steps; base += DEPTH * WARPS) {
-            int next = base + DEPTH * WARPS;
-            if (next - warp >= steps) {
-                // The rows of the next unit; beyond the last, nothing is read.
-                next = next_unit < product.units ? warp : steps;
-                if (next_unit < product.units) read.move(first_row(next_unit));
-            }
-#pragma unroll
-            for (int i = 0; i < DEPTH; i++) {
-                if (!RESIDENT) {
-                    wait_group<RING - 1>();
-                    __syncwarp();
-                    slot = i % RING * SLOT;
-                }
-                if (base + i * WARPS < steps) multiply(inputs, ring[i], slot, constants, sums);
-                read(ring[i], next + i * WARPS);
-                if (RESIDENT) {
-                    slot += slot_bytes;
-                } else {
-                    __syncwarp();
-                    // Every unit has the same input, so what comes RING steps later may be the next one's.
-                    inputs.copy(i + RING < DEPTH ? base + (i + RING) * WARPS : next + (i + RING - DEPTH) * WARPS, slot);
-                    end_group();
-                }
-            }
+        for (int i = own_steps; i > 0; i--) {
+            wait_group<DEPTH - 1>();
+            __syncwarp();
+            Step step;
+            ahead.feed.read(slot, step);
+            if (!RESIDENT) multiply(inputs, step, slot + Feed<WARPS>::BYTES, constants, sums);
+            __syncwarp();
+            ahead.start(slot, RESIDENT ? nullptr : &inputs);
+            if (RESIDENT) multiply(inputs, step, place, constants, sums);
+            place += input_bytes;
+            slot = slot + slot_bytes < ring_end ? slot + slot_bytes : ring;
         }
-        publish(sums, warp, g, t, memory[turn]);
-        team_barrier(team);
-        finish(memory[turn], squares, unit, int(threadIdx.x) % (WARPS * WARP));
-        unit = next_unit;
+        float *published = memory.sums(turn);
+        publish(sums, published + warp * 16 * memory.stride(), product.rows, memory.stride(), lane / 4, lane % 4);
+        work_barrier();
+        finish(published, memory.factors(), memory.stride(), unit, thread, early);
+        if (TURNS == 2) turn ^= 1;
+        if (TURNS == 1) work_barrier(); // the sums are read
     }
+    end_block(true);
 }

@@ -55,9 +55,8 @@ DEVICE u32 word_of(const uint4 &value, int i) { return i == 0 ? value.x : i == 1
 
 // Four E4M3 numbers as bfloat16: (first, third) and (second, fourth), exactly.
 DEVICE void expand_e4m3(u32 word, u32 &even, u32 &odd) {
-    const u32 upper = word >> 8;
-    const u32 a = (word & 0x007f007fu) << 4 | (word & 0x00800080u) << 8;
-    const u32 b = (upper & 0x007f007fu) << 4 | (upper & 0x00800080u) << 8;
+    const u32 magnitude = 0x07f007f0u, sign = 0x80008000u;
+    const u32 a = (word << 4 & magnitude) | (word << 8 & sign), b = (word >> 4 & magnitude) | (word & sign);
     const u32 power = 0x7b807b80u, zero = 0x80008000u; // 2^120, by which the formats' exponents differ; -0, which changes no sign
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(even) : "r"(a), "r"(power), "r"(zero));
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(odd) : "r"(b), "r"(power), "r"(zero));

@@ -3,7 +3,6 @@
 constexpr int STEP = 128 / sizeof(WEIGHT);  // columns
 constexpr int LOADS = 2;                    // of 16 bytes, for each lane and row of a step
 constexpr int RUN = STEP / LOADS / 4;       // columns of one such load
-constexpr int PER_LOAD = STEP / LOADS / 8;  // eights of columns
 
 struct Step {
     uint4 words[TILES][2][LOADS];
@@ -31,6 +30,7 @@ DEVICE void expand(const uint4 &upper, const uint4 &lower, int quad, u32 (&a)[4]
     }
 }
 
+// Where the lanes' rows are, for linear_many.cu.
 struct Reader {
     const Product &product;
     int g, t;
@@ -51,63 +51,95 @@ struct Reader {
             }
         }
     }
+};
 
-    DEVICE void operator()(Step &step, int number) const {
-        const int columns = product.columns;
+// A warp's way from the weight to its ring in shared memory, and on to registers. Lines of 128 bytes, 16 rows of them, are copied whole, 8
+// lanes each; pieces of 16 bytes of odd rows are exchanged by fours, so that the lanes that read at once take different banks.
+template <int TEAM> struct Feed {
+    static constexpr int BYTES = 2048 + (GROUPED ? 64 : 0); // of a step
+
+    const Product &product;
+    int warp, lane, left; // columns from the next step on, less the lane's
+    u64 policy;
+    u32 to, from[2];   // where in a step's slot the lane writes, and reads
+    const u8 *at;      // the lane's piece of the next step in the unit's first row
+    u32 rows[4];       // from it to the lane's rows, in pieces of 16 bytes
+    const float *scale;
+
+    DEVICE Feed(const Product &product, int warp, int lane)
+        : product(product), warp(warp), lane(lane), left(0), policy(streaming_policy()), at(nullptr), scale(nullptr) {
+        const int g = lane / 4, t = lane % 4;
+        to = lane / 8 * 128 + ((lane % 8) ^ (lane / 8 % 2 * 4)) * 16;
+        from[0] = g * 128 + (t ^ (g % 2 * 4)) * 16;
+        from[1] = from[0] ^ 64;
+        asm volatile("" : "+r"(to), "+r"(from[0]), "+r"(from[1])); // or they are computed anew in every step
+    }
+
+    // Goes to the warp's first step of another unit.
+    DEVICE void move(int first) {
+        const u32 row_pieces = product.columns * u32(sizeof(WEIGHT)) / 16;
+        first = min(first, product.weight_rows - 1);
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            const int column = number * STEP + i * (STEP / LOADS);
-            const bool inside = column + t * RUN < columns;
+        for (int i = 0; i < 4; i++) rows[i] = (row_of(first, i * 4 + lane / 8) - first) * row_pieces;
+        at = reinterpret_cast<const u8 *>(product.weight) + (size_t(first) * row_pieces + warp * 8 + lane % 8) * 16;
+        left = product.columns - warp * STEP - lane % 8 * int(16 / sizeof(WEIGHT));
+        if (GROUPED) scale = product.scales + size_t(row_of(first, lane % 16)) * ((product.columns + STEP - 1) / STEP) + warp;
+    }
+
+    DEVICE int row_of(int first, int row) const {
+        return min(first + row / 8 * (PAIRED ? product.second : 8) + row % 8, product.weight_rows - 1);
+    }
+
+    // Starts copying the next step.
+    DEVICE void start(u32 slot) {
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
+        for (int i = 0; i < 4; i++) copy_stream(slot + to + i * 512, at + size_t(rows[i]) * 16, left > 0, policy);
+        if (GROUPED && lane < 16) copy_piece<4>(slot + 2048 + lane * 4, scale);
+        at += TEAM * 128, left -= TEAM * STEP, scale += TEAM;
+    }
+
+    DEVICE void read(u32 slot, Step &step) const {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    step.words[tile][half][i] = make_uint4(0, 0, 0, 0);
-                    if (GROUPED && i == 0) step.scales[tile][half] = number * STEP < columns ? __ldg(scales[tile][half] + number) : 0.0f;
-                    if (inside) step.words[tile][half][i] = load_stream(rows[tile][half] + column * int(sizeof(WEIGHT)), policy);
-                }
-            }
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) step.words[0][half][i] = load_shared(slot + from[i] + half * 1024);
+            if (GROUPED) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(step.scales[0][half]) : "r"(slot + 2048 + (half * 8 + lane / 4) * 4));
         }
     }
 };
 
 struct Constants {}; // none are needed
 
-// Multiplies a step's weights by the input in a slot of the ring.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, int slot, const Constants &, Sums &all) {
-    Sums sums = {}; // of this step, where it has a scale of its own
-    if (!GROUPED) sums = all;
+// Multiplies a step's weights by the input in a slot. There are two sums, so that instructions wait less for each other.
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, u32 slot, const Constants &, Sums (&all)[2]) {
+    Sums sums[2] = {}; // of this step, where it has a scale of its own
+    if (!GROUPED) sums[0] = all[0], sums[1] = all[1];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
 #pragma unroll
         for (int part_of_run = 0; part_of_run < RUN / 8; part_of_run++) {
-            const int eight = i * PER_LOAD + input.t * (RUN / 8) + part_of_run;
             uint4 values[PARTS];
-            input.read(slot, eight, values);
+            input.read(slot, sizeof(WEIGHT) == 1 ? i : 0, sizeof(WEIGHT) == 1 ? part_of_run : i, values);
 #pragma unroll
             for (int quad = 0; quad < 2; quad++) {
+                u32 a[4];
+                expand(step.words[0][0][i], step.words[0][1][i], part_of_run * 2 + quad, a);
 #pragma unroll
-                for (int tile = 0; tile < TILES; tile++) {
-                    u32 a[4];
-                    expand(step.words[tile][0][i], step.words[tile][1][i], part_of_run * 2 + quad, a);
-#pragma unroll
-                    for (int part = 0; part < PARTS; part++) {
-                        u32 b0, b1;
-                        operand(word_of(values[part], 2 * quad), word_of(values[part], 2 * quad + 1), b0, b1);
-                        mma(sums.values[tile][part], a[0], a[1], a[2], a[3], b0, b1);
-                    }
+                for (int part = 0; part < PARTS; part++) {
+                    u32 b0, b1;
+                    operand(word_of(values[part], 2 * quad), word_of(values[part], 2 * quad + 1), b0, b1);
+                    mma(sums[quad].values[0][part], a[0], a[1], a[2], a[3], b0, b1);
                 }
             }
         }
     }
     if (!GROUPED) {
-        all = sums;
+        all[0] = sums[0], all[1] = sums[1];
         return;
     }
 #pragma unroll
-    for (int i = 0; i < TILES * PARTS * 4; i++) {
-        const int tile = i / (PARTS * 4), part = i / 4 % PARTS;
-        float &sum = all.values[tile][part][i % 4];
-        sum = fmaf(step.scales[tile][i % 4 / 2], sums.values[tile][part][i % 4], sum);
+    for (int i = 0; i < PARTS * 4; i++) {
+        float &sum = all[0].values[0][i / 4][i % 4];
+        sum = fmaf(step.scales[0][i % 4 / 2], sums[0].values[0][i / 4][i % 4] + sums[1].values[0][i / 4][i % 4], sum);
     }
 }

@@ -50,8 +50,10 @@ HEADS: list[Macros] = [
     {"GROUP": 4, "HEAD_DIM": 256, "DECODE_WARPS": 4},
 ]
 KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3", "i8"], "VALUE_TYPE": ["bf16", "e4m3", "i8"]}
-STREAMED = {"TOKENS": [8, 16], "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]}
-NORMED = {"TOKENS": [8], "RESIDENT": [1], "NORM": [1]}
+FEW: Macros = {"TOKENS": [8], "DEPTH": [5]}
+MORE: Macros = {"TOKENS": [16], "DEPTH": [2]}
+STREAMED = [{**few, "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]} for few in (FEW, MORE)]
+NORMED = {"RESIDENT": [1], "NORM": [1]}
 PACKED = [
     *({"WEIGHT": "u8", "PACKED": bits, "WEIGHT_GROUP": group} for bits, group in ((4, 32), (4, 128), (8, 32))),
     {"WEIGHT": "u8", "PACKED": 4, "MINIMA": 1},
@@ -62,9 +64,9 @@ PACKED = [
 """Layouts of packed weights."""
 
 
-def packed(variants: list[Macros]) -> list[Macros]:
-    """Return variants for each packed layout."""
-    return [{**layout, **macros} for layout in PACKED for macros in variants]
+def packed(variants: list[Macros], bits: int = 0) -> list[Macros]:
+    """Return variants for each packed layout, of so many bits if told."""
+    return [{**layout, **macros} for layout in PACKED if bits in (0, layout["PACKED"]) for macros in variants]
 
 
 VARIANTS: dict[str, list[Macros]] = {
@@ -83,14 +85,17 @@ VARIANTS: dict[str, list[Macros]] = {
     "linear_many.cu": choices(TOKENS=[32, 64, 96, 128], STAGES=[4, 6], WEIGHT=["bf16", "e4m3"], EPILOGUE=[1])
     + choices(TOKENS=[64], GROUPED=[0, 1], EPILOGUE=[2], PAIRED=[1], WEIGHT=["e4m3"])
     + packed(choices(TOKENS=[64, 128], EPILOGUE=[0]) + choices(TOKENS=[32, 128], STAGES=[6], EPILOGUE=[2], PAIRED=[1])),
-    "linear_rope.cu": choices(PAIRED=[1], RESIDENT=[1], TOKENS=[8, 16], WEIGHT=["bf16", "e4m3"])
-    + packed(choices(PAIRED=[1], **NORMED)),
-    "linear_stream.cu": choices(**STREAMED)
-    + choices(**STREAMED, EPILOGUE=[2], PAIRED=[1])
-    + choices(**NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
-    + choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1], WEIGHT=["bf16", "e4m3"])
-    + choices(TOKENS=[8, 16], GROUPED=[1], WEIGHT=["e4m3"])
-    + packed(choices(TOKENS=[8, 16], RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], **NORMED)),
+    "linear_rope.cu": [macros for lists in STREAMED for macros in choices(**lists, PAIRED=[1])]
+    + packed(choices(PAIRED=[1], **FEW, **NORMED), 8)
+    + packed(choices(PAIRED=[1], TOKENS=[8], **NORMED), 4),
+    "linear_stream.cu": [macros for lists in STREAMED for macros in choices(**lists) + choices(**lists, EPILOGUE=[2], PAIRED=[1])]
+    + choices(**FEW, **NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
+    + choices(**FEW, GROUPED=[1], WEIGHT=["e4m3"])
+    + choices(**MORE, GROUPED=[1], WEIGHT=["e4m3"])
+    + packed(choices(**FEW, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(**MORE, RESIDENT=[0, 1], EPILOGUE=[1]), 8)
+    + packed(choices(EPILOGUE=[2], PAIRED=[1], **FEW, **NORMED), 8)
+    + packed(choices(TOKENS=[8, 16], RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[8], **NORMED), 4)
+    + packed(choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1]), 4),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]

@@ -73,6 +73,8 @@ def parameters(file: str) -> dict[str, str]:
 class NoKernel:
     """In the place of a kernel, whose parameters have these types (launch.py)."""
 
+    registers = 80
+
     def __init__(self, multiprocessors: int, name: str, codes: str) -> None:
         self._multiprocessors, self._name, self._codes = multiprocessors, name, codes
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infer.gpu.arrays import ELEMENT_BYTES, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, c_type, key_scales
-from infer.gpu.rows import RowOperations, element_macros
+from infer.gpu.launch import DEPENDENT
+from infer.gpu.rows import STREAM_ROWS, RowOperations, element_macros
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +27,8 @@ GROUP_DIMS = (64, 96, 128, 192, 256)
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
 DECODE_WARPS = 6
 DECODE_BLOCKS = 2  # per multiprocessor
+LONG = 16384
+"""Tokens of a sequence from which attention, not products, decides how fast a row is decoded."""
 
 
 def packed_rows(group: int) -> int:
@@ -199,7 +202,7 @@ class AttentionOperations(RowOperations):
         kernel = self.kernels.get("attention_plan.cu", "attention_plan", CHUNK_PAGES=CHUNK_PAGES)
         pointers = (inputs.first_row, inputs.positions, plan.items, plan.tiles, plan.pointer)
         limits = (inputs.sequences, self.decode_rows, decode_tokens(group), prefill_tokens(group), plan.window)
-        readers = max(1, self.kernels.multiprocessors * DECODE_BLOCKS // plan.size.kv_heads)
+        readers = max(1, self._decode_blocks(inputs.rows, plan) // plan.size.kv_heads)
         kernel(self.stream, (1,), 512, (*pointers, *limits, plan.size.items, plan.size.tiles, readers))
 
     def attend(
@@ -233,8 +236,11 @@ class AttentionOperations(RowOperations):
             decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
             partials = plan.scratch + plan.size.counter_bytes
             lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
-            blocks = min(self.kernels.multiprocessors * DECODE_BLOCKS, plan.size.items * layer.kv_heads)
+            blocks = self._decode_blocks(inputs.rows, plan)
+            if blocks > self.kernels.multiprocessors:
+                blocks = min(blocks, plan.size.items * layer.kv_heads)
             decode(self.stream, (blocks,), warps * 32, (*rows, *pages, *lists, *shape))
+            self._streamed = 0
             if plan.only_decode:
                 return
         most = -(-inputs.rows // prefill_tokens(heads // layer.kv_heads)) + inputs.sequences
@@ -248,6 +254,21 @@ class AttentionOperations(RowOperations):
         prefill = self.kernels.get("attention_prefill.cu", "attention_prefill", **macros)
         threads = 256 if layer.head_dim > 128 else 128
         prefill(self.stream, (layer.kv_heads, tiles), threads, (*rows, *pages, *tables, *shape), prefill_shared_bytes(layer))
+
+    _streamed = 0
+    """Streaming products since the last decode attention. Those of odd numbers take registers, not shared memory (stream.py).
+
+    The first one finds its place beside attention.
+    """
+
+    def _decode_blocks(self, rows: int, plan: AttentionPlan) -> int:
+        """Return the blocks of decode attention: two for each multiprocessor.
+
+        Among streaming products there is one, whether it has work or not, unless sequences may be long: then all of them begin
+        beside the product before, and make room for the next one everywhere.
+        """
+        is_among = rows <= STREAM_ROWS and plan.size.length <= LONG and self.kernels.capability >= DEPENDENT
+        return self.kernels.multiprocessors * (1 if is_among else DECODE_BLOCKS)
 
     def attend_plainly(
         self,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from infer._core import InferError
 from infer.gpu import prebuilt
-from infer.gpu.launch import Kernel, check, driver, signatures
+from infer.gpu.launch import DEPENDENT, Kernel, check, driver, signatures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -86,7 +86,7 @@ class Kernels:
             module = self._modules[file, defines] = self._load(file, source, defines)
         function = ctypes.c_void_p()
         check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"kernel {name} of {file}")
-        kernel = Kernel(function.value or 0, name, signatures(source)[name], dependent=self.capability >= 90)
+        kernel = Kernel(function.value or 0, name, signatures(source)[name], dependent=self.capability >= DEPENDENT)
         self._kernels[key] = kernel
         return kernel
 

@@ -10,13 +10,18 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from infer._core import InferError
+
+DEPENDENT = 90
+"""Compute capability from which a kernel may start while the one before it ends."""
 
 PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
+SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 SIGNATURE = re.compile(r"^(?:KERNEL|BOUNDED_KERNEL\([^\n]*\))\s+(\w+)\(([^)]*)\)", re.MULTILINE)
 CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q"}
 
@@ -84,6 +89,9 @@ class Kernel:
         self._config = _Config(attributes=self._attributes)
         self._config_pointer = ctypes.byref(self._config)
         self._shared_limit = 0
+        if dependent:
+            # While a multiprocessor's memory is divided anew, it runs nothing. So all kernels divide it alike.
+            check(driver().cuFuncSetAttribute(self._function, SHARED_CARVEOUT, 100), f"shared memory of {name}")
 
     def __call__(
         self,
@@ -112,6 +120,13 @@ class Kernel:
         status = self._launch(self._config_pointer, self._function, self._pointers, None)
         if status:
             check(status, f"launch of {self.name} with grid {grid}, {threads} threads")
+
+    @cached_property
+    def registers(self) -> int:
+        """Registers of each thread."""
+        count = ctypes.c_int()
+        check(driver().cuFuncGetAttribute(ctypes.byref(count), REGISTERS, self._function), f"registers of {self.name}")
+        return count.value
 
     def most_clusters(self, cluster: int, threads: int, shared: int) -> int:
         """Return how many clusters of so many blocks run at once; 0 where there are none of that size."""

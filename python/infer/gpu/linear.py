@@ -24,14 +24,22 @@ from infer.gpu.arrays import (
 )
 from infer.gpu.attention import kv_macros
 from infer.gpu.blas import Blas, can_multiply
+from infer.gpu.launch import DEPENDENT
 from infer.gpu.many import ADD, GATED, STORE, ManyOperations, ceil_of
-from infer.gpu.rows import THREADS, element_macros, norm_threads, vector
+from infer.gpu.rows import STREAM_ROWS, THREADS, element_macros, norm_threads, vector
+from infer.gpu.stream import (
+    REGISTER_WARPS,
+    STREAM_WARPS,
+    half_threads,
+    register_shape,
+    stream_rooms,
+    stream_shape,
+    stream_tokens,
+)
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
-
-STREAM_ROWS = 16
-"""Most rows that are streamed by linear_stream.cu."""
+    from infer.gpu.launch import Kernel
 
 MOST_MANY = {"e4m3": 128, "int4": 384, "int8": 256}
 """Most rows that linear_many.cu multiplies, as many at a time as fit, by the weight's type: beyond, cuBLASLt is faster.
@@ -48,7 +56,6 @@ UNPACKED_ROWS = 64
 """Weight rows that are unpacked at a time are a multiple of this."""
 MOST_GRID_ROWS = 65535
 
-STREAM_THREADS = 512
 WARPS = 8  # of the plain kernel
 
 
@@ -57,6 +64,8 @@ class _Launch(NamedTuple):
 
     macros: dict[str, int | str]
     blocks: int
+    threads: int
+    """0 for as many as take more than half of a multiprocessor's registers."""
     shared: int
     is_resident: bool
     """Whether all of the input is kept in shared memory."""
@@ -186,7 +195,8 @@ class LinearOperations(ManyOperations):
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, qkv.pointer)
         places = (layer.keys, layer.values, table.pointer, inputs.rope_rows, inputs.slots)
         shape = (source.stride, qkv.stride, source.rows, weight.columns, heads, layer.kv_heads, layer.pages * PAGE_TOKENS)
-        kernel(self.stream, (launch.blocks,), STREAM_THREADS, (*pointers, *places, *shape, epsilon), launch.shared)
+        arguments = (*pointers, *places, *shape, epsilon)
+        self._launch_stream(kernel, launch, arguments)
 
     def _stream(
         self,
@@ -208,7 +218,12 @@ class LinearOperations(ManyOperations):
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
         pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
-        kernel(self.stream, (launch.blocks,), STREAM_THREADS, (*pointers, *shape, add, epsilon), launch.shared)
+        self._launch_stream(kernel, launch, (*pointers, *shape, add, epsilon))
+
+    def _launch_stream(self, kernel: Kernel, launch: _Launch, arguments: tuple[int | float, ...]) -> None:
+        """Launch a streaming product."""
+        kernel(self.stream, (launch.blocks,), launch.threads or half_threads(kernel.registers), arguments, launch.shared)
+        self._streamed += 1
 
     def _is_many(self, source: Rows, output: Rows, weight: Weight) -> bool:
         """Return whether the kernel of many rows takes this product, and is faster than others."""
@@ -224,19 +239,18 @@ class LinearOperations(ManyOperations):
 
     def _launch(self, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
         """Choose how a streaming product runs."""
-        processors, paired = self.kernels.multiprocessors, epilogue == GATED
-        units = -(-weight.rows // 16)
-        warps = stream_warps(units, weight.row_bytes, processors)
-        tokens = 8 if rows <= 8 else 16
-        limit = self.kernels.shared_limit
-        shared, ring = stream_shared_bytes(warps, tokens, weight, rows), 0
-        if shared > limit:
-            ring = next((ring for ring in stream_rings(tokens, weight) if ring_bytes(tokens, weight, ring) <= limit), 1)
-            shared = ring_bytes(tokens, weight, ring)
-        macros: dict[str, int | str] = {"TOKENS": tokens, "WARPS": warps, "PAIRED": int(paired), "NORM": int(has_norm)}
+        blocks, limit = min(-(-weight.rows // 16), self.kernels.multiprocessors), self.kernels.shared_limit
+        macros: dict[str, int | str] = {"TOKENS": stream_tokens(rows), "PAIRED": int(epilogue == GATED), "NORM": int(has_norm)}
         macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
-        macros |= {"RESIDENT": 0, "RING": ring} if ring else {"RESIDENT": 1}
-        return _Launch(macros, min(units, processors), shared, ring == 0)
+        if weight.type == "int4":
+            few = register_shape(rows, weight, self.kernels.multiprocessors, limit)
+            macros |= {"WARPS": few.warps, **({"RESIDENT": 0, "RING": few.ring} if few.ring else {"RESIDENT": 1})}
+            return _Launch(macros, blocks, REGISTER_WARPS * 32, few.shared, few.ring == 0)
+        is_dependent = self.kernels.capability >= DEPENDENT
+        takes_registers = is_dependent and self._streamed % 2 == 1
+        shape = stream_shape(rows, weight, stream_rooms(limit, is_dependent, takes_registers), has_norm)
+        macros |= {"RESIDENT": int(shape.is_resident), "DEPTH": shape.depth}
+        return _Launch(macros, blocks, 0 if takes_registers else STREAM_WARPS * 32, shape.shared, shape.is_resident)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1
@@ -321,6 +335,7 @@ def can_stream(source: Rows, output: Rows, weight: Weight) -> bool:
     whole = 16 if weight.type == "e4m3" else 8
     aligned = weight.columns % whole == 0 and source.stride % 8 == 0
     aligned = aligned and weight.pointer % 16 == 0 and source.pointer % 16 == 0
+    aligned = aligned and (not weight.is_packed or (weight.scales % 16 == 0 and weight.minima % 16 == 0))
     types = source.dtype == "bf16" and output.dtype in ("bf16", "f32")
     known = weight.type == "bf16" or weight.is_packed or (weight.type == "e4m3" and weight.group in (0, 128, weight.columns))
     return 0 < source.rows <= STREAM_ROWS and aligned and types and known
@@ -335,38 +350,3 @@ def can_rotate(layer: KvLayer, table: RopeTable) -> bool:
     """Return whether rotation and storing may be fused to the product: whole heads, in halves, into types without scales."""
     whole = table.style == "half" and 2 * table.pairs == layer.head_dim and layer.head_dim % 32 == 0
     return whole and {"e4m3", "int8"}.isdisjoint((layer.key_type, layer.value_type))
-
-
-def stream_warps(units: int, row_bytes: int, processors: int) -> int:
-    """Return the warps of a team: 8, two teams on a multiprocessor, or 16 where that leaves fewer idle in the last round.
-
-    It changes the order of sums, so it must not depend on the number of rows. Short rows are not worth 16 warps.
-    """
-    busy = {warps: units / (-(-units * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
-    return 16 if row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
-
-
-def stream_shared_bytes(warps: int, tokens: int, weight: Weight, rows: int) -> int:
-    """Return the bytes of sums and of all input rows, as in cuda/linear_stream.cuh."""
-    step = stream_step(weight)
-    return sum_bytes(tokens) + -(-weight.columns // (step * warps)) * warps * rows * step * 2
-
-
-def ring_bytes(tokens: int, weight: Weight, ring: int) -> int:
-    """Return the bytes of sums and of the warps' rings of input rows."""
-    return sum_bytes(tokens) + 16 * ring * tokens * stream_step(weight) * 2
-
-
-def sum_bytes(tokens: int) -> int:
-    """Return the bytes of the squares and sums of 16 warps."""
-    return 16 * tokens * 4 + 2 * 16 * 16 * (tokens + 1) * 4
-
-
-def stream_step(weight: Weight) -> int:
-    """Return the columns of a step."""
-    return 64 if weight.type == "bf16" else 128
-
-
-def stream_rings(tokens: int, weight: Weight) -> tuple[int, ...]:
-    """Return how many steps of input may be under way, the fastest first: no more than of weights."""
-    return (2, 1) if tokens * stream_step(weight) > 1024 or weight.type == "int8" else (4, 2, 1)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from infer.gpu.arrays import StepInputs, Weight
     from infer.gpu.kernels import Kernels
 
+STREAM_ROWS = 16
+"""Most rows whose products are streamed, by linear_stream.cu."""
+
 THREADS = 128
 WARP = 32
 

@@ -32,6 +32,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear.cu",
     "linear_many.cu",
     "linear_product.cuh",
+    "linear_registers.cuh",
     "linear_rope.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
