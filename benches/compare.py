@@ -4,8 +4,9 @@
 
 FOLDER holds llama.cpp's `llama-bench` and `llama-batched-bench`. What is measured: prefill of 128, 512 and 2,048 tokens,
 decode after 128 and 4,096 tokens, decode of 1 to 32 sequences at once (tokens of all together, each after 128), the time from
-the program's start to its first token, and its peak memory (after memory was taken and given back, so that neither program waits
-for a virtual machine's host to supply it). Programs alternate test by test, so a machine that slows down slows
+the program's start to its first token with the file in the system's page cache ("load") and with the file on the disk alone, as
+after the computer's start ("cold_load"), and its peak memory (before the start, memory was taken and given back, so that neither
+program waits for a virtual machine's host to supply it). Programs alternate test by test, so a machine that slows down slows
 both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. A way of
 rounding that GGUF lacks is measured with ``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading,
 beside llama.cpp on the nearest file that it has (``--peer-model``). Each file's result is
@@ -36,7 +37,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 GENERATED = 32
 SPEED = "tokens per second"
 # Where less is better.
-COSTS = {"load": "seconds", "memory": "MiB"}
+COSTS = {"load": "seconds", "cold_load": "seconds", "memory": "MiB"}
 
 FIRST_TOKEN = """
 import sys
@@ -60,6 +61,12 @@ with mmap.mmap(-1, size) as memory:
 def ready_memory(size: int) -> None:
     """Take and give back so many bytes: a virtual machine's host may have taken free memory away, and brings it back slowly."""
     subprocess.run([sys.executable, "-c", READY_MEMORY, str(size)], check=True)
+
+
+def leave_page_cache(path: Path) -> None:
+    """Make the system forget what it holds of a file in memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Programs:
@@ -147,15 +154,25 @@ class Programs:
         return {"infer": report["decode_tokens_per_second"], "llama.cpp": float(json.loads(lines[-1])["speed_tg"])}
 
     def start(self) -> dict[str, dict[str, float]]:
-        """Seconds to the first token, and the memory that it takes."""
-        room = 2 * max(Path(self.model).stat().st_size, Path(self.peer_model).stat().st_size)
-        ready_memory(room)
+        """Seconds to the first token, the file in memory and not, and the most memory held."""
         options = [self.model, self.threads, self.quantization, self.packed_cache]
-        _, ours = self.run("start", "infer", [*self.python, "-c", FIRST_TOKEN, *options])
-        ready_memory(room)
-        command = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
-        _, theirs = self.run("start", "llama.cpp", [*command, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])
-        return {cost: {"infer": ours[cost], "llama.cpp": theirs[cost]} for cost in COSTS}
+        peer = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
+        peer += ["-p", "1", "-n", "0", "-r", "1", "--no-warmup"]
+        programs = {
+            "infer": (self.model, [*self.python, "-c", FIRST_TOKEN, *options]),
+            "llama.cpp": (self.peer_model, peer),
+        }
+        room = 2 * max(Path(path).stat().st_size for path, _ in programs.values())
+        found: dict[str, dict[str, float]] = {cost: {} for cost in COSTS}
+        for name, (path, command) in programs.items():
+            for load, is_cold in (("cold_load", True), ("load", False)):  # the first one leaves the file in memory
+                ready_memory(room)
+                if is_cold:
+                    leave_page_cache(Path(path))
+                _, costs = self.run("start", name, command)
+                found[load][name] = costs["load"]
+            found["memory"][name] = costs["memory"]
+        return found
 
 
 def tests(programs: Programs) -> dict[str, Callable[[], dict[str, Any]]]:
