@@ -71,7 +71,7 @@ impl Loader<'_> {
             let (found, expected) = (tensor.info.shape.clone(), format!("{total} values"));
             return Err(ModelError::Shape { name, found, expected });
         }
-        values(tensor).map(Some)
+        values(self.checkpoint, tensor).map(Some)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use infer_kernels::{Format, KernelError, Pool, dequantize};
 
-use crate::checkpoint::Tensor;
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::scaled::Scaled;
 use crate::{ModelError, quantization};
 
@@ -111,10 +111,10 @@ pub(crate) fn unroundable(table: &Table<'_>, target: Format, error: KernelError)
     }
 }
 
-/// All values of a tensor as f32.
-pub(crate) fn values(tensor: Tensor<'_>) -> Result<Vec<f32>, ModelError> {
+/// All values of a small tensor as f32. A system may map 2 MiB of the file for the few KiB of a norm, so these are read.
+pub(crate) fn values(checkpoint: &Checkpoint, tensor: Tensor<'_>) -> Result<Vec<f32>, ModelError> {
     let mut out = vec![0.0; tensor.info.shape.iter().product()];
-    dequantize(format_of(tensor)?, tensor.bytes, &mut out);
+    dequantize(format_of(tensor)?, &checkpoint.read(tensor.bytes), &mut out);
     Ok(out)
 }
 

@@ -196,7 +196,7 @@ impl<'a> Loader<'a> {
         }
         let name = self.name(&key.key)?;
         let mut weight = match self.tensor(&format!("{name}.weight")) {
-            Some(tensor) => values(tensor)?,
+            Some(tensor) => values(self.checkpoint, tensor)?,
             None => self.weights_per_head(&name, key.heads)?,
         };
         if weight.len() != key.width && weight.len() != key.width * key.heads {
@@ -211,7 +211,7 @@ impl<'a> Loader<'a> {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
         let bias = match self.tensor(&format!("{name}.bias")) {
-            Some(tensor) => Some(values(tensor)?),
+            Some(tensor) => Some(values(self.checkpoint, tensor)?),
             None if self.spec.arch.norm_bias && !of_heads => {
                 return Err(ModelError::MissingTensor { name: format!("{name}.bias") });
             }
@@ -339,7 +339,7 @@ impl<'a> Loader<'a> {
         for head in 0..heads {
             let own = format!("{name}.norms.{head}.weight");
             let missing = || ModelError::MissingTensor { name: format!("{name}.weight") };
-            all.extend(values(self.tensor(&own).ok_or_else(missing)?)?);
+            all.extend(values(self.checkpoint, self.tensor(&own).ok_or_else(missing)?)?);
         }
         Ok(all)
     }

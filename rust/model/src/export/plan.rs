@@ -40,7 +40,7 @@ impl Planned {
             Source::Given(bytes) => Ok(bytes.clone()),
             Source::Copy(name) => Ok(found(loader.checkpoint, name)?.bytes.to_vec()),
             Source::Values { name, order, plus } => {
-                let all = values(found(loader.checkpoint, name)?)?;
+                let all = values(loader.checkpoint, found(loader.checkpoint, name)?)?;
                 let ordered =
                     order.as_ref().map(|order| order.iter().map(|at| all[*at]).collect()).unwrap_or(all);
                 Ok(ordered.iter().flat_map(|value| (value + plus).to_le_bytes()).collect())
