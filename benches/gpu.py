@@ -1,13 +1,15 @@
 """Speed on one NVIDIA GPU, with random weights of the Llama 1B, 8B and 70B shapes.
 
     python benches/gpu.py [--shapes llama-1b llama-8b llama-70b] [--folder DIR] [--rounds 3] [--eager] [--dummy]
-        [--quantization fp8|int8|int4|int4-g128] [--kv-cache-dtype TYPE] [--out FILE.json]
+        [--quantization fp8|int8|int4|int4-g128] [--kv-cache-dtype TYPE] [--busy] [--out FILE.json]
 
 batch 1:        prompt of 128 tokens, 256 generated; time per token is (T(256) - T(1)) / 255
 64 concurrent:  64 prompts of 512 tokens, 256 generated each; tokens generated over the time of the whole call
 256 requests:   the same with 256 prompts, all at once
 first token:    time of a call that generates one token from a prompt of 2,048
 start:          from a path to a model that is ready; and to its first token
+
+With `--busy` batch 1 alone: first by itself, then beside a thread that computes in Python all the time.
 
 Prompts are fresh random token ids, decoding is greedy and ignores the end of text, nothing is shared between prompts; medians of
 `--rounds`, after calls of the same load in which kernels are compiled, products timed and most graphs captured. Joules come from
@@ -24,6 +26,7 @@ import json
 import random
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +211,41 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
     return results
 
 
+@contextlib.contextmanager
+def busy_thread() -> Iterator[None]:
+    """A thread that computes in Python all the time."""
+    is_over = threading.Event()
+
+    def compute() -> None:
+        while not is_over.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def measure_busy(llm: LLM, rounds: int) -> dict[str, Any]:
+    """One sequence alone and beside a thread that computes in Python: tokens a second."""
+    dice, energy = random.Random(7), Energy()
+    found: dict[str, Any] = {}
+    for _ in range(3):  # after which all sizes have their graph
+        timed(llm, energy, dice, 1, 128, 256)
+    for name, beside in (("alone", contextlib.nullcontext()), ("beside_a_busy_thread", busy_thread())):
+        with beside:
+            times = []
+            for _ in range(rounds):
+                one, whole = (timed(llm, energy, dice, 1, 128, count)[0] for count in (1, 256))
+                times.append((whole - one) / 255)
+        itl = statistics.median(times)
+        found[name] = {"inter_token_latency_ms": itl * 1e3, "tokens_per_second": 1 / itl}
+    return found
+
+
 def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write, load and measure one model."""
     dummy = arguments.dummy or shape in UNWRITTEN
@@ -223,6 +261,8 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
         ready = time.perf_counter()
         llm.generate([{"prompt_token_ids": [100, 200, 300]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         answered = time.perf_counter()
+        if arguments.busy:
+            return measure_busy(llm, arguments.rounds)
         results = measure(llm, shape, arguments.rounds, arguments.quantization)
         results["start"] = {"ready_seconds": ready - start, "first_token_seconds": answered - start}
         results["kv_cache_tokens"] = llm._engine.kv_cache_tokens
@@ -231,6 +271,12 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The figures, a line per shape."""
+    if any("alone" in found for found in results.values()):
+        lines = ["shape        batch 1 tok/s   beside a busy thread"]
+        for shape, found in results.items():
+            alone, beside = (found[name]["tokens_per_second"] for name in ("alone", "beside_a_busy_thread"))
+            lines.append(f"{shape:12} {alone:13.1f} {beside:22.1f}")
+        return "\n".join(lines)
     lines = ["shape        batch 1 tok/s   TB/s   first token 2048 ms   64 concurrent tok/s   256 requests tok/s   ready s"]
     for shape, found in results.items():
         one, rest = found["batch_1"], (found["concurrent_64"], found["requests_256"])
@@ -259,6 +305,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", help="type of keys and values")
     parser.add_argument("--dummy", action="store_true", help="write no weights, make them on the GPU")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
+    parser.add_argument("--busy", action="store_true", help="one sequence alone and beside a busy Python thread, nothing else")
     parser.add_argument("--out", type=Path, help="where results go instead of benches/results")
     arguments = parser.parse_args()
     results = {}
@@ -271,7 +318,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:
-        save(RESULTS, "gpu-" + "-".join(arguments.shapes), report)
+        save(RESULTS, "gpu-" + "-".join([*arguments.shapes, *["busy"] * arguments.busy]), report)
 
 
 if __name__ == "__main__":

@@ -560,13 +560,6 @@ class Work:
         """Pages of the sequence that has the most."""
 
     @property
-    def most_rows(self) -> int:
-        """Rows of the sequence that has the most."""
-
-    def decode_pieces(self, pages: int, most_rows: int) -> int:
-        """Pieces of ``pages`` pages that the rows of sequences of at most ``most_rows`` rows read, each row alone."""
-
-    @property
     def copies(self) -> list[tuple[int, int]]:
         """Pages to copy before anything is computed, one after the other: (from, to)."""
 
@@ -589,11 +582,64 @@ class Work:
         """Write each sequence's pages at the beginning of its row of ``table``, (sequences, most pages)."""
 
 @final
+class StepLauncher:
+    """Steps of one model, padded to sizes, and the graphs that some sizes have: these are begun and ended without Python.
+
+    Parameters
+    ----------
+    functions
+        Addresses of the CUDA driver's functions by name.
+    stream
+        The stream's handle.
+    limits
+        Most rows, sequences and rows with logits of a step; most pieces of decode attention (None: there is always room) and their
+        pages; most rows of a decoding sequence; whether graphs are captured.
+    places
+        Where the device has a step's rows, draws, their words, page tables, choices and log-probabilities.
+    halves
+        Twice: the pinned arrays of the same, with an event's handle, and the event. Steps have the one and the other by turns.
+    long_context_row
+        First row of the tables of cosines and sines that long contexts use.
+    small_tables
+        Bytes of page tables that are sooner copied whole than by columns.
+    """
+
+    def __new__(
+        cls,
+        functions: dict[str, int],
+        stream: int,
+        *,
+        limits: tuple[int, int, int, int | None, int, int, bool],
+        places: tuple[int, int, int, int, int, int],
+        halves: tuple[tuple[Any, ...], tuple[Any, ...]],
+        long_context_row: int,
+        small_tables: int,
+    ) -> StepLauncher: ...
+    @staticmethod
+    def padded(count: int) -> int:
+        """Return the size that a count of sequences is padded to in decoding."""
+
+    def size(self, work: Work) -> tuple[int, int, int, bool, bool, bool]:
+        """Return what a step is padded to: rows, sequences, rows with logits; whether it only decodes, is plain, is captured."""
+
+    def turn(self) -> int:
+        """Return which half the step that begins now has."""
+
+    def add(self, size: tuple[int, int, int, bool, bool, bool], kind: int | None, graph: int, owner: Any) -> None:
+        """Launch this graph for steps of a size that draw so (None: not at all) from now on; ``owner`` keeps it alive."""
+
+@final
 class WorkLink:
     """Where an executor outside takes its work, and answers. It does not keep the engine alive."""
 
-    def next_work(self, timeout: float | None = None) -> Work | None:
-        """Wait for work; None when there will be no more."""
+    def next_work(self, timeout: float | None = None, launcher: StepLauncher | None = None) -> Work | None:
+        """Wait for work that ``launcher`` does not do; None when there will be no more.
+
+        What it can, the launcher does meanwhile on this thread, without Python's lock. All calls must name the same one.
+        """
+
+    def wait_for_rows(self) -> bool:
+        """Wait until a step was done since the last call; False when there will be no more."""
 
     def finish_rows(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from numpy_driver import HostDriver, HostEvent, HostGraph
 from numpy_pages import E4M3, KvPart
 from numpy_sampler import DRAW, choose, tell
 from packed_weights import NumpyPacking, packed_weight, view
@@ -76,6 +77,7 @@ class HostDevice:
         self.captured = 0
         self.replayed = 0
         self.fail_after: int | None = None  # synchronizations until the device breaks
+        self.driver = HostDriver(self.synchronize)
 
     def use(self) -> None: ...
 
@@ -113,6 +115,12 @@ class HostDevice:
     def clear(self, pointer: int, size: int) -> None:
         ctypes.memset(pointer, 0, size)
 
+    def event(self) -> HostEvent:
+        return HostEvent()
+
+    def functions(self) -> dict[str, int]:
+        return self.driver.addresses()
+
     def mark(self) -> None: ...
 
     def reach(self, mark: None) -> None:
@@ -124,14 +132,14 @@ class HostDevice:
                 raise RuntimeError("an illegal memory access was encountered")
             self.fail_after -= 1
 
-    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, enqueue: Callable[[], None]) -> HostGraph:
         self.captured += 1
 
         def replay() -> None:
             self.replayed += 1
             enqueue()
 
-        return replay
+        return self.driver.graph(replay)
 
     def is_broken(self, error: BaseException) -> bool:
         return isinstance(error, RuntimeError)

@@ -15,7 +15,6 @@ from machine import patience
 from samples import PROMPTS, choices, same_choices, texts
 
 from infer import LLM, InferError, SamplingParams
-from infer.gpu.runner import padded_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,23 +97,6 @@ def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> Non
         expected = choices(llm)
     found = choices(open_host())
     assert same_choices(found, expected)
-
-
-def test_steps_are_begun_before_their_tokens_are_known(open_host: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    from infer.gpu.worker import Worker
-
-    depths: list[int] = []
-    forward = Worker._forward
-
-    def counted(self: Worker, work: Any) -> Any:
-        depths.append(len(self._begun))
-        return forward(self, work)
-
-    monkeypatch.setattr(Worker, "_forward", counted)
-    llm = open_host()
-    llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
-    assert set(depths) == {0, 1}
-    assert sum(depths) > 35
 
 
 def test_graphs_are_replayed(host: HostDevice) -> None:
@@ -388,10 +370,3 @@ def test_blocks_of_many_formats_are_those_of_the_cpu(open_host: Callable[..., LL
         expected = llm.logits(tokens)
     llm = open_host(path)
     assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
-
-
-def test_steps_that_the_engine_cuts_are_not_padded() -> None:
-    """As `whole_rows` in rust/engine/src/config.rs cuts them."""
-    for rows in range(512, 8193):
-        step = 1 << (rows.bit_length() - 4)
-        assert padded_prompt(rows // step * step) == rows // step * step

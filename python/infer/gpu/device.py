@@ -30,6 +30,16 @@ UNPACKED_BYTES = 256 << 20  # ... and of products of many rows with weights of f
 LEAST_DRIVER = 12000  # CUDA 12
 LEAST_CAPABILITY = 80  # bfloat16 and cp.async
 BRIEF_BYTES = 1 << 20  # of copies that are enqueued, or made, in no time
+FUNCTIONS = (
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpy2DAsync_v2",
+    "cuGraphLaunch",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuGetErrorName",
+)
+"""Of the driver, that rust/bindings/src/driver.rs calls."""
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 
 
@@ -150,9 +160,17 @@ class Device:
         """Enqueue zeros."""
         self._runtime.memsetAsync(pointer, 0, size, self.stream)
 
+    def event(self) -> Any:
+        """Return what can mark a place in what is enqueued; the driver knows it by its ``ptr``."""
+        return self._event(disable_timing=True)
+
+    def functions(self) -> dict[str, int]:
+        """Return where the driver's functions are that the core calls by itself."""
+        return {name: ctypes.cast(getattr(driver(), name), ctypes.c_void_p).value or 0 for name in FUNCTIONS}
+
     def mark(self) -> Any:
         """Return what `reach` waits for: all that is enqueued up to here."""
-        event = self._event(disable_timing=True)
+        event = self.event()
         check(driver().cuEventRecord(ctypes.c_void_p(event.ptr), ctypes.c_void_p(self.stream)), "marking a step's end")
         return event
 
@@ -164,7 +182,7 @@ class Device:
         """Wait until everything enqueued is done; other Python threads go on meanwhile."""
         self._stream.synchronize()
 
-    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Record what ``enqueue`` enqueues, without doing it; return what enqueues all of it at once."""
         self._stream.begin_capture()
         try:
@@ -172,13 +190,7 @@ class Device:
         finally:
             graph = self._stream.end_capture()
         graph.upload(self._stream)
-        launch, ready, stream = driver().cuGraphLaunch, ctypes.c_void_p(graph.graphExec), ctypes.c_void_p(self.stream)
-
-        def replay() -> None:
-            check(launch(ready, stream), "launching a graph")
-
-        replay.graph = graph  # type: ignore[attr-defined]  # which lives as long
-        return replay
+        return Graph(graph, self.stream)
 
     def is_broken(self, error: BaseException) -> bool:
         """Whether the GPU can do nothing more in this process after this error."""
@@ -193,6 +205,19 @@ class Device:
             self._stream.synchronize()
             for pointer in blocks:
                 self._runtime.free(pointer)
+
+
+class Graph:
+    """What was captured: called, it is enqueued all at once; the driver knows it by its ``ptr``."""
+
+    def __init__(self, graph: Any, stream: int) -> None:
+        self._graph = graph  # which lives as long
+        self.ptr = int(graph.graphExec)
+        self._launch, self._arguments = driver().cuGraphLaunch, (ctypes.c_void_p(self.ptr), ctypes.c_void_p(stream))
+
+    def __call__(self) -> None:
+        """Enqueue it."""
+        check(self._launch(*self._arguments), "launching a graph")
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -73,29 +73,22 @@ class PowerWatch:
         What measures.
     report
         Is told the watts.
+    wait
+        Waits until a step was done since the last time; False when there will be no more.
     """
 
-    def __init__(self, meter: PowerMeter, report: Callable[[float], None]) -> None:
-        self._meter, self._report = meter, report
-        self._worked, self._closed = threading.Event(), threading.Event()
+    def __init__(self, meter: PowerMeter, report: Callable[[float], None], wait: Callable[[], bool]) -> None:
+        self._meter, self._report, self._wait = meter, report, wait
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="infer-power", daemon=True)
         self._thread.start()
 
-    def step(self) -> None:
-        """A step was done."""
-        self._worked.set()
-
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, after the last step."""
         self._closed.set()
-        self._worked.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closed.wait(INTERVAL / LOOKS):
-            self._worked.wait()
-            self._worked.clear()
-            if self._closed.is_set():
-                return
+        while not self._closed.wait(INTERVAL / LOOKS) and self._wait():
             if (watts := self._meter.step()) is not None:
                 self._report(watts)

@@ -71,14 +71,15 @@ class _PinnedPlan:
 class Plan:
     """The arrays that say what a step computes: filled in pinned memory, copied to the device at once (page tables apart).
 
-    Each step has the pinned memory that the last one did not have: that may not have been copied yet. ``chosen`` is where the
-    device keeps what the last step chose.
+    Each step has the half of the pinned memory that the last one did not have: that may not have been copied yet. ``chosen`` is
+    where the device keeps what the last step chose. Steps without Python are filled in here, too (rust/bindings/src/launcher.rs).
     """
 
     def __init__(self, device: Device, rows: int, sequences: int, pages: int, long_context_row: int, chosen: int) -> None:
         self._device, self._chosen = device, chosen
         self._long_context_row = long_context_row
-        self._host, self._other = (_PinnedPlan(device, rows, sequences, pages) for _ in range(STEPS_AT_ONCE))
+        self.halves = [_PinnedPlan(device, rows, sequences, pages) for _ in range(STEPS_AT_ONCE)]
+        self._host = self.halves[0]
         self._pointer = device.allocate(self._host.rows.nbytes)
         self.draws = Draws(
             device.allocate(self._host.draws.nbytes),
@@ -91,9 +92,14 @@ class Plan:
         device.upload(self._pointer, self._host.rows)
         device.upload(self._table_pointer, self._host.table)
 
-    def turn(self) -> None:
-        """Begin another step."""
-        self._host, self._other = self._other, self._host
+    def turn(self, half: int) -> None:
+        """Begin another step, whose arrays are in this half."""
+        self._host = self.halves[half]
+
+    @property
+    def places(self) -> tuple[int, int, int, int]:
+        """Where rows, draws, their words, and page tables are on the device."""
+        return self._pointer, self.draws.pointer, self.draws.words, self._table_pointer
 
     def inputs(self, rows: int, sequences: int) -> StepInputs:
         """Return where the arrays of a step of so many rows and sequences, padding included, are."""

@@ -1,11 +1,11 @@
 """One model's steps from the engine's work to logits in host memory: padding, graphs, copies.
 
-Steps are padded to one of a few sizes: steps of decoding, in which every row's logits are wanted and sequences have a few rows
-each, finely; others, which hold prompts, by a thirty-second or so. Each size is captured into a graph when it comes the second
+Steps are padded to one of a few sizes (rust/engine/src/padding.rs). Each size is captured into a graph when it comes the second
 time (the first time, run as it comes, compiles its kernels), and replayed from then on: kernel by kernel, a step of 16 layers
-takes Python 4 milliseconds. A step with prompts takes the device longer than Python, so the second one runs as it comes, too, and
-is captured while the device computes it. Steps whose every row's logits are wanted by the caller, and those of many more sizes
-than are kept, run as they come.
+takes Python 4 milliseconds. A graph is handed over to the core, which launches steps of its size without Python from then on, if
+all of their tokens are drawn (rust/bindings/src/launcher.rs). A step with prompts takes the device longer than Python, so the
+second one runs as it comes, too, and is captured while the device computes it. Steps whose every row's logits are wanted by the
+caller, and those of many more sizes than are kept, run as they come.
 
 Tokens are drawn on the device, with all sampling parameters: of a vocabulary of 128,256 a row of logits is half a megabyte to
 copy, and more work to look through on the host than a step takes on the device.
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from infer._core import StepLauncher
 from infer.gpu.arrays import LOGPROB_VALUES
 from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
 from infer.gpu.executor import FULL, GREEDY, Launch
-from infer.gpu.memory import STEPS_AT_ONCE, Plan
+from infer.gpu.memory import SMALL_TABLES, STEPS_AT_ONCE, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,40 +30,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from infer._core import Work
-    from infer.gpu.device import Device
+    from infer.gpu.device import Device, Graph
     from infer.gpu.executor import Executor
 
-MOST_GRAPH_ROWS = 512
-"""Most rows of a step of decoding that a graph is made for."""
-
 MOST_PROMPT_GRAPHS = 64
-MOST_PROMPT_WANTED = 256
-"""Most rows with logits of other steps for which graphs are made."""
-
-
-def padded(count: int) -> int:
-    """Return the size that a count of rows or sequences is padded to: a power of two up to 8, then a multiple of 8, 16 or 32."""
-    for size in (1, 2, 4, 8):
-        if count <= size:
-            return size
-    step = 8 if count <= 64 else 16 if count <= 256 else 32
-    return -(-count // step) * step
-
-
-def padded_prompt(count: int) -> int:
-    """Return the rows that a step with prompts is padded to: few sizes, and few rows for nothing where rows cost time.
-
-    Steps that the engine cuts for their time (`whole_rows` in rust/engine/src/config.rs) are of such sizes already.
-    """
-    if count <= 64:
-        return max(16, 1 << (count - 1).bit_length())
-    step = 64 if count <= 1024 else max(128, 1 << ((count - 1).bit_length() - 5))
-    return -(-count // step) * step
-
-
-def padded_widely(count: int) -> int:
-    """Return a power of four: what a step's sequences, and its rows with logits, are padded to."""
-    return 1 << ((count - 1).bit_length() + 1 & ~1) if count > 1 else count
 
 
 class Size(NamedTuple):
@@ -73,6 +44,8 @@ class Size(NamedTuple):
     wanted: int
     """Rows with logits."""
     only_decode: bool
+    is_plain: bool
+    """There is no room for the pieces of its attention."""
     is_captured: bool
 
 
@@ -128,45 +101,46 @@ class Runner:
         graphs: bool,
         deterministic: bool,
     ) -> None:
-        self._device, self._executor, self._deterministic = device, executor, deterministic
+        self._device, self._executor = device, executor
         self.pages = executor.pages
-        self._most = rows, sequences, logit_rows
         self._plan = Plan(device, rows, sequences, pages, long_context_row, executor.choices)
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
-        self._host, self._other = (_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE))
-        self._has_graphs = graphs
-        self._graphs: dict[tuple[Size, int | None], Callable[[], None] | None] = {}
+        self._outcomes = [_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE)]
+        self._host = self._outcomes[0]
+        self._graphs: dict[tuple[Size, int | None], Graph | None] = {}
         self._prompt_graphs = 0
+        pieces = None if deterministic else executor.plans.size.items
+        limits = (rows, sequences, logit_rows, pieces, CHUNK_PAGES, DECODE_ROWS, graphs)
+        self.launcher = self._launcher(limits, long_context_row)
+
+    def _launcher(self, limits: tuple[int, int, int, int | None, int, int, bool], long_context_row: int) -> StepLauncher:
+        """Return what launches steps that need no Python, from the same memory."""
+        halves = []
+        for plan, outcome in zip(self._plan.halves, self._outcomes, strict=True):
+            event = self._device.event()
+            arrays = (plan.rows, plan.draws, plan.words, plan.table, outcome.choices, outcome.logprobs)
+            halves.append((*arrays, int(event.ptr), event))
+        return StepLauncher(
+            self._device.functions(),
+            self._device.stream,
+            limits=limits,
+            places=(*self._plan.places, self._executor.choices, self._plan.draws.told),
+            halves=(halves[0], halves[1]),
+            long_context_row=long_context_row,
+            small_tables=SMALL_TABLES,
+        )
 
     def enqueue(self, work: Work) -> Outcome:
         """Enqueue a step; returns where its outcome will be once it is done."""
-        self._plan.turn()
-        self._host, self._other = self._other, self._host
-        is_plain = self._is_plain(work)
-        size, drawn, kind = self._size(work, is_plain), work.drawn, work.draw_kind
+        half = self.launcher.turn()
+        self._plan.turn(half)
+        self._host = self._outcomes[half]
+        size, drawn, kind = Size(*self.launcher.size(work)), work.drawn, work.draw_kind
         if kind != GREEDY:
             self._plan.send_draws(work, size.wanted)
         self._plan.send(work, size.rows, size.sequences)
-        self._compute(size, kind if any(drawn) else None, is_plain)
+        self._compute(size, kind if any(drawn) else None)
         return self._collect(drawn, kind)
-
-    def _size(self, work: Work, is_plain: bool) -> Size:
-        """Return what a step is padded to."""
-        rows, sequences, wanted = work.rows, work.sequences, work.logit_rows
-        most_rows, most_sequences, most_wanted = self._most
-        only_decode = work.most_rows <= DECODE_ROWS
-        if only_decode and wanted == rows:
-            size, most = padded(rows), min(MOST_GRAPH_ROWS, most_wanted, most_rows)
-            if self._has_graphs and not is_plain and size <= most and padded(sequences) <= most_sequences:
-                return Size(size, padded(sequences), size, only_decode=True, is_captured=True)
-            return Size(rows, sequences, wanted, only_decode, is_captured=False)
-        size = min(padded_prompt(rows), most_rows)
-        if is_plain or wanted > MOST_PROMPT_WANTED:
-            return Size(size, sequences, wanted, only_decode, is_captured=False)
-        sequences = min(padded_widely(sequences), most_sequences)
-        if wanted > 1:  # nearly as many as sequences, then, and nearly free: one size for both
-            wanted = min(max(min(sequences, MOST_PROMPT_WANTED), padded_widely(wanted)), most_wanted, size)
-        return Size(size, sequences, wanted, only_decode=False, is_captured=self._has_graphs)
 
     def _collect(self, drawn: list[bool], kind: int) -> Outcome:
         """Enqueue copies of what is wanted: choices of all rows if of any, and logits of those that are not drawn."""
@@ -187,16 +161,11 @@ class Runner:
             self._device.download(outcome.logprobs, self._plan.draws.told)
         return outcome
 
-    def _is_plain(self, work: Work) -> bool:
-        if self._deterministic:
-            return False
-        return work.decode_pieces(CHUNK_PAGES, DECODE_ROWS) > self._executor.plans.size.items
-
-    def _compute(self, size: Size, kind: int | None, is_plain: bool) -> None:
+    def _compute(self, size: Size, kind: int | None) -> None:
         """Enqueue a step of a padded size, and the choice of tokens unless ``kind`` is None."""
 
         def run() -> None:
-            launch = self._launch(size, kind, is_plain)
+            launch = self._launch(size, kind)
             self._executor.forward(launch)
             if kind is not None:
                 self._executor.choose(launch)
@@ -207,18 +176,27 @@ class Runner:
             return
         is_time = size.is_captured and self._is_time(size, key in self._graphs)
         if is_time and size.only_decode:
-            graph = self._graphs[key] = self._device.capture(run)
-            graph()
+            self._capture(size, kind, run)()
             return
         run()
         if is_time:
-            self._graphs[key] = self._device.capture(run)
+            self._capture(size, kind, run)
         elif size.is_captured:
             self._graphs[key] = None
 
-    def _launch(self, size: Size, kind: int | None, is_plain: bool) -> Launch:
+    def _capture(self, size: Size, kind: int | None, run: Callable[[], None]) -> Graph:
+        """Make a graph of what ``run`` enqueues."""
+        graph = self._graphs[size, kind] = self._device.capture(run)
+        self._hand_over(size, kind, graph)
+        return graph
+
+    def _hand_over(self, size: Size, kind: int | None, graph: Graph) -> None:
+        """Have the core launch a graph from now on."""
+        self.launcher.add(size, kind, graph.ptr, graph)
+
+    def _launch(self, size: Size, kind: int | None) -> Launch:
         inputs, wanted = self._plan.inputs(size.rows, size.sequences), self._plan.logit_rows(size.rows)
-        known = (self._plan.draws, GREEDY if kind is None else kind, size.only_decode, is_plain)
+        known = (self._plan.draws, GREEDY if kind is None else kind, size.only_decode, size.is_plain)
         return Launch(inputs, size.rows, size.wanted, wanted, *known)
 
     def _is_time(self, size: Size, is_known: bool) -> bool:

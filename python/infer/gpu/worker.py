@@ -5,8 +5,9 @@ thread keeps the device and the models alive, but not the engine: when that is c
 thread gives the memory back and ends. Whatever goes wrong here ends requests with a sentence; nothing waits for a thread that
 is gone.
 
-Steps are enqueued when they are begun and waited for when they are finished: the engine begins the next one before, if it can,
-so that the device goes from one to the other by itself.
+Steps that are a graph by now never come here: the core does them on this thread, inside `WorkLink.next_work` and without Python's
+lock (rust/bindings/src/launcher.rs). The others are enqueued when they are begun and waited for when they are finished: the
+engine begins the next one before, if it can, so that the device goes from one to the other by itself.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from infer._core import DeviceModel, Engine, InferError
+from infer._core import DeviceModel, Engine, InferError, StepLauncher
 from infer.gpu.arrays import PAGE_TOKENS
 from infer.gpu.energy import PowerMeter, PowerWatch
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
 from infer.gpu.memory import STEPS_AT_ONCE
-from infer.gpu.runner import Runner, padded
+from infer.gpu.runner import Runner
 from infer.gpu.weights import Weights
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Worker:
         self._device, self._link = device, link
         self._target, self._draft = target, draft
         joules = device.joules()
-        self._watch = PowerWatch(PowerMeter(joules), link.report_power) if joules else None
+        self._watch = PowerWatch(PowerMeter(joules), link.report_power, link.wait_for_rows) if joules else None
+        # A draft model computes the rows of each step, too.
+        self._launcher = target.launcher if draft is None else None
         self._begun: deque[tuple[Work, Callable[[], Outcome]]] = deque()
         self._thread = threading.Thread(target=self._run, name="infer-gpu", daemon=True)
         self._thread.start()
@@ -80,7 +83,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._device.use()
-            while (work := self._link.next_work()) is not None:
+            while (work := self._link.next_work(launcher=self._launcher)) is not None:
                 if (reason := self._attempt(work)) is not None:
                     self._link.stop(reason)
         except BaseException as error:
@@ -179,8 +182,6 @@ class Worker:
 
     def _finish(self, work: Work, step: Work, outcome: Outcome) -> None:
         self._link.finish_rows(work, step, outcome.logits, outcome.choices, outcome.logprobs)
-        if self._watch is not None:
-            self._watch.step()
 
     def _runners(self) -> list[Runner]:
         return [self._target] if self._draft is None else [self._target, self._draft]
@@ -227,7 +228,7 @@ class _Loaded:
         self.vocabulary: int = constants["vocabulary"]
         self.long_context_row: int = settings["max_model_len"] or constants["max_positions"]
         sequences, tokens = settings["max_num_seqs"], settings["max_num_batched_tokens"]
-        self.sequences = padded(sequences)
+        self.sequences = StepLauncher.padded(sequences)
         self.rows = max(tokens, self.sequences)
         self.logit_rows = max(model.max_logit_rows(sequences, tokens), self.sequences)
         self._deterministic = deterministic

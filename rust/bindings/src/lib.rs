@@ -5,16 +5,18 @@
 //! * whatever may take long runs without the GIL and looks for signals every 50 ms, so that Ctrl-C returns at once
 //! * the engine's thread never touches Python; it hands news to Rust queues that Python threads wait on
 //! * objects remember the process that made them: in a forked child, where their threads do not exist, use raises and drop leaks
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but for the CUDA driver's functions in driver.rs
 
 mod backend;
 mod convert;
 mod device;
+mod driver;
 mod engine;
 mod error;
 mod info;
 mod json;
 mod kv;
+mod launcher;
 mod load;
 mod memory;
 mod metrics;
@@ -46,6 +48,8 @@ mod _core {
     use crate::error::{InferError, QueueFullError};
     #[pymodule_export]
     use crate::info::{ModelInfo, inspect, system_info};
+    #[pymodule_export]
+    use crate::launcher::StepLauncher;
     #[pymodule_export]
     use crate::outside::DeviceModel;
     #[pymodule_export]

@@ -1,8 +1,10 @@
 //! `WorkLink` and `Work`: the engine's work for an executor in Python, and its answers.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use infer_engine::{Answer, Batch, Choice, Handover, Ticket};
+use infer_engine::{Answer, Batch, Choice, Closed, Handover, Ticket};
 use infer_kernels::PAGE_TOKENS;
 use numpy::{
     PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyReadwriteArray2, PyUntypedArrayMethods,
@@ -11,6 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::error::{guarded, refusal};
+use crate::launcher::StepLauncher;
 use crate::owned::Owned;
 use crate::wait::{deadline, wait_until};
 
@@ -33,14 +36,20 @@ impl WorkLink {
 
 #[pymethods]
 impl WorkLink {
-    /// Wait for work; None when there will be no more.
-    #[pyo3(signature = (timeout=None))]
-    fn next_work(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<Work>> {
+    /// Wait for work that `launcher` does not do; None when there will be no more.
+    #[pyo3(signature = (timeout=None, launcher=None))]
+    fn next_work(
+        &self,
+        py: Python<'_>,
+        timeout: Option<f64>,
+        launcher: Option<Bound<'_, StepLauncher>>,
+    ) -> PyResult<Option<Work>> {
         guarded(|| {
             let handover = self.handover.get()?;
+            let launcher = launcher.as_ref().map(Bound::get);
             let taken = std::sync::Mutex::new(None);
             let hold = || taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let came = wait_until(py, deadline(timeout)?, |span| match handover.next(span) {
+            let came = wait_until(py, deadline(timeout)?, |span| match next(handover, launcher, span) {
                 Ok(None) => false,
                 Ok(Some(ticket)) => {
                     *hold() = Some(ticket);
@@ -105,6 +114,20 @@ impl WorkLink {
         guarded(|| self.answer(work, Err(message)))
     }
 
+    /// Wait until a step was done since the last call; False when there will be no more.
+    fn wait_for_rows(&self, py: Python<'_>) -> PyResult<bool> {
+        guarded(|| {
+            let handover = self.handover.get()?;
+            let closed = AtomicBool::new(false);
+            wait_until(py, None, |span| {
+                let waited = handover.wait_for_rows(span);
+                closed.fetch_or(waited.is_err(), Ordering::Relaxed);
+                waited.unwrap_or(true)
+            })?;
+            Ok(!closed.into_inner())
+        })
+    }
+
     /// Tell what the device takes while it computes, in watts.
     fn report_power(&self, watts: f64) -> PyResult<()> {
         guarded(|| {
@@ -122,6 +145,22 @@ impl WorkLink {
     }
 }
 
+/// The next work that the launcher does not do.
+fn next(
+    handover: &Handover,
+    launcher: Option<&StepLauncher>,
+    timeout: Duration,
+) -> Result<Option<Ticket>, Closed> {
+    loop {
+        let ticket = handover.next(timeout)?;
+        let is_done =
+            ticket.as_ref().zip(launcher).is_some_and(|(ticket, launcher)| launcher.take(handover, ticket));
+        if !is_done {
+            return Ok(ticket);
+        }
+    }
+}
+
 /// One step's work.
 #[pyclass(frozen, module = "infer._core")]
 pub struct Work {
@@ -129,7 +168,8 @@ pub struct Work {
 }
 
 impl Work {
-    fn batch(&self) -> PyResult<&Batch> {
+    /// The rows of a step.
+    pub fn batch(&self) -> PyResult<&Batch> {
         match &*self.ticket.work {
             infer_engine::Work::Forward(batch) | infer_engine::Work::Draft(batch) => Ok(batch),
             _ => Err(refusal("only \"forward\" and \"draft\" have rows")),
@@ -211,17 +251,6 @@ impl Work {
     #[getter]
     fn most_pages(&self) -> PyResult<usize> {
         Ok(self.batch()?.most_pages())
-    }
-
-    /// Rows of the sequence that has the most.
-    #[getter]
-    fn most_rows(&self) -> PyResult<usize> {
-        Ok(self.batch()?.most_rows())
-    }
-
-    /// Pieces of `pages` pages that the rows of sequences of at most `most_rows` rows read, each row alone.
-    fn decode_pieces(&self, pages: usize, most_rows: usize) -> PyResult<usize> {
-        Ok(self.batch()?.decode_pieces(pages, most_rows))
     }
 
     /// Pages to copy before anything is computed, one after the other: (from, to).

@@ -74,6 +74,8 @@ struct State {
     /// Number of the work whose answer is awaited; 0 for none.
     awaited: u64,
     answer: Option<Result<Answer, String>>,
+    /// Rows were computed since [`Handover::wait_for_rows`] was last answered.
+    has_rows: bool,
     /// Why the executor takes no more.
     stopped: Option<String>,
     /// The device was dropped.
@@ -112,6 +114,7 @@ impl Handover {
         let mut state = self.lock();
         let taken = state.work.front().is_none_or(|next| next.number > number);
         if state.awaited == number && taken && state.answer.is_none() {
+            state.has_rows |= matches!(answer, Ok(Answer::Rows { .. }));
             state.answer = Some(answer);
             self.tell(state);
         }
@@ -122,6 +125,20 @@ impl Handover {
         let mut state = self.lock();
         state.stopped.get_or_insert_with(|| message.to_owned());
         self.tell(state);
+    }
+
+    /// Waits until rows were computed since the last time that this was answered `Ok(true)`; `Ok(false)` after `timeout`.
+    ///
+    /// # Errors
+    /// As [`Handover::next`].
+    pub fn wait_for_rows(&self, timeout: Duration) -> Result<bool, Closed> {
+        let idle = |state: &mut State| !state.has_rows && !state.closed && state.stopped.is_none();
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, idle);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        match state.closed || state.stopped.is_some() {
+            true => Err(Closed),
+            false => Ok(std::mem::take(&mut state.has_rows)),
+        }
     }
 
     /// The executor tells what its device takes while it computes, in watts.

@@ -46,6 +46,7 @@ mod logprobs;
 mod mailbox;
 mod metrics;
 mod outbox;
+mod padding;
 mod pages;
 mod params;
 #[cfg_attr(not(feature = "planted"), allow(dead_code, unreachable_pub))]
@@ -84,6 +85,7 @@ pub use crate::logprobs::TokenLogprob;
 pub use crate::mailbox::Journal;
 pub use crate::metrics::{EngineMetrics, Histograms, RequestMetrics};
 pub use crate::outbox::{RequestHandle, Update, Waker};
+pub use crate::padding::{SizeLimits, StepSize, padded};
 pub use crate::params::SamplingParams;
 #[cfg(feature = "planted")]
 pub use crate::planted::{Bug, plant};

@@ -206,6 +206,25 @@ fn an_engine_whose_executor_never_came_can_be_stopped_and_closed() {
 }
 
 #[test]
+fn whoever_waits_for_rows_hears_of_them() {
+    let handover = Arc::new(Handover::default());
+    let waiter = {
+        let handover = Arc::clone(&handover);
+        std::thread::spawn(move || (handover.wait_for_rows(LONG), handover.wait_for_rows(LONG)))
+    };
+    let mut device = OutsideDevice::new(Arc::clone(&handover), true);
+    device.begin(Batch::default());
+    let answering = std::thread::spawn(move || {
+        let ticket = finish(&handover);
+        handover.answer(ticket.number, Ok(rows(vec![1.0])));
+    });
+    assert_eq!(device.finish(&mut Vec::new()), Ok(()));
+    answering.join().expect("it answered");
+    drop(device);
+    assert_eq!(waiter.join().expect("it heard"), (Ok(true), Err(Closed)));
+}
+
+#[test]
 fn answers_to_other_work_are_dropped_or_named() {
     let config = config(64, 4);
     let handover = Arc::new(Handover::default());
