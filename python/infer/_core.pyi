@@ -628,6 +628,12 @@ class StepLauncher:
     def add(self, size: tuple[int, int, int, bool, bool, bool], kind: int | None, graph: int, owner: Any) -> None:
         """Launch this graph for steps of a size that draw so (None: not at all) from now on; ``owner`` keeps it alive."""
 
+    def leave(self, work: Work) -> bool:
+        """Have the core end the step that was enqueued last, without Python; False where there are logits for the host.
+
+        Also False where `WorkLink.next_work` does not know this launcher.
+        """
+
 @final
 class WorkLink:
     """Where an executor outside takes its work, and answers. It does not keep the engine alive."""

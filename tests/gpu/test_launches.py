@@ -22,6 +22,7 @@ from samples import PROMPTS, kinds, same_choices
 from infer import LLM, InferError, SamplingParams
 from infer.gpu.device import FUNCTIONS
 from infer.gpu.runner import Runner
+from infer.gpu.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +74,28 @@ def test_steps_with_a_graph_never_enter_python(llm: LLM, host: HostDevice, enter
     assert not entered
     assert host.driver.calls.count("launch") == len(tokens[0]) == 40
     assert all(own == tokens[0] for own in tokens)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_steps_that_python_begins_are_ended_without_it(
+    enforce_eager: bool, host: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    finish = Worker._finish
+
+    def counted(self: Worker, work: Any, step: Any, outcome: Any) -> None:
+        ended.append(step.rows)
+        finish(self, work, step, outcome)
+
+    monkeypatch.setattr(Worker, "_finish", counted)
+    with LLM(GOLDEN / "llama", device="cuda", dtype="float32", max_num_seqs=2, enforce_eager=enforce_eager) as llm:
+        llm.generate([PROMPT], LONG)
+        assert not ended
+        calls = host.driver.calls
+        assert calls.count("record") == calls.count("wait") == 40
+        assert calls.count("launch") == (0 if enforce_eager else 37), "one step is a prompt, one is the first, one is captured"
+        llm.generate([PROMPT], SamplingParams(max_tokens=3, logprobs=40, detokenize=False))
+        assert len(ended) == 3, "log-probabilities that the host computes, from logits"
 
 
 def test_steps_are_begun_before_their_tokens_are_known(llm: LLM, host: HostDevice) -> None:

@@ -6,8 +6,9 @@ thread gives the memory back and ends. Whatever goes wrong here ends requests wi
 is gone.
 
 Steps that are a graph by now never come here: the core does them on this thread, inside `WorkLink.next_work` and without Python's
-lock (rust/bindings/src/launcher.rs). The others are enqueued when they are begun and waited for when they are finished: the
-engine begins the next one before, if it can, so that the device goes from one to the other by itself.
+lock (rust/bindings/src/launcher.rs). The others are enqueued when they are begun and waited for when they are finished (by the
+core, where there are no logits for the host): the engine begins the next one before, if it can, so that the device goes from one
+to the other by itself.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Worker:
 
         kind = work.kind
         if kind == "forward":
-            self._begun.append((work, self._begin(work)))
+            self._begin(work)
         elif kind == "finish":
             step, wait = self._begun.popleft()
             self._finish(work, step, wait())
@@ -128,23 +129,27 @@ class Worker:
             self._write(work.page, np.frombuffer(work.contents, np.uint8))
             self._link.finish(work)
 
-    def _begin(self, work: Work) -> Callable[[], Outcome]:
-        """Enqueue a step; returns what waits for its outcome, or raises what went wrong already."""
+    def _begin(self, work: Work) -> None:
+        """Enqueue a step, and leave its end to the core, or keep what waits for its outcome or raises what went wrong already."""
         try:
-            outcome, mark = self._forward(work), self._device.mark()
+            outcome = self._forward(work)
+            if self._launcher is not None and self._launcher.leave(work):
+                return
+            mark = self._device.mark()
         except Exception as error:
             failure = error
 
             def fail() -> Outcome:
                 raise failure
 
-            return fail
+            self._begun.append((work, fail))
+            return
 
         def wait() -> Outcome:
             self._device.reach(mark)
             return outcome
 
-        return wait
+        self._begun.append((work, wait))
 
     def _forward(self, work: Work) -> Outcome:
         for source, target in work.copies:

@@ -28,7 +28,7 @@ use crate::settings::{
 };
 use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, prompt_ids};
-use crate::wait::{deadline, interruptible, is_exiting, wait_until};
+use crate::wait::{briefly, deadline, interruptible, is_exiting, wait_until};
 use crate::work::WorkLink;
 
 const CLOSED: &str = "this LLM is closed";
@@ -219,11 +219,11 @@ impl Engine {
             let prompt = prompt_ids(py, self.text.as_ref(), self.info.path(), prompt, add_special_tokens)?;
             let waker = ready.map(|queue| queue.waker(ready_key)).transpose()?;
             // Reads the whole prompt, as the text goes on where the prompt ends.
-            let text =
-                py.detach(|| text_factory(self.text.as_deref(), &params.inner, &prompt)).map_err(refusal)?;
+            let made = || text_factory(self.text.as_deref(), &params.inner, &prompt);
+            let text = briefly(py, prompt.len(), made).map_err(refusal)?;
             let kind = RequestKind::Generate(Box::new(params.inner.clone()));
             let options = SubmitOptions { final_only, waker, priority, user, timeout, cache_salt };
-            let handle = py.detach(|| driver.submit(prompt.into(), kind, text, options));
+            let handle = briefly(py, prompt.len(), || driver.submit(prompt.into(), kind, text, options));
             handle.map(Request::new).map_err(engine_error)
         })
     }

@@ -4,7 +4,8 @@
 //! Python does what a step needs once: it captures the graph, and hands it over with the arrays that it reads. From then on the thread that
 //! asks for work ([`crate::work::WorkLink::next_work`], which has given the lock up) finds such steps here: it fills the step's pinned
 //! arrays, enqueues their copies, the graph and the copies of what it chose, marks the end, and waits for the mark when the step is to be
-//! ended. Whatever else there is to do (sizes that have no graph, logits for the caller, pages, draft models) it returns with, as before.
+//! ended. Whatever else there is to do (sizes that have no graph, logits for the caller, pages, draft models) it returns with, as before;
+//! a step that Python has enqueued is still ended here, if all of its tokens are drawn.
 //! It is the same thread that does both, so that the order of work, and whose GPU is current, are nobody's care.
 //!
 //! Why not the engine's own thread, which would save handing work over: it would have to wait for Python at each step that is not done
@@ -116,6 +117,11 @@ impl StepLauncher {
             Ok(())
         })
     }
+
+    /// Have the step that Python enqueued last ended here; false where it cannot be, as there are logits for the host.
+    fn leave(&self, work: PyRef<'_, crate::work::Work>) -> PyResult<bool> {
+        guarded(|| Ok(self.lock()?.leave(&work.ticket().work, work.batch()?)))
+    }
 }
 
 impl StepLauncher {
@@ -178,7 +184,7 @@ impl Half {
     }
 }
 
-/// A step that was begun here.
+/// A step that was begun here, or is ended here.
 struct Begun {
     work: Arc<Work>,
     half: usize,
@@ -197,7 +203,7 @@ struct Steps {
     halves: [Half; 2],
     turn: usize,
     graphs: HashMap<(StepSize, Option<u8>), Graph>,
-    /// In order; none for those that Python has begun.
+    /// In order; none for those that Python has begun and will end.
     begun: VecDeque<Option<Begun>>,
 }
 
@@ -207,11 +213,22 @@ impl Steps {
         self.turn
     }
 
+    /// Ends a step later that Python has begun.
+    fn leave(&mut self, work: &Arc<Work>, batch: &Batch) -> bool {
+        match self.begun.back_mut() {
+            Some(begun @ None) if is_drawn(batch) => {
+                let outcome = self.driver.record(self.halves[self.turn].event);
+                *begun = Some(Begun { work: Arc::clone(work), half: self.turn, outcome });
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Begins a step, if there is a graph for it and nothing else to be done.
     fn begin(&mut self, work: &Arc<Work>, batch: &Batch) -> Option<Begun> {
         let wanted = batch.logit_rows.len();
-        let is_drawn = batch.draws.len() == wanted && batch.draws.iter().all(Option::is_some);
-        if !is_drawn || !batch.copies.is_empty() {
+        if !is_drawn(batch) || !batch.copies.is_empty() {
             return None;
         }
         let (size, kind) = (batch.size(&self.limits), batch.draw_kind());
@@ -277,6 +294,11 @@ impl Steps {
             handover.stop(&format!("the GPU failed and cannot go on: {message}"));
         }
     }
+}
+
+/// Whether the device draws all wanted rows, so that the host has no use for logits.
+fn is_drawn(batch: &Batch) -> bool {
+    batch.draws.len() == batch.logit_rows.len() && batch.draws.iter().all(Option::is_some)
 }
 
 /// The first values.

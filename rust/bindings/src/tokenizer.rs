@@ -13,7 +13,7 @@ use crate::convert::{Int, text, token_ids};
 use crate::error::{guarded, refusal};
 use crate::json::{to_json, to_map};
 use crate::vocabulary;
-use crate::wait::interruptible;
+use crate::wait::{briefly, interruptible};
 
 /// Text beyond this is encoded on a thread of its own, so that Ctrl-C need not wait for it.
 const LONG_TEXT: usize = 1 << 16;
@@ -123,9 +123,9 @@ pub fn prompt_ids(
 /// Encodes, interruptibly when the text is long.
 pub fn encode(py: Python<'_>, model: &Arc<TextModel>, text: String, add_special: bool) -> PyResult<Vec<u32>> {
     let model = Arc::clone(model);
-    let long = text.len() > LONG_TEXT;
+    let (size, long) = (text.len(), text.len() > LONG_TEXT);
     let work = move || model.tokenizer.encode(&text, add_special).map_err(|error| error.to_string());
-    if long { interruptible(py, "infer-encode", work) } else { py.detach(work).map_err(refusal) }
+    if long { interruptible(py, "infer-encode", work) } else { briefly(py, size, work).map_err(refusal) }
 }
 
 /// A model's own tokenizer and chat template.

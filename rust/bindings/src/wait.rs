@@ -10,6 +10,8 @@ use crate::error::{describe_panic, refusal};
 
 /// How long nobody looks for signals.
 const GLANCE: Duration = Duration::from_millis(50);
+/// Bytes or tokens that are read in less than a millisecond, whatever is done with them.
+const BRIEF: usize = 2048;
 /// How long a thread sleeps that no signal reaches, so that an idle program stays idle.
 const SLEEP: Duration = Duration::from_secs(60);
 
@@ -62,6 +64,12 @@ pub fn is_exiting(py: Python<'_>) -> bool {
         pending.restore(py);
     }
     asked.unwrap_or(true)
+}
+
+/// Runs work on an input of so many bytes or tokens that never waits long: with Python's lock where that is less than a millisecond's,
+/// since a thread that gives the lock up beside one that computes in Python has it back five milliseconds later.
+pub fn briefly<T: Send>(py: Python<'_>, size: usize, work: impl FnOnce() -> T + Send) -> T {
+    if size <= BRIEF { work() } else { py.detach(work) }
 }
 
 /// Runs `work` on a thread of its own while this one looks for signals. When a signal handler raises, the work's result is dropped as

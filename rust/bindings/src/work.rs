@@ -77,7 +77,8 @@ impl WorkLink {
     ) -> PyResult<()> {
         guarded(|| {
             let logits = logits.as_slice().map_err(refusal)?;
-            let logits = py.detach(|| logits.to_vec());
+            // Who gives Python's lock up may wait long for it.
+            let logits = if logits.is_empty() { Vec::new() } else { py.detach(|| logits.to_vec()) };
             let choices = match &choices {
                 Some(choices) => {
                     let told = logprobs.as_ref().map(|told| told.as_slice().map_err(refusal)).transpose()?;
@@ -168,6 +169,11 @@ pub struct Work {
 }
 
 impl Work {
+    /// The work.
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
     /// The rows of a step.
     pub fn batch(&self) -> PyResult<&Batch> {
         match &*self.ticket.work {
