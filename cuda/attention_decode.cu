@@ -22,6 +22,7 @@ constexpr int ROWS = PARTS * 8;
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
 constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
 constexpr int THREADS = WARPS * WARP;
+constexpr int PREFETCHED = 4;                        // pages of a warp that are brought to L2 before the kernel waits
 
 struct Page {
     uint4 keys[KEY_UNITS][2], values[VALUE_UNITS];
@@ -44,7 +45,9 @@ struct Pages {
     int kv_head, kv_heads, g, t;
     u64 policy;
 
-    DEVICE size_t part(int number) const { return size_t(table[number]) * kv_heads + kv_head; }
+    // Where a page below `end` lies, among all pages and with the head.
+    DEVICE int entry(int number, int end) const { return number < end ? table[number] : 0; }
+    DEVICE size_t part_of(int entry) const { return size_t(entry) * kv_heads + kv_head; }
 
     // `index` is the page's part() for the head.
     DEVICE void read_keys(Page &page, size_t index) const {
@@ -148,12 +151,13 @@ DEVICE void blank_page(Page &page, int valid, int g, int t) {
     if (upper_token(g) >= valid) page.value_scales[1] = 0.0f;
 }
 
-// One warp's share of a chunk: pages `number`, `number + WARPS`, ... below `end`.
+// One warp's share of a chunk: pages `number`, `number + WARPS`, ... below `end`. `entry` is where the second one lies.
 DEVICE void run_pages(const Pages &pages, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int rows, int number, int end,
-                      Page &page, Running &own) {
+                      int entry, Page &page, Running &own) {
     for (; number < end; number += WARPS) {
         const int begin = number * PAGE_TOKENS, next = number + WARPS;
-        const size_t index = next < end ? pages.part(next) : 0;
+        const size_t index = pages.part_of(entry);
+        entry = pages.entry(next + WARPS, end); // in time
         float weights[PARTS][4];
         weigh(page, query, score, begin, !score.all_visible(begin, begin + PAGE_TOKENS, rows), pages.g, pages.t, weights, own);
         const int valid = score.first_position + rows - begin;
@@ -296,7 +300,7 @@ struct Work {
     Item item;
     Pages pages;
     int index, number, end;
-    size_t first; // part of the first page
+    int first, second; // where the warp's first pages lie
 
     DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
         index = work / pages.kv_heads;
@@ -308,11 +312,21 @@ struct Work {
         if (item.chunk + 1 < item.first_chunk + item.chunks) end = min(end, (item.chunk + 1) * item.chunk_pages);
         // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
         number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
-        first = number < end ? pages.part(number) : 0;
+        first = pages.entry(number, end), second = pages.entry(number + WARPS, end);
     }
 
     DEVICE void read(Page &page) const {
-        if (number < end) pages.read_keys(page, first), pages.read_values(page, first);
+        if (number < end) pages.read_keys(page, pages.part_of(first)), pages.read_values(page, pages.part_of(first));
+    }
+
+    // Brings a warp's first pages to L2. Otherwise they would come behind the weights that the kernels beside this one copy ahead.
+    DEVICE void prefetch() const {
+        const int lane = pages.g * 4 + pages.t;
+        for (int page = number, i = 0; i < PREFETCHED && page < end; page += WARPS, i++) {
+            const size_t index = pages.part_of(pages.entry(page, end));
+            for (int at = lane * 128; at < PAGE_BYTES_OF_KEYS; at += WARP * 128) prefetch_line(pages.keys + index * PAGE_BYTES_OF_KEYS + at);
+            for (int at = lane * 128; at < PAGE_BYTES_OF_VALUES; at += WARP * 128) prefetch_line(pages.values + index * PAGE_BYTES_OF_VALUES + at);
+        }
     }
 
     // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
@@ -331,11 +345,12 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
     let_next_start();
     const int work_end = counts[0] * kv_heads;
     Work next = {{}, {reinterpret_cast<const u8 *>(keys), reinterpret_cast<const u8 *>(values), key_scales, value_scales, page_table, 0,
-                      kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0};
+                      kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0};
     Page page;
     Pending pending = {};
     int number = blockIdx.x;
     if (number < work_end) next.take(items, number, page_table, page_stride, window);
+    if (number < work_end) next.prefetch();
     if (number < work_end && next.is_old()) next.read(page);
     wait_for_previous();
     if (number < work_end && !next.is_old()) next.read(page);
@@ -355,7 +370,7 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
         Running own = {};
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
-        run_pages(work.pages, query, score, work.item.rows, work.number, work.end, page, own);
+        run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
         // The next piece's first page is read while the results of this one are merged.
         if (number < work_end) next.read(page);
         publish(own, warp, g, t, shared);

@@ -146,6 +146,13 @@ DEVICE float exp2_fast(float x) {
     return result;
 }
 
+// The greater number, or none if one of them is none.
+DEVICE float greater_or_none(float a, float b) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 

@@ -3,6 +3,8 @@
 #include "common.cuh"
 #include "weights.cuh"
 #include "round.cuh"
+#include "digits.cuh"
+#include "halves.cuh"
 
 #ifndef OUTPUT
 #define OUTPUT T
@@ -73,5 +75,21 @@ KERNEL quantize(const T *input, e4m3 *output, float *scales, int input_stride, i
     for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
         load<V>(input + i, values);
         store_rounded<V>(output + i, values, factor);
+    }
+}
+
+// Rows as digits.cuh says, for packed weights, or halves.cuh, for linear_stream.cu: (ceil(columns / 128), rows, bytes of a row's step).
+// columns are a multiple of 8, and rows aligned to 16 bytes. Launch: grid (ceil(columns / (256 * WARPS)), rows), WARPS warps.
+KERNEL prepare(const T *input, u8 *output, int input_stride, int rows, int columns) {
+    let_next_start();
+    wait_for_previous();
+    const int lane = threadIdx.x % WARP, step = (blockIdx.x * WARPS + threadIdx.x / WARP) * 2 + lane / 16, column = step * 128 + lane % 16 * 8;
+    float values[8] = {};
+    if (column < columns) load<8>(input + size_t(blockIdx.y) * input_stride + column, values);
+    const bool exists = step * 128 < columns;
+    if (PACKED) {
+        write_digits(values, output + size_t(step) * rows * DIGIT_BYTES, rows, blockIdx.y, lane % 16, exists);
+    } else {
+        write_halves(values, output + size_t(step) * rows * HALF_BYTES, rows, blockIdx.y, lane % 16, exists);
     }
 }

@@ -14,7 +14,7 @@
 #define PAIRED 0 // 1: the second 8 rows of a tile are not the next ones but those that are combined with the first (gates, rotation)
 #endif
 
-constexpr int PARTS = TOKENS / 8;     // of 8 tokens, the width of one matrix instruction
+constexpr int PARTS = (TOKENS + 7) / 8; // of 8 tokens, the width of one matrix instruction
 constexpr int ROWS = PAIRED ? 8 : 16; // neighbouring weight rows of a tile
 constexpr int OUTPUTS = ROWS * TILES; // of a unit
 

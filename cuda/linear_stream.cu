@@ -1,23 +1,17 @@
-// A weight matrix times few input rows: decoding. linear_stream.cuh says how, and linear_registers.cuh for weights of 4 bits.
+// A weight matrix times few input rows: decoding. linear_stream.cuh says how.
 // EPILOGUE: as epilogue.cuh says.
 #include "common.cuh"
 #include "activation.cuh"
 #include "mma.cuh"
 #include "linear_product.cuh"
-#if PACKED == 4
-#include "linear_registers.cuh"
-#else
 #include "linear_stream.cuh"
-#endif
 #include "epilogue.cuh"
 
-#if PACKED != 4
 // What a thread needs at the end of its output.
 struct Early {
     Ending first, second; // the second is up's, beside a gate
     float before;
 };
-#endif
 
 // input (rows, columns), columns a multiple of 8, or 16 for E4M3 weights; weight (weight_rows, columns), both aligned to 16 bytes; scales
 // (weight_rows) for E4M3, or (weight_rows, ceil(columns / STEP)) for GROUPED ones; scales and minima of PACKED weights as weights.cuh says,
@@ -30,20 +24,6 @@ linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const 
     const int outputs = EPILOGUE == GATED ? weight_rows / 2 : weight_rows, second = outputs;
     const Product product = {input, weight, scales, minima, norm, input_stride, rows, weight_rows, columns,
                              (outputs + OUTPUTS - 1) / OUTPUTS, second};
-#if PACKED == 4
-    const Ending ending = {bias, scales, columns, epsilon};
-    stream(product, dynamic, [](int unit) { return unit * OUTPUTS; }, [&](const Shared &shared, const Squares &squares, int unit, int thread) {
-        for (int i = thread; i < OUTPUTS * rows; i += WARPS * WARP) {
-            const int place = i % OUTPUTS, token = i / OUTPUTS, column = unit * OUTPUTS + place;
-            if (column >= outputs) continue;
-            OUTPUT *to = output + size_t(token) * output_stride + column;
-            float result = ending(shared, squares, place, 0, token, column);
-            if (EPILOGUE == GATED) result = activate(result) * ending(shared, squares, place, 1, token, column + second);
-            if (EPILOGUE == ADD) result = fmaf(add, result, to_float(*to));
-            *to = from_float<OUTPUT>(result);
-        }
-    });
-#else
     const auto column_of = [](int unit, int thread) { return unit * OUTPUTS + thread % OUTPUTS; };
     const auto target = [&](int column, int thread) { return output + size_t(thread / OUTPUTS) * output_stride + column; };
     const auto begin = [&](int unit, int thread) {
@@ -52,14 +32,13 @@ linear_stream(const bf16 *input, const WEIGHT *weight, const float *bias, const 
         if (EPILOGUE == ADD && thread / OUTPUTS < rows) early.before = to_float(*target(column, thread));
         return early;
     };
-    const auto finish = [&](const float *sums, const float *factors, int stride, int unit, int thread, const Early &early) {
+    const auto finish = [&](const float *sums, float factor, int stride, int unit, int thread, const Early &early) {
         const int token = thread / OUTPUTS, place = thread % OUTPUTS, column = column_of(unit, thread);
         if (token >= rows || column >= outputs) return;
-        float result = early.first(sums, factors, stride, place, 0, token);
-        if (EPILOGUE == GATED) result = activate(result) * early.second(sums, factors, stride, place, 1, token);
+        float result = early.first(sums, factor, stride, place, 0, token);
+        if (EPILOGUE == GATED) result = activate(result) * early.second(sums, factor, stride, place, 1, token);
         if (EPILOGUE == ADD) result = fmaf(add, result, early.before);
         *target(column, thread) = from_float<OUTPUT>(result);
     };
     stream(product, dynamic, epsilon, [](int unit) { return unit * OUTPUTS; }, begin, finish);
-#endif
 }

@@ -14,7 +14,12 @@
 // next kernel finds its places elsewhere, and soon every kernel runs on half of the multiprocessors. So launches alternate between blocks
 // with more than half of the shared memory, and blocks with more than half of the registers, by warps that do nothing but wait for the end.
 //
-// Input rows are in shared memory: whole (RESIDENT), or each warp copies its columns behind its weights to the ring.
+// A ring is filled a few steps at a time while the kernel waits: asked for at once, 13 MB are a queue in which whatever the kernel before
+// this one still reads waits 4 us on an H100 (attention took 10 us in place of 5).
+//
+// Input rows are in shared memory: whole (RESIDENT), or each warp copies its columns behind its weights to the ring. They are bfloat16
+// (stream_input.cuh), or what E4M3 weights and those of 4 bits are multiplied by with the fewest instructions (stream_prepared.cuh): a step of
+// a warp may take 500 cycles on an H200, and its instructions wait for each other; so two are multiplied at a time.
 //
 // NORM 1: input rows, RESIDENT, are root-mean-square normalised, with the factors `norm`. The row's scale is applied to the sums at the
 // end, when the sum of squares is known.
@@ -32,12 +37,24 @@
 #endif
 
 constexpr int THREADS = WARPS * WARP;
-constexpr int BOUND = TOKENS > 8 ? 576 : 768; // threads of a block, so that there are up to 96 or 80 registers
-constexpr int EIGHTS = STEP / 8;                  // 16 bytes of an input row each, in a step
-constexpr int AT_ONCE = WARP / EIGHTS;            // tokens that a warp copies at once
-constexpr int TURNS = TOKENS > 8 ? 1 : 2;         // units whose sums are kept
+constexpr int BOUND = PACKED == 4 && TOKENS > (MINIMA ? 1 : 8) ? 384 : 576; // threads of a block: there are up to 168 registers, or 96
+constexpr int EIGHTS = STEP / 8;                        // 16 bytes of an input row each, in a step
+constexpr int AT_ONCE = WARP / EIGHTS;                  // steps that a warp makes resident at once, or tokens that it copies
+constexpr int PACE = Feed<WARPS>::BYTES > 1536 ? 2 : 3; // steps of a warp under way before the kernel may begin
+constexpr int TURNS = TOKENS > 8 ? 1 : 2;               // units whose sums are kept
 static_assert(RESIDENT || !NORM, "only resident rows are normalised");
 static_assert(TILES == 1 && OUTPUTS * TOKENS <= THREADS, "a thread ends one output of a unit");
+
+#if PACKED == 4 || IS_E4M3
+#include "stream_prepared.cuh"
+#endif
+#if PACKED == 4
+#include "stream_digits.cuh"
+#elif IS_E4M3
+#include "stream_halves.cuh"
+#else
+#include "stream_input.cuh"
+#endif
 
 // Ends a block: the warps that only take registers wait for those that work.
 DEVICE void end_block(bool works) {
@@ -52,153 +69,137 @@ DEVICE void end_block(bool works) {
 // Waits for the other warps that work.
 DEVICE void work_barrier() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 
-// Eight input values of a token times the norm's factors, and their squares added up.
-DEVICE void normalise(uint4 &values, const float (&factors)[8], float &squares) {
-    u32 words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float a = low_bf16(words[i]), b = high_bf16(words[i]);
-        squares = fmaf(b, b, fmaf(a, a, squares));
-        words[i] = pack_bf16(a * factors[2 * i], b * factors[2 * i + 1]);
-    }
-    values = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// A block's shared memory: squares that each warp added up (WARPS, TOKENS), the rows' scales (TOKENS), sums (TURNS, WARPS, 16, stride), the
-// rings (WARPS, DEPTH) of a step's weights and, unless RESIDENT, its input (rows, STEP); the RESIDENT input, for each warp
-// ceil(steps / WARPS) slots of (rows, STEP).
+// A block's shared memory: squares that each warp added up (WARPS, TOKENS), sums (TURNS, WARPS, 16, stride), the rings (WARPS, DEPTH) of a
+// step's weights and, unless RESIDENT, its input (rows, INPUT_BYTES); the RESIDENT input, for each warp ceil(steps / WARPS) slots of
+// (rows, INPUT_BYTES).
 struct Memory {
     u8 *begin;
     int rows;
 
     DEVICE float *squares() const { return reinterpret_cast<float *>(begin); }
-    DEVICE float *factors() const { return squares() + WARPS * TOKENS; }
     DEVICE int stride() const { return rows | 1; }
-    DEVICE float *sums(int turn) const { return factors() + TOKENS + turn * WARPS * 16 * stride(); }
-    DEVICE int slot_bytes() const { return Feed<WARPS>::BYTES + (RESIDENT ? 0 : rows * STEP * 2); }
+    DEVICE float *sums(int turn) const { return squares() + WARPS * TOKENS + turn * WARPS * 16 * stride(); }
+    DEVICE int slot_bytes() const { return Feed<WARPS>::BYTES + (RESIDENT ? 0 : rows * INPUT_BYTES); }
     DEVICE u8 *ring(int warp) const { return reinterpret_cast<u8 *>(sums(TURNS)) + warp * DEPTH * slot_bytes(); }
     DEVICE u8 *input() const { return ring(WARPS); }
 };
 
-// Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
-DEVICE int input_place(int token, int eight) {
-    constexpr bool INTERLEAVED_READS = !PACKED && sizeof(WEIGHT) == 1; // a lane reads two neighbouring eights
-    const int half = INTERLEAVED_READS ? eight % 2 : eight / 4 % 2, quarter = INTERLEAVED_READS ? eight / 2 % 4 : eight % 4;
-    return token * STEP * 2 + eight / 8 * 128 + (half ^ token % 2) * 64 + quarter * 16;
-}
-
-// A warp's steps of the input rows in shared memory, (rows, STEP) each.
-struct Input {
-    const bf16 *begin, *at; // the lane's part of its first row: in the warp's first step, and in the next one that is copied
-    int stride, rows, columns, left, lane, t; // left: columns from that step on, less the lane's
-    u32 to, from[PARTS][2]; // where in a slot the lane writes, and reads either half of 64 columns
-
-    DEVICE Input(const Product &product, int warp, int lane)
-        : stride(product.input_stride), rows(product.rows), columns(product.columns - warp * STEP - lane % EIGHTS * 8), lane(lane), t(lane % 4) {
-        begin = product.input + size_t(lane / EIGHTS) * stride + warp * STEP + lane % EIGHTS * 8;
-        to = input_place(lane / EIGHTS, lane % EIGHTS);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            // Tokens that do not exist are some other one: nobody uses their sums.
-            const int token = min(part * 8 + lane / 4, rows - 1);
-            from[part][0] = token * STEP * 2 + token % 2 * 64 + t * 16;
-            from[part][1] = from[part][0] ^ 64;
-            asm volatile("" : "+r"(from[part][0]), "+r"(from[part][1])); // or they are computed anew in every step
-        }
-        restart();
-    }
-
-    // Goes to the warp's first step.
-    DEVICE void restart() { at = begin, left = columns; }
-
-    // Starts copying the next step's columns to a slot; what lies beyond the row becomes zeros, and is not read.
-    DEVICE void start(u32 slot) {
-        const bf16 *source = at;
-        u32 target = slot + to;
-#pragma unroll 1
-        for (int token = lane / EIGHTS; token < rows; token += AT_ONCE) {
-            copy_16_to(target, source, left > 0);
-            source += AT_ONCE * size_t(stride);
-            target += AT_ONCE * STEP * 2;
-        }
-        at += WARPS * STEP, left -= WARPS * STEP;
-    }
-
-    // Starts copying to the whole ring, a group for each slot, beside the weights that are copied already.
-    DEVICE void begin_ring(u32 slot, u32 slot_bytes, int own_steps) {
-        int left = own_steps;
-#pragma unroll 1
-        for (int i = 0; i < DEPTH; i++, slot += slot_bytes) {
-            if (left > 0) start(slot);
-            if (--left == 0) left = own_steps, restart();
-            end_group();
-        }
-    }
-
-    // The lane's eight columns of each token, of a half of a block of 64 columns in a slot.
-    DEVICE void read(u32 slot, int block, int half, uint4 (&values)[PARTS]) const {
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) values[part] = load_shared(slot + from[part][half] + block * 128);
-    }
-};
-
-// Brings all columns of the input rows to shared memory, normalised with NORM, by all threads: each has eight columns, of all rows, and then
-// the next ones. The norm's factors come from far, so they are asked for before the kernel waits.
+// The input rows of a warp's steps in shared memory, AT_ONCE steps of a row at a time: a turn. A lane has the same eight columns of a step all
+// the time. With NORM, rows are normalised before the first product; the norm's factors come from far, so they are asked for before the kernel
+// waits. Else they are brought as they are, and if they must be prepared, that is done in place in the block's first unit, each turn before
+// it is multiplied, so that the ring is refilled meanwhile.
 struct Residence {
-    const Product &product;
-    int eights;
-    float factors[8];
+    static constexpr int BATCH = NORM ? 2 : 8;
 
-    DEVICE Residence(const Product &product, int steps) : product(product), eights(steps * EIGHTS) {
+    const Product &product;
+    int warp, lane, own_steps, turns;
+    u8 *own;                             // the warp's slots
+    float factors[NORM ? BATCH : 1][8];  // of the first turns
+
+    DEVICE Residence(const Product &product, int warp, int lane, int own_steps, u8 *own)
+        : product(product), warp(warp), lane(lane), own_steps(own_steps), turns((own_steps + AT_ONCE - 1) / AT_ONCE), own(own) {
         if (!NORM) return;
-        if (threadIdx.x * 8 < product.columns) load<8>(product.norm + threadIdx.x * 8, factors);
-        for (int column = (threadIdx.x + THREADS) * 8; column < product.columns; column += THREADS * 8) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(product.norm + column));
+        read_factors(0, factors[0]), read_factors(turns > 1 ? 1 : 0, factors[NORM]);
+        for (int turn = 2; turn < turns; turn++) {
+            if (column(turn) < product.columns) prefetch_line(product.norm + column(turn));
         }
     }
 
-    DEVICE void fill(const Memory &memory, int steps, float epsilon) {
-        const int slot_bytes = product.rows * STEP * 2, slots = (steps + WARPS - 1) / WARPS;
-        float squares[TOKENS] = {};
-        for (int eight = threadIdx.x; eight < eights; eight += THREADS) {
-            const int number = eight / EIGHTS, column = eight * 8;
-            u8 *slot = memory.input() + (number % WARPS * slots + number / WARPS) * slot_bytes;
-            const bool inside = column < product.columns;
-            if (NORM && inside && eight >= THREADS) load<8>(product.norm + column, factors);
+    // The lane's step of the warp, and its first column.
+    DEVICE int step(int turn) const { return turn * AT_ONCE + lane / EIGHTS; }
+    DEVICE int column(int turn) const { return (warp + step(turn) * WARPS) * STEP + lane % EIGHTS * 8; }
+    DEVICE u8 *slot(int turn) const { return own + step(turn) * product.rows * INPUT_BYTES; }
+
+    DEVICE void read_factors(int turn, float (&to)[8]) const {
+        const bool exists = column(turn) < product.columns;
+        if (exists) load<8>(product.norm + column(turn), to);
 #pragma unroll
-            for (int token = 0; token < TOKENS; token++) {
-                if (token >= product.rows) break;
-                uint4 values = make_uint4(0, 0, 0, 0);
-                if (inside) values = *reinterpret_cast<const uint4 *>(product.input + token * size_t(product.input_stride) + column);
-                if (NORM && inside) normalise(values, factors, squares[token]);
-                *reinterpret_cast<uint4 *>(slot + input_place(token, eight % EIGHTS)) = values;
+        for (int i = 0; i < 8 && !exists; i++) to[i] = 0.0f;
+    }
+
+    // Goes from a turn of a token to the next.
+    DEVICE void next(int &token, int &turn) const {
+        if (++turn == turns) turn = 0, token++;
+    }
+
+    // Eight columns of a token; what lies beyond the row becomes zeros.
+    DEVICE uint4 read(bool exists, int token, int turn) const {
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        const bf16 *from = product.input + token * size_t(product.input_stride) + column(turn);
+        if (exists && column(turn) < product.columns) raw = *reinterpret_cast<const uint4 *>(from);
+        return raw;
+    }
+
+    // Brings all rows. What is read is asked for before anything is written.
+    DEVICE void bring() const {
+        int token = 0, turn = 0, late_token = 0, late_turn = 0; // what is read next, and written next
+#pragma unroll 1
+        for (int left = product.rows * turns; left > 0; left -= BATCH) {
+            uint4 raw[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (i >= left) break;
+                raw[i] = read(true, token, turn);
+                next(token, turn);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                if (i >= left) break;
+                if (step(late_turn) < own_steps) *reinterpret_cast<uint4 *>(slot(late_turn) + input_place(late_token, lane % EIGHTS)) = raw[i];
+                next(late_token, late_turn);
             }
         }
-        if (NORM) {
-#pragma unroll
-            for (int token = 0; token < TOKENS; token++) {
-                if (token >= product.rows) break;
-                const float sum = warp_sum(squares[token]);
-                if (threadIdx.x % WARP == 0) memory.squares()[threadIdx.x / WARP * TOKENS + token] = sum;
-            }
+    }
+
+    // Brings all rows, normalised, and leaves the squares of each; two turns at a time, so that instructions wait less for each other.
+    DEVICE void bring_normalised(const Memory &memory) {
+        float *all_squares = memory.squares() + warp * TOKENS, squares = 0.0f;
+        if (turns == 0 && lane < TOKENS) all_squares[lane] = 0.0f;
+        int token = 0, turn = 0;
+#pragma unroll 1
+        for (int left = product.rows * turns; left > 0; left -= 2) {
+            int second_token = token, second = turn;
+            next(second_token, second);
+            const uint4 raw[2] = {read(true, token, turn), read(left > 1, second_token, second)};
+            if (token > 0 || turn > 0) read_factors(turn, factors[0]), read_factors(second, factors[NORM]);
+            float own_squares[2] = {};
+            Input::put(raw[0], factors[0], slot(turn), product.rows, token, lane % EIGHTS, step(turn) < own_steps, own_squares[0]);
+            Input::put(raw[1], factors[NORM], slot(second), product.rows, second_token, lane % EIGHTS, left > 1 && step(second) < own_steps, own_squares[1]);
+            leave(own_squares[0], turn, token, all_squares, squares);
+            if (left > 1) leave(own_squares[1], second, second_token, all_squares, squares);
+            token = second_token, turn = second;
+            next(token, turn);
         }
-        work_barrier();
-        const int token = threadIdx.x; // its factor is read behind the barrier at the end of a unit
-        if (NORM && token < product.rows) {
+    }
+
+    // Adds squares of a turn, and leaves those of the whole row.
+    DEVICE void leave(float own_squares, int turn, int token, float *all_squares, float &squares) const {
+        squares = turn == 0 ? own_squares : squares + own_squares;
+        if (turn < turns - 1) return;
+        const float sum = warp_sum(squares);
+        if (lane == 0) all_squares[token] = sum;
+    }
+
+    // Prepares the steps of a turn.
+    DEVICE void prepare(int turn) const {
+        const bool exists = step(turn) < own_steps;
+#pragma unroll 1
+        for (int token = 0; token < product.rows; token++) {
             float square = 0.0f;
-            for (int warp = 0; warp < WARPS; warp++) square += memory.squares()[warp * TOKENS + token];
-            memory.factors()[token] = 1.0f / sqrtf(square / product.columns + epsilon);
+            uint4 raw = make_uint4(0, 0, 0, 0);
+            if (exists) raw = *reinterpret_cast<uint4 *>(slot(turn) + input_place(token, lane % EIGHTS));
+            Input::put(raw, factors[0], slot(turn), product.rows, token, lane % EIGHTS, exists, square);
         }
+        __syncwarp();
     }
 };
 
-// Leaves a warp's sums where its team can read them: (16, stride).
-DEVICE void publish(const Sums (&sums)[2], float *to, int rows, int stride, int g, int t) {
+// What a row's sums are multiplied by after the norm, behind a barrier.
+DEVICE float norm_scale(const Memory &memory, int token, int columns, float epsilon) {
+    float square = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PARTS * 4; i++) {
-        const int token = i / 4 * 8 + 2 * t + i % 2;
-        if (token < rows) to[(i % 4 / 2 * 8 + g) * stride + token] = sums[0].values[0][i / 4][i % 4] + sums[1].values[0][i / 4][i % 4];
-    }
+    for (int warp = 0; warp < WARPS; warp++) square += memory.squares()[warp * TOKENS + token];
+    return rsqrtf(square * (1.0f / columns) + epsilon);
 }
 
 // What ends an output, besides sums: read early, since it comes from far.
@@ -211,12 +212,12 @@ struct Ending {
     }
 
     // `output` counts within the unit; `second` 1 takes the row that it is combined with.
-    DEVICE float operator()(const float *sums, const float *factors, int stride, int output, int second, int token) const {
+    DEVICE float operator()(const float *sums, float factor, int stride, int output, int second, int token) const {
         const int place = PAIRED ? output / 8 * 16 + second * 8 + output % 8 : output;
         float sum = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * 16 + place) * stride + token];
-        if (NORM) sum *= factors[token];
+        if (NORM) sum *= factor;
         return fmaf(sum, scale, bias);
     }
 };
@@ -248,8 +249,71 @@ template <class FirstRow> struct Ahead {
     }
 };
 
+// Starts copying input rows to the whole ring, a group for each slot, beside the weights that are copied already.
+DEVICE void begin_inputs(Input &inputs, u32 slot, u32 slot_bytes, int own_steps) {
+    int left = own_steps;
+#pragma unroll 1
+    for (int i = 0; i < DEPTH; i++, slot += slot_bytes) {
+        if (left > 0) inputs.start(slot);
+        if (--left == 0) left = own_steps, inputs.restart();
+        end_group();
+    }
+}
+
+// What a warp reads: its ring, and the resident input, by addresses in shared memory.
+struct Places {
+    u32 ring, ring_end, slot, slot_bytes, resident, input_bytes;
+
+    DEVICE void next() { slot = slot + slot_bytes < ring_end ? slot + slot_bytes : ring; }
+};
+
+// Multiplies the warp's steps of a unit; with FIRST, the resident input is prepared on the way.
+template <bool FIRST, class Copies>
+DEVICE void multiply_steps(int own_steps, Copies &ahead, Input &inputs, const Residence &residence, Places &places, Accumulator &sums) {
+    u32 place = places.resident;
+    int i = 0;
+#pragma unroll 1
+    for (; DEPTH > 1 && i + 1 < own_steps; i += 2) { // two at a time, so that instructions wait less for each other
+        wait_group<DEPTH - 2 + (DEPTH == 1)>();
+        __syncwarp();
+        const u32 first = places.slot;
+        places.next();
+        const u32 second = places.slot;
+        places.next();
+        Step steps[2];
+        ahead.feed.read(first, steps[0]);
+        ahead.feed.read(second, steps[1]);
+        if (!RESIDENT) {
+            multiply(inputs, steps[0], first + Feed<WARPS>::BYTES, sums);
+            multiply(inputs, steps[1], second + Feed<WARPS>::BYTES, sums);
+        }
+        __syncwarp();
+        ahead.start(first, RESIDENT ? nullptr : &inputs);
+        ahead.start(second, RESIDENT ? nullptr : &inputs);
+        if (FIRST && i % AT_ONCE == 0) residence.prepare(i / AT_ONCE);
+        if (!RESIDENT) continue;
+        multiply(inputs, steps[0], place, sums);
+        multiply(inputs, steps[1], place + places.input_bytes, sums);
+        place += 2 * places.input_bytes;
+    }
+#pragma unroll 1
+    for (; i < own_steps; i++) {
+        wait_group<DEPTH - 1>();
+        __syncwarp();
+        Step step;
+        ahead.feed.read(places.slot, step);
+        if (!RESIDENT) multiply(inputs, step, places.slot + Feed<WARPS>::BYTES, sums);
+        __syncwarp();
+        ahead.start(places.slot, RESIDENT ? nullptr : &inputs);
+        if (FIRST && i % AT_ONCE == 0) residence.prepare(i / AT_ONCE);
+        if (RESIDENT) multiply(inputs, step, place, sums);
+        place += places.input_bytes;
+        places.next();
+    }
+}
+
 // Runs the units of this block: first_row(unit) is the weight's row that it begins with; begin(unit, thread) reads what the threads need at
-// its end, and finish(sums, factors, stride, unit, thread, what begin gave) writes results. `dynamic` is the Memory.
+// its end, and finish(sums, factor, stride, unit, thread, what begin gave) writes results. `dynamic` is the Memory.
 template <class FirstRow, class Begin, class Finish>
 DEVICE void stream(const Product &product, uint4 *dynamic, float epsilon, FirstRow first_row, Begin begin, Finish finish) {
     let_next_start();
@@ -257,45 +321,47 @@ DEVICE void stream(const Product &product, uint4 *dynamic, float epsilon, FirstR
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int steps = (product.columns + STEP - 1) / STEP, own_steps = max((steps - warp + WARPS - 1) / WARPS, 0);
     const Memory memory = {reinterpret_cast<u8 *>(dynamic), product.rows};
-    const u32 slot_bytes = memory.slot_bytes(), input_bytes = product.rows * STEP * 2;
-    const u32 ring = u32(__cvta_generic_to_shared(memory.ring(warp))), ring_end = ring + DEPTH * slot_bytes;
+    const u32 ring = u32(__cvta_generic_to_shared(memory.ring(warp)));
+    Places places = {ring, ring + DEPTH * memory.slot_bytes(), ring, u32(memory.slot_bytes()), 0, u32(product.rows * INPUT_BYTES)};
     Ahead<FirstRow> ahead(product, warp, lane, own_steps, first_row);
 #pragma unroll 1
-    for (u32 slot = ring; slot < ring_end; slot += slot_bytes) ahead.start(slot, nullptr);
-    Residence residence(product, steps);
-    const Constants constants;
+    for (u32 slot = ring; slot < places.ring_end; slot += places.slot_bytes) {
+        wait_group<PACE - 1>();
+        ahead.start(slot, nullptr);
+    }
+    u8 *own_input = memory.input() + warp * ((steps + WARPS - 1) / WARPS) * places.input_bytes;
+    Residence residence(product, warp, lane, own_steps, own_input);
     Input inputs(product, warp, lane);
     wait_for_previous();
-    u32 resident = 0;
     if (RESIDENT) {
-        residence.fill(memory, steps, epsilon);
-        resident = u32(__cvta_generic_to_shared(memory.input())) + warp * ((steps + WARPS - 1) / WARPS) * input_bytes;
+        places.resident = u32(__cvta_generic_to_shared(own_input));
+        if (NORM) {
+            residence.bring_normalised(memory);
+        } else {
+            residence.bring();
+        }
+        __syncwarp();
     } else {
-        inputs.begin_ring(ring + Feed<WARPS>::BYTES, slot_bytes, own_steps);
+        begin_inputs(inputs, ring + Feed<WARPS>::BYTES, places.slot_bytes, own_steps);
     }
-    u32 slot = ring;
+    float factor = 1.0f;
     int turn = 0;
     for (int unit = blockIdx.x; unit < product.units; unit += gridDim.x) {
         const auto early = begin(unit, thread);
-        Sums sums[2] = {};
-        u32 place = resident;
-#pragma unroll 1
-        for (int i = own_steps; i > 0; i--) {
-            wait_group<DEPTH - 1>();
-            __syncwarp();
-            Step step;
-            ahead.feed.read(slot, step);
-            if (!RESIDENT) multiply(inputs, step, slot + Feed<WARPS>::BYTES, constants, sums);
-            __syncwarp();
-            ahead.start(slot, RESIDENT ? nullptr : &inputs);
-            if (RESIDENT) multiply(inputs, step, place, constants, sums);
-            place += input_bytes;
-            slot = slot + slot_bytes < ring_end ? slot + slot_bytes : ring;
+        Accumulator sums = {};
+        const bool is_first = unit == blockIdx.x;
+        if (RESIDENT && IS_PREPARED && !NORM && is_first) {
+            multiply_steps<true>(own_steps, ahead, inputs, residence, places, sums);
+        } else {
+            multiply_steps<false>(own_steps, ahead, inputs, residence, places, sums);
         }
         float *published = memory.sums(turn);
         publish(sums, published + warp * 16 * memory.stride(), product.rows, memory.stride(), lane / 4, lane % 4);
         work_barrier();
-        finish(published, memory.factors(), memory.stride(), unit, thread, early);
+        if (NORM && is_first && thread / OUTPUTS < product.rows) {
+            factor = norm_scale(memory, thread / OUTPUTS, product.columns, epsilon);
+        }
+        finish(published, factor, memory.stride(), unit, thread, early);
         if (TURNS == 2) turn ^= 1;
         if (TURNS == 1) work_barrier(); // the sums are read
     }

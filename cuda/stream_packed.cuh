@@ -1,15 +1,14 @@
 // What linear_stream.cuh multiplies: packed integers of 4 or 8 bits with half-precision scales of groups (weights.cuh).
 //
-// An integer becomes bfloat16 by a mask that puts it into the mantissa of 128. For 4 bits the 128, and the 8 that is taken off codes
-// without minima, come off at the end of a group: a matrix instruction on constants gives the inputs' sum, times -136. Sums over a group
-// are exact but for float's rounding; then they are multiplied by the group's scale, and all rows of the batch share the unpacking.
+// An integer becomes bfloat16 by a mask that puts it into the mantissa of 128. With minima, a matrix instruction on ones gives the inputs'
+// sum. Sums over a group are exact but for float's rounding; then they are multiplied by the group's scale, and all rows of the batch share
+// the unpacking. So it is for 8 bits; stream_digits.cuh multiplies those of 4.
 
 constexpr int STEP = BLOCK_COLUMNS;
 constexpr int LOADS = PACKED / 4;    // of 16 bytes, for each lane and row of a step
 constexpr int PAIRS_OF_SCALES = (GROUPS + 1) / 2;
 constexpr int PER_ROW = STEPS ? 2 : GROUPS; // minima, or units, of a row of a block
-constexpr bool HAS_TOTAL = PACKED == 4 || MINIMA;
-constexpr u32 TOTAL_OF = MINIMA ? 0x3f803f80u : 0xc308c308u; // 1, or -136
+constexpr bool OWN_GROUP = PACKED == 4 && TOKENS == 1 && GROUPS == 4; // a lane takes the scale of quarter t alone
 
 struct Step {
     uint4 words[TILES][2][LOADS];
@@ -17,16 +16,7 @@ struct Step {
     u32 units[TILES][2];
 };
 
-// The half-precision numbers of a row of a block.
-DEVICE void load_scales(const f16 *from, u32 (&scales)[PAIRS_OF_SCALES]) {
-    if constexpr (GROUPS == 4) {
-        const uint2 both = __ldg(reinterpret_cast<const uint2 *>(from));
-        scales[0] = both.x, scales[1] = both.y;
-    } else {
-        scales[0] = __ldg(&from->bits);
-    }
-}
-
+// Where the lanes' rows are, for linear_many.cu.
 struct Reader {
     const Product &product;
     int g, t;
@@ -49,24 +39,6 @@ struct Reader {
             }
         }
     }
-
-    DEVICE void operator()(Step &step, int number) const {
-        if (number * STEP >= product.columns) return; // is not multiplied
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u8 *from = words[tile][half] + size_t(u32(number)) * BLOCK_BYTES;
-#pragma unroll
-                for (int i = 0; i < LOADS; i++) step.words[tile][half][i] = load_stream(from + i * 512, policy);
-                const u32 place = u32(number) * (BLOCK_ROWS * GROUPS);
-                load_scales(scales[tile][half] + place, step.scales[tile][half]);
-                if (MINIMA && !STEPS) load_scales(minima[tile][half] + place, step.minima[tile][half]);
-                const f16 *units = minima[tile][half] + u32(number) * (BLOCK_ROWS * PER_ROW);
-                if (STEPS) step.units[tile][half] = __ldg(reinterpret_cast<const u32 *>(units));
-            }
-        }
-    }
 };
 
 // A warp's way from the weight to its ring in shared memory, and on to registers: words as lanes read them, by halves of 8 rows, then
@@ -86,6 +58,7 @@ template <int TEAM> struct Feed {
         : product(product), warp(warp), lane(lane), policy(streaming_policy()), at(nullptr), piece(nullptr), apart(0) {
         const int g = lane / 4;
         to = lane * 16, scales = WORDS + g * (GROUPS * 2), minima = WORDS + 32 * GROUPS + g * (PER_ROW * 2);
+        if (OWN_GROUP) scales += lane % 4 * 2, minima += STEPS ? 0 : lane % 4 * 2;
         piece_step = TEAM * 16 * (lane < 2 * GROUPS ? GROUPS : PER_ROW);
         asm volatile("" : "+r"(to), "+r"(scales), "+r"(piece_step)); // or they are computed anew in every step
     }
@@ -126,7 +99,7 @@ template <int TEAM> struct Feed {
 
     // Half-precision numbers of a row.
     DEVICE static void read_row(u32 from, u32 (&to)[PAIRS_OF_SCALES]) {
-        if constexpr (GROUPS == 4) {
+        if constexpr (GROUPS == 4 && !OWN_GROUP) {
             asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from));
         } else {
             u16 one;
@@ -145,7 +118,7 @@ struct Constants {
         asm volatile("mov.b32 %0, 0x00800080;" : "=r"(sign));
         asm volatile("mov.b32 %0, 0x43004300;" : "=r"(exponent)); // 128
 #pragma unroll
-        for (int i = 0; i < 4; i++) asm volatile("mov.b32 %0, %1;" : "=r"(total[i]) : "n"(TOTAL_OF));
+        for (int i = 0; i < 4; i++) asm volatile("mov.b32 %0, %1;" : "=r"(total[i]) : "n"(0x3f803f80u));
     }
 };
 
@@ -189,7 +162,7 @@ DEVICE void factors_of(const Step &step, int tile, int half, int group, float &s
     }
 }
 
-#if PACKED == 8 // linear_registers.cuh multiplies those of 4 bits
+#if PACKED == 8 // stream_digits.cuh multiplies those of 4 bits
 
 // Sums of some columns, of each half of a group where those have scales of their own; and of the inputs.
 struct Partial {
@@ -226,7 +199,7 @@ DEVICE void begin_quarter(const uint4 (&values)[PARTS], int turn, const u32 (&on
         const uint4 &b = values[part];
         float(&totals)[4] = partial.totals[part];
         if (turn == 0) clear(totals);
-        if (HAS_TOTAL) mma(totals, one[0], one[1], one[2], one[3], turn == 0 ? b.x : b.z, turn == 0 ? b.y : b.w);
+        if (MINIMA) mma(totals, one[0], one[1], one[2], one[3], turn == 0 ? b.x : b.z, turn == 0 ? b.y : b.w);
         if (turn == 0) continue;
         for (int half = 0; half <= HALVES; half++) {
             for (int i = 0; i < 4; i++) partial.sums[half][part][i] = 0.0f;
@@ -253,7 +226,8 @@ DEVICE void multiply_quad(const Step &step, const uint4 (&values)[PARTS], int qu
 
 // Multiplies a step's weights by the input in a slot: quarters together, as far as there are registers, so that instructions wait less for
 // each other.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, u32 slot, const Constants &constants, Sums (&all)[2]) {
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, u32 slot, Sums (&all)[2]) {
+    const Constants &constants = input.constants;
     constexpr int TOGETHER = PARTS > 1 || HALVES ? 1 : MINIMA ? 2 : 4, GROUP_QUARTERS = 4 / GROUPS;
     Partial group;
 #pragma unroll

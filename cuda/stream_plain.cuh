@@ -9,25 +9,10 @@ struct Step {
     float scales[TILES][2]; // of GROUPED weights
 };
 
-// Four neighbouring columns' worth of the first operand, in the order in which expand() gives weights.
-DEVICE void operand(u32 word0, u32 word1, u32 &b0, u32 &b1) {
-    if constexpr (sizeof(WEIGHT) == 1) {
-        b0 = __byte_perm(word0, word1, 0x5410);
-        b1 = __byte_perm(word0, word1, 0x7632);
-    } else {
-        b0 = word0, b1 = word1;
-    }
-}
-
 // The weights of four columns (number `quad` of a load), for rows g and g + 8.
 DEVICE void expand(const uint4 &upper, const uint4 &lower, int quad, u32 (&a)[4]) {
-    if constexpr (sizeof(WEIGHT) == 1) {
-        expand_e4m3(word_of(upper, quad), a[0], a[2]);
-        expand_e4m3(word_of(lower, quad), a[1], a[3]);
-    } else {
-        a[0] = word_of(upper, 2 * quad), a[2] = word_of(upper, 2 * quad + 1);
-        a[1] = word_of(lower, 2 * quad), a[3] = word_of(lower, 2 * quad + 1);
-    }
+    a[0] = word_of(upper, 2 * quad), a[2] = word_of(upper, 2 * quad + 1);
+    a[1] = word_of(lower, 2 * quad), a[3] = word_of(lower, 2 * quad + 1);
 }
 
 // Where the lanes' rows are, for linear_many.cu.
@@ -110,36 +95,24 @@ template <int TEAM> struct Feed {
 
 struct Constants {}; // none are needed
 
+#if !IS_E4M3 // stream_halves.cuh multiplies those
+
 // Multiplies a step's weights by the input in a slot. There are two sums, so that instructions wait less for each other.
-template <class Input> DEVICE void multiply(const Input &input, const Step &step, u32 slot, const Constants &, Sums (&all)[2]) {
-    Sums sums[2] = {}; // of this step, where it has a scale of its own
-    if (!GROUPED) sums[0] = all[0], sums[1] = all[1];
+template <class Input> DEVICE void multiply(const Input &input, const Step &step, u32 slot, Sums (&all)[2]) {
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
+        uint4 values[PARTS];
+        input.read(slot, 0, i, values);
 #pragma unroll
-        for (int part_of_run = 0; part_of_run < RUN / 8; part_of_run++) {
-            uint4 values[PARTS];
-            input.read(slot, sizeof(WEIGHT) == 1 ? i : 0, sizeof(WEIGHT) == 1 ? part_of_run : i, values);
+        for (int quad = 0; quad < 2; quad++) {
+            u32 a[4];
+            expand(step.words[0][0][i], step.words[0][1][i], quad, a);
 #pragma unroll
-            for (int quad = 0; quad < 2; quad++) {
-                u32 a[4];
-                expand(step.words[0][0][i], step.words[0][1][i], part_of_run * 2 + quad, a);
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    u32 b0, b1;
-                    operand(word_of(values[part], 2 * quad), word_of(values[part], 2 * quad + 1), b0, b1);
-                    mma(sums[quad].values[0][part], a[0], a[1], a[2], a[3], b0, b1);
-                }
+            for (int part = 0; part < PARTS; part++) {
+                const u32 b0 = word_of(values[part], 2 * quad), b1 = word_of(values[part], 2 * quad + 1);
+                mma(all[quad].values[0][part], a[0], a[1], a[2], a[3], b0, b1);
             }
         }
     }
-    if (!GROUPED) {
-        all[0] = sums[0], all[1] = sums[1];
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < PARTS * 4; i++) {
-        float &sum = all[0].values[0][i / 4][i % 4];
-        sum = fmaf(step.scales[0][i % 4 / 2], sums[0].values[0][i / 4][i % 4] + sums[1].values[0][i / 4][i % 4], sum);
-    }
 }
+#endif

@@ -33,6 +33,12 @@
 #define HALVES 0
 #endif
 
+// Whether weights are E4M3, for the preprocessor.
+#define IS_TYPE_e4m3 1
+#define JOINED(a, b) a##b
+#define IS_TYPE(type) JOINED(IS_TYPE_, type)
+#define IS_E4M3 IS_TYPE(WEIGHT)
+
 // Whether weights are fewer bits than what they are multiplied as: packed, or 8-bit floats with scales.
 constexpr bool CODED = PACKED || sizeof(WEIGHT) == 1;
 

@@ -52,6 +52,7 @@ HEADS: list[Macros] = [
 KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3", "i8"], "VALUE_TYPE": ["bf16", "e4m3", "i8"]}
 FEW: Macros = {"TOKENS": [8], "DEPTH": [5]}
 MORE: Macros = {"TOKENS": [16], "DEPTH": [2]}
+ANY: Macros = {"TOKENS": [1, 8, 16], "DEPTH": [5]}
 STREAMED = [{**few, "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]} for few in (FEW, MORE)]
 NORMED = {"RESIDENT": [1], "NORM": [1]}
 PACKED = [
@@ -87,15 +88,16 @@ VARIANTS: dict[str, list[Macros]] = {
     + packed(choices(TOKENS=[64, 128], EPILOGUE=[0]) + choices(TOKENS=[32, 128], STAGES=[6], EPILOGUE=[2], PAIRED=[1])),
     "linear_rope.cu": [macros for lists in STREAMED for macros in choices(**lists, PAIRED=[1])]
     + packed(choices(PAIRED=[1], **FEW, **NORMED), 8)
-    + packed(choices(PAIRED=[1], TOKENS=[8], **NORMED), 4),
+    + packed(choices(PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4),
     "linear_stream.cu": [macros for lists in STREAMED for macros in choices(**lists) + choices(**lists, EPILOGUE=[2], PAIRED=[1])]
     + choices(**FEW, **NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
     + choices(**FEW, GROUPED=[1], WEIGHT=["e4m3"])
     + choices(**MORE, GROUPED=[1], WEIGHT=["e4m3"])
     + packed(choices(**FEW, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(**MORE, RESIDENT=[0, 1], EPILOGUE=[1]), 8)
     + packed(choices(EPILOGUE=[2], PAIRED=[1], **FEW, **NORMED), 8)
-    + packed(choices(TOKENS=[8, 16], RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[8], **NORMED), 4)
-    + packed(choices(TOKENS=[8, 16], WARPS=[16], EPILOGUE=[1]), 4),
+    + packed(
+        choices(**ANY, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4
+    ),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]

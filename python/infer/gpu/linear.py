@@ -28,10 +28,10 @@ from infer.gpu.launch import DEPENDENT
 from infer.gpu.many import ADD, GATED, STORE, ManyOperations, ceil_of
 from infer.gpu.rows import STREAM_ROWS, THREADS, element_macros, norm_threads, vector
 from infer.gpu.stream import (
-    REGISTER_WARPS,
+    PREPARED_BYTES,
     STREAM_WARPS,
     half_threads,
-    register_shape,
+    prepared_bytes,
     stream_rooms,
     stream_shape,
     stream_tokens,
@@ -57,6 +57,7 @@ UNPACKED_ROWS = 64
 MOST_GRID_ROWS = 65535
 
 WARPS = 8  # of the plain kernel
+PREPARED_COLUMNS = 256  # of a warp
 
 
 class _Launch(NamedTuple):
@@ -90,7 +91,7 @@ class LinearOperations(ManyOperations):
         """``output = source * weight^T + bias``."""
         if source.rows == 0:
             return
-        if can_stream(source, output, weight):
+        if self._can_stream(source, output, weight):
             self._stream(source, output, weight, STORE)
         elif self._is_many(source, output, weight):
             self._many(source, output, weight, STORE)
@@ -107,7 +108,7 @@ class LinearOperations(ManyOperations):
         """``destination += scale * (source * weight^T + bias)``."""
         if source.rows == 0:
             return
-        if can_stream(source, destination, weight):
+        if self._can_stream(source, destination, weight):
             self._stream(source, destination, weight, ADD, add=scale)
         elif self._is_many(source, destination, weight):
             self._many(source, destination, weight, ADD, add=scale)
@@ -126,7 +127,7 @@ class LinearOperations(ManyOperations):
         ``scratch`` is (rows, 2 * width), used where the two steps are not fused.
         """
         width = weight.rows // 2
-        if can_pair(weight) and can_stream(source, output, weight):
+        if can_pair(weight) and self._can_stream(source, output, weight):
             self._stream(source, output, weight, GATED, activation=activation)
             return
         both = scratch.part(0, weight.rows)  # as wide as the product that would be made otherwise
@@ -138,7 +139,7 @@ class LinearOperations(ManyOperations):
 
     def norm_linear(self, source: Rows, output: Rows, weight: Weight, norm: int, epsilon: float, scratch: Rows) -> None:
         """``output = rms_norm(source) * weight^T + bias``; ``norm`` is the norm's weight, ``scratch`` as wide as the source."""
-        if can_stream(source, output, weight) and self._can_normalise(source, weight, STORE):
+        if self._can_stream(source, output, weight) and self._can_normalise(source, weight, STORE):
             self._stream(source, output, weight, STORE, norm=norm, epsilon=epsilon)
             return
         self.norm(source, scratch, "rms", epsilon, norm)
@@ -156,7 +157,7 @@ class LinearOperations(ManyOperations):
         scratch: Rows,
     ) -> None:
         """``linear_gated`` of ``rms_norm(source)``; ``normed`` is working memory as wide as the source."""
-        if can_stream(source, output, weight) and can_pair(weight) and self._can_normalise(source, weight, GATED):
+        if self._can_stream(source, output, weight) and can_pair(weight) and self._can_normalise(source, weight, GATED):
             self._stream(source, output, weight, GATED, norm=norm, epsilon=epsilon, activation=activation)
             return
         self.norm(source, normed, "rms", epsilon, norm)
@@ -180,7 +181,7 @@ class LinearOperations(ManyOperations):
         ``norm`` 0 is none, else its weight (columns); ``scratch`` is as wide as the source. Of ``qkv``, (rows, (heads + 2 *
         kv_heads) * head_dim), only the queries are defined afterwards.
         """
-        if not (can_stream(source, qkv, weight) and can_rotate(layer, table)):
+        if not (self._can_stream(source, qkv, weight) and can_rotate(layer, table)):
             if norm:
                 self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
             else:
@@ -192,7 +193,15 @@ class LinearOperations(ManyOperations):
             source, norm = scratch, 0
         launch = self._launch(source.rows, GATED, norm != 0, weight)
         kernel = self.kernels.get("linear_rope.cu", "linear_rope", **launch.macros, **kv_macros(layer))
-        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, qkv.pointer)
+        pointers = (
+            self._streamed_rows(source, weight, launch),
+            weight.pointer,
+            weight.bias,
+            weight.scales,
+            weight.minima,
+            norm,
+            qkv.pointer,
+        )
         places = (layer.keys, layer.values, table.pointer, inputs.rope_rows, inputs.slots)
         shape = (source.stride, qkv.stride, source.rows, weight.columns, heads, layer.kv_heads, layer.pages * PAGE_TOKENS)
         arguments = (*pointers, *places, *shape, epsilon)
@@ -216,9 +225,19 @@ class LinearOperations(ManyOperations):
             "ACTIVATION": ACTIVATIONS.index(activation),
         }
         kernel = self.kernels.get("linear_stream.cu", "linear_stream", **launch.macros, **macros)
-        pointers = (source.pointer, weight.pointer, weight.bias, weight.scales, weight.minima, norm, output.pointer)
+        rows = self._streamed_rows(source, weight, launch)
+        pointers = (rows, weight.pointer, weight.bias, weight.scales, weight.minima, norm, output.pointer)
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
         self._launch_stream(kernel, launch, (*pointers, *shape, add, epsilon))
+
+    def _streamed_rows(self, source: Rows, weight: Weight, launch: _Launch) -> int:
+        """Return where a streaming product reads its rows: prepared, where it does not do that itself."""
+        if weight.type not in PREPARED_BYTES or launch.is_resident:
+            return source.pointer
+        kernel = self.kernels.get("linear.cu", "prepare", VECTOR=8, **weight.macros, **element_macros(source.dtype))
+        arguments = (source.pointer, self._space, source.stride, source.rows, weight.columns)
+        kernel(self.stream, (ceil_of(weight.columns, PREPARED_COLUMNS * WARPS), source.rows), WARPS * 32, arguments)
+        return self._space
 
     def _launch_stream(self, kernel: Kernel, launch: _Launch, arguments: tuple[int | float, ...]) -> None:
         """Launch a streaming product."""
@@ -233,6 +252,10 @@ class LinearOperations(ManyOperations):
         few = source.rows <= rows and weight.rows <= weight_rows * self.kernels.multiprocessors
         return weight.type != "e4m3" or few or not self._can_scale(source, output, weight)
 
+    def _can_stream(self, source: Rows, output: Rows, weight: Weight) -> bool:
+        """Return whether the streaming kernel takes this product, and has room for its rows, if they are prepared."""
+        return can_stream(source, output, weight) and prepared_bytes(source.rows, weight) <= self._space_bytes
+
     def _can_normalise(self, source: Rows, weight: Weight, epilogue: int) -> bool:
         """Return whether the streaming kernels normalise input rows themselves: every block does it anew, so few of them."""
         return source.rows <= 8 and self._launch(source.rows, epilogue, True, weight).is_resident
@@ -240,12 +263,12 @@ class LinearOperations(ManyOperations):
     def _launch(self, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
         """Choose how a streaming product runs."""
         blocks, limit = min(-(-weight.rows // 16), self.kernels.multiprocessors), self.kernels.shared_limit
-        macros: dict[str, int | str] = {"TOKENS": stream_tokens(rows), "PAIRED": int(epilogue == GATED), "NORM": int(has_norm)}
+        macros: dict[str, int | str] = {
+            "TOKENS": stream_tokens(rows, weight),
+            "PAIRED": int(epilogue == GATED),
+            "NORM": int(has_norm),
+        }
         macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
-        if weight.type == "int4":
-            few = register_shape(rows, weight, self.kernels.multiprocessors, limit)
-            macros |= {"WARPS": few.warps, **({"RESIDENT": 0, "RING": few.ring} if few.ring else {"RESIDENT": 1})}
-            return _Launch(macros, blocks, REGISTER_WARPS * 32, few.shared, few.ring == 0)
         is_dependent = self.kernels.capability >= DEPENDENT
         takes_registers = is_dependent and self._streamed % 2 == 1
         shape = stream_shape(rows, weight, stream_rooms(limit, is_dependent, takes_registers), has_norm)

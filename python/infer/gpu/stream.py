@@ -6,6 +6,7 @@ next launch more than half of its registers; so two of different launches fit, a
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from infer.gpu.arrays import PACKED_BITS
@@ -13,8 +14,8 @@ from infer.gpu.arrays import PACKED_BITS
 if TYPE_CHECKING:
     from infer.gpu.arrays import Weight
 
-STREAM_WARPS, REGISTER_WARPS = 8, 16
-"""Warps of a block that work: of linear_stream.cuh, and of linear_registers.cuh."""
+STREAM_WARPS = 8
+"""Warps of a block that work."""
 RESERVED, UNIT = 1024, 1024
 """Bytes of shared memory that the system keeps for each block, and of which it gives out a multiple."""
 MULTIPROCESSOR_REGISTERS = 65536
@@ -22,6 +23,8 @@ MOST_THREADS = 576
 """Most threads of a block, as the kernels are compiled."""
 MOST_DEPTH = 12
 """Most steps that a warp has under way."""
+PREPARED_BYTES = {"int4": 288, "e4m3": 272}
+"""Bytes of an input row's step, by the types of weights whose rows are prepared (cuda/digits.cuh, halves.cuh)."""
 
 
 class StreamShape(NamedTuple):
@@ -35,8 +38,10 @@ class StreamShape(NamedTuple):
     """Bytes of shared memory."""
 
 
-def stream_tokens(rows: int) -> int:
+def stream_tokens(rows: int, weight: Weight) -> int:
     """Return the tokens that a kernel is compiled for."""
+    if rows == 1 and weight.type == "int4":
+        return 1
     return 8 if rows <= 8 else 16
 
 
@@ -58,14 +63,17 @@ def stream_rooms(limit: int, is_dependent: bool, takes_registers: bool) -> tuple
 def stream_shape(rows: int, weight: Weight, rooms: tuple[int, ...], has_norm: bool) -> StreamShape:
     """Choose the shape of a streaming product's blocks, by the shared memory that a block may have, and has if that is not all.
 
-    Of several the first is taken that leaves a ring of two steps or more. Rows that are normalised are resident; others, where
-    the ring becomes no shorter by it.
+    Of several the first is taken that leaves a ring of two steps or more. Rows that are normalised are resident; such as are
+    prepared, where they fit; others, where the ring becomes no shorter by it.
     """
     counted = next(count for count in (1, 2, 4, 8, 16) if rows <= count)  # so that there are few shapes
     best = StreamShape(0, False, 0)
-    for room in rooms:
+    ways: tuple[tuple[bool, ...], ...] = (
+        ((True,),) if has_norm else ((True,), (False,)) if weight.type in PREPARED_BYTES else ((True, False),)
+    )
+    for either, room in product(ways, rooms):
         shapes = []
-        for is_resident in (True,) if has_norm else (True, False):
+        for is_resident in either:
             left = room - stream_shared_bytes(0, is_resident, counted, weight)
             depth = min(left // (STREAM_WARPS * slot_bytes(weight, counted, is_resident)), MOST_DEPTH)
             shared = stream_shared_bytes(depth, is_resident, counted, weight) if room == rooms[-1] else room
@@ -82,12 +90,16 @@ def warp_steps(weight: Weight) -> int:
 
 
 def stream_shared_bytes(depth: int, is_resident: bool, rows: int, weight: Weight) -> int:
-    """Return the bytes of squares, scales, sums, rings and all input rows, as in cuda/linear_stream.cuh."""
-    tokens = stream_tokens(rows)
-    head = (STREAM_WARPS + 1) * tokens * 4
-    sums = STREAM_WARPS * 16 * (rows | 1) * 4 * (2 if tokens == 8 else 1)
+    """Return the bytes of squares, sums, rings and all input rows, as in cuda/linear_stream.cuh."""
+    tokens = stream_tokens(rows, weight)
+    sums = STREAM_WARPS * 16 * (rows | 1) * 4 * (2 if tokens <= 8 else 1)
     rings = STREAM_WARPS * depth * slot_bytes(weight, rows, is_resident)
-    return head + sums + rings + (warp_steps(weight) * STREAM_WARPS * rows * stream_step(weight) * 2 if is_resident else 0)
+    return (
+        STREAM_WARPS * tokens * 4
+        + sums
+        + rings
+        + (warp_steps(weight) * STREAM_WARPS * rows * input_bytes(weight) if is_resident else 0)
+    )
 
 
 def slot_bytes(weight: Weight, rows: int, is_resident: bool) -> int:
@@ -99,7 +111,12 @@ def slot_bytes(weight: Weight, rows: int, is_resident: bool) -> int:
         weights = 16 * step * PACKED_BITS[weight.type] // 8 + 32 * (groups + minima)
     else:
         weights = 2048 + (64 if 0 < weight.group < weight.columns and weight.type == "e4m3" else 0)
-    return weights + (0 if is_resident else rows * step * 2)
+    return weights + (0 if is_resident else rows * input_bytes(weight))
+
+
+def input_bytes(weight: Weight) -> int:
+    """Return the bytes of an input row's step."""
+    return PREPARED_BYTES.get(weight.type, 2 * stream_step(weight))
 
 
 def stream_step(weight: Weight) -> int:
@@ -107,31 +124,6 @@ def stream_step(weight: Weight) -> int:
     return 64 if weight.type == "bf16" else 128
 
 
-class RegisterShape(NamedTuple):
-    """The blocks of a streaming product whose ring of weights is in registers (cuda/linear_registers.cuh)."""
-
-    warps: int
-    """Of a team."""
-    ring: int
-    """Steps of input that each warp has under way; 0 where all of it is kept in shared memory."""
-    shared: int
-    """Bytes of shared memory."""
-
-
-def register_shape(rows: int, weight: Weight, processors: int, limit: int) -> RegisterShape:
-    """Choose the shape, by the multiprocessors and the shared memory that a block may have.
-
-    A team has 8 warps, two teams on a multiprocessor, or 16 where that leaves fewer idle in the last round and rows are not
-    short. It changes the order of sums, so it must not depend on the number of rows.
-    """
-    units, tokens, step = -(-weight.rows // 16), stream_tokens(rows), stream_step(weight)
-    busy = {warps: units / (-(-units * warps // (16 * processors)) * processors * 16 // warps) for warps in (8, 16)}
-    warps = 16 if weight.row_bytes >= 8192 and busy[16] > busy[8] + 0.1 else 8
-    sums = 16 * tokens * 4 + 2 * 16 * 16 * (tokens + 1) * 4
-    shared = sums + -(-weight.columns // (step * warps)) * warps * rows * step * 2
-    if shared <= limit:
-        return RegisterShape(warps, 0, shared)
-    rings = (2, 1) if tokens * step > 1024 else (4, 2, 1)
-    sizes = {ring: sums + REGISTER_WARPS * ring * tokens * step * 2 for ring in rings}
-    ring = next((ring for ring in rings if sizes[ring] <= limit), 1)
-    return RegisterShape(warps, ring, sizes[ring])
+def prepared_bytes(rows: int, weight: Weight) -> int:
+    """Return the bytes of all rows where they are prepared, else 0."""
+    return rows * -(-weight.columns // 128) * PREPARED_BYTES.get(weight.type, 0)
