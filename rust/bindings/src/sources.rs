@@ -34,6 +34,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_product.cuh",
     "linear_registers.cuh",
     "linear_rope.cu",
+    "linear_rounded.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
     "logprobs.cu",
@@ -51,6 +52,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "stream_packed.cuh",
     "stream_plain.cuh",
     "warp_group.cuh",
+    "warp_group_bytes.cuh",
     "weights.cuh",
 ];
 
