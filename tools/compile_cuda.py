@@ -89,6 +89,8 @@ VARIANTS: dict[str, list[Macros]] = {
     "linear_rope.cu": [macros for lists in STREAMED for macros in choices(**lists, PAIRED=[1])]
     + packed(choices(PAIRED=[1], **FEW, **NORMED), 8)
     + packed(choices(PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4),
+    "linear_rounded.cu": choices(TOKENS=[32, 64], GROUPS=[1, 2], SPAN=[256], OUTPUT=["bf16", "float"])
+    + choices(TOKENS=[32, 64], GROUPS=[2], TILES=[2], SPAN=[128], STAGES=[5]),
     "linear_stream.cu": [macros for lists in STREAMED for macros in choices(**lists) + choices(**lists, EPILOGUE=[2], PAIRED=[1])]
     + choices(**FEW, **NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
     + choices(**FEW, GROUPED=[1], WEIGHT=["e4m3"])

@@ -1,8 +1,8 @@
 """Products of rows with weight matrices: which kernel runs, and how it is launched.
 
 Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in, and more through
-another (cuda/linear_many.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or alignment, the plain kernel
-(cuda/linear.cu).
+others (cuda/linear_many.cu, cuda/linear_rounded.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or
+alignment, the plain kernel (cuda/linear.cu).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from infer.gpu.arrays import (
 from infer.gpu.attention import kv_macros
 from infer.gpu.blas import Blas, can_multiply
 from infer.gpu.launch import DEPENDENT
-from infer.gpu.many import ADD, GATED, STORE, ManyOperations, ceil_of
+from infer.gpu.many import ADD, GATED, STORE, ceil_of
+from infer.gpu.rounded import RoundedOperations
 from infer.gpu.rows import STREAM_ROWS, THREADS, element_macros, norm_threads, vector
 from infer.gpu.stream import (
     PREPARED_BYTES,
@@ -49,7 +50,8 @@ With bfloat16 weights it is from the first.
 
 MOST_SCALED = 64, 32
 """Most rows, and weight rows for each multiprocessor, for which linear_many.cu multiplies E4M3 weights though cuBLASLt
-could, with rows rounded to E4M3, too: cuBLASLt does not split columns then, and leaves multiprocessors idle."""
+could, with rows rounded to E4M3, and linear_rounded.cu cannot: cuBLASLt does not split columns then, and leaves
+multiprocessors idle."""
 
 BLAS_BYTES = 32 << 20
 UNPACKED_ROWS = 64
@@ -72,7 +74,7 @@ class _Launch(NamedTuple):
     """Whether all of the input is kept in shared memory."""
 
 
-class LinearOperations(ManyOperations):
+class LinearOperations(RoundedOperations):
     """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
 
     cuBLASLt has the first BLAS_BYTES of it; in the rest, weights are unpacked for many rows, as many at a time as fit, or
@@ -250,6 +252,7 @@ class LinearOperations(ManyOperations):
             return False
         rows, weight_rows = MOST_SCALED
         few = source.rows <= rows and weight.rows <= weight_rows * self.kernels.multiprocessors
+        few = few and not self._can_be_rounded(source.rows, output, weight)
         return weight.type != "e4m3" or few or not self._can_scale(source, output, weight)
 
     def _can_stream(self, source: Rows, output: Rows, weight: Weight) -> bool:
@@ -311,12 +314,14 @@ class LinearOperations(ManyOperations):
         return Rows(self._space + scales_bytes, source.rows, source.width, source.width, "e4m3")
 
     def _can_scale(self, source: Rows, output: Rows, weight: Weight) -> bool:
-        """Return whether cuBLASLt multiplies E4M3 weights by rows rounded to E4M3."""
+        """Return whether E4M3 weights are multiplied by rows rounded to E4M3, by linear_rounded.cu or cuBLASLt."""
         rounded = self._rounded(source)
         fits = rounded.pointer + source.rows * source.width <= self._space + self._space_bytes
         known = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)
         whole = weight.columns % 16 == 0 and weight.rows % 16 == 0
-        return fits and known and whole and self._blas.has_scaled(rounded, weight, output)
+        if not (fits and known and whole):
+            return False
+        return self._can_be_rounded(source.rows, output, weight) or self._blas.has_scaled(rounded, weight, output)
 
     def _wide_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         """Multiply weights of few bits by many rows: E4M3 by E4M3 where the hardware does that, else unpacked."""
@@ -328,6 +333,9 @@ class LinearOperations(ManyOperations):
         self._rounded_product(rounded, output, weight, alpha, beta)
 
     def _rounded_product(self, rounded: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
+        if self._can_be_rounded(rounded.rows, output, weight):
+            self._multiply_rounded(rounded, self._space, output, weight, alpha, beta)
+            return
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._space)
         if weight.bias:
             self._add_bias(output, weight.bias, alpha)

@@ -35,6 +35,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_many.cu",
     "linear_product.cuh",
     "linear_rope.cu",
+    "linear_rounded.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
     "logprobs.cu",
@@ -56,6 +57,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "stream_plain.cuh",
     "stream_prepared.cuh",
     "warp_group.cuh",
+    "warp_group_bytes.cuh",
     "weights.cuh",
 ];
 
