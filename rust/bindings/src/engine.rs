@@ -248,7 +248,7 @@ impl Engine {
 
     /// Wait until a request may be submitted, or the engine is closed; False after `timeout` seconds.
     #[pyo3(signature = (timeout=None))]
-    fn wait_for_room(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+    fn wait_for_room(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<bool> {
         guarded(|| {
             let driver = self.driver()?;
             wait_until(py, deadline(timeout)?, |span| driver.wait_for_room(Some(span)))
@@ -319,7 +319,7 @@ impl Engine {
 
     /// Refuse new requests and wait for those that live; False after `timeout` seconds. `close` comes after.
     #[pyo3(signature = (timeout=None))]
-    fn drain(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+    fn drain(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<bool> {
         guarded(|| {
             let Some(driver) = lock(self.driver.get()?).clone() else { return Ok(true) };
             wait_until(py, deadline(timeout)?, |span| driver.drain(Some(span)))
