@@ -35,6 +35,34 @@ def test_everything_after_close_is_refused() -> None:
     assert "closed" in repr(llm)
 
 
+CLOSING = """
+import threading, time
+from infer import LLM, InferError, SamplingParams
+llm = LLM(threads=1)
+said = []
+def use(call):
+    try:
+        while True:
+            call()
+    except InferError as error:
+        said.append(str(error))
+calls = [llm.metrics, lambda: llm.generate("a", SamplingParams(max_tokens=1))]
+threads = [threading.Thread(target=use, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+time.sleep(0.1)
+llm.close()
+for thread in threads:
+    thread.join()
+print(set(said))
+"""
+
+
+def test_closing_while_other_threads_call(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_python(CLOSING, timeout=60)  # both sides once waited for each other, with Python's lock in hand
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{'this LLM is closed'}\n", "")
+
+
 def test_two_models_side_by_side(llm: LLM, bare_folder: Path) -> None:
     expected = llm.generate("Once upon a time", PARAMS)[0].outputs[0].token_ids
     with LLM(bare_folder, threads=1) as other:

@@ -328,18 +328,18 @@ impl Engine {
 
     /// Abort what runs, join the thread, free weights and cache; harmless when repeated.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        guarded(|| match lock(self.driver.get()?).take() {
+        guarded(|| {
+            // The lock must be free before the GIL is let go: other threads take it while they hold the GIL.
+            let driver = lock(self.driver.get()?).take();
+            let Some(driver) = driver else { return Ok(()) };
+            let store = lock(&self.store).take();
             // A step may be in flight, and Ctrl-C need not wait for it.
-            Some(driver) => {
-                let store = lock(&self.store).take();
-                interruptible(py, "infer-close", move || {
-                    driver.close();
-                    // What the engine handed over last is still on its way to the disk.
-                    let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
-                    Ok(())
-                })
-            }
-            None => Ok(()),
+            interruptible(py, "infer-close", move || {
+                driver.close();
+                // What the engine handed over last is still on its way to the disk.
+                let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
+                Ok(())
+            })
         })
     }
 }
