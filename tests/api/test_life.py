@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,19 @@ print(set(said))
 def test_closing_while_other_threads_call(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_python(CLOSING, timeout=60)  # both sides once waited for each other, with Python's lock in hand
     assert (done.returncode, done.stdout, done.stderr) == (0, "{'this LLM is closed'}\n", "")
+
+
+def test_every_close_returns_when_it_is_closed() -> None:
+    llm = LLM(threads=1, max_num_batched_tokens=2048, step_time_target=None)
+    request = llm._engine.submit([5] * 2000, PARAMS)  # one long step, which is not cut short
+    time.sleep(0.1)
+    first = threading.Thread(target=llm.close)
+    first.start()
+    time.sleep(0.05)
+    llm.close()
+    assert [update.finish_reason for update in request.poll()] == ["abort"]
+    assert request.finished
+    first.join()
 
 
 def test_two_models_side_by_side(llm: LLM, bare_folder: Path) -> None:

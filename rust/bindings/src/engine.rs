@@ -1,7 +1,7 @@
 //! `Engine`: a loaded model and the thread that runs requests on it.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use infer_engine::{Driver, Handover, RequestKind, SubmitOptions};
@@ -43,6 +43,7 @@ type DriverSlot = Mutex<Option<Arc<Driver>>>;
 pub struct Engine {
     driver: Owned<DriverSlot>,
     config: infer_engine::EngineConfig,
+    ended: Arc<OnceLock<()>>,
     handover: Option<Arc<Handover>>,
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
@@ -330,14 +331,15 @@ impl Engine {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(|| {
             // The lock must be free before the GIL is let go: other threads take it while they hold the GIL.
-            let driver = lock(self.driver.get()?).take();
-            let Some(driver) = driver else { return Ok(()) };
+            let (driver, ended) = (lock(self.driver.get()?).take(), Arc::clone(&self.ended));
             let store = lock(&self.store).take();
             // A step may be in flight, and Ctrl-C need not wait for it.
             interruptible(py, "infer-close", move || {
-                driver.close();
+                // Whoever closes it after another waits for the other.
+                driver.map_or_else(|| *ended.wait(), |driver| driver.close());
                 // What the engine handed over last is still on its way to the disk.
                 let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
+                let _ = ended.set(());
                 Ok(())
             })
         })
@@ -349,6 +351,7 @@ impl Engine {
         Self {
             config: loaded.driver.config().clone(),
             driver: Owned::new(Mutex::new(Some(Arc::new(loaded.driver)))),
+            ended: Arc::default(),
             handover: loaded.handover,
             text: loaded.text,
             info: loaded.info,
