@@ -46,7 +46,12 @@ class Calls:
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """Return what the model's authors advise (its `generation_config.json`), with some fields changed."""
-        return SamplingParams(**{**self._defaults, **changes})
+        try:
+            return SamplingParams(**{**self._defaults, **changes})
+        except InferError as error:
+            if changes:
+                raise
+            raise InferError(f"generation_config.json beside {self._engine.info.path}: {error}") from error
 
     def _tokenizer(self) -> _core.Tokenizer:
         if self._names is None:

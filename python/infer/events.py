@@ -108,11 +108,16 @@ class Dispatcher:
     """The thread that hands the core's news to event loops."""
 
     def __init__(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._queue = ReadyQueue()
         self._keys = itertools.count()
         self._listeners: dict[int, tuple[_Listener, int]] = {}
         self._lock = threading.Lock()
         self._stopping = False
+        self._waiting = ThreadPoolExecutor(
+            1, thread_name_prefix="infer-room"
+        )  # whose thread begins with the first task that waits
         self._thread = threading.Thread(target=self._run, name="infer-events", daemon=True)
         self._thread.start()
 
@@ -126,8 +131,7 @@ class Dispatcher:
         requests: list[Request] = []
         try:
             for submit, key in zip(submits, keys, strict=True):
-                # Tokenizing a long prompt takes milliseconds, which belong to the other tasks of this loop.
-                requests.append(await asyncio.to_thread(_submit, submit, room, self._queue, key))
+                requests.append(await self._submit(submit, room, key))
             inboxes = [_Inbox(request) for request in requests]
             running = len(inboxes)
             while running:
@@ -146,10 +150,24 @@ class Dispatcher:
                 for key in keys:
                     self._listeners.pop(key, None)
 
+    async def _submit(self, submit: Submit, room: Room, key: int) -> Request:
+        import asyncio
+
+        while True:
+            try:
+                # Tokenizing a long prompt takes milliseconds, which belong to the other tasks of this loop.
+                return await asyncio.to_thread(submit, self._queue, key)
+            except QueueFullError:
+                if room is None:
+                    raise
+            # Tasks that wait take turns on one thread: each on one of the loop's own, they would leave it none for anybody else.
+            await asyncio.wrap_future(self._waiting.submit(room))
+
     def stop(self) -> None:
         """Deliver what is still there and end the thread; harmless when repeated."""
         with self._lock:
             self._stopping = True
+        self._waiting.shutdown(wait=False)
         with contextlib.suppress(InferError):  # in a forked child, where there is neither queue nor thread
             self._queue.wake()
         if threading.current_thread() is not self._thread:

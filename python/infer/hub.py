@@ -93,7 +93,7 @@ def resolve(
         raise InferError(f"model: a path, a hub id or None is needed, got {type(model).__name__}")
     if not os.fspath(model):
         raise InferError("model: the name is empty; leave it away for the bundled model")
-    path = Path(model).expanduser()
+    path = expanded(model)
     try:
         exists = path.exists()
     except (OSError, ValueError):  # too long a name, or a NUL inside it
@@ -106,8 +106,19 @@ def resolve(
             f"model: {os.fspath(model)!r} does not exist here and is no hub id; "
             "name a folder, a .gguf file, or a hub id such as 'org/name' or 'org/name:Q8_0'"
         )
+    for name, value, kinds in (("revision", revision, str), ("cache_dir", cache_dir, (str, os.PathLike))):
+        if value is not None and not isinstance(value, kinds):
+            raise InferError(f"{name}: a {'string' if kinds is str else 'path'} or None is needed, got {value!r:.80}")
     hub = Hub(match["repo"], revision, token, cache_dir, local_files_only)
     return hub.fetch(match["quant"])
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Put the home folder in the place of `~`; `~name` of a user that is not known stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 class Hub:

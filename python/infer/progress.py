@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from infer._core import InferError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,6 +32,8 @@ def progress(use_tqdm: Progress, total: int) -> Iterator[Callable[[RequestOutput
     total
         Number of prompts.
     """
+    if use_tqdm is not None and not isinstance(use_tqdm, bool) and not callable(use_tqdm):
+        raise InferError(f"use_tqdm must be True, False, None or a replacement for tqdm.tqdm, got {use_tqdm!r:.80}")
     if use_tqdm is False or total == 0 or (use_tqdm is None and not sys.stderr.isatty()):
         yield lambda done: None
         return

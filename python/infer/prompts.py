@@ -51,10 +51,10 @@ def conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
     """Read one conversation (a list of messages) or a list of conversations."""
     items = _sequence(messages, "messages")
     many = bool(items) and not isinstance(items[0], Mapping)
-    given: list[Messages] = [_sequence(item, "messages") for item in items] if many else [items]
     found: list[Messages] = []
-    for number, conversation in enumerate(given):
+    for number, given in enumerate(items if many else [items]):
         where = f"messages[{number}]" if many else "messages"
+        conversation = _sequence(given, where)
         if not conversation:
             raise InferError(f"{where}: a conversation needs at least one message")
         found.append([_message(message, f"{where}[{place}]") for place, message in enumerate(conversation)])
@@ -81,6 +81,8 @@ def template_options(
     add_generation_prompt: bool,
 ) -> dict[str, Any]:
     """Return the keywords of the core's `apply_chat_template`."""
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise InferError(f"chat_template_kwargs: a dictionary is needed, got {type(chat_template_kwargs).__name__}")
     return {
         "tools": tools,
         "chat_template": chat_template,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infer import _core, hub
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["quantize"]
 
@@ -60,6 +63,6 @@ def quantize(
     path = hub.resolve(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if not isinstance(output, (str, os.PathLike)) or not os.fspath(output):
         raise _core.InferError(f"output: the name of a .gguf file or of a folder is needed, got {output!r}")
-    target = Path(output).expanduser()
+    target = hub.expanded(output)
     _core.quantize(path, target, quantization, threads=threads, mmap=mmap)
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-45),  # as a 32-bit float makes an infinity of every logit
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("max_tokens", 0),
@@ -100,6 +102,7 @@ def test_sampling_parameters_are_values() -> None:
         ("max_num_batched_tokens", 0, "max_num_batched_tokens.*0"),
         ("step_time_target", 0, "step_time_target must be a number of seconds greater than 0, got 0"),
         ("priority_patience", float("nan"), "priority_patience"),
+        ("max_waiting", 2**64, "max_waiting must be at least 1, got 18446744073709551616, which is too large"),
         ("kv_cache_memory_bytes", 1, "kv_cache_memory_bytes"),
     ],
 )
@@ -162,6 +165,32 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, bare_folder:
         LLM(tmp_path)
 
 
+def test_a_pipe_is_no_tokenizer(tmp_path: Path, bare_folder: Path) -> None:
+    for file in bare_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    os.mkfifo(tmp_path / "tokenizer.json")  # whoever opens it would wait for ever
+    with pytest.raises(InferError, match=r"tokenizer\.json: not a regular file"):
+        LLM(tmp_path, threads=1)
+
+
+def test_endless_times_are_times(llm: LLM) -> None:
+    endless = float("inf")
+    assert llm.generate("a", SamplingParams(max_tokens=1), timeout=endless)[0].outputs[0].finish_reason == "length"
+    with LLM(threads=1, step_time_target=endless, priority_patience=1e300) as other:
+        other.close(drain=True, timeout=endless)
+
+
+@pytest.mark.parametrize("value", ["x", [1]])
+def test_a_timeout_of_closing_that_is_no_number(value: Any) -> None:
+    with LLM(threads=1) as llm, pytest.raises(InferError, match="timeout must be None or a number of seconds, got"):
+        llm.close(drain=True, timeout=value)
+
+
+def test_a_progress_bar_that_is_none(llm: LLM) -> None:
+    with pytest.raises(InferError, match="use_tqdm must be True, False, None or a replacement for tqdm"):
+        llm.generate("a", use_tqdm="yes")  # type: ignore[arg-type]
+
+
 def advised(tmp_path: Path, bare_folder: Path, text: str) -> LLM:
     for file in bare_folder.iterdir():
         if file.name in ("config.json", "model.safetensors"):
@@ -181,6 +210,13 @@ def test_the_models_own_advice_is_the_default(tmp_path: Path, bare_folder: Path)
 def test_advice_that_is_no_advice(tmp_path: Path, bare_folder: Path, text: str) -> None:
     with pytest.raises(InferError, match="generation_config"):
         advised(tmp_path, bare_folder, text)
+
+
+def test_advice_of_a_wrong_type(tmp_path: Path, bare_folder: Path) -> None:
+    with advised(tmp_path, bare_folder, '{"temperature": "hot"}') as llm:
+        with pytest.raises(InferError, match=r"generation_config\.json beside .*: temperature must be a number, got 'hot'"):
+            llm.generate([[1, 2]])
+        assert llm.default_sampling_params(temperature=0).temperature == 0
 
 
 @pytest.mark.parametrize(

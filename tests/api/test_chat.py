@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pytest
 
 from infer import LLM, InferError, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PARAMS = SamplingParams(temperature=0, max_tokens=16)
 MESSAGES = [
@@ -81,6 +84,40 @@ def test_tokenizer_facade(llm: LLM) -> None:
     assert len(llm.tokenizer) == llm.tokenizer.vocabulary_size == llm.info.vocabulary_size == 8192
     assert llm.tokenizer.id_to_token(0) == "<|endoftext|>"
     assert llm.tokenizer.token_to_id("no such token") is None
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda tokenizer: tokenizer.encode("a", add_special_tokens="no"), "add_special_tokens must be True or False, got 'no'"),
+        (
+            lambda tokenizer: tokenizer.decode([1], skip_special_tokens=None),
+            "skip_special_tokens must be True or False, got None",
+        ),
+        (lambda tokenizer: tokenizer.id_to_token("a"), "token_id must be an integer, got 'a'"),
+        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=1), "add_generation_prompt must be"),
+        (lambda tokenizer: tokenizer.apply_chat_template([*MESSAGES, 5]), r"messages\[\d\]: expected an object .*, got 5"),
+        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, tools=5), "tools: expected a list"),
+        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, continue_final_message=True), "continue_final_message is no"),
+        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, return_tensors="pt"), "return_tensors is no variable"),
+    ],
+)
+def test_tokenizer_arguments_that_are_wrong(llm: LLM, call: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(InferError, match=words):
+        call(llm.tokenizer)
+
+
+@pytest.mark.parametrize("given", [5, [("a", 1)], "a"])
+def test_template_variables_that_are_none(llm: LLM, given: Any) -> None:
+    with pytest.raises(InferError, match="chat_template_kwargs: a dictionary is needed, got"):
+        llm.chat(MESSAGES, PARAMS, chat_template_kwargs=given)
+
+
+def test_template_variables_are_no_arguments(llm: LLM) -> None:
+    plain = llm.tokenizer.apply_chat_template(MESSAGES)
+    assert llm.tokenizer.apply_chat_template(MESSAGES, continue_final_message=False, return_tensors=None) == plain
+    with pytest.raises(InferError, match="messages is no variable of a chat template"):
+        llm.chat(MESSAGES, PARAMS, chat_template_kwargs={"messages": []})
 
 
 @pytest.mark.parametrize(

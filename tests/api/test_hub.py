@@ -197,7 +197,9 @@ def test_not_choosing_a_gguf(files: list[str], quant: str | None, words: str) ->
         choose_gguf("org/name", files, quant)
 
 
-@pytest.mark.parametrize("model", ["", "a b", "./absent", "absent.gguf", "a/b/c", "org/name:", "\0", "x" * 5000, "../up"])
+@pytest.mark.parametrize(
+    "model", ["", "a b", "./absent", "absent.gguf", "a/b/c", "org/name:", "\0", "x" * 5000, "../up", "~nobody/x"]
+)
 def test_names_that_are_nothing(model: str) -> None:
     with pytest.raises(InferError, match="model: "):
         resolve(model, local_files_only=True)
@@ -207,6 +209,12 @@ def test_names_that_are_nothing(model: str) -> None:
 def test_things_that_are_no_names(model: Any) -> None:
     with pytest.raises(InferError, match="a path, a hub id or None is needed"):
         resolve(model)
+
+
+@pytest.mark.parametrize("name", ["revision", "cache_dir"])
+def test_hub_options_of_a_wrong_type(name: str) -> None:
+    with pytest.raises(InferError, match=f"{name}: a .* or None is needed, got 5"):
+        resolve("org/name", local_files_only=True, **{name: 5})  # type: ignore[arg-type]
 
 
 def test_a_path_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,47 @@ def test_everything_after_close_is_refused() -> None:
         with pytest.raises(InferError, match="closed"):
             call()
     assert "closed" in repr(llm)
+
+
+CLOSING = """
+import threading, time
+from infer import LLM, InferError, SamplingParams
+llm = LLM(threads=1)
+said = []
+def use(call):
+    try:
+        while True:
+            call()
+    except InferError as error:
+        said.append(str(error))
+calls = [llm.metrics, lambda: llm.generate("a", SamplingParams(max_tokens=1))]
+threads = [threading.Thread(target=use, args=(call,)) for call in calls]
+for thread in threads:
+    thread.start()
+time.sleep(0.1)
+llm.close()
+for thread in threads:
+    thread.join()
+print(set(said))
+"""
+
+
+def test_closing_while_other_threads_call(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_python(CLOSING, timeout=60)  # both sides once waited for each other, with Python's lock in hand
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{'this LLM is closed'}\n", "")
+
+
+def test_every_close_returns_when_it_is_closed() -> None:
+    llm = LLM(threads=1, max_num_batched_tokens=2048, step_time_target=None)
+    request = llm._engine.submit([5] * 2000, PARAMS)  # one long step, which is not cut short
+    time.sleep(0.1)
+    first = threading.Thread(target=llm.close)
+    first.start()
+    time.sleep(0.05)
+    llm.close()
+    assert [update.finish_reason for update in request.poll()] == ["abort"]
+    assert request.finished
+    first.join()
 
 
 def test_two_models_side_by_side(llm: LLM, bare_folder: Path) -> None:
@@ -108,11 +150,11 @@ def once():
 start = resident()
 held = once()
 after = []
-for _ in range(8):
+for _ in range(16):
     once()
     gc.collect()
     after.append(resident())
-print(start, held, min(after[:4]), min(after[4:]))
+print(start, held, min(after[:8]), min(after[8:]))
 """
 
 
@@ -124,8 +166,8 @@ def test_close_gives_the_memory_back(run_python: Callable[..., subprocess.Comple
     start, held, first, last = map(float, done.stdout.split())
     # The allocator keeps 10 to 40 MB of freed memory, now more, now less: the least of several rounds says what is held.
     assert held - start > 20, "the model is in memory while it is open"
-    assert first - start < 0.6 * (held - start), "and most of it is gone after close"
-    assert last - first < 30, "and does not pile up: four rounds that each kept their weights would hold 120 MB more"
+    assert min(first, last) - start < 0.6 * (held - start), "and most of it is gone after close"
+    assert last - first < 30, "and does not pile up: eight rounds that each kept their weights would hold 240 MB more"
 
 
 FORK = """

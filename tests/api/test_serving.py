@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from machine import patience
 
 from infer import LLM, InferError, QueueFullError, SamplingParams
 
@@ -50,6 +51,21 @@ def test_other_tenants_find_nothing() -> None:
         outputs = [llm.generate(prompt, SHORT, cache_salt=salt)[0] for salt in ("red", "blue", "red", None)]
     assert [output.metrics.cached_tokens for output in outputs] == [0, 0, 63, 0]
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+
+
+def test_tasks_that_wait_for_a_place_leave_the_loop_its_threads() -> None:
+    async def crowd(llm: LLM) -> None:
+        endless = SamplingParams(max_tokens=1500, ignore_eos=True)
+        tasks = [asyncio.create_task(llm.agenerate("a", endless)) for _ in range(40)]
+        await asyncio.sleep(0.2)
+        assert await asyncio.wait_for(asyncio.to_thread(int), patience(1.0)) == 0
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+
+    with LLM(threads=1, max_num_seqs=1, max_waiting=1, when_full="wait") as llm:
+        asyncio.run(crowd(llm))
+        assert llm.generate("a", SHORT)[0].outputs[0].finish_reason == "length"
 
 
 def test_a_full_queue_is_an_error_or_a_wait() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from infer import LLM, SamplingParams
 from infer.cli.chat import Conversation
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -83,7 +83,18 @@ def test_commands(infer_cli: Cli, llm: LLM, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["/save", "/load", "/load absent.json", "/regenerate", "/params x", "/params top_p=9", "/params no=1", "/params n=2"],
+    [
+        "/save",
+        "/load",
+        "/load absent.json",
+        "/load ~nobody/x",
+        "/save ~nobody/x",
+        "/regenerate",
+        "/params x",
+        "/params top_p=9",
+        "/params no=1",
+        "/params n=2",
+    ],
 )
 def test_commands_that_cannot_be_obeyed(infer_cli: Cli, command: str) -> None:
     done = infer_cli("chat", *GREEDY, stdin=f"{command}\nHello!\n")
@@ -91,10 +102,18 @@ def test_commands_that_cannot_be_obeyed(infer_cli: Cli, command: str) -> None:
     assert done.stdout.strip(), "the conversation goes on"
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '[{"role": "user"}]'])
+@pytest.mark.parametrize("content", ["{", "{}", '[{"role": "user"}]', "[" * 100_000])
 def test_files_that_hold_no_conversation(infer_cli: Cli, tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
     assert infer_cli("chat", *GREEDY, stdin="/load bad.json\n").stderr.startswith("error: /load")
+
+
+def test_questions_that_are_no_text(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "infer", "chat", *GREEDY]
+    done = subprocess.run(command, input=b"\xff\n", cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"error: standard input is not utf-8: invalid start byte at byte 0\n"
 
 
 class Terminal:

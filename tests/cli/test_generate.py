@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import pytest
+
     from infer import LLM
 
     Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,6 +48,21 @@ def test_any_field_of_the_parameters(infer_cli: Cli, llm: LLM) -> None:
     greedy = llm.generate("The king", SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].token_ids
     assert found == [greedy, greedy]
     assert infer_cli("generate", "The king", "-n", "4", "-p", "n=2").stdout.count("--- ") == 2
+
+
+def test_biases_by_token(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "The king", "-n", "3", "--temperature", "0", "-p", 'logit_bias={"100": 100}', "--json")
+    assert json.loads(done.stdout)["outputs"][0]["token_ids"] == [100, 100, 100]
+    assert (
+        "logit_bias must map token ids to numbers, got x: 1" in infer_cli("generate", "The", "-p", 'logit_bias={"x": 1}').stderr
+    )
+
+
+def test_output_whose_encoding_lacks_a_character(infer_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    options = ("-n", "2", "--temperature", "0")
+    assert infer_cli("generate", "é 🙂", *options).stdout.startswith("\\xe9 \\U0001f642")
+    assert json.loads(infer_cli("generate", "é 🙂", *options, "--json").stdout)["prompt"] == "é 🙂"
 
 
 def test_a_device_that_is_none_is_refused(infer_cli: Cli) -> None:

@@ -48,6 +48,7 @@ def test_the_script_and_the_module_are_one_command() -> None:
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--param", "top_p"], "is no NAME=VALUE"),
         (["generate", "x", "--param", "top_p=7"], "top_p"),
+        (["generate", "x", "--param", "top_p=" + "[" * 5000], "top_p must be a number, got"),
         (["generate", "x", "--param", "topp=1"], "did you mean 'top_p'?"),
         (["generate", "x", "--param", "no_such_field=7"], "'no_such_field' is no sampling parameter; known: "),
         (["chat", "--param", "n=2"], "n: 2"),

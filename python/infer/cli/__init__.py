@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -58,6 +59,8 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line; what a user can get wrong ends in one line on stderr, not in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that its encoding lacks are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except InferError as error:

@@ -35,6 +35,7 @@ from infer.cli.common import (
     metrics_json,
     need_tokenizer,
     parameter,
+    print_json,
     sampling,
     say,
     speed,
@@ -147,7 +148,7 @@ class Conversation:
             raise InferError("/save: name a file")
         try:
             Path(name).expanduser().write_text(json.dumps(self.messages, ensure_ascii=False, indent=2), encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # also of a name that is none, and of `~nobody`
             raise InferError(f"/save: {error}") from error
         say(f"{len(self.messages)} messages in {name}")
 
@@ -157,7 +158,7 @@ class Conversation:
             raise InferError("/load: name a file")
         try:
             found = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # also of JSON that is nested too deep
             raise InferError(f"/load: {error}") from error
         if not isinstance(found, list) or not all(_is_message(message) for message in found):
             raise InferError(f"/load: {name} holds no list of messages with 'role' and 'content'")
@@ -209,7 +210,7 @@ class Conversation:
         if self.as_json:
             answer: dict[str, Any] = {**self.messages[-1], "finish_reason": last.finish_reason or "abort"}
             answer["metrics"] = None if metrics is None else metrics_json(metrics)
-            print(json.dumps(answer, ensure_ascii=False), flush=True)  # one line each, as answers come
+            print_json(answer, indent=None)  # one line each, as answers come
             return
         sys.stdout.write("\n")
         if metrics is not None:
@@ -263,6 +264,8 @@ def _line(prompt: str) -> str | None:
         return input(prompt if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise InferError(f"standard input is not {error.encoding}: {error.reason} at byte {error.start}") from error
 
 
 @contextlib.contextmanager

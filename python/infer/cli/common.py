@@ -84,6 +84,9 @@ def changed(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ";"
             raise InferError(f"--param: {name!r} is no sampling parameter{meant} known: {', '.join(known)}")
+    bias = changes.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has no keys but strings
+        changes = {**changes, "logit_bias": {int(key) if key.isdecimal() else key: value for key, value in bias.items()}}
     try:
         return params.replace(**changes)
     except TypeError as error:  # a value of another type
@@ -108,7 +111,7 @@ def parameter(text: str) -> tuple[str, Any]:
         raise InferError(f"--param: {text!r} is no NAME=VALUE, such as top_p=0.9")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
@@ -141,9 +144,11 @@ def metrics_json(metrics: RequestMetrics) -> dict[str, Any]:
     return asdict(metrics)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document on stdout, in UTF-8 characters."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print one JSON document on stdout: with characters as they are in UTF-8, and escaped in any other encoding."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=not unicode, indent=indent) + "\n")
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:

@@ -76,7 +76,8 @@ impl Arg<Int> {
     /// "`name` must be `right`, got ..." when it does not fit.
     pub fn fit<T: TryFrom<i128>>(self, name: &str, right: &str) -> PyResult<T> {
         let Int(value) = self.get(name, right)?;
-        T::try_from(value).map_err(|_| refusal(format!("{name} must be {right}, got {value}")))
+        let large = if value > 0 { ", which is too large" } else { "" };
+        T::try_from(value).map_err(|_| refusal(format!("{name} must be {right}, got {value}{large}")))
     }
 
     /// A count from 1 on.

@@ -1,7 +1,7 @@
 //! `Engine`: a loaded model and the thread that runs requests on it.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use infer_engine::{Driver, Handover, RequestKind, SubmitOptions};
@@ -43,6 +43,7 @@ type DriverSlot = Mutex<Option<Arc<Driver>>>;
 pub struct Engine {
     driver: Owned<DriverSlot>,
     config: infer_engine::EngineConfig,
+    ended: Arc<OnceLock<()>>,
     handover: Option<Arc<Handover>>,
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
@@ -248,7 +249,7 @@ impl Engine {
 
     /// Wait until a request may be submitted, or the engine is closed; False after `timeout` seconds.
     #[pyo3(signature = (timeout=None))]
-    fn wait_for_room(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+    fn wait_for_room(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<bool> {
         guarded(|| {
             let driver = self.driver()?;
             wait_until(py, deadline(timeout)?, |span| driver.wait_for_room(Some(span)))
@@ -319,7 +320,7 @@ impl Engine {
 
     /// Refuse new requests and wait for those that live; False after `timeout` seconds. `close` comes after.
     #[pyo3(signature = (timeout=None))]
-    fn drain(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
+    fn drain(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<bool> {
         guarded(|| {
             let Some(driver) = lock(self.driver.get()?).clone() else { return Ok(true) };
             wait_until(py, deadline(timeout)?, |span| driver.drain(Some(span)))
@@ -328,18 +329,19 @@ impl Engine {
 
     /// Abort what runs, join the thread, free weights and cache; harmless when repeated.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        guarded(|| match lock(self.driver.get()?).take() {
+        guarded(|| {
+            // The lock must be free before the GIL is let go: other threads take it while they hold the GIL.
+            let (driver, ended) = (lock(self.driver.get()?).take(), Arc::clone(&self.ended));
+            let store = lock(&self.store).take();
             // A step may be in flight, and Ctrl-C need not wait for it.
-            Some(driver) => {
-                let store = lock(&self.store).take();
-                interruptible(py, "infer-close", move || {
-                    driver.close();
-                    // What the engine handed over last is still on its way to the disk.
-                    let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
-                    Ok(())
-                })
-            }
-            None => Ok(()),
+            interruptible(py, "infer-close", move || {
+                // Whoever closes it after another waits for the other.
+                driver.map_or_else(|| *ended.wait(), |driver| driver.close());
+                // What the engine handed over last is still on its way to the disk.
+                let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
+                let _ = ended.set(());
+                Ok(())
+            })
         })
     }
 }
@@ -349,6 +351,7 @@ impl Engine {
         Self {
             config: loaded.driver.config().clone(),
             driver: Owned::new(Mutex::new(Some(Arc::new(loaded.driver)))),
+            ended: Arc::default(),
             handover: loaded.handover,
             text: loaded.text,
             info: loaded.info,

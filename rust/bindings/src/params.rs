@@ -89,86 +89,107 @@ impl SamplingParams {
         })
     }
 
+    /// How many completions of the prompt to generate.
     #[getter]
     fn n(&self) -> u32 {
         self.inner.n
     }
+    /// Divides the logits; 0 takes the most likely token, the lowest id among equals.
     #[getter]
     fn temperature(&self) -> f64 {
         self.inner.temperature
     }
+    /// Keep this many most likely tokens; 0 (or -1) keeps all.
     #[getter]
     fn top_k(&self) -> u32 {
         self.inner.top_k
     }
+    /// Keep the fewest most likely tokens whose probabilities reach this sum.
     #[getter]
     fn top_p(&self) -> f64 {
         self.inner.top_p
     }
+    /// Keep tokens at least this likely relative to the most likely.
     #[getter]
     fn min_p(&self) -> f64 {
         self.inner.min_p
     }
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output.
     #[getter]
     fn repetition_penalty(&self) -> f64 {
         self.inner.repetition_penalty
     }
+    /// Subtracted from the logits of tokens seen in the output.
     #[getter]
     fn presence_penalty(&self) -> f64 {
         self.inner.presence_penalty
     }
+    /// Subtracted from logits once per occurrence in the output.
     #[getter]
     fn frequency_penalty(&self) -> f64 {
         self.inner.frequency_penalty
     }
+    /// Seed of the random numbers; None takes one from the engine's seed and the request's number.
     #[getter]
     fn seed(&self) -> Option<u64> {
         self.inner.seed
     }
+    /// Most tokens to generate; None goes on until `max_model_len`.
     #[getter]
     fn max_tokens(&self) -> Option<usize> {
         self.inner.max_tokens
     }
+    /// Tokens before which neither stop tokens nor stop strings end a completion.
     #[getter]
     fn min_tokens(&self) -> usize {
         self.inner.min_tokens
     }
+    /// Strings that end a completion.
     #[getter]
     fn stop(&self) -> Vec<String> {
         self.inner.stop.clone()
     }
+    /// Tokens that end a completion, besides the end-of-sequence tokens.
     #[getter]
     fn stop_token_ids(&self) -> Vec<u32> {
         self.inner.stop_token_ids.clone()
     }
+    /// Whether the stop string, or the stop token's text, stays in the output.
     #[getter]
     fn include_stop_str_in_output(&self) -> bool {
         self.inner.include_stop_str_in_output
     }
+    /// Whether to go on after end-of-sequence tokens.
     #[getter]
     fn ignore_eos(&self) -> bool {
         self.inner.ignore_eos
     }
+    /// Report log-probabilities of the chosen token and of this many most likely ones.
     #[getter]
     fn logprobs(&self) -> Option<u32> {
         self.inner.logprobs
     }
+    /// The same for every prompt token but the first.
     #[getter]
     fn prompt_logprobs(&self) -> Option<u32> {
         self.inner.prompt_logprobs
     }
+    /// Whether special tokens are left out of the text.
     #[getter]
     fn skip_special_tokens(&self) -> bool {
         self.inner.skip_special_tokens
     }
+    /// Whether to produce text at all.
     #[getter]
     fn detokenize(&self) -> bool {
         self.inner.detokenize
     }
+    /// Added to the logits of these tokens, from -100 to 100.
     #[getter]
     fn logit_bias(&self) -> BTreeMap<u32, f32> {
         self.inner.logit_bias.clone()
     }
+    /// Choose among these tokens only.
     #[getter]
     fn allowed_token_ids(&self) -> Option<Vec<u32>> {
         self.inner.allowed_token_ids.clone()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use infer_engine::Waker;
 use pyo3::prelude::*;
 
+use crate::convert::Arg;
 use crate::error::guarded;
 use crate::owned::Owned;
 use crate::wait::{deadline, wait_until};
@@ -75,7 +76,7 @@ impl ReadyQueue {
 
     /// Keys of requests with news, each once; [] after `timeout` seconds or `wake`.
     #[pyo3(signature = (timeout=None))]
-    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Vec<u64>> {
+    fn wait(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<Vec<u64>> {
         guarded(|| {
             let shared = self.shared.get()?;
             wait_until(py, deadline(timeout)?, |span| shared.wait(span))?;

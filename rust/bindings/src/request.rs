@@ -8,6 +8,7 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::convert::Arg;
 use crate::error::{guarded, refusal};
 use crate::owned::Owned;
 use crate::wait::{deadline, wait_until};
@@ -176,7 +177,7 @@ impl Request {
 
     /// Wait for news, then `poll`; [] when the request has finished and everything was taken, or after `timeout` seconds.
     #[pyo3(signature = (timeout=None))]
-    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Vec<Update>> {
+    fn wait(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<Vec<Update>> {
         guarded(|| {
             let handle = self.handle.get()?;
             let waited = wait_until(py, deadline(timeout)?, |span| handle.wait(Some(span)));

@@ -33,8 +33,11 @@ pub fn thread_count(threads: Arg<Int>) -> PyResult<usize> {
 /// A positive span of time in seconds.
 pub fn seconds(name: &str, value: Arg<f64>) -> PyResult<Duration> {
     let value = value.number(name)?;
-    let span = Duration::try_from_secs_f64(value).ok().filter(|span| !span.is_zero());
-    span.ok_or_else(|| refusal(format!("{name} must be a number of seconds greater than 0, got {value}")))
+    if value.is_nan() || value <= 0.0 {
+        return Err(refusal(format!("{name} must be a number of seconds greater than 0, got {value}")));
+    }
+    // Less than a nanosecond is one, and more than a Duration holds, infinity too, is all of it.
+    Ok(Duration::try_from_secs_f64(value).unwrap_or(Duration::MAX).max(Duration::from_nanos(1)))
 }
 
 /// How weights are rounded.

@@ -7,9 +7,9 @@ use infer_model::Checkpoint;
 use infer_text::{ChatTemplate, TextError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
-use serde_json::Map;
+use serde_json::{Map, Value};
 
-use crate::convert::{Int, text, token_ids};
+use crate::convert::{Arg, Int, text, token_ids};
 use crate::error::{guarded, refusal};
 use crate::json::{to_json, to_map};
 use crate::vocabulary;
@@ -17,6 +17,25 @@ use crate::wait::{briefly, interruptible};
 
 /// Text beyond this is encoded on a thread of its own, so that Ctrl-C need not wait for it.
 const LONG_TEXT: usize = 1 << 16;
+
+/// Names that a template cannot be given: what it gets from arguments, and what transformers' function of this name would do
+/// afterwards. As variables they would be ignored without a word; None and False ask for nothing.
+const NO_VARIABLES: [&str; 10] = [
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+];
+
+fn asks(value: Option<&Value>) -> bool {
+    value.is_some_and(|value| !matches!(value, Value::Null | Value::Bool(false)))
+}
 
 /// A model's text side: shared by the engine and every Python object that shows it.
 pub struct TextModel {
@@ -162,46 +181,63 @@ impl Tokenizer {
     }
 
     /// The token ids of a text.
-    #[pyo3(signature = (text, *, add_special_tokens=true))]
+    #[pyo3(signature = (text, *, add_special_tokens=Arg::of(true)), text_signature = "($self, text, *, add_special_tokens=True)")]
     fn encode(
         &self,
         py: Python<'_>,
         text: &Bound<'_, PyAny>,
-        add_special_tokens: bool,
+        add_special_tokens: Arg<bool>,
     ) -> PyResult<Vec<u32>> {
-        guarded(|| encode(py, &self.model, crate::convert::text("text", text)?, add_special_tokens))
+        guarded(|| {
+            let add_special = add_special_tokens.flag("add_special_tokens")?;
+            encode(py, &self.model, crate::convert::text("text", text)?, add_special)
+        })
     }
 
     /// The text of token ids.
-    #[pyo3(signature = (token_ids, *, skip_special_tokens=true))]
+    #[pyo3(
+        signature = (token_ids, *, skip_special_tokens=Arg::of(true)),
+        text_signature = "($self, token_ids, *, skip_special_tokens=True)"
+    )]
     fn decode(
         &self,
         py: Python<'_>,
         token_ids: &Bound<'_, PyAny>,
-        skip_special_tokens: bool,
+        skip_special_tokens: Arg<bool>,
     ) -> PyResult<String> {
         guarded(|| {
+            let skip_special = skip_special_tokens.flag("skip_special_tokens")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
-            Ok(py.detach(|| self.model.tokenizer.decode(&ids, skip_special_tokens)))
+            Ok(py.detach(|| self.model.tokenizer.decode(&ids, skip_special)))
         })
     }
 
     /// The conversation as the prompt text.
-    #[pyo3(signature = (messages, *, tools=None, add_generation_prompt=false, chat_template=None, template_kwargs=None))]
+    #[pyo3(
+        signature = (messages, *, tools=None, add_generation_prompt=Arg::of(false), chat_template=None, template_kwargs=None),
+        text_signature = "($self, messages, *, tools=None, add_generation_prompt=False, chat_template=None, template_kwargs=None)"
+    )]
     fn apply_chat_template(
         &self,
         py: Python<'_>,
         messages: &Bound<'_, PyAny>,
         tools: Option<&Bound<'_, PyAny>>,
-        add_generation_prompt: bool,
+        add_generation_prompt: Arg<bool>,
         chat_template: Option<&Bound<'_, PyAny>>,
         template_kwargs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
         guarded(|| {
+            let add_generation_prompt = add_generation_prompt.flag("add_generation_prompt")?;
             let source = chat_template.map(|source| text("chat_template", source)).transpose()?;
             let messages = to_json("messages", messages)?;
             let tools = tools.map(|tools| to_json("tools", tools)).transpose()?;
             let extra = template_kwargs.map_or(Ok(Map::new()), |extra| to_map("template_kwargs", extra))?;
+            if let Some(name) = NO_VARIABLES.iter().find(|name| asks(extra.get(**name))) {
+                return Err(refusal(format!(
+                    "{name} is no variable of a chat template: messages, tools and add_generation_prompt are arguments, and \
+                     what transformers does to the rendered text is not done here"
+                )));
+            }
             let model = Arc::clone(&self.model);
             // A hostile template may run until its fuel is spent.
             interruptible(py, "infer-template", move || {
@@ -218,8 +254,11 @@ impl Tokenizer {
     }
 
     /// A token as the vocabulary spells it.
-    fn id_to_token(&self, token_id: Int) -> PyResult<Option<String>> {
-        guarded(|| Ok(u32::try_from(token_id.0).ok().and_then(|id| self.model.tokenizer.token(id))))
+    fn id_to_token(&self, token_id: Arg<Int>) -> PyResult<Option<String>> {
+        guarded(|| {
+            let Int(id) = token_id.get("token_id", "an integer")?;
+            Ok(u32::try_from(id).ok().and_then(|id| self.model.tokenizer.token(id)))
+        })
     }
 
     /// Number of tokens, added ones included.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
+use crate::convert::Arg;
 use crate::error::{describe_panic, refusal};
 
 /// How long nobody looks for signals.
@@ -18,9 +19,10 @@ const SLEEP: Duration = Duration::from_secs(60);
 /// A deadline from Python's `timeout` in seconds.
 ///
 /// # Errors
-/// A negative or NaN timeout.
-pub fn deadline(timeout: Option<f64>) -> PyResult<Option<Instant>> {
-    let Some(seconds) = timeout else { return Ok(None) };
+/// A timeout that is negative, NaN or no number.
+pub fn deadline(timeout: Option<Arg<f64>>) -> PyResult<Option<Instant>> {
+    let Some(timeout) = timeout else { return Ok(None) };
+    let seconds = timeout.get("timeout", "None or a number of seconds")?;
     if seconds.is_nan() || seconds < 0.0 {
         return Err(refusal(format!("timeout must be None or at least 0 seconds, got {seconds}")));
     }

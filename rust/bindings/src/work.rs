@@ -12,6 +12,7 @@ use numpy::{
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::convert::Arg;
 use crate::error::{guarded, refusal};
 use crate::launcher::StepLauncher;
 use crate::owned::Owned;
@@ -41,7 +42,7 @@ impl WorkLink {
     fn next_work(
         &self,
         py: Python<'_>,
-        timeout: Option<f64>,
+        timeout: Option<Arg<f64>>,
         launcher: Option<Bound<'_, StepLauncher>>,
     ) -> PyResult<Option<Work>> {
         guarded(|| {

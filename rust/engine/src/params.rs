@@ -86,6 +86,8 @@ const MAX_STOPS: usize = 64;
 const MAX_STOP_BYTES: usize = 4096;
 /// The range of vLLM and OpenAI for `logit_bias`.
 const MAX_BIAS: f32 = 100.0;
+/// Beyond these, logits would become infinite or lose all order.
+const REPETITION_PENALTIES: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
 
 impl SamplingParams {
     /// Checks everything that does not depend on the model.
@@ -124,19 +126,15 @@ impl SamplingParams {
 
     fn validate_numbers(&self) -> Result<(), EngineError> {
         let within = |name: &str, value: f64, right: &str, ok: bool| {
-            if ok { Ok(()) } else { refuse(format!("{name} must be {right}, got {value}")) }
+            if ok { Ok(()) } else { refuse(format!("{name} must be {right}, got {value:?}")) }
         };
         let (t, p, m) = (self.temperature, self.top_p, self.min_p);
         within("temperature", t, "a finite number from 0 on (0 is greedy)", t.is_finite() && t >= 0.0)?;
         within("top_p", p, "greater than 0 and at most 1", p > 0.0 && p <= 1.0)?;
         within("min_p", m, "from 0 to 1", (0.0..=1.0).contains(&m))?;
         let repetition = self.repetition_penalty;
-        within(
-            "repetition_penalty",
-            repetition,
-            "a finite number greater than 0 (1 is none)",
-            repetition.is_finite() && repetition > 0.0,
-        )?;
+        let allowed = REPETITION_PENALTIES.contains(&repetition);
+        within("repetition_penalty", repetition, "from 1e-6 to 1e6 (1 is none)", allowed)?;
         let two = -2.0..=2.0;
         within(
             "presence_penalty",
@@ -239,9 +237,13 @@ mod tests {
         assert_eq!(message(|p| p.n = 0), "n must be from 1 to 1024, got 0");
         assert!(message(|p| p.temperature = f64::NAN).starts_with("temperature must be a finite number"));
         assert!(message(|p| p.temperature = -0.5).ends_with("got -0.5"));
-        assert_eq!(message(|p| p.top_p = 0.0), "top_p must be greater than 0 and at most 1, got 0");
+        assert_eq!(message(|p| p.top_p = 0.0), "top_p must be greater than 0 and at most 1, got 0.0");
         assert_eq!(message(|p| p.min_p = 1.5), "min_p must be from 0 to 1, got 1.5");
         assert!(message(|p| p.repetition_penalty = 0.0).starts_with("repetition_penalty"));
+        assert_eq!(
+            message(|p| p.repetition_penalty = 1e-45),
+            "repetition_penalty must be from 1e-6 to 1e6 (1 is none), got 1e-45"
+        );
         assert!(message(|p| p.presence_penalty = 2.1).starts_with("presence_penalty"));
         assert!(message(|p| p.frequency_penalty = f64::INFINITY).starts_with("frequency_penalty"));
         assert!(message(|p| p.max_tokens = Some(0)).starts_with("max_tokens"));

@@ -196,6 +196,10 @@ pub(crate) fn read_object(folder: &Path, name: &str) -> Result<serde_json::Map<S
 
 /// The contents of a file of at most `limit` bytes; `None` when there is no such file.
 pub(crate) fn read_optional(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
+    // Whoever opens a pipe waits for its other end.
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return Err(TextError::read(path, "not a regular file"));
+    }
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),

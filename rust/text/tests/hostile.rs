@@ -4,7 +4,7 @@ mod common;
 
 use common::{Random, vocabulary_file};
 use infer_text::{ChatTemplate, GgufVocabulary, TextError, Tokenizer};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Loads a folder with one file, and uses what loads.
 fn load(name: &str, bytes: &[u8]) -> Result<Option<Tokenizer>, TextError> {
@@ -302,8 +302,14 @@ fn hostile_templates_end() {
         deep = json!([deep]);
     }
     let template = ChatTemplate::new("{{ messages }}", None, None).unwrap();
-    let result = template.render(&json!([deep]), None, false, &serde_json::Map::new());
+    let result = template.render(&json!([{"content": deep}]), None, false, &serde_json::Map::new());
     assert!(result.unwrap_err().to_string().contains("levels deep"));
+    let refused = |messages: Value, tools: Option<Value>| {
+        let result = template.render(&messages, tools.as_ref(), false, &serde_json::Map::new());
+        result.unwrap_err().to_string()
+    };
+    assert!(refused(json!([{"role": "user"}, 5]), None).contains("messages[1]: expected an object"));
+    assert!(refused(json!([]), Some(json!({}))).contains("tools: expected a list"));
 }
 
 #[test]

@@ -139,8 +139,17 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
-        if !messages.is_array() {
+        let Some(list) = messages.as_array() else {
             return Err(TextError::Template("messages: expected a list of messages".to_owned()));
+        };
+        if let Some(place) = list.iter().position(|message| !message.is_object()) {
+            return Err(TextError::Template(format!(
+                "messages[{place}]: expected an object with `role` and `content`, got {:.80}",
+                list[place].to_string()
+            )));
+        }
+        if tools.is_some_and(|tools| !tools.is_array() && !tools.is_null()) {
+            return Err(TextError::Template("tools: expected a list of function descriptions".to_owned()));
         }
         let deepest = extra.values().chain([messages]).chain(tools).map(depth).max().unwrap_or(0);
         if deepest > MAX_DEPTH {
