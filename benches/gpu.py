@@ -1,7 +1,7 @@
 """Speed on one NVIDIA GPU, with random weights of the Llama 1B, 8B and 70B shapes.
 
-    python benches/gpu.py [--shapes llama-1b llama-8b llama-70b] [--folder DIR] [--rounds 3] [--eager] [--dummy]
-        [--quantization fp8|int8|int4|int4-g128] [--kv-cache-dtype TYPE] [--busy] [--out FILE.json]
+    python benches/gpu.py [--shapes llama-1b llama-8b llama-70b] [--folder DIR] [--rounds 3] [--eager] [--deterministic]
+        [--dummy] [--quantization fp8|int8|int4|int4-g128] [--kv-cache-dtype TYPE] [--busy] [--out FILE.json]
 
 batch 1:        prompt of 128 tokens, 256 generated; time per token is (T(256) - T(1)) / 255
 64 concurrent:  64 prompts of 512 tokens, 256 generated each; tokens generated over the time of the whole call
@@ -256,6 +256,7 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
     start = time.perf_counter()
     options: dict[str, Any] = {"max_num_seqs": 256, "max_model_len": 4096, "enable_prefix_caching": False}
     options |= {"quantization": arguments.quantization, "kv_cache_dtype": arguments.kv_cache_dtype}
+    options["deterministic"] = arguments.deterministic
     options["load_format"] = "dummy" if dummy else "auto"
     with LLM(folder, device="cuda", enforce_eager=arguments.eager, **options) as llm:
         ready = time.perf_counter()
@@ -305,6 +306,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", help="type of keys and values")
     parser.add_argument("--dummy", action="store_true", help="write no weights, make them on the GPU")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
+    parser.add_argument("--deterministic", action="store_true", help="what `LLM(deterministic=True)` costs")
     parser.add_argument("--busy", action="store_true", help="one sequence alone and beside a busy Python thread, nothing else")
     parser.add_argument("--out", type=Path, help="where results go instead of benches/results")
     arguments = parser.parse_args()
@@ -314,7 +316,7 @@ def main() -> None:
             results[shape] = run(shape, (arguments.folder or Path(scratch)) / shape, arguments)
             print(table(results), flush=True)
     report = {**origin(), "gpu": gpu_name(), "eager": arguments.eager, "quantization": arguments.quantization}
-    report |= {"kv_cache_dtype": arguments.kv_cache_dtype, "results": results}
+    report |= {"kv_cache_dtype": arguments.kv_cache_dtype, "deterministic": arguments.deterministic, "results": results}
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     else:
