@@ -115,9 +115,8 @@ class Dispatcher:
         self._listeners: dict[int, tuple[_Listener, int]] = {}
         self._lock = threading.Lock()
         self._stopping = False
-        self._waiting = ThreadPoolExecutor(
-            1, thread_name_prefix="infer-room"
-        )  # whose thread begins with the first task that waits
+        # Its thread begins with the first task that waits.
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="infer-room")
         self._thread = threading.Thread(target=self._run, name="infer-events", daemon=True)
         self._thread.start()
 
@@ -161,7 +160,8 @@ class Dispatcher:
                 if room is None:
                     raise
             # Tasks that wait take turns on one thread: each on one of the loop's own, they would leave it none for anybody else.
-            await asyncio.wrap_future(self._waiting.submit(room))
+            with contextlib.suppress(RuntimeError):  # shut down in between: the next attempt says that the LLM is closed
+                await asyncio.wrap_future(self._waiting.submit(room))
 
     def stop(self) -> None:
         """Deliver what is still there and end the thread; harmless when repeated."""
