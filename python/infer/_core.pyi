@@ -21,6 +21,7 @@ __all__ = [
     "Request",
     "RequestMetrics",
     "SamplingParams",
+    "StepLauncher",
     "Tokenizer",
     "Update",
     "Work",
