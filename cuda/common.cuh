@@ -269,6 +269,17 @@ DEVICE void arrive_with_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// A slot of a ring of SLOTS, and whether all were taken an odd number of times before.
+template <int SLOTS> struct RingTurn {
+    int slot;
+    u32 round;
+
+    DEVICE void next() {
+        slot++;
+        if (slot == SLOTS) slot = 0, round ^= 1;
+    }
+};
+
 #if __CUDA_ARCH__ >= 900
 // Arrives, and lets the phase wait for so many bytes.
 DEVICE void arrive_expecting(u32 barrier, u32 bytes) {

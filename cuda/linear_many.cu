@@ -48,17 +48,6 @@ struct Ring {
     DEVICE u32 free(int slot) const { return barriers + (STAGES + slot) * 8; }
 };
 
-// A slot of the ring, and how often all were taken before.
-struct Turn {
-    int slot;
-    u32 round;
-
-    DEVICE void next() {
-        slot++;
-        if (slot == STAGES) slot = 0, round ^= 1;
-    }
-};
-
 // What a warp copies of each step.
 struct Copies {
     Weights &weights;
@@ -98,7 +87,7 @@ DEVICE void multiply_steps(const Copies &copies, int steps, Totals &sums) {
     const Ring &ring = copies.ring;
     const Constants constants;
     const int lane = copies.lane;
-    Turn turn = {0, 0}, ahead = {AHEAD, 0};
+    RingTurn<STAGES> turn = {0, 0}, ahead = {AHEAD, 0};
 #pragma unroll 1
     for (int i = 0; i < steps; i++) {
         wait_for_phase(ring.full(turn.slot), turn.round);

@@ -69,17 +69,6 @@ struct Ring {
     DEVICE u32 place(int slot, int group) const { return memory + slot * STAGE_BYTES + group * WEIGHT_BYTES; }
 };
 
-// A slot of the ring, and whether all were taken an odd number of times before.
-struct Turn {
-    int slot;
-    u32 round;
-
-    DEVICE void next() {
-        slot++;
-        if (slot == STAGES) slot = 0, round ^= 1;
-    }
-};
-
 // Copies 16 bytes past L1, or clears them; of the bytes beside them, those that are asked for next come to the L2 cache.
 DEVICE void copy_past(u32 place, const void *from, bool exists) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(exists ? 16 : 0) : "memory");
@@ -120,7 +109,7 @@ template <int COUNT, int ALL> struct Copier {
 
     // Copies all steps through the ring, at most PACE of them at a time.
     DEVICE void copy_all(const Ring &ring, int group, u32 offset, int steps) const {
-        Turn turn = {0, 1}, before = {0, 0};
+        RingTurn<STAGES> turn = {0, 1}, before = {0, 0};
 #pragma unroll 1
         for (int i = 0; i < steps; i++, turn.next()) {
             if (i >= PACE) sleep_for_phase(ring.full(before.slot, group), before.round), before.next();
@@ -162,7 +151,7 @@ DEVICE void add_unit(int unit, float (&products)[PART / 2], Sums &sums) {
 // Multiplies all steps of a group.
 DEVICE void multiply_steps(const Ring &ring, int group, int steps, Sums &sums) {
     const bool tells = threadIdx.x % WARP == 0;
-    Turn turn = {0, 0};
+    RingTurn<STAGES> turn = {0, 0};
 #pragma unroll 1
     for (int i = 0; i < steps; i++, turn.next()) {
         Products products;

@@ -50,7 +50,6 @@ type PlaceArgs = (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer);
 #[pyclass(frozen, module = "infer._core")]
 pub struct StepLauncher {
     steps: Owned<Mutex<Steps>>,
-    limits: SizeLimits,
 }
 
 #[pymethods]
@@ -84,7 +83,7 @@ impl StepLauncher {
                 graphs: HashMap::new(),
                 begun: VecDeque::new(),
             };
-            Ok(Self { steps: Owned::new(Mutex::new(steps)), limits })
+            Ok(Self { steps: Owned::new(Mutex::new(steps)) })
         })
     }
 
@@ -97,7 +96,7 @@ impl StepLauncher {
     /// What a step is padded to.
     fn size(&self, work: PyRef<'_, crate::work::Work>) -> PyResult<SizeArgs> {
         guarded(|| {
-            let size = work.batch()?.size(&self.limits);
+            let size = work.batch()?.size(&self.lock()?.limits);
             let StepSize { rows, sequences, wanted, only_decode, is_plain, is_captured } = size;
             Ok((rows, sequences, wanted, only_decode, is_plain, is_captured))
         })

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use infer_engine::{Driver, EngineConfig, Handover, LocalLayers, Speculation, Tier};
+use infer_engine::{Driver, EngineConfig, Handover, LocalLayers, PROMPT_ROW_UNIT, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
 use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use infer_store::{Store, StoreOptions};
@@ -18,9 +18,6 @@ use crate::info::ModelInfo;
 use crate::memory::{CacheLayout, CachePlan, CacheRequest, plan_cache};
 use crate::tier::StoreTier;
 use crate::tokenizer::TextModel;
-
-/// Rows of which a step on a device outside is a multiple, where prompts are cut anyway: as `padded_prompt` in infer/gpu/runner.py pads.
-const OUTSIDE_ROW_UNIT: usize = 64;
 
 /// Checked arguments of `Engine`.
 pub struct Settings {
@@ -184,7 +181,7 @@ fn engine_config(
         max_waiting: settings.max_waiting,
         patience: settings.patience,
         step_time_target: settings.step_time_target,
-        row_unit: if settings.outside.is_some() { OUTSIDE_ROW_UNIT } else { 1 },
+        row_unit: if settings.outside.is_some() { PROMPT_ROW_UNIT } else { 1 },
         window: layout.window,
         local: layout.local.zip(plan.local_pages).map(|(window, pages)| LocalLayers { window, pages }),
         speculation: settings.speculation.clone(),

@@ -11,6 +11,9 @@ const MOST_DECODE_ROWS: usize = 512;
 /// Most rows with logits of other steps that a device prepares itself for.
 const MOST_PROMPT_WANTED: usize = 256;
 
+/// Larger steps with prompts are padded to a multiple of so many rows, and the engine cuts them to one: `EngineConfig::row_unit`.
+pub const PROMPT_ROW_UNIT: usize = 64;
+
 /// What a device's steps are bounded by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SizeLimits {
@@ -63,7 +66,7 @@ pub fn padded(count: usize) -> usize {
 fn padded_prompt(count: usize) -> usize {
     match count {
         0..=64 => count.next_power_of_two().max(16),
-        65..=1024 => count.next_multiple_of(64),
+        65..=1024 => count.next_multiple_of(PROMPT_ROW_UNIT),
         _ => count.next_multiple_of((count.next_power_of_two() >> 5).max(128)),
     }
 }
