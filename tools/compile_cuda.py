@@ -102,7 +102,7 @@ VARIANTS: dict[str, list[Macros]] = {
     ),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
-    "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
+    "pack.cu": [{**layout, "INFER_F32": 1} for layout in (*PACKED[:3], PACKED[6])]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "random.cu": choices(INFER_F32=[None, 1]),
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),

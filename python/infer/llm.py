@@ -69,9 +69,9 @@ class LLM(Sessions):
     quantization
         Round the weights of a model stored as floats (a safetensors folder, or a GGUF file in F32, F16 or BF16) while loading,
         one tensor after the other: "int8", "int4" (a scale for each 32 weights) or "int4-g128" (one for each 128, smaller and
-        less exact). Embedding and output head get 8 bits; norms, biases and the routers of experts stay as they are. None
-        computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. A GPU rounds to
-        the same numbers; there is also "fp8" (E4M3, a scale for each row) for matrices but for experts and the output head.
+        less exact). Embedding and output head get 8 bits, or 6 beside 4; norms, biases and the routers of experts stay as they
+        are. None computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. A GPU
+        rounds to the same numbers, and knows "fp8" (E4M3, a scale for each row) for matrices but for experts and the head.
     seed
         For requests that bring no seed of their own, and for random weights.
     mmap

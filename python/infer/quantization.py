@@ -40,8 +40,8 @@ def quantize(
         compressed-tensors, for this program, vLLM and transformers. It must not exist.
     quantization
         "int8" (Q8_0 in GGUF), "int4" (Q4_0; a scale for each 32 weights), or "int4-g128" (one for each 128; folders only). In
-        GGUF the embedding and the output head have 8 bits; folders keep them whole, since the other programs read them so, and
-        this one rounds them while loading.
+        GGUF the embedding and the output head have 8 bits, or 6 beside 4; folders keep them whole, since the other programs
+        read them so, and this one rounds them while loading.
     threads
         How many threads round; None takes one per physical core that this process may use.
     mmap

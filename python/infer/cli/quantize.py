@@ -36,8 +36,8 @@ def quantize(
 ) -> None:
     """Round a model's weights and write the result: what LLM(MODEL, quantization=...) computes with, bit for bit.
 
-    Embedding and output head get 8 bits; norms, biases and the routers of experts stay as they are. A folder keeps embedding
-    and head whole on disk, as vLLM and transformers read them. The output appears under its name when it is complete.
+    Embedding and output head get 8 bits, or 6 beside 4; norms, biases and the routers of experts stay as they are. A folder
+    keeps embedding and head whole on disk, as vLLM and transformers read them. The output appears when it is complete.
     """
     start = time.perf_counter()
     path = write(model, output, quantization, threads=threads)

@@ -90,7 +90,8 @@ impl<'a> Loader<'a> {
 
     /// The format that a weight of this role has in memory.
     pub fn target(&self, role: Role, stored: Format) -> Format {
-        let rounded = self.quantization.and_then(|quantization| quantization.format(role));
+        // Columns matter for the embedding and the head alone.
+        let rounded = self.quantization.and_then(|quantization| quantization.format(role, self.spec.hidden));
         rounded.filter(|_| stored.is_float()).unwrap_or(stored)
     }
 

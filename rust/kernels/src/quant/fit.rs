@@ -9,6 +9,7 @@
 use crate::Isa;
 use crate::simd::{Kernel, LANES, Simd};
 use half::f16;
+use std::ops::Range;
 
 /// A format's quantizer of one block.
 pub(super) trait Block<const LEN: usize, const BYTES: usize> {
@@ -42,49 +43,87 @@ impl<B: Block<LEN, BYTES>, const LEN: usize, const BYTES: usize> Kernel for Bloc
     }
 }
 
-/// Scales that are tried: -8 stands for this much of the greatest magnitude, in eighths.
-const TRIED: std::ops::Range<i32> = 56..92;
+/// Integers of some bits, from -`HALF` to `HALF` - 1, and how their scale is sought.
+pub(super) struct Fit<const HALF: i32> {
+    /// Scales that are tried: -`HALF` stands for the greatest magnitude times `HALF` over this, in eighths.
+    tried: Range<i32>,
+    /// From one that is tried to the next.
+    step: usize,
+    /// How often the integers of the best scale may then suit yet another one.
+    again: usize,
+}
+
+/// Of 4 bits.
+pub(super) const NIBBLES: Fit<8> = Fit { tried: 56..92, step: 1, again: 2 };
+
+/// Of 6 bits, where there is less to find: a quarter of the error of the usual scale, most of it with few.
+pub(super) const SIXES: Fit<32> = Fit { tried: 240..280, step: 4, again: 0 };
+
+impl<const HALF: i32> Fit<HALF> {
+    /// The scale, perhaps negative, of the integers whose products with it are nearest to the values; 0 where all are.
+    #[inline(always)]
+    pub(super) fn scale<const LEN: usize>(&self, values: &[f32; LEN]) -> f32 {
+        let greatest = greatest(values);
+        if greatest == 0.0 {
+            return 0.0;
+        }
+        let (mut best, mut best_gain) = (greatest / -(HALF as f32), 0.0);
+        for eighths in self.tried.clone().step_by(self.step) {
+            let (scale, gain) = least_squares::<LEN, HALF>(values, eighths as f32 / -8.0 / greatest);
+            if gain > best_gain {
+                (best, best_gain) = (scale, gain);
+            }
+        }
+        for _ in 0..self.again {
+            (best, _) = least_squares::<LEN, HALF>(values, 1.0 / best);
+        }
+        best
+    }
+}
+
+/// The value of greatest magnitude, the first among equals.
+#[inline(always)]
+pub(super) fn greatest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0_f32, |most, &value| if value.abs() > most.abs() { value } else { most })
+}
+
+/// A scale as half precision holds it: the greatest number where it is beyond.
+#[inline(always)]
+pub(super) fn half(scale: f32) -> f16 {
+    f16::from_f32(scale.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()))
+}
+
+/// The integers of a scale.
+#[inline(always)]
+pub(super) fn integers<const LEN: usize, const HALF: i32>(values: &[f32; LEN], scale: f32) -> [i8; LEN] {
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    values.map(|value| integer::<HALF>(value * inverse) as i8)
+}
 
 /// A scale, perhaps negative, and integers from -8 to 7 whose products with it are near the values.
 #[inline(always)]
 pub(super) fn nibbles<const LEN: usize>(values: &[f32; LEN]) -> (f16, [i8; LEN]) {
-    let greatest =
-        values.iter().fold(0.0_f32, |most, &value| if value.abs() > most.abs() { value } else { most });
-    if greatest == 0.0 {
-        return (f16::ZERO, [0; LEN]);
-    }
-    let (mut best, mut best_gain) = (greatest / -8.0, 0.0);
-    for eighths in TRIED {
-        let (scale, gain) = least_squares(values, eighths as f32 / -8.0 / greatest);
-        if gain > best_gain {
-            (best, best_gain) = (scale, gain);
-        }
-    }
-    // The integers of the best scale may suit yet another one.
-    for _ in 0..2 {
-        (best, _) = least_squares(values, 1.0 / best);
-    }
-    let scale = f16::from_f32(best.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
-    let inverse = if scale.to_f32() == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
-    (scale, values.map(|value| integer(value * inverse) as i8))
+    let scale = half(NIBBLES.scale(values));
+    (scale, integers::<LEN, 8>(values, scale.to_f32()))
 }
 
-/// The nearest integer from -8 to 7: adding 1.5 * 2^23 leaves no room for a fraction.
+/// The nearest integer from -`HALF` to `HALF` - 1: adding 1.5 * 2^23 leaves no room for a fraction.
 #[inline(always)]
-fn integer(value: f32) -> f32 {
+fn integer<const HALF: i32>(value: f32) -> f32 {
     const NO_FRACTION: f32 = 12_582_912.0;
-    let low = if value < -8.0 { -8.0 } else { value };
-    let bounded = if low > 7.0 { 7.0 } else { low };
+    let (least, most) = (-HALF as f32, (HALF - 1) as f32);
+    let low = if value < least { least } else { value };
+    let bounded = if low > most { most } else { low };
     (bounded + NO_FRACTION) - NO_FRACTION
 }
 
 /// The best scale of the integers that `inverse` makes, and by how much it lowers the sum of squares.
 #[inline(always)]
-fn least_squares<const LEN: usize>(values: &[f32; LEN], inverse: f32) -> (f32, f32) {
+fn least_squares<const LEN: usize, const HALF: i32>(values: &[f32; LEN], inverse: f32) -> (f32, f32) {
     let (mut products, mut squares) = ([0.0_f32; LANES], [0.0_f32; LANES]);
     for values in values.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            let integer = integer(values[lane] * inverse);
+            let integer = integer::<HALF>(values[lane] * inverse);
             products[lane] += values[lane] * integer;
             squares[lane] += integer * integer;
         }

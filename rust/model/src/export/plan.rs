@@ -85,7 +85,7 @@ pub(super) fn target(
     columns: usize,
 ) -> Result<Format, ModelError> {
     let stored = format_of(tensor)?;
-    let Some(target) = quantization.and_then(|quantization| quantization.format(role)) else {
+    let Some(target) = quantization.and_then(|quantization| quantization.format(role, columns)) else {
         return Ok(stored);
     };
     match target.row_bytes(columns) {
