@@ -206,18 +206,18 @@ DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int 
 }
 
 // As rope_write_kv, of rows and weights that are aligned to 16 bytes, with HEAD_DIM / 2 pairs in the table: a block has 4 rows, a warp one of
-// them for queries and keys. Launch: grid (parts of the heads, ceil(rows / WARPS)), WARPS warps.
+// them for queries and keys. What no kernel of a layer writes is read before the wait: at 64 rows that is 0.4 of 3.7 us. Launch: grid (parts of the heads, ceil(rows / WARPS)), WARPS warps.
 KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, const float *query_norm, const float *key_norm,
                          KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const int *slots, int stride, int rows, int heads, int kv_heads,
                          int all_slots, float epsilon) {
     let_next_start();
-    wait_for_previous();
     if constexpr (ORDERED<KEY_TYPE> && ORDERED<VALUE_TYPE> && sizeof(KEY_TYPE) == 2 && sizeof(VALUE_TYPE) == 2) {
         const int row = blockIdx.y * WARPS + threadIdx.x / WARP, lane = threadIdx.x % LANES;
+        Turn turn;
+        int slot = -1;
+        if (row < rows) slot = slots[row], turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
+        wait_for_previous();
         if (row < rows) {
-            const int slot = slots[row];
-            Turn turn;
-            turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
             for (int group = blockIdx.x; group * HEADS < heads + kv_heads; group += gridDim.x) {
                 const int head = group * HEADS + threadIdx.x % WARP / LANES;
                 const bool exists = head < heads + kv_heads, is_query = head < heads;

@@ -97,7 +97,7 @@ class Recorder:
         self.multiprocessors, self.shared_limit = CARDS[architecture]
         self.variants: set[Variant] = set()
 
-    def get(self, file: str, name: str, **macros: int | str) -> NoKernel:
+    def get(self, file: str, name: str, carveout: int = 100, /, **macros: int | str) -> NoKernel:
         """Remember a kernel."""
         self.variants.add((file, tuple(f"-D{macro}={value}" for macro, value in sorted(macros.items()))))
         return NoKernel(self.multiprocessors, name, parameters(file)[name])

@@ -88,8 +88,8 @@ class LLM(Sessions):
     priority_patience
         Seconds after which a priority class that nobody was served from gets a turn before all others.
     step_time_target
-        Seconds that a step may take which computes prompts while completions run: prompts are cut to fit, so that a running
-        completion never waits much longer for its next token. None cuts by `max_num_batched_tokens` alone.
+        Seconds that a step may take which computes prompts while streamed completions run: prompts are cut to fit, so that such a
+        completion never waits much longer for its next token. None, and beside others: `max_num_batched_tokens` alone cuts.
     speculative_config
         Guess tokens ahead and verify them together; what is generated stays the same, token for token.
         `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}` guesses what followed

@@ -268,6 +268,7 @@ class Gather:
         self._prompts = prompts  # (text, completions)
         self._names = names
         self._collectors: dict[int, Collector] = {}
+        self._results: dict[int, RequestOutput] = {}
 
     def add(self, news: tuple[int, _core.Request, list[_core.Update]]) -> RequestOutput | None:
         """Take news of one request; its result is returned once, when it has finished."""
@@ -276,7 +277,9 @@ class Gather:
         for update in updates:
             collector.add(update)
         _note_end(request, updates)
-        return collector.result() if request.finished else None
+        if request.finished:
+            self._results[place] = collector.result()
+        return self._results.get(place)
 
     def pieces(self, news: tuple[int, _core.Request, list[_core.Update]]) -> list[StreamOutput]:
         """Return news of one request as pieces of a stream."""
@@ -287,8 +290,8 @@ class Gather:
         return pieces
 
     def results(self) -> list[RequestOutput]:
-        """Return all results."""
-        return [self._collectors[place].result() for place in range(len(self._prompts))]
+        """Return all results, once every request has finished."""
+        return [self._results[place] for place in range(len(self._prompts))]
 
     def _collector(self, place: int, request: _core.Request) -> Collector:
         if place not in self._collectors:

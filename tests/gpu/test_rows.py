@@ -122,9 +122,10 @@ def test_sums_and_scalings(dtype: str, width: int) -> None:
     assert error(gpu.read(destination), 2 * np.tanh(before / 2)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("width", [5, 1000, 128256])
-def test_argmax(width: int) -> None:
-    gpu, values = device(), normal(9, width).astype(np.float32)
+@pytest.mark.parametrize("gap", [3, 8])  # rows begin at multiples of 16 bytes, or do not
+@pytest.mark.parametrize(("rows", "width"), [(9, 5), (9, 1000), (300, 1002), (9, 128256), (64, 128256)])
+def test_argmax(rows: int, width: int, gap: int) -> None:
+    gpu, values = device(), normal(rows, width).astype(np.float32)
     values[1] = -abs(values[1])
     values[2, [1, 4]] = 9.0  # the lower of equals
     values[3, 3] = np.nan
@@ -134,10 +135,11 @@ def test_argmax(width: int) -> None:
     values[6, 2] = -3e38
     values[7] = 0.0
     values[7, :2] = -0.0
-    logits, chosen = gpu.rows(values, "f32", width + 3), gpu.zeros(9 * 4)
-    scratch = gpu.zeros(9 * 16)
+    values[8, -1] = 9.0
+    logits, chosen = gpu.rows(values, "f32", width + gap), gpu.zeros(rows * 4)
+    scratch = gpu.zeros(rows * 16)
     for _ in range(2):
         gpu.ops.argmax(logits, chosen, scratch)
         expected = values.argmax(1)
         expected[[3, 4, 5]] = -1
-        assert gpu.ints(chosen, 9).tolist() == expected.tolist()
+        assert gpu.ints(chosen, rows).tolist() == expected.tolist()

@@ -233,7 +233,8 @@ class AttentionOperations(RowOperations):
         shape = (queries.stride, output.stride, inputs.page_stride, layer.kv_heads, plan.window, scale, softcap)
         rows = (queries.pointer, output.pointer)
         if self.decode_rows:
-            decode = self.kernels.get("attention_decode.cu", "attention_decode", **macros, **sizes)
+            carveout = self._carveout(inputs.rows, decode_shared_bytes(layer.head_dim, heads // layer.kv_heads, warps))
+            decode = self.kernels.get("attention_decode.cu", "attention_decode", carveout, **macros, **sizes)
             partials = plan.scratch + plan.size.counter_bytes
             lists = (plan.items, plan.pointer, inputs.page_table, partials, plan.scratch)
             blocks = self._decode_blocks(inputs.rows, plan)
@@ -269,6 +270,18 @@ class AttentionOperations(RowOperations):
         """
         is_among = rows <= STREAM_ROWS and plan.size.length <= LONG and self.kernels.capability >= DEPENDENT
         return self.kernels.multiprocessors * (1 if is_among else DECODE_BLOCKS)
+
+    def _carveout(self, rows: int, shared_bytes: int) -> int:
+        """Return the hundredths of a multiprocessor's memory that decode attention takes as shared memory.
+
+        Pages come through the rest, and are late where there is little of it: with 28 KB, on an H100, 64 sequences of 640 tokens
+        take 60.3 us instead of 57.9, 40 of them 44.7 instead of 40.9. Among streaming products it is all, as for these, since
+        dividing memory anew would cost more.
+        """
+        if rows <= STREAM_ROWS:
+            return 100
+        reserved = 1024  # of each block
+        return min(100, -(-100 * DECODE_BLOCKS * (shared_bytes + reserved) // (self.kernels.shared_limit + reserved)))
 
     def attend_plainly(
         self,
@@ -315,6 +328,11 @@ def can_rotate_halves(qkv: Rows, layer: KvLayer, table: RopeTable, norms: tuple[
 def has_warp_groups(capability: int, layer: KvLayer) -> bool:
     """Return whether cuda/attention_warp_group.cu takes prompts over these pages: never a question of how many rows there are."""
     return capability == 90 and layer.key_type == layer.value_type == "bf16" and layer.head_dim in GROUP_DIMS
+
+
+def decode_shared_bytes(head_dim: int, group: int, warps: int) -> int:
+    """Return the shared memory of a block of cuda/attention_decode.cu: its warps' results."""
+    return warps * packed_rows(group) * (head_dim + 10) * 4 + 16
 
 
 def warp_group_shared_bytes(head_dim: int) -> int:

@@ -71,22 +71,26 @@ class Kernels:
         self._driver_version = runtime.driverGetVersion()
         self._sources = dict(sources)
         self._folder, self._prebuilt = folder or cache_folder(), prebuilt.FOLDER
-        self._modules: dict[tuple[str, tuple[str, ...]], ctypes.c_void_p] = {}
+        self._modules: dict[tuple[str, int, tuple[str, ...]], ctypes.c_void_p] = {}
         self._kernels: dict[tuple[object, ...], Kernel] = {}
 
-    def get(self, file: str, name: str, **macros: int | str) -> Kernel:
-        """Return a kernel of ``file`` (``norm.cu``) compiled with the given macros; 0 defines a macro as 0, like any number."""
-        key = (file, name, *macros.items())
+    def get(self, file: str, name: str, carveout: int = 100, /, **macros: int | str) -> Kernel:
+        """Return a kernel of ``file`` (``norm.cu``) compiled with the given macros; 0 defines a macro as 0, like any number.
+
+        ``carveout`` is how many hundredths of a multiprocessor's memory are shared memory while it runs; the rest caches.
+        """
+        key = (file, name, carveout, *macros.items())
         if found := self._kernels.get(key):
             return found
         defines = tuple(f"-D{macro}={value}" for macro, value in sorted(macros.items()))
-        module = self._modules.get((file, defines))
+        module = self._modules.get((file, carveout, defines))
         source = expand(self._sources, file)
-        if module is None:
-            module = self._modules[file, defines] = self._load(file, source, defines)
+        if module is None:  # of one module, a function would be the same with another carve-out
+            module = self._modules[file, carveout, defines] = self._load(file, source, defines)
         function = ctypes.c_void_p()
         check(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"kernel {name} of {file}")
-        kernel = Kernel(function.value or 0, name, signatures(source)[name], dependent=self.capability >= DEPENDENT)
+        codes = signatures(source)[name]
+        kernel = Kernel(function.value or 0, name, codes, self.capability >= DEPENDENT, carveout)
         self._kernels[key] = kernel
         return kernel
 

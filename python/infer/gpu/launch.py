@@ -75,7 +75,7 @@ def _code(parameter: str) -> str:
 class Kernel:
     """A function of a loaded module."""
 
-    def __init__(self, function: int, name: str, codes: str, dependent: bool) -> None:
+    def __init__(self, function: int, name: str, codes: str, dependent: bool, carveout: int = 100) -> None:
         self.name = name
         self._function = ctypes.c_void_p(function)
         self._launch = driver().cuLaunchKernelEx
@@ -90,8 +90,8 @@ class Kernel:
         self._config_pointer = ctypes.byref(self._config)
         self._shared_limit = 0
         if dependent:
-            # While a multiprocessor's memory is divided anew, it runs nothing. So all kernels divide it alike.
-            check(driver().cuFuncSetAttribute(self._function, SHARED_CARVEOUT, 100), f"shared memory of {name}")
+            # While a multiprocessor's memory is divided anew, it runs nothing. So nearly all kernels divide it alike.
+            check(driver().cuFuncSetAttribute(self._function, SHARED_CARVEOUT, carveout), f"shared memory of {name}")
 
     def __call__(
         self,

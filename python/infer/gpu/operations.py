@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
 
 MOST_VOCABULARY = 1 << 19
-ARGMAX_PARTS = 64
+ARGMAX_PIECE = 1024  # logits that a block of 256 threads reads at once
+ARGMAX_BLOCKS = 8  # for each multiprocessor: more would end when they have hardly begun
+LEAST_PARTS = 8
 ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
@@ -56,4 +58,5 @@ class Operations(ScaledOperations, ExpertOperations, PackOperations):
         """
         kernel = self.kernels.get("sampler.cu", "argmax")
         arguments = (logits.pointer, chosen, scratch, logits.stride, logits.width)
-        kernel(self.stream, (min(ARGMAX_PARTS, -(-logits.width // 256)), logits.rows), 256, arguments)
+        parts = max(LEAST_PARTS, ARGMAX_BLOCKS * self.kernels.multiprocessors // max(logits.rows, 1))
+        kernel(self.stream, (min(parts, -(-logits.width // ARGMAX_PIECE)), logits.rows), 256, arguments)

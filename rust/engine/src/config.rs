@@ -47,7 +47,7 @@ pub struct EngineConfig {
     /// A priority class that has waited this long since it was last served is served next, whatever its priority.
     pub patience: Duration,
     /// How long a step should take at most that carries running completions besides prompts: prompts get fewer rows then, by what a row
-    /// cost lately. None: as many as `max_num_batched_tokens` allows.
+    /// cost lately, unless all of those completions are [`crate::RequestOptions::final_only`]. None: as many as `max_num_batched_tokens` allows.
     pub step_time_target: Option<Duration>,
     /// A power of two; 1 for a device that takes any number of rows. One that pads steps: those that are cut for
     /// [`EngineConfig::step_time_target`] and have eight times as many rows or more get a multiple of it, the more rows the larger.

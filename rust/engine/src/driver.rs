@@ -108,7 +108,7 @@ impl Driver {
         let now = self.clock.now();
         let SubmitOptions { final_only, waker, priority, user, timeout, cache_salt } = options;
         let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
-        let options = RequestOptions { priority, user, deadline, cache_salt };
+        let options = RequestOptions { priority, user, deadline, cache_salt, final_only };
         let mut submission = Submission { id: 0, prompt: Arc::clone(&prompt), kind, text, options };
         submission.validate(&self.config)?;
         let outbox = Arc::new(Outbox::new(&submission.kind, final_only, waker));

@@ -37,6 +37,8 @@ pub struct RequestOptions {
     pub deadline: Option<Duration>,
     /// It shares cached pages only with requests of the same salt.
     pub cache_salt: Option<Arc<str>>,
+    /// Nobody looks at a token before its completion ends: steps that it is part of may take long, if more tokens a second come of it.
+    pub final_only: bool,
 }
 
 /// A request on its way in.

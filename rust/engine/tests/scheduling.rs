@@ -99,6 +99,25 @@ fn beside_running_completions_a_prompt_gets_what_fits_into_the_target() {
 }
 
 #[test]
+fn completions_that_nobody_watches_wait_as_long_as_it_takes() {
+    for (watched, expected) in [(false, 200), (true, 50)] {
+        let mut engine = Engine::new(EngineConfig { max_num_batched_tokens: 200, ..config(200, 4) });
+        let row = Duration::from_millis(2);
+        let rows = |batch: Option<Batch>| batch.map(|batch| batch.tokens.len());
+        let unwatched = || RequestOptions { final_only: true, ..RequestOptions::default() };
+        engine.submit_with(&prompt(200), tokens(40), unwatched());
+        assert_eq!(rows(engine.step_of(row)), Some(200));
+        if watched {
+            engine.submit(&prompt(9), tokens(40));
+        }
+        assert!(rows(engine.step_of(row)).is_some());
+        let other: Vec<u32> = prompt(300).into_iter().rev().collect();
+        engine.submit_with(&other, tokens(1), unwatched());
+        assert_eq!(rows(engine.step_of(row)), Some(expected), "{watched}");
+    }
+}
+
+#[test]
 fn a_step_that_is_cut_has_whole_units_of_rows() {
     let row_unit = 4;
     let limits = EngineConfig { row_unit, max_num_batched_tokens: 200, ..config(200, 4) };

@@ -68,6 +68,7 @@ pub fn random_options(dice: &mut Dice, now: Duration) -> RequestOptions {
         user: dice.chance(2).then(|| ["ann", "bob", "cy"][dice.roll(3)].into()),
         deadline: dice.chance(10).then(|| now + Duration::from_millis(dice.roll(300) as u64)),
         cache_salt: dice.chance(3).then(|| ["red", "blue"][dice.roll(2)].into()),
+        final_only: dice.chance(2),
     }
 }
 
