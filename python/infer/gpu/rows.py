@@ -36,7 +36,12 @@ def norm_threads(width: int, elements: int) -> int:
 HELD_VECTORS = 4
 """Vectors of 8 values of a row that a thread keeps in registers, at most: VECTORS in cuda/norm.cu and cuda/activation.cu."""
 
-MOST_NORM_THREADS = 512
+MOST_NORM_THREADS, MOST_HELD_THREADS = 512, 1024
+"""Threads of a block that keeps a row in registers, with a norm's weight or without."""
+ROW_THREADS = 640
+"""Threads that normalise or round rows on a multiprocessor, where its blocks take one row after the other."""
+AHEAD_THREADS = 1024
+"""Threads that round activations on a multiprocessor, where its blocks take one row after the other."""
 MANY_ROWS = 256
 """From so many rows on, an activation's threads take several vectors each."""
 
@@ -110,21 +115,41 @@ class RowOperations:
         if source.rows == 0:
             return
         if groups == 1:
-            kernel = self.kernels.get("norm.cu", "norm_rows", **macros)
-            kernel(self.stream, (source.rows,), threads, (*pointers, epsilon))
+            blocks, more = self._row_blocks(source.rows, threads) if v == 8 else (source.rows, {})
+            kernel = self.kernels.get("norm.cu", "norm_rows", **macros, **more)
+            kernel(self.stream, (blocks,), threads, (*pointers, source.rows, epsilon))
         else:
             kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
             step = width if per_group else 0
             kernel(self.stream, (-(-groups // 4), source.rows), threads, (*pointers, groups, step, epsilon))
 
     def norm_round(self, source: Rows, output: int, scales: int, epsilon: float, weight: int) -> None:
-        """Round the root-mean-square norm of each row to E4M3 numbers, (rows, width), times its scale, f32 (rows).
+        """Round the root-mean-square norm of each row, bf16, to E4M3 numbers, (rows, width), times its scale, f32 (rows).
 
         The same as ``norm`` and then ``round_rows``, bit for bit; for rows that ``norm_shape`` gives vectors of 8.
         """
-        kernel = self.kernels.get("norm.cu", "norm_round", VECTOR=8, LAYER_NORM=0, **element_macros(source.dtype))
-        arguments = (source.pointer, output, scales, weight, source.stride, source.width, epsilon)
-        kernel(self.stream, (source.rows,), held_threads(source.width), arguments)
+        threads = held_threads(source.width)
+        blocks, macros = self._row_blocks(source.rows, threads)
+        kernel = self.kernels.get("norm.cu", "norm_round", VECTOR=8, LAYER_NORM=0, **macros)
+        arguments = (source.pointer, output, scales, weight, source.stride, source.width, source.rows, epsilon)
+        kernel(self.stream, (blocks,), threads, arguments)
+
+    def round_held(self, source: Rows, output: int, scales: int) -> bool:
+        """Round each row, bf16, to E4M3 as ``norm_round`` does, unless it is too wide to be kept in registers or not aligned."""
+        if vector(source.width, source) != 8 or held_threads(source.width) > MOST_HELD_THREADS:
+            return False
+        threads = held_threads(source.width)
+        blocks, macros = self._row_blocks(source.rows, threads)
+        kernel = self.kernels.get("norm.cu", "round_rows", VECTOR=8, LAYER_NORM=0, **macros)
+        arguments = (source.pointer, output, scales, source.stride, source.width, source.rows)
+        kernel(self.stream, (blocks,), threads, arguments)
+        return True
+
+    def _row_blocks(self, rows: int, threads: int) -> tuple[int, dict[str, int | str]]:
+        """Return the blocks of a kernel that keeps rows in registers, one for each or as many as run at once, and its macros."""
+        blocks = self.kernels.multiprocessors * max(1, ROW_THREADS // threads)
+        is_long = rows > 2 * blocks
+        return blocks if is_long else rows, {"AHEAD": int(is_long)}
 
     def add_norm(
         self,
@@ -157,14 +182,18 @@ class RowOperations:
         self._over_columns("activation.cu", "gated_activation", output, output.width, v, pointers, **macros)
 
     def gated_round(self, gate: Rows, up: Rows, output: int, scales: int, name: str) -> None:
-        """Round ``activation(gate) * up`` to E4M3 numbers, (rows, width), times each row's scale, f32 (rows).
+        """Round ``activation(gate) * up``, bf16, to E4M3 numbers, (rows, width), times each row's scale, f32 (rows).
 
         The same as ``gated_activation`` and then ``round_rows``, bit for bit.
         """
-        macros = {"VECTOR": 8, "VECTORS": HELD_VECTORS, "ACTIVATION": ACTIVATIONS.index(name), **element_macros(gate.dtype)}
+        threads = held_threads(gate.width)
+        blocks, ahead = self.kernels.multiprocessors * max(1, AHEAD_THREADS // threads), HELD_VECTORS * 32 * threads
+        is_long = gate.rows > 2 * blocks and ahead <= self.kernels.shared_limit - 1024
+        macros = {"VECTOR": 8, "VECTORS": HELD_VECTORS, "ACTIVATION": ACTIVATIONS.index(name), "AHEAD": int(is_long)}
         kernel = self.kernels.get("activation.cu", "gated_round", **macros)
-        arguments = (gate.pointer, up.pointer, output, scales, gate.stride, up.stride, gate.width)
-        kernel(self.stream, (gate.rows,), held_threads(gate.width), arguments)
+        arguments = (gate.pointer, up.pointer, output, scales, gate.stride, up.stride, gate.width, gate.rows)
+        grid, shared = (blocks, ahead) if is_long else (gate.rows, 0)
+        kernel(self.stream, (grid,), threads, arguments, shared)
 
     def activation(self, rows: Rows, name: str) -> None:
         """``rows = activation(rows)``."""
