@@ -16,7 +16,7 @@
 #define LAYER_NORM 0
 #endif
 #ifndef AHEAD
-#define AHEAD 0 // 1: blocks take several rows, the next of which is read while one is finished
+#define AHEAD 0 // 1: blocks take several rows of bfloat16, of which the next are read while one is finished
 #endif
 constexpr int V = VECTOR;
 
@@ -155,27 +155,42 @@ struct HeldRow {
 #endif
 };
 
-// Reads the block's row, or with AHEAD its rows, one after the other, each while the one before is finished: memory takes long to answer, and the
-// norm's weight is read but once.
+// Reads the block's row and finishes it, or with AHEAD its rows one after the other: then each is asked for when the second before it has been
+// read, in shared memory of which a thread alone writes and reads its places, for memory takes long to answer; and the norm's weight is
+// read but once.
 template <class Finish> DEVICE void over_rows(const T *input, int stride, int rows, HeldRow &row, const Finish &finish) {
     input += size_t(blockIdx.x) * stride;
-    row.read(input);
-    if (!AHEAD) return finish(blockIdx.x);
-    HeldRow next;
-    next.width = row.width;
-#pragma unroll 1
-    for (int i = blockIdx.x; i < rows; i += gridDim.x) {
-        input += size_t(gridDim.x) * stride;
-        if (i + gridDim.x < rows) next.read(input);
-        finish(i);
+#if AHEAD
+    extern __shared__ uint4 dynamic[]; // (2, VECTORS, threads)
+    uint4 *const places = dynamic + threadIdx.x;
+    int asked = blockIdx.x, at;
+    const auto ask = [&](int slot) {
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) row.parts[j] = next.parts[j];
+        for (int j = 0; j < VECTORS; j++) {
+            if (asked < rows && row.column(j, at)) copy_16(places + (slot * VECTORS + j) * blockDim.x, input + at);
+        }
+        end_group();
+        asked += gridDim.x, input += size_t(gridDim.x) * stride;
+    };
+    ask(0), ask(1);
+    int slot = 0;
+#pragma unroll 1
+    for (int i = blockIdx.x; i < rows; i += gridDim.x, slot ^= 1) {
+        wait_group<1>();
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) row.parts[j].words[0] = places[(slot * VECTORS + j) * blockDim.x];
+        ask(slot);
+        finish(i);
     }
+#else
+    row.read(input);
+    finish(blockIdx.x);
+#endif
 }
 #endif
 
 // output = norm(input), (rows, width). Launch: grid (rows); with V of 8 VECTORS * 8 values for each thread,
-// and with AHEAD any grid.
+// and with AHEAD any grid, and 2 * VECTORS * 16 bytes of dynamic shared memory for each.
 KERNEL norm_rows(const T *input, T *output, const float *weight, const float *bias, int input_stride, int output_stride, int width, int rows,
             float epsilon) {
     __shared__ float scratch[WARP];

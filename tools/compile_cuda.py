@@ -105,7 +105,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(**GROUPED, TOKENS=[32, 64], GROUPS=[2], TILES=[2], STEP_BYTES=[128], STAGES=[5])
     + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
-    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(INFER_F32=[None, 1], VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
+    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "random.cu": choices(INFER_F32=[None, 1]),

@@ -38,8 +38,9 @@ HELD_VECTORS = 4
 
 MOST_NORM_THREADS, MOST_HELD_THREADS = 512, 1024
 """Threads of a block that keeps a row in registers, with a norm's weight or without."""
-ROW_THREADS = 640
-"""Threads that normalise or round rows on a multiprocessor, where its blocks take one row after the other."""
+ROW_THREADS, ROW_BYTES = 768, 128
+"""Threads that normalise or round rows on a multiprocessor, where its blocks take one row after the other, and bytes of
+shared memory of each."""
 AHEAD_THREADS = 1024
 """Threads that round activations on a multiprocessor, where its blocks take one row after the other."""
 MANY_ROWS = 256
@@ -110,14 +111,16 @@ class RowOperations:
         """
         width = source.width // groups
         v, threads = norm_shape(width, weight, source, output) if groups == 1 else (vector(width, source, output), 4 * WARP)
-        macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(source.dtype)}
+        is_layer = int(kind == "layer")
+        macros = {"VECTOR": v, "LAYER_NORM": is_layer, **element_macros(source.dtype)}
         pointers = (source.pointer, output.pointer, weight, bias, source.stride, output.stride, width)
         if source.rows == 0:
             return
-        if groups == 1:
-            blocks, more = self._row_blocks(source.rows, threads) if v == 8 else (source.rows, {})
-            kernel = self.kernels.get("norm.cu", "norm_rows", **macros, **more)
-            kernel(self.stream, (blocks,), threads, (*pointers, source.rows, epsilon))
+        if groups == 1 and v == 8:
+            self._over_rows("norm_rows", source, threads, (*pointers, source.rows, epsilon), LAYER_NORM=is_layer)
+        elif groups == 1:
+            kernel = self.kernels.get("norm.cu", "norm_rows", **macros)
+            kernel(self.stream, (source.rows,), threads, (*pointers, source.rows, epsilon))
         else:
             kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
             step = width if per_group else 0
@@ -128,28 +131,23 @@ class RowOperations:
 
         The same as ``norm`` and then ``round_rows``, bit for bit; for rows that ``norm_shape`` gives vectors of 8.
         """
-        threads = held_threads(source.width)
-        blocks, macros = self._row_blocks(source.rows, threads)
-        kernel = self.kernels.get("norm.cu", "norm_round", VECTOR=8, LAYER_NORM=0, **macros)
         arguments = (source.pointer, output, scales, weight, source.stride, source.width, source.rows, epsilon)
-        kernel(self.stream, (blocks,), threads, arguments)
+        self._over_rows("norm_round", source, held_threads(source.width), arguments)
 
     def round_held(self, source: Rows, output: int, scales: int) -> bool:
         """Round each row, bf16, to E4M3 as ``norm_round`` does, unless it is too wide to be kept in registers or not aligned."""
         if vector(source.width, source) != 8 or held_threads(source.width) > MOST_HELD_THREADS:
             return False
-        threads = held_threads(source.width)
-        blocks, macros = self._row_blocks(source.rows, threads)
-        kernel = self.kernels.get("norm.cu", "round_rows", VECTOR=8, LAYER_NORM=0, **macros)
         arguments = (source.pointer, output, scales, source.stride, source.width, source.rows)
-        kernel(self.stream, (blocks,), threads, arguments)
+        self._over_rows("round_rows", source, held_threads(source.width), arguments)
         return True
 
-    def _row_blocks(self, rows: int, threads: int) -> tuple[int, dict[str, int | str]]:
-        """Return the blocks of a kernel that keeps rows in registers, one for each or as many as run at once, and its macros."""
-        blocks = self.kernels.multiprocessors * max(1, ROW_THREADS // threads)
-        is_long = rows > 2 * blocks
-        return blocks if is_long else rows, {"AHEAD": int(is_long)}
+    def _over_rows(self, name: str, rows: Rows, threads: int, arguments: tuple[int | float, ...], **macros: int | str) -> None:
+        """Launch a kernel of cuda/norm.cu that keeps rows in registers: a block for each, or as many as run at once."""
+        blocks, shared = self.kernels.multiprocessors * max(1, -(-ROW_THREADS // threads)), ROW_BYTES * threads
+        is_long = rows.rows > 2 * blocks and rows.dtype == "bf16" and shared <= self.kernels.shared_limit - 1024
+        kernel = self.kernels.get("norm.cu", name, VECTOR=8, AHEAD=int(is_long), **element_macros(rows.dtype), **macros)
+        kernel(self.stream, (blocks if is_long else rows.rows,), threads, arguments, shared if is_long else 0)
 
     def add_norm(
         self,

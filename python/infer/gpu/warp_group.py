@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = {"e4m3": (96, 128), "bf16": (64, 64)}
 """Most rows by the weight's type, and those for weights with no more rows than columns: with more, cuBLASLt is faster."""
-MOST_GATED = 128
+MOST_GATED = 96
 """Most rows of a product of bfloat16 that is combined as gates."""
 MODEL_ROWS = 64
 """Input rows that a division is chosen for."""
