@@ -14,7 +14,7 @@ DEVICE float logistic(float x, float y) {
 #ifdef INFER_F32
     return x / (1.0f + expf(y));
 #else
-    return __fdividef(x, 1.0f + exp2_fast(fminf(y * 1.44269504f, 126.0f))); // divided by more, any x would give 0 or NaN
+    return x * reciprocal_fast(1.0f + exp2_fast(y * 1.44269504f));
 #endif
 }
 

@@ -146,6 +146,13 @@ DEVICE float exp2_fast(float x) {
     return result;
 }
 
+// 1 / x, within 1 ulp; 0 for infinity and for what is nearly that.
+DEVICE float reciprocal_fast(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // The greater number, or none if one of them is none.
 DEVICE float greater_or_none(float a, float b) {
     float result;

@@ -15,6 +15,9 @@
 #ifndef LAYER_NORM
 #define LAYER_NORM 0
 #endif
+#ifndef AHEAD
+#define AHEAD 0 // 1: blocks take several rows of bfloat16, of which the next are read while one is finished
+#endif
 constexpr int V = VECTOR;
 
 struct BlockSum {
@@ -61,6 +64,7 @@ DEVICE void normalise(const T *input, T *output, const float *weight, const floa
 // A block's row in registers, as it lies in memory: values (threadIdx.x + i * blockDim.x) * 8 and those that follow.
 struct HeldRow {
     Part<8> parts[VECTORS];
+    float factors[VECTORS][8]; // the norm's weight
     int width;
 
     DEVICE bool column(int i, int &column) const {
@@ -76,6 +80,20 @@ struct HeldRow {
         }
     }
 
+    // Reads the norm's weight, or ones where it is null: before the row, which earlier kernels write.
+    DEVICE void read_weight(const float *weight) {
+        int at;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            if (weight && column(i, at)) {
+                load<8>(weight + at, factors[i]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 8; j++) factors[i][j] = 1.0f;
+            }
+        }
+    }
+
     DEVICE void write(T *output) const {
         int at;
 #pragma unroll
@@ -85,7 +103,7 @@ struct HeldRow {
     }
 
     // The row's norm in its place.
-    DEVICE void normalise(const float *weight, const float *bias, float epsilon, float *scratch) {
+    DEVICE void normalise(const float *bias, float epsilon, float *scratch) {
         float mean = 0.0f, square = 0.0f, values[8];
         int at;
         if (LAYER_NORM) {
@@ -109,35 +127,86 @@ struct HeldRow {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             if (!column(i, at)) continue;
-            float factors[8];
             parts[i].get(values);
-            if (weight) load<8>(weight + at, factors);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                values[j] = (values[j] - mean) * scale;
-                if (weight) values[j] *= factors[j];
+                values[j] = (values[j] - mean) * scale * factors[i][j];
                 if (bias) values[j] += bias[at + j];
             }
             parts[i].set(values);
         }
     }
+
+#ifndef INFER_F32
+    // Stores the row in E4M3, and its scale, as `quantize` of linear.cu does.
+    DEVICE void write_rounded(e4m3 *output, float *place, float *scratch) const {
+        u32 greatest = 0;
+        int at;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            if (column(i, at)) greatest = greatest_of(parts[i], greatest);
+        }
+        const float factor = round_factor(block_max(fmaxf(low_bf16(greatest), high_bf16(greatest)), scratch), place);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            if (column(i, at)) store_rounded(output + at, parts[i], factor);
+        }
+    }
+#endif
 };
+
+// Reads the block's row and finishes it, or with AHEAD its rows one after the other: then each is asked for when the second before it has been
+// read, in shared memory of which a thread alone writes and reads its places, for memory takes long to answer; and the norm's weight is
+// read but once.
+template <class Finish> DEVICE void over_rows(const T *input, int stride, int rows, HeldRow &row, const Finish &finish) {
+    input += size_t(blockIdx.x) * stride;
+#if AHEAD
+    extern __shared__ uint4 dynamic[]; // (2, VECTORS, threads)
+    uint4 *const places = dynamic + threadIdx.x;
+    int asked = blockIdx.x, at;
+    const auto ask = [&](int slot) {
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            if (asked < rows && row.column(j, at)) copy_16(places + (slot * VECTORS + j) * blockDim.x, input + at);
+        }
+        end_group();
+        asked += gridDim.x, input += size_t(gridDim.x) * stride;
+    };
+    ask(0), ask(1);
+    int slot = 0;
+#pragma unroll 1
+    for (int i = blockIdx.x; i < rows; i += gridDim.x, slot ^= 1) {
+        wait_group<1>();
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) row.parts[j].words[0] = places[(slot * VECTORS + j) * blockDim.x];
+        ask(slot);
+        finish(i);
+    }
+#else
+    row.read(input);
+    finish(blockIdx.x);
+#endif
+}
 #endif
 
-// output = norm(input), (rows, width). Launch: grid (rows); with V of 8, VECTORS * 8 values for each thread.
-KERNEL norm_rows(const T *input, T *output, const float *weight, const float *bias, int input_stride, int output_stride, int width,
+// output = norm(input), (rows, width). Launch: grid (rows); with V of 8 VECTORS * 8 values for each thread,
+// and with AHEAD any grid, and 2 * VECTORS * 16 bytes of dynamic shared memory for each.
+KERNEL norm_rows(const T *input, T *output, const float *weight, const float *bias, int input_stride, int output_stride, int width, int rows,
             float epsilon) {
     __shared__ float scratch[WARP];
     let_next_start();
-    wait_for_previous();
-    input += size_t(blockIdx.x) * input_stride, output += size_t(blockIdx.x) * output_stride;
 #if VECTOR == 8
     HeldRow row;
     row.width = width;
-    row.read(input);
-    row.normalise(weight, bias, epsilon, scratch);
-    row.write(output);
+    row.read_weight(weight);
+    wait_for_previous();
+    over_rows(input, input_stride, rows, row, [&](int i) {
+        row.normalise(bias, epsilon, scratch);
+        row.write(output + size_t(i) * output_stride);
+    });
 #else
+    wait_for_previous();
+    input += size_t(blockIdx.x) * input_stride, output += size_t(blockIdx.x) * output_stride;
     normalise(input, output, weight, bias, width, epsilon, threadIdx.x, blockDim.x, BlockSum{scratch});
 #endif
 }
@@ -160,13 +229,14 @@ KERNEL add_norm(T *hidden, const T *branch, T *output, const float *weight, cons
                 int branch_stride, int output_stride, int width, float scale, float epsilon) {
     __shared__ float scratch[WARP];
     let_next_start();
-    wait_for_previous();
     hidden += size_t(blockIdx.x) * hidden_stride, output += size_t(blockIdx.x) * output_stride;
     branch += size_t(blockIdx.x) * branch_stride;
     float sum[V], more[V];
 #if VECTOR == 8
     HeldRow row, other;
     row.width = other.width = width;
+    row.read_weight(weight);
+    wait_for_previous();
     row.read(hidden);
     other.read(branch);
 #pragma unroll
@@ -180,9 +250,10 @@ KERNEL add_norm(T *hidden, const T *branch, T *output, const float *weight, cons
         row.parts[i].set(sum);
         row.parts[i].write(hidden + at);
     }
-    row.normalise(weight, bias, epsilon, scratch);
+    row.normalise(bias, epsilon, scratch);
     row.write(output);
 #else
+    wait_for_previous();
     for (int i = threadIdx.x * V; i < width; i += blockDim.x * V) {
         load<V>(hidden + i, sum);
         load<V>(branch + i, more);
@@ -194,31 +265,28 @@ KERNEL add_norm(T *hidden, const T *branch, T *output, const float *weight, cons
 #endif
 }
 
-#if VECTOR == 8
-// The norm rounded to T, and then to E4M3 as `quantize` of linear.cu does: output (rows, width) and scales (rows). Launch: as norm_rows.
-KERNEL norm_round(const T *input, e4m3 *output, float *scales, const float *weight, int input_stride, int width, float epsilon) {
+#if VECTOR == 8 && !defined(INFER_F32)
+// The norm rounded to T, and then to E4M3: output (rows, width) and scales (rows). Launch: as norm_rows.
+KERNEL norm_round(const T *input, e4m3 *output, float *scales, const float *weight, int input_stride, int width, int rows, float epsilon) {
+    __shared__ float scratch[WARP];
+    let_next_start();
+    HeldRow row;
+    row.width = width;
+    row.read_weight(weight);
+    wait_for_previous();
+    over_rows(input, input_stride, rows, row, [&](int i) {
+        row.normalise(nullptr, epsilon, scratch);
+        row.write_rounded(output + size_t(i) * width, scales + i, scratch);
+    });
+}
+
+// Rows as they are, likewise.
+KERNEL round_rows(const T *input, e4m3 *output, float *scales, int input_stride, int width, int rows) {
     __shared__ float scratch[WARP];
     let_next_start();
     wait_for_previous();
     HeldRow row;
     row.width = width;
-    row.read(input + size_t(blockIdx.x) * input_stride);
-    row.normalise(weight, nullptr, epsilon, scratch);
-    float greatest = 0.0f, values[8];
-    int at;
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-        if (!row.column(i, at)) continue;
-        row.parts[i].get(values);
-#pragma unroll
-        for (int j = 0; j < 8; j++) greatest = fmaxf(greatest, fabsf(values[j]));
-    }
-    const float factor = round_factor(block_max(greatest, scratch), scales + blockIdx.x);
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-        if (!row.column(i, at)) continue;
-        row.parts[i].get(values);
-        store_rounded(output + size_t(blockIdx.x) * width + at, values, factor);
-    }
+    over_rows(input, input_stride, rows, row, [&](int i) { row.write_rounded(output + size_t(i) * width, scales + i, scratch); });
 }
 #endif

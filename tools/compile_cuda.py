@@ -53,6 +53,7 @@ KINDS = {"KEY_TYPE": ["bf16", "float", "e4m3", "i8"], "VALUE_TYPE": ["bf16", "e4
 FEW: Macros = {"TOKENS": [8], "DEPTH": [5]}
 MORE: Macros = {"TOKENS": [16], "DEPTH": [2]}
 ANY: Macros = {"TOKENS": [1, 8, 16], "DEPTH": [5]}
+GROUPED: Macros = {"WEIGHT": ["bf16", "e4m3"]}
 STREAMED = [{**few, "RESIDENT": [0, 1], "WEIGHT": ["bf16", "e4m3"]} for few in (FEW, MORE)]
 NORMED = {"RESIDENT": [1], "NORM": [1]}
 PACKED = [
@@ -71,7 +72,9 @@ def packed(variants: list[Macros], bits: int = 0) -> list[Macros]:
 
 
 VARIANTS: dict[str, list[Macros]] = {
-    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2]) + choices(INFER_F32=[None, 1], VECTOR=[8], VECTORS=[4]),
+    "activation.cu": choices(**BOTH, ACTIVATION=[0, 2])
+    + choices(INFER_F32=[None, 1], VECTOR=[8], VECTORS=[4])
+    + choices(VECTOR=[8], VECTORS=[4], AHEAD=[1]),
     "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
     "attention_decode.cu": HEADS,
     "attention_plan.cu": ONE,
@@ -89,8 +92,6 @@ VARIANTS: dict[str, list[Macros]] = {
     "linear_rope.cu": [macros for lists in STREAMED for macros in choices(**lists, PAIRED=[1])]
     + packed(choices(PAIRED=[1], **FEW, **NORMED), 8)
     + packed(choices(PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4),
-    "linear_rounded.cu": choices(TOKENS=[32, 64], GROUPS=[1, 2], SPAN=[256], OUTPUT=["bf16", "float"])
-    + choices(TOKENS=[32, 64], GROUPS=[2], TILES=[2], SPAN=[128], STAGES=[5]),
     "linear_stream.cu": [macros for lists in STREAMED for macros in choices(**lists) + choices(**lists, EPILOGUE=[2], PAIRED=[1])]
     + choices(**FEW, **NORMED, EPILOGUE=[2], PAIRED=[1], WEIGHT=["bf16", "e4m3"])
     + choices(**FEW, GROUPED=[1], WEIGHT=["e4m3"])
@@ -100,8 +101,11 @@ VARIANTS: dict[str, list[Macros]] = {
     + packed(
         choices(**ANY, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4
     ),
+    "linear_warp_group.cu": choices(**GROUPED, TOKENS=[32, 64], GROUPS=[1, 2], STEP_BYTES=[256], OUTPUT=["bf16", "float"])
+    + choices(**GROUPED, TOKENS=[32, 64], GROUPS=[2], TILES=[2], STEP_BYTES=[128], STAGES=[5])
+    + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
-    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]),
+    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in (*PACKED[:3], PACKED[6])]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "random.cu": choices(INFER_F32=[None, 1]),

@@ -244,7 +244,7 @@ def test_rotation_and_storing(dtype: str, style: str, dim: int, pairs: int, has_
 
 
 @pytest.mark.parametrize("kind", ["bf16", "e4m3"])
-@pytest.mark.parametrize("rows", [1, 8, 13, 20])
+@pytest.mark.parametrize("rows", [1, 8, 13, 20, 49])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (3, 1, 80), (32, 8, 128)])
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_product_with_rotation_and_storing(kind: str, rows: int, heads: int, kv_heads: int, dim: int, has_norm: bool) -> None:

@@ -1,11 +1,11 @@
-"""How products of rounded rows are divided among blocks: what was fastest on an H100, and what fits; no GPU is needed."""
+"""How products by warp groups are divided among blocks: what was fastest on an H100, and what fits; no GPU is needed."""
 
 from __future__ import annotations
 
 import pytest
 
 from infer.gpu.many import many_tokens
-from infer.gpu.rounded import SHAPES, Division, Shape, divide, shared_bytes, stages_of
+from infer.gpu.warp_group import SHAPES, Division, Shape, divide, shared_bytes, stages_of
 
 CLUSTERS = tuple(132 // size for size in range(1, 9))
 NARROW, WIDE, WIDEST = SHAPES

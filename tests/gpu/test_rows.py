@@ -43,11 +43,22 @@ def test_add_position_and_select(dtype: str) -> None:
 @pytest.mark.parametrize(("kind", "has_bias"), [("rms", False), ("layer", True)])
 @pytest.mark.parametrize(("groups", "per_group"), [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("width", [64, 100, 4096, 12288])
-def test_norm(dtype: str, kind: str, groups: int, per_group: bool, has_bias: bool, width: int) -> None:
-    gpu, values = device(), normal(5, width) + 0.5
+@pytest.mark.parametrize("count", [5, 400])
+def test_norm(
+    dtype: str,
+    kind: str,
+    groups: int,
+    per_group: bool,
+    has_bias: bool,
+    width: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("infer.gpu.rows.ROW_THREADS", 0)  # so few rows, too, are taken one after the other
+    gpu, values = device(), normal(count, width) + 0.5
     each = width // groups
     weight, bias = normal(width if per_group else each), normal(width if per_group else each)
-    rows, output = gpu.rows(values, dtype, width + 24, 8), gpu.blank(5, width, dtype)
+    rows, output = gpu.rows(values, dtype, width + 24, 8), gpu.blank(count, width, dtype)
     pointer = gpu.vector(bias) if has_bias else 0
     gpu.ops.norm(rows, output, kind, 1e-5, gpu.vector(weight), pointer, groups, per_group)
     expected = norm(rounded(values, dtype), kind, groups, 1e-5, weight, bias if has_bias else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from device import device
+from device import device, to_bits
 from test_rows import normal
 
 from infer.gpu.arrays import Rows
@@ -23,9 +23,30 @@ def read(codes: int, scales: int, rows: int, width: int) -> tuple[np.ndarray, np
     return gpu.ints(codes, rows * width, np.uint8).reshape(rows, width), gpu.ints(scales, rows, np.float32)
 
 
+@pytest.mark.parametrize("width", [64, 100, 4096, 20000, 33024])
+@pytest.mark.parametrize("times", [1, 60])
+def test_rows_as_they_are(width: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numpy: the greatest number becomes 448, and what is no number 0."""
+    monkeypatch.setattr("infer.gpu.rows.ROW_THREADS", 0)  # so few rows, too, are taken one after the other
+    gpu, values = device(), normal(6 * times, width) * np.tile([1.0, 1e-3, 50.0, 0.0, 1.0, 1.0], times)[:, None]
+    values[4, 7] = np.nan
+    source = gpu.rows(values, "bf16", width + 8)
+    found, scales = rounded_bits(source)
+    exact = gpu.read(source).astype(np.float32)
+    greatest = np.nanmax(abs(exact), axis=1)
+    factors = np.divide(np.float32(448), greatest, out=np.zeros_like(greatest), where=greatest > 0)
+    assert (scales == greatest / np.float32(448)).all()
+    assert found[4, 7] == 0
+    expected = to_bits(np.nan_to_num(exact * factors[:, None]), "e4m3")
+    assert ((found & 0x7F) == (expected & 0x7F)).all()
+    assert (found == expected)[(expected & 0x7F) != 0].all()
+
+
 @pytest.mark.parametrize("width", [64, 2048, 2880, 4096, 8192])
-def test_norm(width: int) -> None:
-    gpu, rows = device(), 5
+@pytest.mark.parametrize("rows", [5, 400])
+def test_norm(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infer.gpu.rows.ROW_THREADS", 0)  # so few rows, too, are taken one after the other
+    gpu = device()
     source, normed, weight = gpu.rows(3 * normal(rows, width), "bf16", width + 8), gpu.blank(rows, width, "bf16"), normal(width)
     factors = gpu.vector(weight)
     gpu.ops.norm(source, normed, "rms", 1e-5, factors)
@@ -38,7 +59,8 @@ def test_norm(width: int) -> None:
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("width", [64, 8192, 14336, 28672])
 @pytest.mark.parametrize("rows", [3, 300])
-def test_gated_activation(name: str, width: int, rows: int) -> None:
+def test_gated_activation(name: str, width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infer.gpu.rows.AHEAD_THREADS", 0)  # so few rows, too, are taken one after the other
     gpu = device()
     both, inner = gpu.rows(2 * normal(rows, 2 * width), "bf16", 2 * width + 8), gpu.blank(rows, width, "bf16")
     gate, up = both.part(0, width), both.part(width, width)

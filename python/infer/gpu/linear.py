@@ -1,7 +1,7 @@
 """Products of rows with weight matrices: which kernel runs, and how it is launched.
 
 Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in, and more through
-others (cuda/linear_many.cu, cuda/linear_rounded.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or
+others (cuda/linear_many.cu, cuda/linear_warp_group.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or
 alignment, the plain kernel (cuda/linear.cu).
 """
 
@@ -26,7 +26,6 @@ from infer.gpu.attention import kv_macros
 from infer.gpu.blas import Blas, can_multiply
 from infer.gpu.launch import DEPENDENT
 from infer.gpu.many import ADD, GATED, STORE, ceil_of
-from infer.gpu.rounded import RoundedOperations
 from infer.gpu.rows import STREAM_ROWS, THREADS, element_macros, norm_threads, vector
 from infer.gpu.stream import (
     PREPARED_BYTES,
@@ -37,6 +36,7 @@ from infer.gpu.stream import (
     stream_shape,
     stream_tokens,
 )
+from infer.gpu.warp_group import MOST_GATED, WarpGroupOperations
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
@@ -50,7 +50,7 @@ With bfloat16 weights it is from the first.
 
 MOST_SCALED = 64, 32
 """Most rows, and weight rows for each multiprocessor, for which linear_many.cu multiplies E4M3 weights though cuBLASLt
-could, with rows rounded to E4M3, and linear_rounded.cu cannot: cuBLASLt does not split columns then, and leaves
+could, with rows rounded to E4M3, and linear_warp_group.cu cannot: cuBLASLt does not split columns then, and leaves
 multiprocessors idle."""
 
 BLAS_BYTES = 32 << 20
@@ -74,7 +74,7 @@ class _Launch(NamedTuple):
     """Whether all of the input is kept in shared memory."""
 
 
-class LinearOperations(RoundedOperations):
+class LinearOperations(WarpGroupOperations):
     """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
 
     cuBLASLt has the first BLAS_BYTES of it; in the rest, weights are unpacked for many rows, as many at a time as fit, or
@@ -97,6 +97,8 @@ class LinearOperations(RoundedOperations):
             self._stream(source, output, weight, STORE)
         elif self._is_many(source, output, weight):
             self._many(source, output, weight, STORE)
+        elif self._is_grouped(source, output, weight):
+            self._multiply_grouped(source, output, weight, STORE)
         elif can_multiply(source, weight, output):
             self._blas.product(self.stream, source, weight, output)
             if weight.bias:
@@ -114,6 +116,8 @@ class LinearOperations(RoundedOperations):
             self._stream(source, destination, weight, ADD, add=scale)
         elif self._is_many(source, destination, weight):
             self._many(source, destination, weight, ADD, add=scale)
+        elif self._is_grouped(source, destination, weight):
+            self._multiply_grouped(source, destination, weight, ADD, scale)
         elif can_multiply(source, weight, destination):
             self._blas.product(self.stream, source, weight, destination, alpha=scale, beta=1.0)
             if weight.bias:
@@ -135,6 +139,9 @@ class LinearOperations(RoundedOperations):
         both = scratch.part(0, weight.rows)  # as wide as the product that would be made otherwise
         if can_pair(weight) and self._can_be_many(source, output, weight) and self._is_many(source, both, weight):
             self._many(source, output, weight, GATED, activation=activation)
+            return
+        if can_pair(weight) and self._is_grouped(source, output, weight, MOST_GATED):
+            self._multiply_grouped(source, output, weight, GATED, activation=activation)
             return
         self.linear(source, both, weight)
         self.gated_activation(scratch.part(0, width), scratch.part(width, width), output, activation)
@@ -252,7 +259,7 @@ class LinearOperations(RoundedOperations):
             return False
         rows, weight_rows = MOST_SCALED
         few = source.rows <= rows and weight.rows <= weight_rows * self.kernels.multiprocessors
-        few = few and not self._can_be_rounded(source.rows, output, weight)
+        few = few and not self._is_for_groups(source.rows, output, weight)
         return weight.type != "e4m3" or few or not self._can_scale(source, output, weight)
 
     def _can_stream(self, source: Rows, output: Rows, weight: Weight) -> bool:
@@ -294,6 +301,8 @@ class LinearOperations(RoundedOperations):
 
     def round_rows(self, source: Rows, output: int, scales: int) -> None:
         """Round each row to E4M3 numbers, (rows, width), times its scale, f32 (rows): the largest of them becomes 448."""
+        if source.dtype == "bf16" and self.round_held(source, output, scales):
+            return
         v = vector(source.width, source)
         kernel = self.kernels.get("linear.cu", "quantize", VECTOR=v, WEIGHT=c_type("e4m3"), **element_macros(source.dtype))
         arguments = (source.pointer, output, scales, source.stride, source.width)
@@ -314,14 +323,14 @@ class LinearOperations(RoundedOperations):
         return Rows(self._space + scales_bytes, source.rows, source.width, source.width, "e4m3")
 
     def _can_scale(self, source: Rows, output: Rows, weight: Weight) -> bool:
-        """Return whether E4M3 weights are multiplied by rows rounded to E4M3, by linear_rounded.cu or cuBLASLt."""
+        """Return whether E4M3 weights are multiplied by rows rounded to E4M3, by linear_warp_group.cu or cuBLASLt."""
         rounded = self._rounded(source)
         fits = rounded.pointer + source.rows * source.width <= self._space + self._space_bytes
         known = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)
         whole = weight.columns % 16 == 0 and weight.rows % 16 == 0
         if not (fits and known and whole):
             return False
-        return self._can_be_rounded(source.rows, output, weight) or self._blas.has_scaled(rounded, weight, output)
+        return self._is_for_groups(source.rows, output, weight) or self._blas.has_scaled(rounded, weight, output)
 
     def _wide_product(self, source: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
         """Multiply weights of few bits by many rows: E4M3 by E4M3 where the hardware does that, else unpacked."""
@@ -333,8 +342,8 @@ class LinearOperations(RoundedOperations):
         self._rounded_product(rounded, output, weight, alpha, beta)
 
     def _rounded_product(self, rounded: Rows, output: Rows, weight: Weight, alpha: float, beta: float) -> None:
-        if self._can_be_rounded(rounded.rows, output, weight):
-            self._multiply_rounded(rounded, self._space, output, weight, alpha, beta)
+        if self._is_for_groups(rounded.rows, output, weight):
+            self._multiply_grouped(rounded, output, weight, ADD if beta else STORE, alpha, scales=self._space)
             return
         self._blas.product(self.stream, rounded, weight, output, alpha, beta, self._space)
         if weight.bias:

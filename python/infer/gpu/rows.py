@@ -36,7 +36,13 @@ def norm_threads(width: int, elements: int) -> int:
 HELD_VECTORS = 4
 """Vectors of 8 values of a row that a thread keeps in registers, at most: VECTORS in cuda/norm.cu and cuda/activation.cu."""
 
-MOST_NORM_THREADS = 512
+MOST_NORM_THREADS, MOST_HELD_THREADS = 512, 1024
+"""Threads of a block that keeps a row in registers, with a norm's weight or without."""
+ROW_THREADS, ROW_BYTES = 768, 128
+"""Threads that normalise or round rows on a multiprocessor, where its blocks take one row after the other, and bytes of
+shared memory of each."""
+AHEAD_THREADS = 1024
+"""Threads that round activations on a multiprocessor, where its blocks take one row after the other."""
 MANY_ROWS = 256
 """From so many rows on, an activation's threads take several vectors each."""
 
@@ -105,26 +111,43 @@ class RowOperations:
         """
         width = source.width // groups
         v, threads = norm_shape(width, weight, source, output) if groups == 1 else (vector(width, source, output), 4 * WARP)
-        macros = {"VECTOR": v, "LAYER_NORM": int(kind == "layer"), **element_macros(source.dtype)}
+        is_layer = int(kind == "layer")
+        macros = {"VECTOR": v, "LAYER_NORM": is_layer, **element_macros(source.dtype)}
         pointers = (source.pointer, output.pointer, weight, bias, source.stride, output.stride, width)
         if source.rows == 0:
             return
-        if groups == 1:
+        if groups == 1 and v == 8:
+            self._over_rows("norm_rows", source, threads, (*pointers, source.rows, epsilon), LAYER_NORM=is_layer)
+        elif groups == 1:
             kernel = self.kernels.get("norm.cu", "norm_rows", **macros)
-            kernel(self.stream, (source.rows,), threads, (*pointers, epsilon))
+            kernel(self.stream, (source.rows,), threads, (*pointers, source.rows, epsilon))
         else:
             kernel = self.kernels.get("norm.cu", "norm_groups", **macros)
             step = width if per_group else 0
             kernel(self.stream, (-(-groups // 4), source.rows), threads, (*pointers, groups, step, epsilon))
 
     def norm_round(self, source: Rows, output: int, scales: int, epsilon: float, weight: int) -> None:
-        """Round the root-mean-square norm of each row to E4M3 numbers, (rows, width), times its scale, f32 (rows).
+        """Round the root-mean-square norm of each row, bf16, to E4M3 numbers, (rows, width), times its scale, f32 (rows).
 
         The same as ``norm`` and then ``round_rows``, bit for bit; for rows that ``norm_shape`` gives vectors of 8.
         """
-        kernel = self.kernels.get("norm.cu", "norm_round", VECTOR=8, LAYER_NORM=0, **element_macros(source.dtype))
-        arguments = (source.pointer, output, scales, weight, source.stride, source.width, epsilon)
-        kernel(self.stream, (source.rows,), held_threads(source.width), arguments)
+        arguments = (source.pointer, output, scales, weight, source.stride, source.width, source.rows, epsilon)
+        self._over_rows("norm_round", source, held_threads(source.width), arguments)
+
+    def round_held(self, source: Rows, output: int, scales: int) -> bool:
+        """Round each row, bf16, to E4M3 as ``norm_round`` does, unless it is too wide to be kept in registers or not aligned."""
+        if vector(source.width, source) != 8 or held_threads(source.width) > MOST_HELD_THREADS:
+            return False
+        arguments = (source.pointer, output, scales, source.stride, source.width, source.rows)
+        self._over_rows("round_rows", source, held_threads(source.width), arguments)
+        return True
+
+    def _over_rows(self, name: str, rows: Rows, threads: int, arguments: tuple[int | float, ...], **macros: int | str) -> None:
+        """Launch a kernel of cuda/norm.cu that keeps rows in registers: a block for each, or as many as run at once."""
+        blocks, shared = self.kernels.multiprocessors * max(1, -(-ROW_THREADS // threads)), ROW_BYTES * threads
+        is_long = rows.rows > 2 * blocks and rows.dtype == "bf16" and shared <= self.kernels.shared_limit - 1024
+        kernel = self.kernels.get("norm.cu", name, VECTOR=8, AHEAD=int(is_long), **element_macros(rows.dtype), **macros)
+        kernel(self.stream, (blocks if is_long else rows.rows,), threads, arguments, shared if is_long else 0)
 
     def add_norm(
         self,
@@ -157,14 +180,18 @@ class RowOperations:
         self._over_columns("activation.cu", "gated_activation", output, output.width, v, pointers, **macros)
 
     def gated_round(self, gate: Rows, up: Rows, output: int, scales: int, name: str) -> None:
-        """Round ``activation(gate) * up`` to E4M3 numbers, (rows, width), times each row's scale, f32 (rows).
+        """Round ``activation(gate) * up``, bf16, to E4M3 numbers, (rows, width), times each row's scale, f32 (rows).
 
         The same as ``gated_activation`` and then ``round_rows``, bit for bit.
         """
-        macros = {"VECTOR": 8, "VECTORS": HELD_VECTORS, "ACTIVATION": ACTIVATIONS.index(name), **element_macros(gate.dtype)}
+        threads = held_threads(gate.width)
+        blocks, ahead = self.kernels.multiprocessors * max(1, AHEAD_THREADS // threads), HELD_VECTORS * 32 * threads
+        is_long = gate.rows > 2 * blocks and ahead <= self.kernels.shared_limit - 1024
+        macros = {"VECTOR": 8, "VECTORS": HELD_VECTORS, "ACTIVATION": ACTIVATIONS.index(name), "AHEAD": int(is_long)}
         kernel = self.kernels.get("activation.cu", "gated_round", **macros)
-        arguments = (gate.pointer, up.pointer, output, scales, gate.stride, up.stride, gate.width)
-        kernel(self.stream, (gate.rows,), held_threads(gate.width), arguments)
+        arguments = (gate.pointer, up.pointer, output, scales, gate.stride, up.stride, gate.width, gate.rows)
+        grid, shared = (blocks, ahead) if is_long else (gate.rows, 0)
+        kernel(self.stream, (grid,), threads, arguments, shared)
 
     def activation(self, rows: Rows, name: str) -> None:
         """``rows = activation(rows)``."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from infer.gpu.blas import can_multiply
 from infer.gpu.linear import LinearOperations, can_stream
-from infer.gpu.rows import held_threads, norm_shape, vector
+from infer.gpu.rows import MOST_HELD_THREADS, held_threads, norm_shape, vector
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import Rows, Weight
@@ -58,7 +58,7 @@ class ScaledOperations(LinearOperations):
         """``norm_linear_gated`` into ``inner``, whose contents are of no interest afterwards, and ``linear_add`` of that."""
         width, both = weight.rows // 2, scratch.part(0, weight.rows)
         gate, up = both.part(0, width), both.part(width, width)
-        is_whole = vector(width, gate, up) == 8 and held_threads(width) <= 1024
+        is_whole = vector(width, gate, up) == 8 and held_threads(width) <= MOST_HELD_THREADS
         if is_whole and self._is_scaled(inner, destination, down) and self._norm_product(source, both, weight, norm, epsilon):
             rounded = self._rounded(inner)
             self.gated_round(gate, up, rounded.pointer, self._space, activation)

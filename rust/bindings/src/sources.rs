@@ -35,9 +35,10 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_many.cu",
     "linear_product.cuh",
     "linear_rope.cu",
-    "linear_rounded.cu",
     "linear_stream.cu",
     "linear_stream.cuh",
+    "linear_warp_group.cu",
+    "linear_warp_group.cuh",
     "logprobs.cu",
     "many_weights.cuh",
     "mma.cuh",
@@ -57,7 +58,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "stream_plain.cuh",
     "stream_prepared.cuh",
     "warp_group.cuh",
-    "warp_group_bytes.cuh",
+    "warp_group_shared.cuh",
     "weights.cuh",
 ];
 
