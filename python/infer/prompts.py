@@ -79,6 +79,7 @@ def template_options(
     chat_template: str | None,
     chat_template_kwargs: Mapping[str, Any] | None,
     add_generation_prompt: bool,
+    continue_final_message: bool,
 ) -> dict[str, Any]:
     """Return the keywords of the core's `apply_chat_template`."""
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
@@ -87,6 +88,7 @@ def template_options(
         "tools": tools,
         "chat_template": chat_template,
         "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
         "template_kwargs": chat_template_kwargs,
     }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Random, vocabulary_file};
-use infer_text::{ChatTemplate, GgufVocabulary, TextError, Tokenizer};
+use infer_text::{ChatTemplate, Ending, GgufVocabulary, TextError, Tokenizer};
 use serde_json::{Value, json};
 
 /// Loads a folder with one file, and uses what loads.
@@ -260,7 +260,9 @@ fn gguf_vocabularies_are_checked() {
 fn render(source: &str) -> Result<String, String> {
     let template = ChatTemplate::new(source, None, None).map_err(|error| error.to_string())?;
     let messages = json!([{"role": "user", "content": "x"}]);
-    template.render(&messages, None, true, &serde_json::Map::new()).map_err(|error| error.to_string())
+    template
+        .render(&messages, None, Ending::GenerationPrompt, &serde_json::Map::new())
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -273,6 +275,16 @@ fn hostile_templates_end() {
         "{% set ns = namespace(s='xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
         "{{ 'x' * 999999999999 }}",
         "{{ 'x'.center(99999999999) }}",
+        "{{ 'x'.zfill(99999999999) }}",
+        "{{ 'x'.ljust(9, 'ab') }}",
+        "{{ 'x' | center(99999999999) }}",
+        "{{ 'x'.rsplit('') }}",
+        "{{ 'x'.rsplit(5) }}",
+        "{{ 'x'.split(separator=' ') }}",
+        "{{ 'x'.index('y') }}",
+        "{{ 'x'.rindex('y', -99999999999999999999999) }}",
+        "{{ 'x'.partition('') }}",
+        "{{ [1].index(2) }}",
         "{{ '%999999999999d' | format(1) }}",
         "{{ range(999999999999) | list }}",
         "{{ [1] | tojson(indent=999999999999) }}",
@@ -302,10 +314,10 @@ fn hostile_templates_end() {
         deep = json!([deep]);
     }
     let template = ChatTemplate::new("{{ messages }}", None, None).unwrap();
-    let result = template.render(&json!([{"content": deep}]), None, false, &serde_json::Map::new());
+    let result = template.render(&json!([{"content": deep}]), None, Ending::Closed, &serde_json::Map::new());
     assert!(result.unwrap_err().to_string().contains("levels deep"));
     let refused = |messages: Value, tools: Option<Value>| {
-        let result = template.render(&messages, tools.as_ref(), false, &serde_json::Map::new());
+        let result = template.render(&messages, tools.as_ref(), Ending::Closed, &serde_json::Map::new());
         result.unwrap_err().to_string()
     };
     assert!(refused(json!([{"role": "user"}, 5]), None).contains("messages[1]: expected an object"));
