@@ -51,7 +51,10 @@ def test_a_trace_follows_every_request() -> None:
 def test_without_being_asked_nothing_is_traced() -> None:
     with LLM(threads=1, max_model_len=256) as llm:
         llm.generate("One", SHORT)
-        assert llm.trace_events() == []
+        with pytest.raises(InferError, match=r"trace_events: nothing is recorded; LLM\(trace=True\) keeps"):
+            llm.trace_events()
+        with pytest.raises(InferError, match=r"kv_events: nothing is recorded; LLM\(kv_events=True\) keeps"):
+            llm.kv_events()
         with pytest.raises(InferError, match="trace"):
             LLM(trace="yes")  # type: ignore[arg-type]
 
