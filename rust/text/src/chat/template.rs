@@ -152,6 +152,13 @@ impl ChatTemplate {
         if tools.is_some_and(|tools| !tools.is_array() && !tools.is_null()) {
             return Err(TextError::Template("tools: expected a list of function descriptions".to_owned()));
         }
+        let entries = tools.and_then(serde_json::Value::as_array).map_or(&[][..], Vec::as_slice);
+        if let Some(place) = entries.iter().position(|tool| !tool.is_object()) {
+            return Err(TextError::Template(format!(
+                "tools[{place}]: expected an object, a function's description, got {:.80}",
+                entries[place].to_string()
+            )));
+        }
         let deepest = extra.values().chain([messages]).chain(tools).map(depth).max().unwrap_or(0);
         if deepest > MAX_DEPTH {
             return Err(TextError::Template(format!(
