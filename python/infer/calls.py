@@ -11,7 +11,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from infer._core import InferError, SamplingParams
+from infer._core import InferError, QueueFullError, SamplingParams
 from infer.events import Dispatcher, wait_all
 from infer.outputs import Gather
 from infer.progress import progress
@@ -87,7 +87,17 @@ class Calls:
                 **options,
             )
 
-        return [partial(submit, prompt, params, options) for prompt, params, options in work]
+        def submit_named(place: int, *request: Any) -> Request:
+            try:
+                return submit(*request)
+            except QueueFullError:
+                raise
+            except InferError as error:
+                if len(work) == 1 or self._engine.closed:
+                    raise
+                raise InferError(f"prompts[{place}]: {error}") from error
+
+        return [partial(submit_named, place, *request) for place, request in enumerate(work)]
 
     def _gather(self, work: Work) -> Gather:
         return Gather([(prompt.text, params.n) for prompt, params, _ in work], self._names)

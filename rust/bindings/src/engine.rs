@@ -23,8 +23,8 @@ use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
 use crate::running::Running;
 use crate::settings::{
-    MAX_THREADS, OffloadArgs, SpeculationArgs, read_load_format, read_offload, read_packed_cache,
-    read_quantization, read_speculation, salt, seconds, thread_count,
+    MAX_THREADS, OffloadArgs, SpeculationArgs, check_prefix_options, read_load_format, read_offload,
+    read_packed_cache, read_quantization, read_speculation, salt, seconds, thread_count,
 };
 use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, prompt_ids};
@@ -117,6 +117,7 @@ impl Engine {
                 cache_events: kv_events.flag("kv_events")?,
                 trace: trace.flag("trace")?,
             };
+            check_prefix_options(&settings)?;
             interruptible(py, "infer-load", move || load(&settings)).map(Self::from_loaded)
         })
     }
@@ -256,6 +257,7 @@ impl Engine {
     ) -> PyResult<usize> {
         guarded(|| {
             let driver = self.driver()?;
+            self.check_sessions("save_session")?;
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
             let (salt, namespace) = (salt(cache_salt)?, self.namespace);
@@ -273,6 +275,7 @@ impl Engine {
     ) -> PyResult<(Vec<u32>, usize)> {
         guarded(|| {
             let driver = self.driver()?;
+            self.check_sessions("load_session")?;
             let path = path.get("path", "a path")?;
             let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
             interruptible(py, "infer-session", move || {
@@ -336,6 +339,16 @@ impl Engine {
             namespace: loaded.namespace,
             page_bytes: loaded.page_bytes,
             began: loaded.began,
+        }
+    }
+
+    /// Sessions are what the prefix cache holds.
+    fn check_sessions(&self, name: &str) -> PyResult<()> {
+        match self.config.enable_prefix_caching {
+            true => Ok(()),
+            false => Err(refusal(format!(
+                "{name} needs LLM(enable_prefix_caching=True), which this one was made without"
+            ))),
         }
     }
 
