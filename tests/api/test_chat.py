@@ -65,6 +65,16 @@ def test_a_last_message_is_continued(llm: LLM) -> None:
         llm.chat(begun, PARAMS, continue_final_message=True)
 
 
+def test_of_several_conversations_the_wrong_one_is_named(llm: LLM) -> None:
+    good, long = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "a" * 9000}]
+    with pytest.raises(InferError, match=r"^messages\[1\]: the prompt has 90\d\d tokens"):
+        llm.chat([good, long], PARAMS)
+    with pytest.raises(InferError, match=r"^messages\[1\]: chat template: no"):
+        llm.chat([good, long], PARAMS, chat_template="{{ raise_exception('no') if messages[0].content | length > 9 }}")
+    with pytest.raises(InferError, match=r"^the prompt has"):
+        llm.chat(long, PARAMS)
+
+
 def test_another_template_and_its_variables(llm: LLM) -> None:
     template = "{{ greeting }}: {{ messages[0]['content'] }}"
     output = llm.chat(MESSAGES, PARAMS, chat_template=template, chat_template_kwargs={"greeting": "Hark"})[0]

@@ -24,14 +24,14 @@ impl Config {
     /// Parses `config.json`. A `text_config` inside (multi-modal checkpoints) is laid over the outer object.
     pub fn parse(bytes: &[u8]) -> Result<Self, ModelError> {
         let value: Value = serde_json::from_slice(bytes)
-            .map_err(|error| ModelError::config("the whole", error, "a JSON object"))?;
+            .map_err(|error| ModelError::NoObject(format!("it cannot be read: {error}")))?;
         Self::from_value(value)
     }
 
     /// Wraps a JSON object.
     pub fn from_value(value: Value) -> Result<Self, ModelError> {
         let Value::Object(mut fields) = value else {
-            return Err(ModelError::config("the whole", kind(&value), "a JSON object"));
+            return Err(ModelError::NoObject(format!("it is {}", kind(&value))));
         };
         if let Some(Value::Object(text)) = fields.get("text_config").cloned() {
             fields.extend(text);

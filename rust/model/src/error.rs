@@ -41,6 +41,9 @@ pub enum ModelError {
         /// What would be right.
         expected: String,
     },
+    /// A configuration is no JSON object.
+    #[error("expected a JSON object, but {0}")]
+    NoObject(String),
     /// The architecture has no row in `arch.rs`.
     #[error("unknown architecture `{name}`; known: {known}", name = shortened(name))]
     UnknownArchitecture {
@@ -111,6 +114,7 @@ impl ModelError {
     pub(crate) fn at(self, path: &Path) -> Self {
         match self {
             Self::Config { .. }
+            | Self::NoObject(_)
             | Self::UnknownArchitecture { .. }
             | Self::MissingTensor { .. }
             | Self::UnknownTensor { .. }
