@@ -98,6 +98,13 @@ def _fields(params: SamplingParams) -> list[str]:
     return sorted(name for name in dir(kind) if not name.startswith("_") and not callable(getattr(kind, name)))
 
 
+def no_logprobs(params: SamplingParams, where: str) -> None:
+    """Refuse log-probabilities where nothing shows them."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise InferError(f"--param: {name} is shown nowhere here; {where}")
+
+
 def need_tokenizer(llm: LLM) -> None:
     """Refuse a model whose input and output are token ids only."""
     if not llm.info.has_tokenizer:
