@@ -26,12 +26,12 @@ import json
 import random
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from busy import busy_thread
 from record import RESULTS, origin, save
 
 from infer import LLM, SamplingParams
@@ -215,24 +215,6 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
         }
     results["step_time"] = llm.metrics()["histograms"]["step_time"]
     return results
-
-
-@contextlib.contextmanager
-def busy_thread() -> Iterator[None]:
-    """A thread that computes in Python all the time."""
-    is_over = threading.Event()
-
-    def compute() -> None:
-        while not is_over.is_set():
-            sum(range(1000))
-
-    thread = threading.Thread(target=compute)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def measure_busy(llm: LLM, rounds: int) -> dict[str, Any]:

@@ -250,6 +250,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
@@ -340,8 +341,8 @@ class Engine:
         dtype: str = "auto",
         threads: int | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         kv_cache_dtype: str | Mapping[str, Any] = "auto",
         kv_cache_memory_bytes: int | None = None,

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from infer._core import InferError, SamplingParams
+from infer._core import InferError, QueueFullError, SamplingParams
 from infer.events import Dispatcher, wait_all
 from infer.outputs import Gather
 from infer.progress import progress
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from infer.events import Submit
     from infer.outputs import RequestOutput, StreamOutput
     from infer.progress import Progress
+    from infer.prompts import Messages
     from infer.serving import RequestOptions
 
     Work: TypeAlias = list[tuple[Prompt, SamplingParams, dict[str, Any]]]
@@ -64,12 +65,20 @@ class Calls:
 
     def _conversations(self, messages: Any, params: Any, template: dict[str, Any], options: RequestOptions) -> Work:
         found = pair(conversations(messages), params, self.default_sampling_params)
-        names = self._tokenizer()
-        # The template writes the special tokens itself.
         return [
-            (Prompt(names.apply_chat_template(conversation, **template), None, add_special_tokens=False), one, how)
-            for (conversation, one), how in zip(found, serving(options, len(found)), strict=True)
+            (self._rendered(conversation, template, f"messages[{place}]" if len(found) > 1 else ""), one, how)
+            for place, ((conversation, one), how) in enumerate(zip(found, serving(options, len(found)), strict=True))
         ]
+
+    def _rendered(self, conversation: Messages, template: dict[str, Any], name: str) -> Prompt:
+        """Return a conversation as a prompt; the template writes the special tokens itself."""
+        try:
+            text = self._tokenizer().apply_chat_template(conversation, **template)
+        except InferError as error:
+            if not name:
+                raise
+            raise InferError(f"{name}: {error}") from error
+        return Prompt(text, None, add_special_tokens=False, name=name)
 
     @property
     def _room(self) -> Callable[[], bool] | None:
@@ -87,7 +96,17 @@ class Calls:
                 **options,
             )
 
-        return [partial(submit, prompt, params, options) for prompt, params, options in work]
+        def submit_named(prompt: Prompt, *request: Any) -> Request:
+            try:
+                return submit(prompt, *request)
+            except QueueFullError:
+                raise
+            except InferError as error:
+                if not prompt.name or self._engine.closed:
+                    raise
+                raise InferError(f"{prompt.name}: {error}") from error
+
+        return [partial(submit_named, *request) for request in work]
 
     def _gather(self, work: Work) -> Gather:
         return Gather([(prompt.text, params.n) for prompt, params, _ in work], self._names)

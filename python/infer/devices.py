@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["start"]
 
-# Defaults of what a step may hold: (max_num_seqs, max_num_batched_tokens).
-STEP_SIZES = {"cpu": (64, 512), "cuda": (256, 8192)}
+# What a GPU's step may hold unless told otherwise; the core knows what a CPU's may.
+GPU_STEP = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
 
 
 def start(device: str, path: Path, *, enforce_eager: bool, deterministic: bool, **settings: Any) -> tuple[Engine, Worker | None]:
@@ -29,12 +29,10 @@ def start(device: str, path: Path, *, enforce_eager: bool, deterministic: bool, 
         raise InferError(f"enforce_eager must be True or False, got {enforce_eager!r}")
     if not isinstance(deterministic, bool):
         raise InferError(f"deterministic must be True or False, got {deterministic!r}")
-    usual_sizes = STEP_SIZES["cuda" if device == "cuda" else "cpu"]
-    for name, usual in zip(("max_num_seqs", "max_num_batched_tokens"), usual_sizes, strict=True):
-        settings[name] = usual if settings[name] is None else settings[name]
     if device != "cuda":  # whose results are deterministic anyway
         return Engine(path, **settings), None
     from infer.gpu.device import Device
     from infer.gpu.worker import open_engine
 
+    settings |= {name: usual for name, usual in GPU_STEP.items() if settings[name] is None}
     return open_engine(Device(), path, enforce_eager=enforce_eager, deterministic=deterministic, settings=settings)

@@ -1,6 +1,7 @@
 """`LLM`: a loaded model and everything one does with it.
 
-What calls have in common is in `calls.py`, what concerns cached keys and values in `sessions.py`.
+What generates is in `generating.py`, what concerns cached keys and values in `sessions.py`, what calls have in common in
+`calls.py`.
 Generated tokens come out of the core's own thread; nothing here runs per token unless the caller streams.
 """
 
@@ -11,31 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from infer import defaults, devices, hub, logs
 from infer._core import InferError
-from infer.prompts import template_options
+from infer.generating import Generating
 from infer.serving import speculation
 from infer.sessions import Sessions
 from infer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+    from collections.abc import Mapping
     from types import TracebackType
-    from typing import Unpack
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from infer._core import ModelInfo, SamplingParams
+    from infer._core import ModelInfo
     from infer.events import Dispatcher
-    from infer.outputs import RequestOutput, StreamOutput
-    from infer.progress import Progress
-    from infer.prompts import Messages, PromptInput, TokenIds
-    from infer.serving import RequestOptions
+    from infer.prompts import TokenIds
 
 __all__ = ["LLM"]
 
 
-class LLM(Sessions):
+class LLM(Generating, Sessions):
     """A large language model, ready to generate. Any number of threads and tasks may use one at once.
 
     Parameters
@@ -194,142 +191,6 @@ class LLM(Sessions):
         self._names = self._engine.tokenizer
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
-
-    # ---- generating
-
-    def generate(
-        self,
-        prompts: PromptInput | Sequence[PromptInput],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: Progress = None,
-        **options: Unpack[RequestOptions],
-    ) -> list[RequestOutput]:
-        """Complete prompts, all of them at once.
-
-        Parameters
-        ----------
-        prompts
-            One prompt or a list; each a string, a list of token ids, `{"prompt_token_ids": [...]}` or `{"prompt": "..."}`.
-        sampling_params
-            One for all prompts, or one for each; None takes `default_sampling_params()`.
-        use_tqdm
-            Whether to show a progress bar; None shows one on a terminal when the work takes longer than a second. A callable
-            is used in the place of `tqdm.tqdm`.
-        **options
-            `priority`, `user`, `timeout`, `cache_salt`: see `RequestOptions`; every call that generates takes them.
-
-        Returns
-        -------
-        list of RequestOutput
-            One for each prompt, in their order.
-        """
-        return self._run(self._prompts(prompts, sampling_params, options), use_tqdm)
-
-    def chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: Progress = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[RequestOptions],
-    ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, through the model's chat template.
-
-        Parameters
-        ----------
-        messages
-            `[{"role": "user", "content": "Hi"}, ...]`, or a list of such lists.
-        sampling_params, use_tqdm
-            As for `generate`.
-        tools, chat_template, chat_template_kwargs, add_generation_prompt
-            As for `Tokenizer.apply_chat_template`.
-        """
-        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._run(self._conversations(messages, sampling_params, template, options), use_tqdm)
-
-    def stream(
-        self,
-        prompts: PromptInput | Sequence[PromptInput],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> Generator[StreamOutput, None, None]:
-        """Yield pieces of text as they are generated; arguments as for `generate`.
-
-        Leaving the loop, or closing the iterator, cancels the request.
-        """
-        return self._stream(self._prompts(prompts, sampling_params, options))
-
-    def stream_chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[RequestOptions],
-    ) -> Generator[StreamOutput, None, None]:
-        """Yield pieces of an answer as they are generated; arguments as for `chat`."""
-        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._stream(self._conversations(messages, sampling_params, template, options))
-
-    # ---- the same, awaited
-
-    async def agenerate(
-        self,
-        prompts: PromptInput | Sequence[PromptInput],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> list[RequestOutput]:
-        """Do as `generate` does, without blocking the event loop. Cancelling the task cancels the requests."""
-        return await self._arun(self._prompts(prompts, sampling_params, options))
-
-    async def achat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[RequestOptions],
-    ) -> list[RequestOutput]:
-        """Do as `chat` does, without blocking the event loop."""
-        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return await self._arun(self._conversations(messages, sampling_params, template, options))
-
-    def astream(
-        self,
-        prompts: PromptInput | Sequence[PromptInput],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> AsyncGenerator[StreamOutput, None]:
-        """Do as `stream` does, for `async for`."""
-        return self._astream(self._prompts(prompts, sampling_params, options))
-
-    def astream_chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        **options: Unpack[RequestOptions],
-    ) -> AsyncGenerator[StreamOutput, None]:
-        """Do as `stream_chat` does, for `async for`."""
-        template = template_options(tools, chat_template, chat_template_kwargs, add_generation_prompt)
-        return self._astream(self._conversations(messages, sampling_params, template, options))
-
-    # ---- everything else
 
     def logits(self, token_ids: str | TokenIds) -> NDArray[np.float32]:
         """Return the model's logits after every prefix of `token_ids` (a text is encoded first): (tokens, vocabulary)."""

@@ -169,18 +169,30 @@ class StreamOutput(str):
         Which of the request's `n` completions (`CompletionOutput.index`; strings have another `index`).
     prompt_index
         Which of the prompts given to `stream`.
+    prompt_logprobs
+        As in `RequestOutput`, with the first piece of a request that asked for them; else None.
     finish_reason, stop_reason
         As in `CompletionOutput`; None until the last piece of a completion.
     metrics
         Of the whole request, with the last piece of its last completion; else None.
     """
 
-    __slots__ = ("completion_index", "finish_reason", "logprobs", "metrics", "prompt_index", "stop_reason", "token_ids")
+    __slots__ = (
+        "completion_index",
+        "finish_reason",
+        "logprobs",
+        "metrics",
+        "prompt_index",
+        "prompt_logprobs",
+        "stop_reason",
+        "token_ids",
+    )
 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
     completion_index: int
     prompt_index: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
     finish_reason: str | None
     stop_reason: int | str | None
     metrics: RequestMetrics | None
@@ -199,6 +211,8 @@ class StreamOutput(str):
         piece.logprobs = collector.logprobs(update.logprobs)
         piece.completion_index = update.index
         piece.prompt_index = prompt_index
+        piece.prompt_logprobs = None if collector.is_begun else collector.prompt_logprobs()
+        collector.is_begun = True
         piece.finish_reason = update.finish_reason
         piece.stop_reason = update.stop_reason
         piece.metrics = RequestMetrics.of(collector.request) if collector.request.finished else None
@@ -210,6 +224,8 @@ class Collector:
 
     def __init__(self, request: _core.Request, prompt: str | None, completions: int, names: _core.Tokenizer | None) -> None:
         self.request = request
+        self.is_begun = False
+        """Whether a piece of it was streamed."""
         self._prompt = prompt
         self._names = names
         self._outputs = [CompletionOutput(index) for index in range(completions)]
@@ -232,16 +248,20 @@ class Collector:
 
     def result(self) -> RequestOutput:
         """Return everything collected so far."""
-        rows = self.request.prompt_logprobs
         return RequestOutput(
             request_id=str(self.request.request_id),
             prompt=self._prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            prompt_logprobs=None if rows is None else [None if row is None else self._named(row) for row in rows],
+            prompt_logprobs=self.prompt_logprobs(),
             outputs=self._outputs,
             finished=self.request.finished,
             metrics=RequestMetrics.of(self.request),
         )
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Return those of the prompt's tokens; None unless asked for."""
+        rows = self.request.prompt_logprobs
+        return None if rows is None else [None if row is None else self._named(row) for row in rows]
 
     def logprobs(self, rows: list[list[tuple[int, float, int]]] | None) -> list[dict[int, Logprob]] | None:
         """Give the core's (token id, log-probability, rank) rows their names."""

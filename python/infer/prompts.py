@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -26,11 +26,12 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: its text, its token ids (which win), or both."""
+    """One prompt: its text, its token ids (which win), or both; and, where it is one of several, what it is called."""
 
     text: str | None
     token_ids: Sequence[int] | None
     add_special_tokens: bool = True
+    name: str = ""
 
 
 def prompts(value: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
@@ -44,7 +45,8 @@ def prompts(value: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
     """
     if isinstance(value, (str, Mapping)) or _is_token_ids(value):
         return [_prompt(value, "prompts")]
-    return [_prompt(item, f"prompts[{number}]") for number, item in enumerate(_sequence(value, "prompts", _PROMPT))]
+    named = ((f"prompts[{number}]", item) for number, item in enumerate(_sequence(value, "prompts", _PROMPT)))
+    return [replace(_prompt(item, name), name=name) for name, item in named]
 
 
 def conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
@@ -79,6 +81,7 @@ def template_options(
     chat_template: str | None,
     chat_template_kwargs: Mapping[str, Any] | None,
     add_generation_prompt: bool,
+    continue_final_message: bool,
 ) -> dict[str, Any]:
     """Return the keywords of the core's `apply_chat_template`."""
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
@@ -87,6 +90,7 @@ def template_options(
         "tools": tools,
         "chat_template": chat_template,
         "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
         "template_kwargs": chat_template_kwargs,
     }
 

@@ -23,8 +23,8 @@ class Sessions(Calls):
         """Return what became findable in the prefix cache, and what is not any more, since the last call, oldest first.
 
         The shapes are vLLM's: `{"type": "BlockStored", "block_hashes", "parent_block_hash", "token_ids", "block_size"}` and
-        `{"type": "BlockRemoved", "block_hashes"}`. Needs `LLM(kv_events=True)`. `InferError` if events were lost because
-        nobody asked for too long.
+        `{"type": "BlockRemoved", "block_hashes"}`. Needs `LLM(kv_events=True)`; `InferError` without it, and if events were
+        lost because nobody asked for too long.
         """
         events, dropped = self._engine.take_kv_events()
         if dropped:
@@ -36,8 +36,8 @@ class Sessions(Calls):
 
         Each is `{"request_id", "time", "event"}` with `time` in seconds since 1970 and `event` one of "queued", "scheduled"
         (given cache and a place in the steps; has `cached_tokens`), "restoring" (waits for `pages` of `kv_offload_dir`),
-        "preempted", "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`. `InferError` if events were
-        lost because nobody asked for too long.
+        "preempted", "first_token" and "ended" (has `finish_reason`). Needs `LLM(trace=True)`; `InferError` without it, and if
+        events were lost because nobody asked for too long.
         """
         events, dropped = self._engine.take_trace()
         if dropped:

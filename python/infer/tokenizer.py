@@ -34,6 +34,7 @@ class Tokenizer:
         *,
         tokenize: Literal[False] = False,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         **template_kwargs: Any,
@@ -46,6 +47,7 @@ class Tokenizer:
         *,
         tokenize: Literal[True],
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         **template_kwargs: Any,
@@ -57,6 +59,7 @@ class Tokenizer:
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         **template_kwargs: Any,
@@ -71,6 +74,9 @@ class Tokenizer:
             Return token ids instead of text. Templates write their special tokens themselves, so none are added.
         add_generation_prompt
             End where the assistant's answer begins.
+        continue_final_message
+            End where the last message's content ends, so that it is continued and not answered; `InferError` if the template
+            rewrites it.
         tools
             Function descriptions, for templates that show them to the model.
         chat_template
@@ -82,6 +88,7 @@ class Tokenizer:
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             chat_template=chat_template,
             template_kwargs=template_kwargs or None,
         )

@@ -55,6 +55,28 @@ def test_sampling_parameters_of_a_wrong_type(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
 
 
+NUMBERS = ("n", "temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "presence_penalty")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, True) for name in NUMBERS),
+        ("stop_token_ids", [True]),
+        ("logit_bias", {True: 1.0}),
+        ("logit_bias", {1: True}),
+    ],
+)
+def test_truth_values_are_no_numbers(name: str, value: Any, llm: LLM) -> None:
+    with pytest.raises(InferError, match=f"{name}.*True"):
+        SamplingParams(**{name: value})
+    for option in ("priority", "timeout"):
+        with pytest.raises(InferError, match=f"{option} must be .*True"):
+            llm.generate("One", **{option: True})
+    with pytest.raises(InferError, match=r"token_ids\[0\] is True"):
+        llm.logits([True])
+
+
 def test_min_tokens_above_max_tokens() -> None:
     with pytest.raises(InferError, match="min_tokens"):
         SamplingParams(min_tokens=9, max_tokens=8)
@@ -95,7 +117,9 @@ def test_sampling_parameters_are_values() -> None:
         ("kv_cache_dtype", {"skip_layers": [0, 1.5]}, r"skip_layers\"\]\[1\].*number of a layer, got 1.5"),
         ("kv_cache_dtype", {"skip_layers": [10**20]}, r"skip_layers\"\]\[0\].*got 1000000"),
         ("kv_cache_dtype", {"value": "int8", "skip_layers": [99]}, r"skip_layers\"\] must name layers.*from -\d+ to \d+, got 99"),
+        ("kv_cache_dtype", {"skip_layers": [True]}, r"skip_layers\"\]\[0\].*number of a layer, got True"),
         ("threads", 0, "threads.*0"),
+        ("threads", True, "threads must be at least 1, got True"),
         ("max_model_len", 0, "max_model_len.*0"),
         ("max_model_len", 10**9, "max_model_len"),
         ("max_num_seqs", 0, "max_num_seqs.*0"),

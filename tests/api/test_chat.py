@@ -50,6 +50,31 @@ def test_many_conversations_at_once(llm: LLM) -> None:
     assert [output.outputs[0].text for output in llm.chat([MESSAGES, MESSAGES[2:]], PARAMS)] == alone
 
 
+def test_a_last_message_is_continued(llm: LLM) -> None:
+    """As in vLLM and transformers: the prompt ends where the last message's content does, and the answer goes on from there."""
+    begun = [*MESSAGES, {"role": "assistant", "content": "Once upon a"}]
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    asked = llm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    (output,) = llm.chat(begun, PARAMS, **options)
+    assert output.prompt == asked + "Once upon a" == llm.tokenizer.apply_chat_template(begun, **options)
+    assert "".join(llm.stream_chat(begun, PARAMS, **options)) == output.outputs[0].text
+    assert output.outputs[0].text == llm.generate(output.prompt, PARAMS)[0].outputs[0].text
+    parts = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "Once upon a"}]}]
+    assert llm.chat(parts, PARAMS, **options)[0].prompt == output.prompt
+    with pytest.raises(InferError, match="add_generation_prompt"):
+        llm.chat(begun, PARAMS, continue_final_message=True)
+
+
+def test_of_several_conversations_the_wrong_one_is_named(llm: LLM) -> None:
+    good, long = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "a" * 9000}]
+    with pytest.raises(InferError, match=r"^messages\[1\]: the prompt has 90\d\d tokens"):
+        llm.chat([good, long], PARAMS)
+    with pytest.raises(InferError, match=r"^messages\[1\]: chat template: no"):
+        llm.chat([good, long], PARAMS, chat_template="{{ raise_exception('no') if messages[0].content | length > 9 }}")
+    with pytest.raises(InferError, match=r"^the prompt has"):
+        llm.chat(long, PARAMS)
+
+
 def test_another_template_and_its_variables(llm: LLM) -> None:
     template = "{{ greeting }}: {{ messages[0]['content'] }}"
     output = llm.chat(MESSAGES, PARAMS, chat_template=template, chat_template_kwargs={"greeting": "Hark"})[0]
@@ -98,7 +123,11 @@ def test_tokenizer_facade(llm: LLM) -> None:
         (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=1), "add_generation_prompt must be"),
         (lambda tokenizer: tokenizer.apply_chat_template([*MESSAGES, 5]), r"messages\[\d\]: expected an object .*, got 5"),
         (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, tools=5), "tools: expected a list"),
-        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, continue_final_message=True), "continue_final_message is no"),
+        (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, continue_final_message=1), "continue_final_message must be"),
+        (
+            lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, continue_final_message=True),
+            "continue_final_message must be False where add_generation_prompt is True",
+        ),
         (lambda tokenizer: tokenizer.apply_chat_template(MESSAGES, return_tensors="pt"), "return_tensors is no variable"),
     ],
 )

@@ -233,8 +233,9 @@ def test_parameters_must_fit_the_prompts(llm: LLM) -> None:
 
 
 def test_one_bad_prompt_leaves_nothing_running(llm: LLM) -> None:
-    with pytest.raises(InferError):
-        llm.generate(["good", [10**9]], SamplingParams(max_tokens=1000, ignore_eos=True))
+    for bad, words in (([10**9], "prompt token 1000000000"), ("x" * 9000, "the prompt has 9000 tokens")):
+        with pytest.raises(InferError, match=rf"prompts\[1\]: {words}"):
+            llm.generate(["good", bad], SamplingParams(max_tokens=1000, ignore_eos=True))
     (output,) = llm.generate("still here", GREEDY)
     assert output.metrics.queue_time is not None
     assert output.metrics.queue_time < 0.5

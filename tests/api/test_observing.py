@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 from infer import LLM, InferError, SamplingParams, model_info
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHORT = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -51,9 +55,24 @@ def test_a_trace_follows_every_request() -> None:
 def test_without_being_asked_nothing_is_traced() -> None:
     with LLM(threads=1, max_model_len=256) as llm:
         llm.generate("One", SHORT)
-        assert llm.trace_events() == []
+        with pytest.raises(InferError, match=r"trace_events: nothing is recorded; LLM\(trace=True\) keeps"):
+            llm.trace_events()
+        with pytest.raises(InferError, match=r"kv_events: nothing is recorded; LLM\(kv_events=True\) keeps"):
+            llm.kv_events()
         with pytest.raises(InferError, match="trace"):
             LLM(trace="yes")  # type: ignore[arg-type]
+
+
+def test_what_needs_the_prefix_cache_says_so(tmp_path: Path) -> None:
+    for option in ({"kv_events": True}, {"kv_offload_dir": tmp_path / "kv"}):
+        with pytest.raises(InferError, match=f"{next(iter(option))} needs enable_prefix_caching=True"):
+            LLM(enable_prefix_caching=False, **option)  # type: ignore[arg-type]
+    with LLM(threads=1, max_model_len=256, enable_prefix_caching=False) as llm:
+        llm.generate([list(range(5, 45))], SHORT)
+        with pytest.raises(InferError, match="save_session needs LLM"):
+            llm.save_session(tmp_path / "session", list(range(5, 45)))
+        with pytest.raises(InferError, match="load_session needs LLM"):
+            llm.load_session(tmp_path / "session")
 
 
 def test_the_cache_a_model_would_get_is_told_beforehand() -> None:

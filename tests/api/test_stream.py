@@ -47,6 +47,16 @@ def test_several_prompts_and_completions(llm: LLM) -> None:
     assert found == expected
 
 
+def test_log_probabilities_of_prompts_come_with_the_first_piece(llm: LLM) -> None:
+    params = PARAMS.replace(n=2, prompt_logprobs=1, max_tokens=4)
+    outputs = llm.generate(["The fox", "The hen"], params)
+    for place, output in enumerate(outputs):
+        pieces = [piece for piece in llm.stream(["The fox", "The hen"], params) if piece.prompt_index == place]
+        assert pieces[0].prompt_logprobs == output.prompt_logprobs is not None
+        assert [piece.prompt_logprobs for piece in pieces[1:]] == [None] * (len(pieces) - 1)
+    assert all(piece.prompt_logprobs is None for piece in llm.stream("The fox", PARAMS))
+
+
 def test_leaving_the_loop_cancels(llm: LLM) -> None:
     endless = SamplingParams(max_tokens=1500, ignore_eos=True, temperature=0)
     for _ in llm.stream(["Once"] * 16, endless):

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from infer import InferError, model_info
+from infer.cli.diff import compare
 
 if TYPE_CHECKING:
     import subprocess
@@ -29,8 +36,24 @@ def test_rounding_shows(infer_cli: Cli) -> None:
     assert 0 < float(figures["mean kl divergence"]) < 0.1
 
 
+def test_one_way_may_end_before_the_other(infer_cli: Cli) -> None:
+    done = infer_cli("diff", *EXACT, "--first", "max_model_len=60", "--second", "dtype=float32", "--json")
+    found = json.loads(done.stdout)
+    assert found["tokens"] + found["generated_tokens"] == 60 and found["first_divergent_token"] is None
+
+
+def test_two_models(infer_cli: Cli) -> None:
+    draft = str(Path(model_info().path).with_name("tinylm-draft.gguf"))
+    done = infer_cli("diff", *EXACT, "--second", f"model={draft}", "--second", "threads=1", "-n", "4", "--json")
+    found = json.loads(done.stdout)
+    assert found["mean_kl_divergence"] > 0.1 and found["second"] == {"model": draft, "threads": 1}
+    first, second = (np.zeros((3, 5), np.float32), [1]), (np.zeros((3, 6), np.float32), [1])
+    with pytest.raises(InferError, match="--first has a vocabulary of 5 tokens, --second one of 6"):
+        compare(first, second)
+
+
 def test_what_no_way_is(infer_cli: Cli) -> None:
-    for wrong, words in (("devise=cuda", "devise"), ("device", "NAME=VALUE"), ("device=tpu", "tpu")):
+    for wrong, words in (("devise=cuda", "--first: "), ("device", "--first: 'device' is no NAME=VALUE"), ("device=tpu", "tpu")):
         done = infer_cli("diff", "--first", wrong)
         assert done.returncode == 1
         assert words in done.stderr and "Traceback" not in done.stderr

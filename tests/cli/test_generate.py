@@ -50,6 +50,26 @@ def test_any_field_of_the_parameters(infer_cli: Cli, llm: LLM) -> None:
     assert infer_cli("generate", "The king", "-n", "4", "-p", "n=2").stdout.count("--- ") == 2
 
 
+def test_log_probabilities_are_in_the_json(infer_cli: Cli, llm: LLM) -> None:
+    options = ("-n", "4", "--temperature", "0", "-p", "logprobs=2", "-p", "prompt_logprobs=1")
+    document = json.loads(infer_cli("generate", "The king", *options, "-p", "stop= and", "--json").stdout)
+    params = llm.default_sampling_params(max_tokens=4, temperature=0, logprobs=2, prompt_logprobs=1)
+    (output,) = llm.generate("The king", params)
+    (completion,) = output.outputs
+    (found,) = document["outputs"]
+    assert found["cumulative_logprob"] == completion.cumulative_logprob
+    for rows, expected in (
+        (found["logprobs"], completion.logprobs),
+        (document["prompt_logprobs"][1:], output.prompt_logprobs[1:]),
+    ):
+        assert [[(one["token_id"], one["logprob"], one["rank"], one["decoded_token"]) for one in row] for row in rows] == [
+            [(token, one.logprob, one.rank, one.decoded_token) for token, one in row.items()] for row in expected
+        ]
+    assert document["prompt_logprobs"][0] is None
+    assert "logprobs is shown nowhere here; --json shows them" in infer_cli("generate", "The king", *options).stderr
+    assert "logprobs is shown nowhere" in infer_cli("chat", "-p", "logprobs=1", stdin="Hi").stderr
+
+
 def test_biases_by_token(infer_cli: Cli) -> None:
     done = infer_cli("generate", "The king", "-n", "3", "--temperature", "0", "-p", 'logit_bias={"100": 100}', "--json")
     assert json.loads(done.stdout)["outputs"][0]["token_ids"] == [100, 100, 100]

@@ -174,6 +174,17 @@ class Device:
         return KvLayer(keys, values, key_type, value_type, kv_heads, head_dim, pages, *scales)
 
 
+def same_in_any_company(gpu: Device, weight: Weight, x: np.ndarray, parts: tuple[tuple[int, int], ...]) -> None:
+    """Assert that each row's product has the same bits in some parts (first, count) of the rows; the first is all of them."""
+    whole = np.empty(0)
+    for first, count in parts:
+        output = gpu.blank(count, weight.rows, "f32")
+        gpu.ops.linear(gpu.rows(x[first : first + count], "bf16"), output, weight)
+        found = gpu.read(output)
+        whole = whole if whole.size else found
+        assert (found == whole[first : first + count]).all()
+
+
 @cache
 def device() -> Device:
     """Return the first GPU, or skip."""

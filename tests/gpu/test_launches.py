@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from busy import busy_thread
 from golden_table import GOLDEN
 from samples import PROMPTS, kinds, same_choices
 
@@ -204,24 +204,6 @@ def test_steps_go_on_while_nobody_can_have_pythons_lock(
         thread.join()
     steps = [(after - before) % 7 for before, after in pairwise(found[50:])]
     assert set(steps) == {1}, "each step's own choice, a step after the other's"
-
-
-@contextmanager
-def busy_thread() -> Iterator[None]:
-    """A thread that computes in Python all the time."""
-    is_over = threading.Event()
-
-    def compute() -> None:
-        while not is_over.is_set():
-            sum(range(1000))
-
-    thread = threading.Thread(target=compute)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def on_the_gpu(**options: Any) -> LLM:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device import Device, device, error, rounded
+from device import Device, device, error, rounded, same_in_any_company
 from test_packing import KINDS as PACKED
 from test_packing import put, random_parts
 from test_packing import values_of as packed_values
@@ -96,15 +96,9 @@ def test_divisions(kind: str, division: tuple[int, int, int], monkeypatch: pytes
 @pytest.mark.parametrize("sizes", [((0, 64), (0, 33), (3, 17), (36, 28)), ((0, 128), (0, 80), (60, 68))])
 def test_rows_do_not_depend_on_company(kind: str, sizes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch)
-    gpu, x = device(), normal(128, 4096)
+    gpu = device()
     weight, _ = weight_of(gpu, kind, (1536, 4096), None)
-    found = []
-    for first, count in sizes:
-        output = gpu.blank(count, 1536, "f32")
-        gpu.ops.linear(gpu.rows(x[first : first + count], "bf16"), output, weight)
-        found.append((first, gpu.read(output)))
-    for first, result in found[1:]:
-        assert (result == found[0][1][first : first + len(result)]).all()
+    same_in_any_company(gpu, weight, normal(128, 4096), sizes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,6 +34,7 @@ from infer.cli.common import (
     complain,
     metrics_json,
     need_tokenizer,
+    no_logprobs,
     parameter,
     print_json,
     sampling,
@@ -234,6 +235,7 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
 def _single(params: SamplingParams) -> SamplingParams:
     if params.n != 1:
         raise InferError(f"n: {params.n} answers to one question make no conversation; use 1")
+    no_logprobs(params, "`infer generate --json` shows them")
     return params
 
 

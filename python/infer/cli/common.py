@@ -98,17 +98,24 @@ def _fields(params: SamplingParams) -> list[str]:
     return sorted(name for name in dir(kind) if not name.startswith("_") and not callable(getattr(kind, name)))
 
 
+def no_logprobs(params: SamplingParams, where: str) -> None:
+    """Refuse log-probabilities where nothing shows them."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise InferError(f"--param: {name} is shown nowhere here; {where}")
+
+
 def need_tokenizer(llm: LLM) -> None:
     """Refuse a model whose input and output are token ids only."""
     if not llm.info.has_tokenizer:
         raise InferError("this model has no tokenizer: the command line needs one; in Python, LLM.generate takes token ids")
 
 
-def parameter(text: str) -> tuple[str, Any]:
-    """Read `name=value`; the value is JSON, or else a string."""
+def parameter(text: str, option: str = "--param", example: str = "top_p=0.9") -> tuple[str, Any]:
+    """Read an option's `name=value`; the value is JSON, or else a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise InferError(f"--param: {text!r} is no NAME=VALUE, such as top_p=0.9")
+        raise InferError(f"{option}: {text!r} is no NAME=VALUE, such as {example}")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):

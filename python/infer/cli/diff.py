@@ -1,20 +1,28 @@
-"""`infer diff`: two ways to compute a model, compared on a text."""
+"""`infer diff`: two ways to compute a model, or two models of one vocabulary, compared on a text."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infer import LLM, InferError, SamplingParams
 from infer.cli.common import JsonOption, MaxTokensOption, ParamOption, parameter, print_json
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
 TEXT = """The old lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down the weather. One night
 the wind came from the north, and with it a small boat that nobody had been waiting for."""
 
 FirstOption = Annotated[
     list[str] | None,
-    typer.Option("--first", metavar="NAME=VALUE", help="An option of LLM for the first way (device=cpu); may be repeated."),
+    typer.Option(
+        "--first", metavar="NAME=VALUE", help="An option of LLM for the first way (device=cpu), model= too; may be repeated."
+    ),
 ]
 SecondOption = Annotated[
     list[str] | None,
@@ -32,10 +40,17 @@ def diff(
     max_tokens: MaxTokensOption = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two ways to compute a model, such as CPU and GPU: logits of a text, and what each writes after it, greedily."""
-    ways = [_options(first, {"device": "cpu"}), _options(second, {"device": "cuda"})]
-    found = compare(*(_computed(model, way, prompt, max_tokens) for way in ways))
-    report = {"first": ways[0], "second": ways[1], **found}
+    """Compare two ways to compute a model, such as CPU and GPU: logits of a text, and what each writes after it, greedily.
+
+    `--second model=OTHER` compares two models of one vocabulary, such as one and its quantization, on the tokens of the first.
+    """
+    ways = {
+        "first": _options("--first", first, {"device": "cpu"}),
+        "second": _options("--second", second, {"device": "cuda"}),
+    }
+    token_ids, *ours = _computed("--first", {"model": model, **ways["first"]}, prompt, max_tokens)
+    _, *theirs = _computed("--second", {"model": model, **ways["second"]}, token_ids, max_tokens)
+    report = {**ways, **compare(ours, theirs)}
     if as_json:
         print_json(report)
     else:
@@ -43,33 +58,40 @@ def diff(
             typer.echo(f"{name.replace('_', ' '):32} {value}")
 
 
-def _options(texts: ParamOption, usual: dict[str, Any]) -> dict[str, Any]:
-    return dict(parameter(text) for text in texts) if texts else usual
+def _options(side: str, texts: ParamOption, usual: dict[str, Any]) -> dict[str, Any]:
+    return dict(parameter(text, side, "dtype=float32") for text in texts) if texts else usual
 
 
-def _computed(model: str | None, options: dict[str, Any], prompt: str, max_tokens: int) -> tuple[Any, list[int]]:
-    """Logits of a prompt's tokens, and the greedy continuation."""
+def _computed(
+    side: str, options: dict[str, Any], prompt: str | list[int], max_tokens: int
+) -> tuple[list[int], NDArray[np.float32], list[int]]:
+    """Return a prompt's tokens, their logits (tokens, vocabulary), and the greedy continuation."""
     try:
-        llm = LLM(model, **options)
+        llm = LLM(**options)
     except TypeError as error:
-        raise InferError(f"diff: {error}") from error
+        raise InferError(f"{side}: {error}") from error
     with llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        return llm.logits(prompt), list(llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        return output.prompt_token_ids, llm.logits(output.prompt_token_ids), output.outputs[0].token_ids
 
 
-def compare(first: tuple[Any, list[int]], second: tuple[Any, list[int]]) -> dict[str, Any]:
-    """Tell how far logits (tokens, vocabulary) and continuations are apart.
+def compare(first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any]:
+    """Tell how far apart two ways are, of which each has logits (tokens, vocabulary) and a continuation.
 
     Differences of logits are absolute; the divergence is Kullback and Leibler's, in nats, of the second from the first.
     """
     import numpy as np
 
     (ours, written), (theirs, other) = first, second
+    if ours.shape != theirs.shape:
+        sizes = f"{ours.shape[1]} tokens, --second one of {theirs.shape[1]}"
+        raise InferError(f"--first has a vocabulary of {sizes}; only models of one vocabulary can be compared")
     difference = np.abs(ours - theirs)
     logs = [values - np.logaddexp.reduce(values, axis=-1, keepdims=True) for values in (ours.astype(float), theirs.astype(float))]
     divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
-    parted = [place for place, (a, b) in enumerate(zip(written, other, strict=True)) if a != b]
+    # As far as both wrote: max_model_len may end one before the other.
+    parted = [place for place, (a, b) in enumerate(zip(written, other, strict=False)) if a != b]
     return {
         "tokens": len(ours),
         "largest_difference": float(difference.max()),
@@ -78,6 +100,6 @@ def compare(first: tuple[Any, list[int]], second: tuple[Any, list[int]]) -> dict
         "mean_kl_divergence": float(divergence.mean()),
         "largest_kl_divergence": float(divergence.max()),
         "same_likeliest_token": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-        "generated_tokens": len(written),
+        "generated_tokens": min(len(written), len(other)),
         "first_divergent_token": parted[0] if parted else None,
     }

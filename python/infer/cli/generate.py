@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from infer.cli.common import (
     ThreadsOption,
     metrics_json,
     need_tokenizer,
+    no_logprobs,
     print_json,
     sampling,
     say,
@@ -30,7 +32,7 @@ from infer.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from infer import RequestOutput, SamplingParams, StreamOutput
+    from infer import CompletionOutput, Logprob, RequestOutput, SamplingParams, StreamOutput
 
 
 def generate(
@@ -54,6 +56,8 @@ def generate(
     with LLM(model, device=device, threads=threads, dtype=dtype, quantization=quantization, max_model_len=max_model_len) as llm:
         need_tokenizer(llm)
         params = sampling(llm, max_tokens, temperature, seed, stop, param)
+        if not as_json:
+            no_logprobs(params, "--json shows them")
         if as_json:
             print_json(_document(llm, text, llm.generate(text, params)[0]))
         elif params.n == 1:
@@ -97,9 +101,21 @@ def _standard_input() -> str:
 
 
 def _document(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:
-    return {
-        "model": llm.info.path,
-        "prompt": prompt,
-        "outputs": [{"text": one.text, "token_ids": one.token_ids, "finish_reason": one.finish_reason} for one in output.outputs],
-        "metrics": metrics_json(output.metrics),
-    }
+    document: dict[str, Any] = {"model": llm.info.path, "prompt": prompt}
+    document["outputs"] = [_completion(one) for one in output.outputs]
+    if output.prompt_logprobs is not None:
+        document["prompt_logprobs"] = [None if row is None else _logprobs(row) for row in output.prompt_logprobs]
+    return {**document, "metrics": metrics_json(output.metrics)}
+
+
+def _completion(output: CompletionOutput) -> dict[str, Any]:
+    found: dict[str, Any] = {"text": output.text, "token_ids": output.token_ids}
+    found |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+    if output.logprobs is not None:
+        found |= {"cumulative_logprob": output.cumulative_logprob, "logprobs": [_logprobs(row) for row in output.logprobs]}
+    return found
+
+
+def _logprobs(row: dict[int, Logprob]) -> list[dict[str, Any]]:
+    """Return one token's log-probabilities as JSON takes them, which has no numbers for keys."""
+    return [{"token_id": token, **asdict(one)} for token, one in row.items()]

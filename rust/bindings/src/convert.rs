@@ -1,8 +1,10 @@
 //! Python values to Rust ones, with refusals that name the argument.
 
+use std::any::TypeId;
+
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
-use pyo3::types::{PyMapping, PyString};
+use pyo3::types::{PyBool, PyMapping, PyString};
 
 use crate::error::refusal;
 
@@ -24,11 +26,13 @@ impl<T> Arg<T> {
     }
 }
 
-impl<'py, T: for<'a> FromPyObject<'a, 'py>> FromPyObject<'_, 'py> for Arg<T> {
+impl<'py, T: for<'a> FromPyObject<'a, 'py> + 'static> FromPyObject<'_, 'py> for Arg<T> {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        Ok(Self(object.extract::<T>().map_err(|_| shown(&object))))
+        let is_flag = TypeId::of::<T>() == TypeId::of::<bool>();
+        let value = if is_flag { object.extract().ok() } else { number(&object) };
+        Ok(Self(value.ok_or_else(|| shown(&object))))
     }
 }
 
@@ -134,12 +138,16 @@ pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
             return Err(refusal(format!("{name} must hold at most {MAX_TOKEN_IDS} token ids, got more")));
         }
         let item = item?;
-        let Ok(id) = item.extract::<u32>() else {
-            return Err(refusal(format!("{name}[{position}] is {}, which is not a token id", shown(&item))));
-        };
-        ids.push(id);
+        ids.push(number(&item).ok_or_else(|| {
+            refusal(format!("{name}[{position}] is {}, which is not a token id", shown(&item)))
+        })?);
     }
     Ok(ids)
+}
+
+/// A number, if it is one. To Python, True is an integer, too; whoever gives it for a number has mistaken the argument.
+pub fn number<'py, T: for<'a> FromPyObject<'a, 'py>>(object: &Bound<'py, PyAny>) -> Option<T> {
+    if object.is_instance_of::<PyBool>() { None } else { object.extract().ok() }
 }
 
 /// What a user calls the type of `object`.

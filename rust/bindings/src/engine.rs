@@ -1,11 +1,10 @@
 //! `Engine`: a loaded model and the thread that runs requests on it.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use infer_engine::{Driver, Handover, RequestKind, SubmitOptions};
-use infer_store::Store;
+use infer_engine::{Driver, RequestKind, SubmitOptions};
 use numpy::PyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -22,34 +21,25 @@ use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
+use crate::running::Running;
 use crate::settings::{
-    MAX_THREADS, OffloadArgs, SpeculationArgs, read_load_format, read_offload, read_packed_cache,
-    read_quantization, read_speculation, salt, seconds, thread_count,
+    MAX_THREADS, OffloadArgs, SpeculationArgs, check_prefix_options, read_load_format, read_offload,
+    read_packed_cache, read_quantization, read_speculation, salt, seconds, thread_count,
 };
 use crate::tier::{load_session, save_session};
 use crate::tokenizer::{TextModel, Tokenizer, prompt_ids};
-use crate::wait::{briefly, deadline, interruptible, is_exiting, wait_until};
+use crate::wait::{briefly, deadline, interruptible, wait_until};
 use crate::work::WorkLink;
-
-const CLOSED: &str = "this LLM is closed";
-/// How long closing waits for pages to be written.
-const LAST_WRITES: Duration = Duration::from_secs(10);
-
-/// The driver until it is closed.
-type DriverSlot = Mutex<Option<Arc<Driver>>>;
 
 /// A loaded model and the thread that runs requests on it.
 #[pyclass(frozen, module = "infer._core")]
 pub struct Engine {
-    driver: Owned<DriverSlot>,
+    running: Owned<Running>,
     config: infer_engine::EngineConfig,
-    ended: Arc<OnceLock<()>>,
-    handover: Option<Arc<Handover>>,
     text: Option<Arc<TextModel>>,
     info: ModelInfo,
     threads: usize,
     packed_cache: (&'static str, Option<String>),
-    store: Mutex<Option<Arc<Store>>>,
     namespace: [u8; 32],
     page_bytes: usize,
     began: Duration,
@@ -59,13 +49,13 @@ pub struct Engine {
 impl Engine {
     #[new]
     #[pyo3(signature = (
-        path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=Arg::int(MAX_NUM_SEQS as i128),
-        max_num_batched_tokens=Arg::int(MAX_NUM_BATCHED_TOKENS as i128), enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
+        path, *, dtype=Arg::of("auto".to_owned()), threads=None, max_model_len=None, max_num_seqs=None,
+        max_num_batched_tokens=None, enable_prefix_caching=Arg::of(true), kv_cache_dtype=None,
         kv_cache_memory_bytes=None, quantization=None, seed=Arg::int(0), mmap=Arg::of(true), packed_cache_dir=None, max_waiting=None,
         priority_patience=Arg::of(10.0), step_time_target=Some(Arg::of(0.1)), speculation=None, kv_offload=None,
         kv_events=Arg::of(false), trace=Arg::of(false), load_format=Arg::of("auto".to_owned()), outside=None
-    ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=64, \
-        max_num_batched_tokens=512, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
+    ), text_signature = "(path, *, dtype='auto', threads=None, max_model_len=None, max_num_seqs=None, \
+        max_num_batched_tokens=None, enable_prefix_caching=True, kv_cache_dtype='auto', kv_cache_memory_bytes=None, \
         quantization=None, seed=0, mmap=True, packed_cache_dir=None, max_waiting=None, priority_patience=10.0, step_time_target=0.1, \
         speculation=None, kv_offload=None, kv_events=False, trace=False, load_format='auto', outside=None)")]
     fn new(
@@ -74,8 +64,8 @@ impl Engine {
         dtype: Arg<String>,
         threads: Option<Arg<Int>>,
         max_model_len: Option<Arg<Int>>,
-        max_num_seqs: Arg<Int>,
-        max_num_batched_tokens: Arg<Int>,
+        max_num_seqs: Option<Arg<Int>>,
+        max_num_batched_tokens: Option<Arg<Int>>,
         enable_prefix_caching: Arg<bool>,
         kv_cache_dtype: Option<Bound<'_, PyAny>>,
         kv_cache_memory_bytes: Option<Arg<Int>>,
@@ -107,8 +97,10 @@ impl Engine {
                 threads: threads
                     .map_or(Ok(infer_kernels::default_threads().min(MAX_THREADS)), thread_count)?,
                 max_model_len: max_model_len.map(|length| length.positive("max_model_len")).transpose()?,
-                max_num_seqs: max_num_seqs.positive("max_num_seqs")?,
-                max_num_batched_tokens: max_num_batched_tokens.positive("max_num_batched_tokens")?,
+                max_num_seqs: max_num_seqs
+                    .map_or(Ok(MAX_NUM_SEQS), |count| count.positive("max_num_seqs"))?,
+                max_num_batched_tokens: max_num_batched_tokens
+                    .map_or(Ok(MAX_NUM_BATCHED_TOKENS), |count| count.positive("max_num_batched_tokens"))?,
                 enable_prefix_caching: enable_prefix_caching.flag("enable_prefix_caching")?,
                 kv_cache_memory_bytes: kv_cache_memory_bytes.map(memory).transpose()?,
                 seed,
@@ -125,6 +117,7 @@ impl Engine {
                 cache_events: kv_events.flag("kv_events")?,
                 trace: trace.flag("trace")?,
             };
+            check_prefix_options(&settings)?;
             interruptible(py, "infer-load", move || load(&settings)).map(Self::from_loaded)
         })
     }
@@ -179,16 +172,13 @@ impl Engine {
 
     /// Where an executor outside takes its work; None where this process's CPU computes.
     fn work_link(&self) -> PyResult<Option<WorkLink>> {
-        guarded(|| {
-            self.driver.get()?;
-            Ok(self.handover.clone().map(WorkLink::new))
-        })
+        guarded(|| Ok(self.running.get()?.handover().map(WorkLink::new)))
     }
 
     /// Whether `close` was called.
     #[getter]
     fn closed(&self) -> PyResult<bool> {
-        Ok(lock(self.driver.get()?).is_none())
+        Ok(self.running.get()?.open_driver().is_none())
     }
 
     /// Queue a prompt; returns at once.
@@ -267,6 +257,7 @@ impl Engine {
     ) -> PyResult<usize> {
         guarded(|| {
             let driver = self.driver()?;
+            self.check_sessions("save_session")?;
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
             let (salt, namespace) = (salt(cache_salt)?, self.namespace);
@@ -284,6 +275,7 @@ impl Engine {
     ) -> PyResult<(Vec<u32>, usize)> {
         guarded(|| {
             let driver = self.driver()?;
+            self.check_sessions("load_session")?;
             let path = path.get("path", "a path")?;
             let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
             interruptible(py, "infer-session", move || {
@@ -297,6 +289,7 @@ impl Engine {
     fn take_kv_events(&self) -> PyResult<(Vec<KvEvent>, u64)> {
         guarded(|| {
             let journal = self.driver()?.take_cache_events();
+            let journal = kept(self.config.cache_events, "kv_events", "kv_events", journal)?;
             Ok((journal.entries.into_iter().map(kv_event).collect(), journal.dropped))
         })
     }
@@ -306,6 +299,7 @@ impl Engine {
     fn take_trace(&self) -> PyResult<(Vec<Moment>, u64)> {
         guarded(|| {
             let journal = self.driver()?.take_trace();
+            let journal = kept(self.config.trace, "trace_events", "trace", journal)?;
             Ok((journal.entries.iter().map(|event| moment(event, self.began)).collect(), journal.dropped))
         })
     }
@@ -313,7 +307,7 @@ impl Engine {
     /// Counters since the start, gauges now and distributions.
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(|| {
-            let stats = lock(&self.store).as_ref().map(|store| store.stats());
+            let stats = self.running.get()?.store_stats();
             engine_metrics(py, &self.driver()?.metrics(), stats)
         })
     }
@@ -322,27 +316,14 @@ impl Engine {
     #[pyo3(signature = (timeout=None))]
     fn drain(&self, py: Python<'_>, timeout: Option<Arg<f64>>) -> PyResult<bool> {
         guarded(|| {
-            let Some(driver) = lock(self.driver.get()?).clone() else { return Ok(true) };
+            let Some(driver) = self.running.get()?.open_driver() else { return Ok(true) };
             wait_until(py, deadline(timeout)?, |span| driver.drain(Some(span)))
         })
     }
 
     /// Abort what runs, join the thread, free weights and cache; harmless when repeated.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        guarded(|| {
-            // The lock must be free before the GIL is let go: other threads take it while they hold the GIL.
-            let (driver, ended) = (lock(self.driver.get()?).take(), Arc::clone(&self.ended));
-            let store = lock(&self.store).take();
-            // A step may be in flight, and Ctrl-C need not wait for it.
-            interruptible(py, "infer-close", move || {
-                // Whoever closes it after another waits for the other.
-                driver.map_or_else(|| *ended.wait(), |driver| driver.close());
-                // What the engine handed over last is still on its way to the disk.
-                let _ = store.map(|store| store.flush(Some(LAST_WRITES)));
-                let _ = ended.set(());
-                Ok(())
-            })
-        })
+        guarded(|| self.running.get()?.close(py))
     }
 }
 
@@ -350,51 +331,39 @@ impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
         Self {
             config: loaded.driver.config().clone(),
-            driver: Owned::new(Mutex::new(Some(Arc::new(loaded.driver)))),
-            ended: Arc::default(),
-            handover: loaded.handover,
+            running: Owned::new(Running::new(loaded.driver, loaded.store, loaded.handover)),
             text: loaded.text,
             info: loaded.info,
             threads: loaded.threads,
             packed_cache: loaded.packed_cache,
-            store: Mutex::new(loaded.store),
             namespace: loaded.namespace,
             page_bytes: loaded.page_bytes,
             began: loaded.began,
         }
     }
 
-    /// An executor on a Python thread does nothing more once the interpreter exits.
-    fn stop_executor(&self) {
-        if let Some(handover) = &self.handover {
-            handover.stop("the interpreter is exiting");
+    /// Sessions are what the prefix cache holds.
+    fn check_sessions(&self, name: &str) -> PyResult<()> {
+        match self.config.enable_prefix_caching {
+            true => Ok(()),
+            false => Err(refusal(format!(
+                "{name} needs LLM(enable_prefix_caching=True), which this one was made without"
+            ))),
         }
     }
 
     fn driver(&self) -> PyResult<Arc<Driver>> {
-        lock(self.driver.get()?).clone().ok_or_else(|| refusal(CLOSED))
+        self.running.get()?.driver()
     }
 }
 
-impl Drop for Engine {
-    fn drop(&mut self) {
-        let Ok(slot) = self.driver.get() else { return };
-        let Some(driver) = lock(slot).take() else { return };
-        // The last step may still run: other Python threads go on meanwhile, unless the interpreter is exiting.
-        let closing = Arc::clone(&driver);
-        let close = |py: Python<'_>| {
-            if self.handover.is_some() && is_exiting(py) {
-                self.stop_executor();
-            }
-            py.detach(|| closing.close());
-        };
-        if Python::try_attach(close).is_none() {
-            self.stop_executor();
-            driver.close();
-        }
+/// A journal, if it is kept.
+///
+/// # Errors
+/// Nobody asked for it when the engine was made: what it would tell is lost.
+fn kept<T>(is_kept: bool, name: &str, option: &str, journal: T) -> PyResult<T> {
+    match is_kept {
+        true => Ok(journal),
+        false => Err(refusal(format!("{name}: nothing is recorded; LLM({option}=True) keeps this journal"))),
     }
-}
-
-fn lock<T>(slot: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,7 +5,7 @@ use infer_model::KvTypes;
 use pyo3::prelude::*;
 use pyo3::types::{PyMapping, PyString};
 
-use crate::convert::{shown, text};
+use crate::convert::{number, shown, text};
 use crate::error::refusal;
 
 const NAME: &str = "kv_cache_dtype";
@@ -82,10 +82,9 @@ fn layers(value: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
         if position == MAX_SKIPPED {
             return Err(refusal(format!("{name} must name at most {MAX_SKIPPED} layers, got more")));
         }
-        let number = item.extract::<i64>().map_err(|_| {
+        layers.push(number(&item).ok_or_else(|| {
             refusal(format!("{name}[{position}] must be the number of a layer, got {}", shown(&item)))
-        })?;
-        layers.push(number);
+        })?);
     }
     Ok(layers)
 }

@@ -15,7 +15,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use infer_engine::{
-    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, SizeLimits, StepSize, Ticket, Work, padded,
+    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, SizeFields, SizeLimits, StepSize, Ticket,
+    Work, padded,
 };
 use infer_kernels::PAGE_TOKENS;
 use numpy::PyArrayDyn;
@@ -24,9 +25,6 @@ use pyo3::prelude::*;
 use crate::driver::{Driver, Handle, Pinned, Pointer};
 use crate::error::{guarded, refusal};
 use crate::owned::Owned;
-
-/// Rows, sequences, rows with logits; whether it only decodes, is plain, is captured.
-type SizeArgs = (usize, usize, usize, bool, bool, bool);
 
 /// Rows, sequences, rows with logits, pieces of attention if they are bounded, their pages, rows of a decoding sequence, whether graphs are captured.
 type LimitArgs = (usize, usize, usize, Option<usize>, usize, usize, bool);
@@ -94,12 +92,8 @@ impl StepLauncher {
     }
 
     /// What a step is padded to.
-    fn size(&self, work: PyRef<'_, crate::work::Work>) -> PyResult<SizeArgs> {
-        guarded(|| {
-            let size = work.batch()?.size(&self.lock()?.limits);
-            let StepSize { rows, sequences, wanted, only_decode, is_plain, is_captured } = size;
-            Ok((rows, sequences, wanted, only_decode, is_plain, is_captured))
-        })
+    fn size(&self, work: PyRef<'_, crate::work::Work>) -> PyResult<SizeFields> {
+        guarded(|| Ok(work.batch()?.size(&self.lock()?.limits).into()))
     }
 
     /// Which half of the pinned memory the step that begins now has: the one that the step before did not have.
@@ -108,11 +102,9 @@ impl StepLauncher {
     }
 
     /// Steps of this size that draw so, or not at all, are this graph from now on; `owner` keeps it alive.
-    fn add(&self, size: SizeArgs, kind: Option<u8>, graph: Handle, owner: Py<PyAny>) -> PyResult<()> {
+    fn add(&self, size: SizeFields, kind: Option<u8>, graph: Handle, owner: Py<PyAny>) -> PyResult<()> {
         guarded(|| {
-            let (rows, sequences, wanted, only_decode, is_plain, is_captured) = size;
-            let size = StepSize { rows, sequences, wanted, only_decode, is_plain, is_captured };
-            self.lock()?.graphs.insert((size, kind), Graph { handle: graph, _owner: owner });
+            self.lock()?.graphs.insert((size.into(), kind), Graph { handle: graph, _owner: owner });
             Ok(())
         })
     }

@@ -26,6 +26,7 @@ mod params;
 mod quantize;
 mod ready;
 mod request;
+mod running;
 mod settings;
 mod sources;
 mod steps;

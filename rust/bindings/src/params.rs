@@ -7,7 +7,7 @@ use infer_engine as core;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyString, PyTuple};
 
-use crate::convert::{Arg, Int, text, token_ids, type_name};
+use crate::convert::{Arg, Int, number, text, token_ids, type_name};
 use crate::error::{guarded, refusal};
 
 /// How to choose tokens and when to stop; names, defaults and meanings are vLLM's. Immutable.
@@ -55,16 +55,16 @@ impl SamplingParams {
         guarded(|| {
             let count = "None or at least 0";
             // -0.0 equals 0.0 but would hash apart.
-            let number = |name: &str, value: Arg<f64>| Ok::<_, PyErr>(value.number(name)? + 0.0);
+            let real = |name: &str, value: Arg<f64>| Ok::<_, PyErr>(value.number(name)? + 0.0);
             let inner = core::SamplingParams {
                 n: n.fit("n", "from 1 to 1024")?,
-                temperature: number("temperature", temperature)?,
+                temperature: real("temperature", temperature)?,
                 top_k: keep_all_or(top_k)?,
-                top_p: number("top_p", top_p)?,
-                min_p: number("min_p", min_p)?,
-                repetition_penalty: number("repetition_penalty", repetition_penalty)?,
-                presence_penalty: number("presence_penalty", presence_penalty)?,
-                frequency_penalty: number("frequency_penalty", frequency_penalty)?,
+                top_p: real("top_p", top_p)?,
+                min_p: real("min_p", min_p)?,
+                repetition_penalty: real("repetition_penalty", repetition_penalty)?,
+                presence_penalty: real("presence_penalty", presence_penalty)?,
+                frequency_penalty: real("frequency_penalty", frequency_penalty)?,
                 seed: seed.map(|seed| seed.fit("seed", "from 0 to 2**64 - 1")).transpose()?,
                 max_tokens: max_tokens
                     .map(|tokens| tokens.fit("max_tokens", "None or at least 1"))
@@ -292,8 +292,8 @@ fn biases(object: &Bound<'_, PyAny>) -> PyResult<BTreeMap<u32, f32>> {
     let mut biases = BTreeMap::new();
     for item in mapping.items()?.iter() {
         let (key, value) = item.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
-        let wrong = |_| refusal(format!("logit_bias must map token ids to numbers, got {key}: {value}"));
-        biases.insert(key.extract().map_err(wrong)?, value.extract().map_err(wrong)?);
+        let wrong = || refusal(format!("logit_bias must map token ids to numbers, got {key}: {value}"));
+        biases.insert(number(&key).ok_or_else(wrong)?, number(&value).ok_or_else(wrong)?);
     }
     Ok(biases)
 }

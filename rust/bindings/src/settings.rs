@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::convert::{Arg, Int};
 use crate::error::refusal;
-use crate::load::Offload;
+use crate::load::{Offload, Settings};
 
 /// More than any machine has cores; each thread costs a stack.
 pub const MAX_THREADS: usize = 1024;
@@ -71,6 +71,17 @@ pub fn read_offload((dir, max_bytes): OffloadArgs) -> PyResult<Offload> {
     let dir = dir.get("kv_offload_dir", "None or a path")?;
     let max_bytes = max_bytes.positive("kv_offload_max_bytes")? as u64;
     Ok(Offload { dir, max_bytes })
+}
+
+/// Refuses what only the prefix cache would do where there is to be none.
+pub fn check_prefix_options(settings: &Settings) -> PyResult<()> {
+    let options = [("kv_offload_dir", settings.offload.is_some()), ("kv_events", settings.cache_events)];
+    match options.iter().find(|(_, is_given)| *is_given && !settings.enable_prefix_caching) {
+        Some((name, _)) => Err(refusal(format!(
+            "{name} needs enable_prefix_caching=True, got False: it is about what the prefix cache holds"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// How tokens are guessed ahead, and the model that guesses.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infer_model::Checkpoint;
-use infer_text::{ChatTemplate, TextError};
+use infer_text::{ChatTemplate, Ending, TextError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use serde_json::{Map, Value};
@@ -20,11 +20,10 @@ const LONG_TEXT: usize = 1 << 16;
 
 /// Names that a template cannot be given: what it gets from arguments, and what transformers' function of this name would do
 /// afterwards. As variables they would be ignored without a word; None and False ask for nothing.
-const NO_VARIABLES: [&str; 10] = [
+const NO_VARIABLES: [&str; 9] = [
     "messages",
     "tools",
     "add_generation_prompt",
-    "continue_final_message",
     "return_tensors",
     "return_dict",
     "return_assistant_tokens_mask",
@@ -32,6 +31,18 @@ const NO_VARIABLES: [&str; 10] = [
     "truncation",
     "max_length",
 ];
+
+/// How a conversation ends.
+fn ending(add_generation_prompt: bool, continue_final_message: bool) -> PyResult<Ending> {
+    match (add_generation_prompt, continue_final_message) {
+        (true, true) => Err(refusal(
+            "continue_final_message must be False where add_generation_prompt is True: an answer is begun, or the last message goes on",
+        )),
+        (true, false) => Ok(Ending::GenerationPrompt),
+        (false, true) => Ok(Ending::Open),
+        (false, false) => Ok(Ending::Closed),
+    }
+}
 
 fn asks(value: Option<&Value>) -> bool {
     value.is_some_and(|value| !matches!(value, Value::Null | Value::Bool(false)))
@@ -53,7 +64,10 @@ impl TextModel {
     /// Reads the tokenizer of an opened checkpoint; none when it has none.
     pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Option<Self>, String> {
         let found = match &checkpoint.metadata {
-            Some(metadata) => Self::of_metadata(metadata)?,
+            Some(metadata) => {
+                let path = checkpoint.path().display();
+                Self::of_metadata(metadata).map_err(|error| format!("{path}: {error}"))?
+            }
             None => Self::of_folder(checkpoint.path())?,
         };
         Ok(found.map(|mut text| {
@@ -80,7 +94,10 @@ impl TextModel {
             let (template, tools) = (sources.remove("default"), sources.remove("tool_use"));
             Ok(Some(Self::new(tokenizer, template, tools, special.bos, special.eos)))
         };
-        read().map_err(|error| error.to_string())
+        read().map_err(|error| match error {
+            TextError::Read { .. } => error.to_string(),
+            _ => format!("{}: {error}", path.display()),
+        })
     }
 
     fn new(
@@ -214,8 +231,12 @@ impl Tokenizer {
 
     /// The conversation as the prompt text.
     #[pyo3(
-        signature = (messages, *, tools=None, add_generation_prompt=Arg::of(false), chat_template=None, template_kwargs=None),
-        text_signature = "($self, messages, *, tools=None, add_generation_prompt=False, chat_template=None, template_kwargs=None)"
+        signature = (
+            messages, *, tools=None, add_generation_prompt=Arg::of(false), continue_final_message=Arg::of(false), chat_template=None,
+            template_kwargs=None
+        ),
+        text_signature = "($self, messages, *, tools=None, add_generation_prompt=False, continue_final_message=False, \
+            chat_template=None, template_kwargs=None)"
     )]
     fn apply_chat_template(
         &self,
@@ -223,11 +244,15 @@ impl Tokenizer {
         messages: &Bound<'_, PyAny>,
         tools: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: Arg<bool>,
+        continue_final_message: Arg<bool>,
         chat_template: Option<&Bound<'_, PyAny>>,
         template_kwargs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
         guarded(|| {
-            let add_generation_prompt = add_generation_prompt.flag("add_generation_prompt")?;
+            let ending = ending(
+                add_generation_prompt.flag("add_generation_prompt")?,
+                continue_final_message.flag("continue_final_message")?,
+            )?;
             let source = chat_template.map(|source| text("chat_template", source)).transpose()?;
             let messages = to_json("messages", messages)?;
             let tools = tools.map(|tools| to_json("tools", tools)).transpose()?;
@@ -242,7 +267,7 @@ impl Tokenizer {
             // A hostile template may run until its fuel is spent.
             interruptible(py, "infer-template", move || {
                 let template = model.choose_template(source.as_deref(), tools.is_some())?;
-                let rendered = template.render(&messages, tools.as_ref(), add_generation_prompt, &extra);
+                let rendered = template.render(&messages, tools.as_ref(), ending, &extra);
                 rendered.map_err(|error| error.to_string())
             })
         })

@@ -85,7 +85,7 @@ pub use crate::logprobs::TokenLogprob;
 pub use crate::mailbox::Journal;
 pub use crate::metrics::{EngineMetrics, Histograms, RequestMetrics};
 pub use crate::outbox::{RequestHandle, Update, Waker};
-pub use crate::padding::{PROMPT_ROW_UNIT, SizeLimits, StepSize, padded};
+pub use crate::padding::{PROMPT_ROW_UNIT, SizeFields, SizeLimits, StepSize, padded};
 pub use crate::params::SamplingParams;
 #[cfg(feature = "planted")]
 pub use crate::planted::{Bug, plant};

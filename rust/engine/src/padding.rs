@@ -50,6 +50,22 @@ pub struct StepSize {
     pub is_captured: bool,
 }
 
+/// The fields of a [`StepSize`], in their order.
+pub type SizeFields = (usize, usize, usize, bool, bool, bool);
+
+impl From<StepSize> for SizeFields {
+    fn from(size: StepSize) -> Self {
+        let StepSize { rows, sequences, wanted, only_decode, is_plain, is_captured } = size;
+        (rows, sequences, wanted, only_decode, is_plain, is_captured)
+    }
+}
+
+impl From<SizeFields> for StepSize {
+    fn from((rows, sequences, wanted, only_decode, is_plain, is_captured): SizeFields) -> Self {
+        Self { rows, sequences, wanted, only_decode, is_plain, is_captured }
+    }
+}
+
 /// The size that a count of decoding rows or sequences is padded to: a power of two up to 8, then a multiple of 8, 16 or 32.
 #[must_use]
 pub fn padded(count: usize) -> usize {

@@ -64,7 +64,7 @@ impl Blueprint {
         let loader = Loader::new(&checkpoint, quantization, element.format());
         program.fuse(|left, right| loader.may_merge(left, right));
         if checkpoint.dummy.is_none() {
-            check(&loader, &program)?;
+            check(&loader, &program).map_err(|error| error.at(checkpoint.path()))?;
         }
         let precision = match element {
             PlainType::F32 => Precision::Exact,

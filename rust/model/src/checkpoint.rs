@@ -12,7 +12,7 @@ use infer_formats::{
 };
 
 use crate::file_bytes::FileBytes;
-use crate::folder::{files_with_extension, in_file, not_a_model, read_small, safetensors_files};
+use crate::folder::{files_with_extension, in_file, not_a_model, safetensors_files};
 use crate::methods::{AllScales, Stored};
 use crate::names::{self, Names};
 use crate::packed::Packed;
@@ -68,6 +68,10 @@ impl Checkpoint {
     /// # Errors
     /// Whatever is wrong with the files: missing, malformed, an unknown architecture, values that cannot be right.
     pub fn open(path: &Path, mmap: bool) -> Result<Self, ModelError> {
+        Self::open_any(path, mmap).map_err(|error| error.at(path))
+    }
+
+    fn open_any(path: &Path, mmap: bool) -> Result<Self, ModelError> {
         let kind = fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
         if kind.is_file() {
             return match path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
@@ -134,7 +138,7 @@ impl Checkpoint {
 
     /// The configuration of a folder.
     pub(crate) fn config(&self) -> Result<Config, ModelError> {
-        Config::parse(&read_small(&self.path.join("config.json"))?)
+        Config::read(&self.path.join("config.json"))
     }
 
     /// The storage type of most of its bytes, or what we call the way it was rounded.
@@ -232,14 +236,17 @@ impl Checkpoint {
 
     /// A folder without its tensors, and how these are stored.
     fn open_config(path: &Path, dummy: Option<u64>) -> Result<(Self, Option<Stored>), ModelError> {
-        let config = Config::parse(&read_small(&path.join("config.json"))?)?;
-        let stored = Stored::read(&config)?;
-        let quantization = config.text(&[QUANTIZATION_FIELD])?.map(Quantization::from_name).transpose()?;
-        let mut spec = ModelSpec::from_config(&config)?;
+        let file = path.join("config.json");
+        let config = Config::read(&file)?;
+        let read = || {
+            let wish = config.text(&[QUANTIZATION_FIELD])?.map(Quantization::from_name).transpose()?;
+            Ok((Stored::read(&config)?, wish, ModelSpec::from_config(&config)?))
+        };
+        let (stored, quantization, mut spec) = read().map_err(|error: ModelError| error.at(&file))?;
         let generation = path.join("generation_config.json");
         if generation.is_file() {
-            let more = Config::parse(&read_small(&generation)?)?.token_ids("eos_token_id")?;
-            spec.eos_token_ids.extend(more);
+            let more = Config::read(&generation)?.token_ids("eos_token_id");
+            spec.eos_token_ids.extend(more.map_err(|error| error.at(&generation))?);
             spec.eos_token_ids.sort_unstable();
             spec.eos_token_ids.dedup();
         }

@@ -1,8 +1,11 @@
 //! Typed, checked reading of a model's configuration (`config.json`, or GGUF metadata brought into the same form).
 
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
 use crate::ModelError;
+use crate::folder::read_small;
 
 /// A JSON object whose getters name the field, the value and what would be right.
 #[derive(Debug, Clone)]
@@ -13,17 +16,22 @@ pub struct Config {
 type Fields<'a> = &'a [&'a str];
 
 impl Config {
+    /// Reads and parses a `config.json`, or another file of its form.
+    pub(crate) fn read(path: &Path) -> Result<Self, ModelError> {
+        Self::parse(&read_small(path)?).map_err(|error| error.at(path))
+    }
+
     /// Parses `config.json`. A `text_config` inside (multi-modal checkpoints) is laid over the outer object.
     pub fn parse(bytes: &[u8]) -> Result<Self, ModelError> {
         let value: Value = serde_json::from_slice(bytes)
-            .map_err(|error| ModelError::config("config.json", error, "a JSON object"))?;
+            .map_err(|error| ModelError::NoObject(format!("it cannot be read: {error}")))?;
         Self::from_value(value)
     }
 
     /// Wraps a JSON object.
     pub fn from_value(value: Value) -> Result<Self, ModelError> {
         let Value::Object(mut fields) = value else {
-            return Err(ModelError::config("config.json", kind(&value), "a JSON object"));
+            return Err(ModelError::NoObject(format!("it is {}", kind(&value))));
         };
         if let Some(Value::Object(text)) = fields.get("text_config").cloned() {
             fields.extend(text);

@@ -62,7 +62,8 @@ impl CpuModel {
         let context = Context::new(threads)?;
         let folder = options.packed_cache_dir.as_deref();
         let (interpreter, packed_cache) =
-            Interpreter::load(checkpoint, quantization, context, options.precision, folder)?;
+            Interpreter::load(checkpoint, quantization, context, options.precision, folder)
+                .map_err(|error| error.at(checkpoint.path()))?;
         // After the load, which leaves the files' pages in memory.
         let fingerprint = fingerprint::of(
             checkpoint,

@@ -1,6 +1,6 @@
 //! The one error of this room: what is wrong with a model, where, and what would be right.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use infer_formats::shortened;
 
@@ -41,6 +41,9 @@ pub enum ModelError {
         /// What would be right.
         expected: String,
     },
+    /// A configuration is no JSON object.
+    #[error("expected a JSON object, but {0}")]
+    NoObject(String),
     /// The architecture has no row in `arch.rs`.
     #[error("unknown architecture `{name}`; known: {known}", name = shortened(name))]
     UnknownArchitecture {
@@ -86,6 +89,14 @@ pub enum ModelError {
         /// Comma separated list.
         known: String,
     },
+    /// What is wrong with a configuration or a tensor, and where that lies.
+    #[error("{path}: {source}", path = path.display())]
+    In {
+        /// The file; the folder, where a tensor may be in one of several.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<ModelError>,
+    },
     /// A model cannot be rounded, or written, as asked.
     #[error("{0}")]
     Quantization(String),
@@ -98,6 +109,21 @@ pub enum ModelError {
 }
 
 impl ModelError {
+    /// The same with the path that it concerns, unless it names one already or concerns none.
+    #[must_use]
+    pub(crate) fn at(self, path: &Path) -> Self {
+        match self {
+            Self::Config { .. }
+            | Self::NoObject(_)
+            | Self::UnknownArchitecture { .. }
+            | Self::MissingTensor { .. }
+            | Self::UnknownTensor { .. }
+            | Self::Shape { .. }
+            | Self::TensorType { .. } => Self::In { path: path.to_owned(), source: Box::new(self) },
+            _ => self,
+        }
+    }
+
     pub(crate) fn config(field: &str, value: impl ToString, expected: impl ToString) -> Self {
         Self::Config { field: field.to_owned(), value: value.to_string(), expected: expected.to_string() }
     }

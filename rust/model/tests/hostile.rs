@@ -86,6 +86,22 @@ fn configurations_that_cannot_be_right_name_the_field() {
     }
 }
 
+/// Of several models, people must see which one is meant.
+#[test]
+fn what_is_wrong_is_told_with_its_path() {
+    let path = |result: Result<CpuModel, ModelError>| match result {
+        Err(error @ ModelError::In { .. }) => error.to_string(),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("loaded"),
+    };
+    let told = path(with_config(|config| config["hidden_size"] = json!("64")));
+    assert!(told.contains("/config.json: model configuration: `hidden_size` is"), "{told}");
+    let told = path(with_config(|config| config["architectures"] = json!(["FalconForCausalLM"])));
+    assert!(told.contains("/config.json: unknown architecture"), "{told}");
+    let told = path(with_config(|config| config["num_hidden_layers"] = json!(40)));
+    assert!(told.starts_with(std::env::temp_dir().to_str().expect("UTF-8")), "{told}");
+}
+
 #[test]
 fn tensors_that_do_not_fit_the_configuration_name_the_tensor() {
     refused(with_config(|config| config["intermediate_size"] = json!(4096)), &["mlp.", "shape"]);

@@ -25,7 +25,7 @@ mod to_gguf;
 mod tokenizer;
 mod vocabulary;
 
-pub use chat::ChatTemplate;
+pub use chat::{ChatTemplate, Ending};
 pub use detokenizer::{Detokenizer, TextStep};
 pub use error::TextError;
 pub use folder::SpecialTokens;

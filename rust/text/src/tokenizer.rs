@@ -80,6 +80,14 @@ impl Tokenizer {
         Tokenizer::new(backend, SpecialTokens::default(), Surround::default())
     }
 
+    /// Loads the bytes of a SentencePiece `tokenizer.model` with no configuration beside it.
+    ///
+    /// # Errors
+    /// Malformed or unsupported contents.
+    pub fn from_sentencepiece(bytes: &[u8]) -> Result<Self, TextError> {
+        crate::sentencepiece::load(bytes, folder::Config::default())
+    }
+
     pub(crate) fn new(
         mut backend: Backend,
         special: SpecialTokens,

@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::shared;
-use infer_text::ChatTemplate;
+use infer_text::{ChatTemplate, Ending};
 use serde_json::Value;
 
 /// The moment at which `generate_templates.py` stops `strftime_now`.
@@ -34,9 +34,10 @@ fn render(source: &str, request: &Value) -> Result<String, String> {
     let template = ChatTemplate::new(source, Some("<s>"), Some("</s>")).map_err(|e| e.to_string())?;
     let extra = request.get("extra").and_then(Value::as_object).cloned().unwrap_or_default();
     let prompt = request["add_generation_prompt"].as_bool().unwrap();
+    let ending = if prompt { Ending::GenerationPrompt } else { Ending::Closed };
     template
         .at_time(NOW)
-        .render(&request["messages"], request.get("tools"), prompt, &extra)
+        .render(&request["messages"], request.get("tools"), ending, &extra)
         .map_err(|error| error.to_string())
 }
 
@@ -120,4 +121,38 @@ fn shared_templates_equal_jinja2() {
         differing.len(),
         differing.join("\n")
     );
+}
+
+/// What transformers 5 gives with `continue_final_message=True`.
+#[test]
+fn a_last_message_is_left_open() {
+    let own = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</>\n{% endfor %}";
+    let trims = own.replace("message.content", "message.content | trim");
+    let render = |source: &str, content: Value| {
+        let messages =
+            serde_json::json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]);
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        let rendered = template.render(&messages, None, Ending::Open, &serde_json::Map::new());
+        rendered.map_err(|error| error.to_string())
+    };
+    let text = |source: &str, content: &str| render(source, Value::from(content)).unwrap();
+    assert_eq!(text(own, "Once "), "<user>Hi</>\n<assistant>Once ");
+    assert_eq!(text(&trims, "Once "), "<user>Hi</>\n<assistant>Once", "the template takes the blank");
+    assert_eq!(text(own, "Hi"), "<user>Hi</>\n<assistant>Hi");
+    assert_eq!(text(own, ""), "<user>Hi</>\n<assistant>");
+    let parts =
+        serde_json::json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]);
+    let joins = own.replace("message.content", "message.content if message.content is string else message.content | map(attribute='text') | join('|')");
+    assert_eq!(render(&joins, parts).unwrap(), "<user>Hi</>\n<assistant>a|b");
+    for (source, content) in
+        [(own, Value::Null), (own, Value::from(5)), ("{{ messages[0].content }}", Value::from("a"))]
+    {
+        assert!(render(source, content).unwrap_err().contains("continue_final_message"));
+    }
+    let rewrites = own.replace("message.content", "message.content.split('</think>')[-1]");
+    let refused = render(&rewrites, Value::from("<think>x</think>Yes")).unwrap_err();
+    assert!(refused.contains("the template changes the last message"), "{refused}");
+    let template = ChatTemplate::new(own, None, None).unwrap();
+    let none = template.render(&serde_json::json!([]), None, Ending::Open, &serde_json::Map::new());
+    assert!(none.unwrap_err().to_string().contains("no message to continue"));
 }

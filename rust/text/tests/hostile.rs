@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Random, vocabulary_file};
-use infer_text::{ChatTemplate, GgufVocabulary, TextError, Tokenizer};
+use common::sentencepiece::{field, sentencepiece};
+use common::{Random, mutate, vocabulary_file};
+use infer_text::{ChatTemplate, Ending, GgufVocabulary, TextError, Tokenizer};
 use serde_json::{Value, json};
 
 /// Loads a folder with one file, and uses what loads.
@@ -20,42 +21,6 @@ fn load(name: &str, bytes: &[u8]) -> Result<Option<Tokenizer>, TextError> {
     loaded
 }
 
-/// A field of a protocol buffer with a length.
-fn field(number: u8, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![number << 3 | 2];
-    let mut length = payload.len();
-    while length >= 0x80 {
-        bytes.push(length as u8 | 0x80);
-        length >>= 7;
-    }
-    bytes.push(length as u8);
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
-fn piece(text: &str, score: f32, kind: u8) -> Vec<u8> {
-    let mut payload = field(1, text.as_bytes());
-    payload.push(2 << 3 | 5);
-    payload.extend_from_slice(&score.to_le_bytes());
-    payload.extend_from_slice(&[3 << 3, kind]);
-    field(1, &payload)
-}
-
-/// A small but complete SentencePiece file; `algorithm` is 1 (Unigram) or 2 (BPE).
-fn sentencepiece(algorithm: u8) -> Vec<u8> {
-    let mut bytes = [piece("<unk>", 0.0, 2), piece("<s>", 0.0, 3), piece("</s>", 0.0, 3)].concat();
-    for (index, text) in ["▁", "H", "e", "l", "o", "▁H", "ll", "▁He", "▁Hell", "x"].iter().enumerate()
-    {
-        bytes.extend(piece(text, -(index as f32), 1));
-    }
-    for byte in 0..=255u8 {
-        bytes.extend(piece(&format!("<0x{byte:02X}>"), 0.0, 6));
-    }
-    bytes.extend(field(2, &[3 << 3, algorithm, 0x98, 0x02, 1])); // model_type; byte_fallback is field 35
-    bytes.extend(field(3, &[3 << 3, 1, 4 << 3, 0])); // add_dummy_prefix, no remove_extra_whitespaces
-    bytes
-}
-
 #[test]
 fn a_small_sentencepiece_file_works() {
     for algorithm in [1, 2] {
@@ -65,30 +30,6 @@ fn a_small_sentencepiece_file_works() {
         assert_eq!(tokenizer.decode(&tokenizer.encode("H é🦙x", false).unwrap(), true), "H é🦙x");
         assert_eq!(tokenizer.token(ids[0]).as_deref(), Some("▁Hell"));
     }
-}
-
-/// Flips, cuts, repeats and overwrites parts of a file.
-fn mutate(random: &mut Random, original: &[u8]) -> Vec<u8> {
-    let mut bytes = original.to_vec();
-    for _ in 0..=random.below(4) {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = random.below(bytes.len());
-        match random.below(6) {
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = [0x00, 0x7F, 0x80, 0xFF, b'"', b'{', b'-', b'9'][random.below(8)],
-            2 => bytes.truncate(at),
-            3 => drop(bytes.drain(at..(at + 1 + random.below(9)).min(bytes.len()))),
-            4 => {
-                let part = bytes[at..(at + 1 + random.below(40)).min(bytes.len())].to_vec();
-                let to = random.below(bytes.len());
-                bytes.splice(to..to, part);
-            }
-            _ => bytes.splice(at..at, (0..random.below(12)).map(|_| random.next() as u8)).for_each(drop),
-        }
-    }
-    bytes
 }
 
 fn survives_mutation(name: &str, original: &[u8], rounds: u64) {
@@ -260,7 +201,9 @@ fn gguf_vocabularies_are_checked() {
 fn render(source: &str) -> Result<String, String> {
     let template = ChatTemplate::new(source, None, None).map_err(|error| error.to_string())?;
     let messages = json!([{"role": "user", "content": "x"}]);
-    template.render(&messages, None, true, &serde_json::Map::new()).map_err(|error| error.to_string())
+    template
+        .render(&messages, None, Ending::GenerationPrompt, &serde_json::Map::new())
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -273,6 +216,16 @@ fn hostile_templates_end() {
         "{% set ns = namespace(s='xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
         "{{ 'x' * 999999999999 }}",
         "{{ 'x'.center(99999999999) }}",
+        "{{ 'x'.zfill(99999999999) }}",
+        "{{ 'x'.ljust(9, 'ab') }}",
+        "{{ 'x' | center(99999999999) }}",
+        "{{ 'x'.rsplit('') }}",
+        "{{ 'x'.rsplit(5) }}",
+        "{{ 'x'.split(separator=' ') }}",
+        "{{ 'x'.index('y') }}",
+        "{{ 'x'.rindex('y', -99999999999999999999999) }}",
+        "{{ 'x'.partition('') }}",
+        "{{ [1].index(2) }}",
         "{{ '%999999999999d' | format(1) }}",
         "{{ range(999999999999) | list }}",
         "{{ [1] | tojson(indent=999999999999) }}",
@@ -302,14 +255,15 @@ fn hostile_templates_end() {
         deep = json!([deep]);
     }
     let template = ChatTemplate::new("{{ messages }}", None, None).unwrap();
-    let result = template.render(&json!([{"content": deep}]), None, false, &serde_json::Map::new());
+    let result = template.render(&json!([{"content": deep}]), None, Ending::Closed, &serde_json::Map::new());
     assert!(result.unwrap_err().to_string().contains("levels deep"));
     let refused = |messages: Value, tools: Option<Value>| {
-        let result = template.render(&messages, tools.as_ref(), false, &serde_json::Map::new());
+        let result = template.render(&messages, tools.as_ref(), Ending::Closed, &serde_json::Map::new());
         result.unwrap_err().to_string()
     };
     assert!(refused(json!([{"role": "user"}, 5]), None).contains("messages[1]: expected an object"));
     assert!(refused(json!([]), Some(json!({}))).contains("tools: expected a list"));
+    assert!(refused(json!([]), Some(json!([{}, 5]))).contains("tools[1]: expected an object"));
 }
 
 #[test]

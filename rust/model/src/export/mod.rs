@@ -71,7 +71,7 @@ pub fn export(
     if is_gguf {
         options.quantization.map(gguf::file_type).transpose()?;
     }
-    match (is_gguf, checkpoint.is_gguf()) {
+    let written = match (is_gguf, checkpoint.is_gguf()) {
         (true, true) => gguf::copy(checkpoint, output, options),
         (true, false) => gguf::convert(checkpoint, output, options),
         (false, false) => folder::write(checkpoint, output, options),
@@ -80,5 +80,6 @@ pub fn export(
              of a folder",
             output.display()
         ))),
-    }
+    };
+    written.map_err(|error| error.at(checkpoint.path()))
 }

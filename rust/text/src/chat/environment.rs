@@ -3,9 +3,8 @@
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
-use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::{clock, json, printing};
+use super::{clock, json, methods, printing};
 
 /// Steps that one rendering may take: about a second of work, and hundreds of times what long chats need.
 const FUEL: u64 = 20_000_000;
@@ -19,7 +18,6 @@ pub(super) fn new() -> Environment<'static> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_fuel(Some(FUEL));
-    environment.set_unknown_method_callback(unknown_method_callback);
     environment.set_formatter(|out, _, value| {
         match value.as_str() {
             Some(text) => out.write_str(text),
@@ -28,6 +26,7 @@ pub(super) fn new() -> Environment<'static> {
         .map_err(|_| Error::new(ErrorKind::WriteFailure, "cannot write output"))
     });
     minijinja_contrib::add_to_environment(&mut environment);
+    methods::add_to(&mut environment);
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("string", |value: &Value| printing::python_str(value));
     environment.add_filter("indent", indent);

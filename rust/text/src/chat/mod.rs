@@ -7,10 +7,13 @@
 //! lists and dictionaries of tool schemas.
 
 mod clock;
+mod ending;
 mod environment;
 mod generation;
 mod json;
+mod methods;
 mod printing;
 mod template;
 
+pub use ending::Ending;
 pub use template::ChatTemplate;

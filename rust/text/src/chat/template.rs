@@ -6,6 +6,7 @@ use std::path::Path;
 
 use minijinja::{Environment, ErrorKind, Value};
 
+use super::ending::{Continued, Ending};
 use super::environment;
 use super::generation::without_generation_tags;
 use crate::error::{TextError, shielded};
@@ -127,16 +128,16 @@ impl ChatTemplate {
     /// Renders `messages` (a list of objects with `role` and `content`).
     ///
     /// `tools` are JSON schemas, `extra` further names that the template may read (`enable_thinking`,
-    /// `documents`, ...). `extra` cannot replace `messages`, `tools` and `add_generation_prompt`.
+    /// `documents`, ...). `extra` cannot replace `messages`, `tools` and `add_generation_prompt` (which `ending` gives).
     ///
     /// # Errors
     /// [`TextError::Template`]: the template called `raise_exception`, failed on these messages, or went over a
-    /// limit (fuel, size of the output, nesting).
+    /// limit (fuel, size of the output, nesting), or the last message cannot be continued.
     pub fn render(
         &self,
         messages: &serde_json::Value,
         tools: Option<&serde_json::Value>,
-        add_generation_prompt: bool,
+        ending: Ending,
         extra: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
         let Some(list) = messages.as_array() else {
@@ -151,19 +152,32 @@ impl ChatTemplate {
         if tools.is_some_and(|tools| !tools.is_array() && !tools.is_null()) {
             return Err(TextError::Template("tools: expected a list of function descriptions".to_owned()));
         }
+        let entries = tools.and_then(serde_json::Value::as_array).map_or(&[][..], Vec::as_slice);
+        if let Some(place) = entries.iter().position(|tool| !tool.is_object()) {
+            return Err(TextError::Template(format!(
+                "tools[{place}]: expected an object, a function's description, got {:.80}",
+                entries[place].to_string()
+            )));
+        }
         let deepest = extra.values().chain([messages]).chain(tools).map(depth).max().unwrap_or(0);
         if deepest > MAX_DEPTH {
             return Err(TextError::Template(format!(
                 "messages or tools are nested more than {MAX_DEPTH} levels deep"
             )));
         }
+        let continued = (ending == Ending::Open).then(|| Continued::of(messages)).transpose()?;
+        let messages = continued.as_ref().map_or(messages, |continued| &continued.messages);
         let mut context: BTreeMap<&str, Value> = BTreeMap::from([("documents", Value::from(()))]);
         context.extend(self.special.iter().map(|(name, token)| (*name, Value::from(token.as_str()))));
         context.extend(extra.iter().map(|(name, value)| (name.as_str(), environment::value_of(value))));
         context.insert("messages", environment::messages_of(messages));
         context.insert("tools", tools.map_or(Value::from(()), environment::value_of));
-        context.insert("add_generation_prompt", Value::from(add_generation_prompt));
-        shielded("chat template", AssertUnwindSafe(|| self.run(context)))
+        context.insert("add_generation_prompt", Value::from(ending == Ending::GenerationPrompt));
+        let text = shielded("chat template", AssertUnwindSafe(|| self.run(context)))?;
+        match continued {
+            Some(continued) => continued.cut(&text),
+            None => Ok(text),
+        }
     }
 
     fn run(&self, context: BTreeMap<&str, Value>) -> Result<String, TextError> {
@@ -246,5 +260,6 @@ fn collect(value: Option<&serde_json::Value>, sources: &mut BTreeMap<String, Str
 
 fn read_template(path: &Path) -> Result<Option<String>, TextError> {
     let Some(bytes) = read_optional(path, MAX_SOURCE_BYTES as u64)? else { return Ok(None) };
-    String::from_utf8(bytes).map(Some).map_err(|error| TextError::invalid(path.display().to_string(), error))
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    String::from_utf8(bytes).map(Some).map_err(|error| TextError::invalid(name, error))
 }

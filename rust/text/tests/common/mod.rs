@@ -1,6 +1,9 @@
 //! Real vocabularies for the tests. They lie beside the repository, not in it; tests skip without them.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod properties;
+pub mod sentencepiece;
+
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -207,4 +210,28 @@ impl Random {
     pub fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
+}
+
+/// Flips, cuts, repeats and overwrites parts of a file.
+pub fn mutate(random: &mut Random, original: &[u8]) -> Vec<u8> {
+    let mut bytes = original.to_vec();
+    for _ in 0..=random.below(4) {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = random.below(bytes.len());
+        match random.below(6) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes[at] = [0x00, 0x7F, 0x80, 0xFF, b'"', b'{', b'-', b'9'][random.below(8)],
+            2 => bytes.truncate(at),
+            3 => drop(bytes.drain(at..(at + 1 + random.below(9)).min(bytes.len()))),
+            4 => {
+                let part = bytes[at..(at + 1 + random.below(40)).min(bytes.len())].to_vec();
+                let to = random.below(bytes.len());
+                bytes.splice(to..to, part);
+            }
+            _ => bytes.splice(at..at, (0..random.below(12)).map(|_| random.next() as u8)).for_each(drop),
+        }
+    }
+    bytes
 }
