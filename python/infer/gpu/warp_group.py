@@ -21,6 +21,8 @@ MOST_ROWS = {"e4m3": (96, 128), "bf16": (64, 64)}
 """Most rows by the weight's type, and those for weights with no more rows than columns: with more, cuBLASLt is faster."""
 MOST_GATED = 96
 """Most rows of a product of bfloat16 that is combined as gates."""
+MOST_WAVES = 2
+"""Units of the greatest shape, for each multiprocessor, of weights: blocks that come later begin with nothing under way."""
 MODEL_ROWS = 64
 """Input rows that a division is chosen for."""
 
@@ -118,7 +120,8 @@ class WarpGroupOperations(ManyOperations):
             return False
         known = weight.type == "bf16" or (weight.scales != 0 and weight.group in (0, weight.columns))
         whole = weight.row_bytes % 16 == 0 and weight.rows % 16 == 0 and output.stride % 4 == 0
-        return known and whole and weight.pointer % 16 == 0 and output.pointer % (4 * ELEMENT_BYTES[output.dtype]) == 0
+        few = weight.rows <= MOST_WAVES * self.kernels.multiprocessors * SHAPES[-1].rows
+        return few and known and whole and weight.pointer % 16 == 0 and output.pointer % (4 * ELEMENT_BYTES[output.dtype]) == 0
 
     def _is_grouped(self, source: Rows, output: Rows, weight: Weight, most: int = 0) -> bool:
         """Return whether the kernel takes the product of bfloat16 rows and weights, of ``most`` rows if that is not 0."""
