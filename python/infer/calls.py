@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from infer._core import InferError, QueueFullError, SamplingParams
 from infer.events import Dispatcher, wait_all
-from infer.outputs import Gather
+from infer.outputs import Asked, Gather
 from infer.progress import progress
 from infer.prompts import Prompt, conversations, pair, prompts
 from infer.serving import serving
@@ -109,7 +109,7 @@ class Calls:
         return [partial(submit_named, *request) for request in work]
 
     def _gather(self, work: Work) -> Gather:
-        return Gather([(prompt.text, params.n) for prompt, params, _ in work], self._names)
+        return Gather([Asked(prompt.text, params.n, prompt.name) for prompt, params, _ in work], self._names)
 
     def _run(self, work: Work, use_tqdm: Progress) -> list[RequestOutput]:
         gather = self._gather(work)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from infer._core import InferError
 
@@ -85,10 +85,14 @@ def resolve(
     InferError
         If nothing is found under that name, or the network or the repository refuses.
     """
+    _check("revision", revision, str, "a string or None")
+    _check("token", token, str, "a string or None")
+    _check("cache_dir", cache_dir, (str, os.PathLike), "a path or None")
+    _check("local_files_only", local_files_only, bool, "True or False", is_optional=False)
     if model is None:
         if not BUNDLED.is_file():
             raise InferError(f"model: the bundled model is missing from this installation ({BUNDLED}); name a model")
-        return BUNDLED
+        return _local(BUNDLED, revision)
     if not isinstance(model, (str, os.PathLike)):
         raise InferError(f"model: a path, a hub id or None is needed, got {type(model).__name__}")
     if not os.fspath(model):
@@ -99,18 +103,27 @@ def resolve(
     except (OSError, ValueError):  # too long a name, or a NUL inside it
         exists = False
     if exists:
-        return path
+        return _local(path, revision)
     match = _HUB_ID.fullmatch(model) if isinstance(model, str) else None
     if match is None or path.suffix == ".gguf":
         raise InferError(
             f"model: {os.fspath(model)!r} does not exist here and is no hub id; "
             "name a folder, a .gguf file, or a hub id such as 'org/name' or 'org/name:Q8_0'"
         )
-    for name, value, kinds in (("revision", revision, str), ("cache_dir", cache_dir, (str, os.PathLike))):
-        if value is not None and not isinstance(value, kinds):
-            raise InferError(f"{name}: a {'string' if kinds is str else 'path'} or None is needed, got {value!r:.80}")
     hub = Hub(match["repo"], revision, token, cache_dir, local_files_only)
     return hub.fetch(match["quant"])
+
+
+def _check(name: str, value: Any, kinds: Any, right: str, *, is_optional: bool = True) -> None:
+    if not (isinstance(value, kinds) or (is_optional and value is None)):
+        raise InferError(f"{name}: {right} is needed, got {value!r:.80}")
+
+
+def _local(path: Path, revision: str | None) -> Path:
+    """Return what lies on this machine, of which there are no revisions."""
+    if revision is not None:
+        raise InferError(f"revision: {revision!r} can be had of a hub id only, and {path} is on this machine")
+    return path
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:

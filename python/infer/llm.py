@@ -156,6 +156,8 @@ class LLM(Generating, Sessions):
         if when_full not in ("error", "wait"):
             raise InferError(f'when_full must be "error" or "wait", got {when_full!r}')
         self._waits = when_full == "wait"
+        if kv_offload_dir is None and kv_offload_max_bytes != 8 << 30:
+            raise InferError(f"kv_offload_max_bytes is {kv_offload_max_bytes!r}, but there is no kv_offload_dir to bound")
         hub_options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         path = hub.resolve(model, revision=revision, **hub_options)
         self._defaults = defaults.read(path)

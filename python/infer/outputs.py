@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from infer import logs
 from infer._core import InferError
@@ -205,7 +205,7 @@ class StreamOutput(str):
     @classmethod
     def of(cls, update: _core.Update, collector: Collector, prompt_index: int) -> StreamOutput:
         """Wrap one update of the core."""
-        check(collector.request, update)
+        collector.check(update)
         piece = cls(update.text)
         piece.token_ids = update.token_ids
         piece.logprobs = collector.logprobs(update.logprobs)
@@ -219,21 +219,30 @@ class StreamOutput(str):
         return piece
 
 
+class Asked(NamedTuple):
+    """What was asked for: a prompt's text, how many completions, and what the prompt is called among several."""
+
+    text: str | None
+    completions: int
+    name: str
+
+
 class Collector:
     """Puts a request's updates together."""
 
-    def __init__(self, request: _core.Request, prompt: str | None, completions: int, names: _core.Tokenizer | None) -> None:
+    def __init__(self, request: _core.Request, prompt: Asked, names: _core.Tokenizer | None) -> None:
         self.request = request
         self.is_begun = False
         """Whether a piece of it was streamed."""
-        self._prompt = prompt
+        self._prompt = prompt.text
+        self._name = prompt.name
         self._names = names
-        self._outputs = [CompletionOutput(index) for index in range(completions)]
+        self._outputs = [CompletionOutput(index) for index in range(prompt.completions)]
         self._texts: dict[int, str | None] = {}  # the likely tokens of a text are often the same
 
     def add(self, update: _core.Update) -> None:
         """Take one update, which may be the last of its completion."""
-        check(self.request, update)
+        self.check(update)
         output = self._outputs[update.index]
         output.text += update.text
         output.token_ids += update.token_ids
@@ -245,6 +254,12 @@ class Collector:
             output.logprobs += map(self._named, update.logprobs)
             chosen = sum(entries[0][1] for entries in update.logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + chosen
+
+    def check(self, update: _core.Update) -> None:
+        """Raise what made the engine give up on the request."""
+        if update.finish_reason == "error":
+            name = f"{self._name}, request" if self._name else "request"
+            raise InferError(f"{name} {self.request.request_id}: {self.request.error or 'the engine failed'}")
 
     def result(self) -> RequestOutput:
         """Return everything collected so far."""
@@ -275,17 +290,11 @@ class Collector:
         return {token: Logprob(logprob, rank, texts[token]) for token, logprob, rank in row}
 
 
-def check(request: _core.Request, update: _core.Update) -> None:
-    """Raise what made the engine give up on a request."""
-    if update.finish_reason == "error":
-        raise InferError(f"request {request.request_id}: {request.error or 'the engine failed'}")
-
-
 class Gather:
     """Puts the results of many requests together, in the order in which they were submitted."""
 
-    def __init__(self, prompts: Sequence[tuple[str | None, int]], names: _core.Tokenizer | None) -> None:
-        self._prompts = prompts  # (text, completions)
+    def __init__(self, prompts: Sequence[Asked], names: _core.Tokenizer | None) -> None:
+        self._prompts = prompts
         self._names = names
         self._collectors: dict[int, Collector] = {}
         self._results: dict[int, RequestOutput] = {}
@@ -315,8 +324,7 @@ class Gather:
 
     def _collector(self, place: int, request: _core.Request) -> Collector:
         if place not in self._collectors:
-            text, completions = self._prompts[place]
-            self._collectors[place] = Collector(request, text, completions, self._names)
+            self._collectors[place] = Collector(request, self._prompts[place], self._names)
         return self._collectors[place]
 
 

@@ -128,6 +128,8 @@ def test_sampling_parameters_are_values() -> None:
         ("priority_patience", float("nan"), "priority_patience"),
         ("max_waiting", 2**64, "max_waiting must be at least 1, got 18446744073709551616, which is too large"),
         ("kv_cache_memory_bytes", 1, "kv_cache_memory_bytes"),
+        ("kv_offload_max_bytes", 5, "kv_offload_max_bytes is 5, but there is no kv_offload_dir"),
+        ("revision", "v2", "revision: 'v2' can be had of a hub id only"),
     ],
 )
 def test_engine_arguments_out_of_range(name: str, value: Any, words: str) -> None:

@@ -123,6 +123,28 @@ def test_logprobs(llm: LLM) -> None:
         assert 2 <= len(row) <= 3
 
 
+def test_log_probabilities_of_all_tokens(llm: LLM) -> None:
+    """-1 is all of them, as in vLLM."""
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, prompt_logprobs=-1)
+    assert (params.logprobs, params.prompt_logprobs, params.replace(seed=1).logprobs) == (-1, -1, -1)
+    assert "logprobs=-1" in repr(params) and pickle.loads(pickle.dumps(params)) == params
+    every = params.replace(logprobs=len(llm.tokenizer), prompt_logprobs=len(llm.tokenizer))
+    (output,), (expected,) = (llm.generate("The king", one) for one in (params, every))
+    assert output.outputs == expected.outputs
+    assert output.prompt_logprobs == expected.prompt_logprobs is not None
+    assert len((output.outputs[0].logprobs or [{}])[0]) == len(llm.tokenizer)
+
+
+def test_a_prompt_that_fails_while_it_runs_is_named(llm: LLM) -> None:
+    end = llm.tokenizer.eos_token_ids[0]
+    fails = SamplingParams(allowed_token_ids=[end], min_tokens=2)
+    for submit in (llm.generate, lambda *given: list(llm.stream(*given))):
+        with pytest.raises(InferError, match=r"^prompts\[1\], request \d+: no token is left"):
+            submit(["One", "Two"], [GREEDY, fails])
+        with pytest.raises(InferError, match=r"^request \d+: no token is left"):
+            submit("Two", fails)
+
+
 def test_without_detokenizing_there_are_only_ids(llm: LLM) -> None:
     completion = llm.generate("Once upon a time", GREEDY.replace(detokenize=False))[0].outputs[0]
     assert (completion.text, len(completion.token_ids)) == ("", 8)

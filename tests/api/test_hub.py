@@ -211,10 +211,17 @@ def test_things_that_are_no_names(model: Any) -> None:
         resolve(model)
 
 
-@pytest.mark.parametrize("name", ["revision", "cache_dir"])
-def test_hub_options_of_a_wrong_type(name: str) -> None:
-    with pytest.raises(InferError, match=f"{name}: a .* or None is needed, got 5"):
-        resolve("org/name", local_files_only=True, **{name: 5})  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["revision", "token", "cache_dir", "local_files_only"])
+@pytest.mark.parametrize("model", ["org/name", None])
+def test_hub_options_of_a_wrong_type(name: str, model: str | None) -> None:
+    with pytest.raises(InferError, match=f"{name}: .* or (None|False) is needed, got 5"):
+        resolve(model, **{"local_files_only": True, name: 5})  # type: ignore[arg-type]
+
+
+def test_what_is_here_has_no_revisions(tmp_path: Path) -> None:
+    for model in (None, tmp_path):
+        with pytest.raises(InferError, match=r"revision: 'v2' can be had of a hub id only, and .* is on this machine"):
+            resolve(model, revision="v2")
 
 
 def test_a_path_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

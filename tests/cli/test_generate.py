@@ -70,6 +70,14 @@ def test_log_probabilities_are_in_the_json(infer_cli: Cli, llm: LLM) -> None:
     assert "logprobs is shown nowhere" in infer_cli("chat", "-p", "logprobs=1", stdin="Hi").stderr
 
 
+def test_a_field_has_one_value(infer_cli: Cli) -> None:
+    done = infer_cli("generate", "The king", "--seed", "3", "-p", "seed=4")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: --seed and --param seed=4 are two values for one field; give one of them\n",
+    )
+
+
 def test_biases_by_token(infer_cli: Cli) -> None:
     done = infer_cli("generate", "The king", "-n", "3", "--temperature", "0", "-p", 'logit_bias={"100": 100}', "--json")
     assert json.loads(done.stdout)["outputs"][0]["token_ids"] == [100, 100, 100]

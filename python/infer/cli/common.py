@@ -67,9 +67,12 @@ def sampling(
     params: list[str] | None,
 ) -> SamplingParams:
     """Put the options over the model's own advice, and that over ours."""
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
-    changes = {name: value for name, value in options.items() if value is not None}
-    changes.update(parameter(text) for text in params or [])
+    options = {"temperature": temperature, "seed": seed, "stop": stop or None}
+    given = {name: value for name, value in options.items() if value is not None}
+    more = dict(parameter(text) for text in params or [])
+    if twice := sorted(given.keys() & more.keys()):
+        raise InferError(f"--{twice[0]} and --param {twice[0]}={more[twice[0]]} are two values for one field; give one of them")
+    changes = {"max_tokens": max_tokens, **given, **more}
     advised = llm.default_sampling_params()
     plain = type(advised)()
     ours = {name: value for name, value in ADVICE.items() if getattr(advised, name) == getattr(plain, name)}

@@ -212,7 +212,7 @@ impl Engine {
             // Reads the whole prompt, as the text goes on where the prompt ends.
             let made = || text_factory(self.text.as_deref(), &params.inner, &prompt);
             let text = briefly(py, prompt.len(), made).map_err(refusal)?;
-            let kind = RequestKind::Generate(Box::new(params.inner.clone()));
+            let kind = RequestKind::Generate(Box::new(params.of_vocabulary(self.config.vocabulary)));
             let options = SubmitOptions { final_only, waker, priority, user, timeout, cache_salt };
             let handle = briefly(py, prompt.len(), || driver.submit(prompt.into(), kind, text, options));
             handle.map(Request::new).map_err(engine_error)

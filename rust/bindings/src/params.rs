@@ -53,7 +53,6 @@ impl SamplingParams {
         allowed_token_ids: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         guarded(|| {
-            let count = "None or at least 0";
             // -0.0 equals 0.0 but would hash apart.
             let real = |name: &str, value: Arg<f64>| Ok::<_, PyErr>(value.number(name)? + 0.0);
             let inner = core::SamplingParams {
@@ -75,8 +74,8 @@ impl SamplingParams {
                     .map_or(Ok(Vec::new()), |ids| token_ids("stop_token_ids", &ids))?,
                 include_stop_str_in_output: include_stop_str_in_output.flag("include_stop_str_in_output")?,
                 ignore_eos: ignore_eos.flag("ignore_eos")?,
-                logprobs: logprobs.map(|top| top.fit("logprobs", count)).transpose()?,
-                prompt_logprobs: prompt_logprobs.map(|top| top.fit("prompt_logprobs", count)).transpose()?,
+                logprobs: logprobs.map(|top| top_or_all("logprobs", top)).transpose()?,
+                prompt_logprobs: prompt_logprobs.map(|top| top_or_all("prompt_logprobs", top)).transpose()?,
                 skip_special_tokens: skip_special_tokens.flag("skip_special_tokens")?,
                 detokenize: detokenize.flag("detokenize")?,
                 logit_bias: logit_bias.map_or(Ok(BTreeMap::new()), |bias| biases(&bias))?,
@@ -164,15 +163,15 @@ impl SamplingParams {
     fn ignore_eos(&self) -> bool {
         self.inner.ignore_eos
     }
-    /// Report log-probabilities of the chosen token and of this many most likely ones.
+    /// Report log-probabilities of the chosen token and of this many most likely ones; -1 of all.
     #[getter]
-    fn logprobs(&self) -> Option<u32> {
-        self.inner.logprobs
+    fn logprobs(&self) -> Option<i64> {
+        self.inner.logprobs.map(shown_top)
     }
     /// The same for every prompt token but the first.
     #[getter]
-    fn prompt_logprobs(&self) -> Option<u32> {
-        self.inner.prompt_logprobs
+    fn prompt_logprobs(&self) -> Option<i64> {
+        self.inner.prompt_logprobs.map(shown_top)
     }
     /// Whether special tokens are left out of the text.
     #[getter]
@@ -236,6 +235,15 @@ impl SamplingParams {
 }
 
 impl SamplingParams {
+    /// The engine's parameters, for a model of so many tokens.
+    pub fn of_vocabulary(&self, vocabulary: usize) -> core::SamplingParams {
+        let tokens = u32::try_from(vocabulary).unwrap_or(ALL);
+        let resolved = |top: Option<u32>| top.map(|top| if top == ALL { tokens } else { top });
+        let (logprobs, prompt_logprobs) =
+            (resolved(self.inner.logprobs), resolved(self.inner.prompt_logprobs));
+        core::SamplingParams { logprobs, prompt_logprobs, ..self.inner.clone() }
+    }
+
     fn fields<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let fields = PyDict::new(py);
         let inner = &self.inner;
@@ -254,14 +262,31 @@ impl SamplingParams {
         fields.set_item("stop_token_ids", &inner.stop_token_ids)?;
         fields.set_item("include_stop_str_in_output", inner.include_stop_str_in_output)?;
         fields.set_item("ignore_eos", inner.ignore_eos)?;
-        fields.set_item("logprobs", inner.logprobs)?;
-        fields.set_item("prompt_logprobs", inner.prompt_logprobs)?;
+        fields.set_item("logprobs", self.logprobs())?;
+        fields.set_item("prompt_logprobs", self.prompt_logprobs())?;
         fields.set_item("skip_special_tokens", inner.skip_special_tokens)?;
         fields.set_item("detokenize", inner.detokenize)?;
         fields.set_item("logit_bias", &inner.logit_bias)?;
         fields.set_item("allowed_token_ids", &inner.allowed_token_ids)?;
         Ok(fields)
     }
+}
+
+/// A count of most likely tokens that stands for all of them, as vLLM's -1 does. No vocabulary has so many.
+const ALL: u32 = u32::MAX;
+
+/// A count of most likely tokens, where -1 is all of them.
+fn top_or_all(name: &str, top: Arg<Int>) -> PyResult<u32> {
+    let right = "None, at least 0, or -1 for all tokens";
+    match top.fit::<i64>(name, right)? {
+        -1 => Ok(ALL),
+        count => Arg::int(count.into()).fit(name, right),
+    }
+}
+
+/// The same as Python sees it.
+fn shown_top(top: u32) -> i64 {
+    if top == ALL { -1 } else { top.into() }
 }
 
 /// `top_k`, where vLLM's -1 and 0 both keep all tokens.
