@@ -131,6 +131,18 @@ def test_chunks_grow_with_what_is_read(monkeypatch: pytest.MonkeyPatch, window: 
     case.check(window, only_decode=True)
 
 
+@pytest.mark.parametrize("window", [0, 500])
+@pytest.mark.parametrize(("count", "pieces"), [(16, 16), (17, 16 + 4), (18, 16 + 2 * 2), (19, 19)])
+def test_the_last_round_is_shared_out(monkeypatch: pytest.MonkeyPatch, window: int, count: int, pieces: int) -> None:
+    """Of four blocks for each head: sequences beyond four rounds are cut so that all of them have some."""
+    case = Case([(799 if window == 0 else 1663, 1)] * count, 8, 2, 64, "bf16", ("bf16", "bf16"))
+    monkeypatch.setattr(case.gpu.ops.kernels, "multiprocessors", 4)
+    plan = case.plan(window, True)
+    found = case.gpu.ints(plan.pointer, 2)[0]
+    assert found == pieces if window == 0 else found >= count
+    case.check(window, only_decode=True)
+
+
 def test_decoded_rows_do_not_depend_on_company() -> None:
     """Where little is read: the same sequence alone, among others, and with its draft tokens verified at once: the same bits."""
     together = Case([(700, 1), (1290, 6)], 8, 2, 128, "bf16", ("bf16", "bf16"))
