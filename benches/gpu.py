@@ -48,13 +48,7 @@ SHAPES = {
     "llama-70b": (8192, 80, 64, 8, 28672, 128, False),
 }
 UNWRITTEN = ("llama-70b",)  # of 141 GB
-WEIGHT_BYTES = {
-    None: (2, 2),
-    "fp8": (1, 2),
-    "int8": (1.0625, 1.0625),
-    "int4": (0.5625, 1.09375),
-    "int4-g128": (0.515625, 1.09375),
-}
+WEIGHT_BYTES = {None: (2, 2), "fp8": (1, 2), "int8": (1.0625, 1.0625), "int4": (0.5625, 1.0625), "int4-g128": (0.515625, 1.0625)}
 """Bytes of a weight, scales included: of the layers' matrices, and of the head."""
 POOL = 1 << 24  # values that weights are cut from
 

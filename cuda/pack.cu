@@ -2,7 +2,6 @@
 // the CPU rounds them (rust/kernels/src/quant/fit.rs). Sixteen threads have a group of WEIGHT_GROUP columns; each has every sixteenth.
 //
 // FORMAT is what the source holds: 0 numbers of the type T; 1 Q8_0, 2 Q4_0, 3 Q4_1, 4 INT4_G128, 5 Q4_K, 6 Q5_K and 7 Q6_K blocks.
-// Numbers become Q4_0 or INT4_G128, Q8_0, or, with STEPS, Q6_K. Its blocks have 256 columns, two of ours: both find the scales of all 256.
 #include "common.cuh"
 #include "weights.cuh"
 
@@ -17,7 +16,7 @@
 #define Q4_K 5
 #define Q5_K 6
 #define Q6_K 7
-static_assert(STEPS == (FORMAT >= Q4_K) || (FORMAT == NUMBERS && HALVES), "K-quants have steps");
+static_assert(STEPS == (FORMAT >= Q4_K), "K-quants have steps");
 
 constexpr int SHARERS = 16, PER_THREAD = WEIGHT_GROUP / SHARERS;
 constexpr int ZERO = PACKED == 4 && !MINIMA ? 8 : 0; // the code of 0
@@ -45,18 +44,18 @@ DEVICE float group_sum(float value) {
     return value;
 }
 
-// The nearest integer from -HALF to HALF - 1.
-template <int HALF> DEVICE float nearest(float value) {
-    const float low = value < -HALF ? -HALF : value, bounded = low > HALF - 1 ? HALF - 1 : low;
+// The nearest integer from -8 to 7.
+DEVICE float nearest_nibble(float value) {
+    const float low = value < -8.0f ? -8.0f : value, bounded = low > 7.0f ? 7.0f : low;
     return __fsub_rn(__fadd_rn(bounded, 12582912.0f), 12582912.0f);
 }
 
 // The best scale of the integers that `inverse` makes, and by how much it lowers the sum of squares.
-template <int HALF, int COUNT> DEVICE float2 least_squares(const float (&values)[COUNT], float inverse) {
+DEVICE float2 least_squares(const float (&values)[PER_THREAD], float inverse) {
     float products = 0.0f, squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        const float integer = nearest<HALF>(__fmul_rn(values[i], inverse));
+    for (int i = 0; i < PER_THREAD; i++) {
+        const float integer = nearest_nibble(__fmul_rn(values[i], inverse));
         products = __fadd_rn(products, __fmul_rn(values[i], integer));
         squares = __fadd_rn(squares, __fmul_rn(integer, integer));
     }
@@ -66,11 +65,11 @@ template <int HALF, int COUNT> DEVICE float2 least_squares(const float (&values)
 }
 
 // The value of greatest magnitude, the first among equals.
-template <int COUNT> DEVICE float greatest_of(const float (&values)[COUNT], int lane) {
+DEVICE float greatest_of(const float (&values)[PER_THREAD], int lane) {
     float most = 0.0f;
     int place = 0;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
+    for (int i = 0; i < PER_THREAD; i++) {
         if (fabsf(values[i]) > fabsf(most)) most = values[i], place = i * SHARERS + lane;
     }
 #pragma unroll
@@ -83,28 +82,20 @@ template <int COUNT> DEVICE float greatest_of(const float (&values)[COUNT], int 
     return most;
 }
 
-// The scale of the integers nearest to the values; see fit.rs. 0 where all are: those of other groups may not be, and their threads shuffle.
-template <int HALF, int COUNT> DEVICE float scale_of(const float (&values)[COUNT], int lane, int first, int end, int step, int again) {
-    const float greatest = greatest_of(values, lane);
-    float best = __fdiv_rn(greatest, -float(HALF)), best_gain = 0.0f;
-    for (int eighths = first; eighths < end; eighths += step) {
-        const float2 found = least_squares<HALF>(values, __fdiv_rn(__fdiv_rn(float(eighths), -8.0f), greatest));
-        if (found.y > best_gain) best = found.x, best_gain = found.y;
-    }
-    for (int i = 0; i < again; i++) best = least_squares<HALF>(values, __fdiv_rn(1.0f, best)).x;
-    return greatest == 0.0f ? 0.0f : best;
-}
-
-DEVICE f16 half_of(float scale) { return from_float<f16>(scale < -MOST ? -MOST : scale > MOST ? MOST : scale); }
-
-DEVICE float inverse_of(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
-
 DEVICE PackedPart rounded_to_nibbles(const float (&values)[PER_THREAD], int lane) {
     PackedPart part = {};
-    part.scale = half_of(scale_of<8>(values, lane, 56, 92, 1, 2));
-    const float inverse = inverse_of(to_float(part.scale));
+    const float greatest = greatest_of(values, lane);
+    float best = __fdiv_rn(greatest, -8.0f), best_gain = 0.0f;
+    for (int eighths = 56; eighths < 92; eighths++) {
+        const float2 found = least_squares(values, __fdiv_rn(__fdiv_rn(float(eighths), -8.0f), greatest));
+        if (found.y > best_gain) best = found.x, best_gain = found.y;
+    }
+    for (int again = 0; again < 2; again++) best = least_squares(values, __fdiv_rn(1.0f, best)).x;
+    // A group of zeros went along for nothing: the threads of a warp shuffle together.
+    if (greatest != 0.0f) part.scale = from_float<f16>(best < -MOST ? -MOST : best > MOST ? MOST : best);
+    const float scale = to_float(part.scale), inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale);
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) part.codes[i] = int(nearest<8>(__fmul_rn(values[i], inverse))) + 8;
+    for (int i = 0; i < PER_THREAD; i++) part.codes[i] = int(nearest_nibble(__fmul_rn(values[i], inverse))) + 8;
     return part;
 }
 
@@ -117,48 +108,12 @@ DEVICE PackedPart rounded_to_bytes(const float (&values)[PER_THREAD], int lane) 
     return part;
 }
 
-// Two steps as their place holds them.
-DEVICE f16 both(int first, int second) { return f16{u16(first + 128 | (second + 128) << 8)}; }
-
-#if FORMAT == NUMBERS && STEPS
-// A group of a block of 256 weights (rust/kernels/src/quant/q6_k.rs). `other` is what the thread has of the group 128 columns before or
-// behind it, which the block of threads beside this one packs; `group` is among the eight of both.
-DEVICE PackedPart rounded_to_sixes(const float (&values)[PER_THREAD], const float (&other)[PER_THREAD], int lane, int row, int group) {
-    __shared__ float scales[BLOCK_ROWS][16];
-    float own[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float half[1] = {values[i]}, other_half[1] = {other[i]};
-        own[i] = scale_of<32>(half, lane, 240, 280, 4, 0);
-        const float beside = scale_of<32>(other_half, lane, 240, 280, 4, 0);
-        if (lane == 0) scales[row][2 * group + i] = own[i], scales[row][2 * (group ^ GROUPS) + i] = beside;
-    }
-    __syncthreads();
-    float greatest = 0.0f;
-    for (int i = 0; i < 16; i++) {
-        if (fabsf(scales[row][i]) > fabsf(greatest)) greatest = scales[row][i];
-    }
-    f16 unit = half_of(__fdiv_rn(greatest, -128.0f));
-    const float size = fabsf(to_float(unit));
-    if (__fmul_rn(size, 128.0f) < fabsf(greatest) && size < MOST) unit.bits++;
-    const float inverse = inverse_of(to_float(unit));
-    PackedPart part = {};
-    int steps[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float step = fminf(fmaxf(roundf(__fmul_rn(own[i], inverse)), -128.0f), 127.0f);
-        steps[i] = int(step);
-        part.codes[i] = int(nearest<32>(__fmul_rn(values[i], inverse_of(__fmul_rn(to_float(unit), step)))));
-    }
-    part.scale = both(steps[0], steps[1]);
-    part.units = unit.bits;
-    return part;
-}
-#endif
-
 DEVICE f16 half_at(const u8 *bytes) { return f16{u16(bytes[0] | bytes[1] << 8)}; }
 
 DEVICE u32 word_at(const u8 *bytes) { return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | u32(bytes[3]) << 24; }
+
+// Two steps as their place holds them.
+DEVICE f16 both(int first, int second) { return f16{u16(first + 128 | (second + 128) << 8)}; }
 
 // Group `index` of a block of 256 weights (rust/kernels/src/quant/q4_k.rs, q5_k.rs, q6_k.rs).
 DEVICE PackedPart read_k_quant(const u8 *block, int index, int lane) {
@@ -190,36 +145,21 @@ DEVICE PackedPart read_k_quant(const u8 *block, int index, int lane) {
     return part;
 }
 
-#if FORMAT == NUMBERS
-// A thread's numbers of the group that begins at `column`.
-DEVICE void read_numbers(const T *row, int column, int lane, float (&values)[PER_THREAD], int *refused) {
-    bool fits = true;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        values[i] = to_float(row[column + i * SHARERS + lane]);
-        fits = fits && fabsf(values[i]) <= MOST;
-    }
-    if (!fits) *refused = 1;
-}
-
-// The part of a group whose first column is `column`; `from` begins with the row, number `row` of the block.
-DEVICE PackedPart read_part(const Source *from, int column, int lane, int row, int *refused) {
-    float values[PER_THREAD];
-    read_numbers(from, column, lane, values, refused);
-#if STEPS
-    float other[PER_THREAD];
-    read_numbers(from, column ^ BLOCK_COLUMNS, lane, other, refused);
-    return rounded_to_sixes(values, other, lane, row, column / WEIGHT_GROUP % (2 * GROUPS));
-#else
-    return PACKED == 4 ? rounded_to_nibbles(values, lane) : rounded_to_bytes(values, lane);
-#endif
-}
-#else
-// The same from blocks of a file.
-DEVICE PackedPart read_part(const Source *row, int column, int lane, int, int *) {
+// The part of a group whose first column is `column`; `row` begins with the row.
+DEVICE PackedPart read_part(const Source *row, int column, int lane, int *refused) {
     const int group = column / WEIGHT_GROUP;
     PackedPart part = {};
-    if constexpr (STEPS) {
+    if constexpr (FORMAT == NUMBERS) {
+        float values[PER_THREAD];
+        bool fits = true;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            values[i] = to_float(row[column + i * SHARERS + lane]);
+            fits = fits && fabsf(values[i]) <= MOST;
+        }
+        if (!fits) *refused = 1;
+        return PACKED == 4 ? rounded_to_nibbles(values, lane) : rounded_to_bytes(values, lane);
+    } else if constexpr (STEPS) {
         const int bytes = FORMAT == Q4_K ? 144 : FORMAT == Q5_K ? 176 : 210;
         return read_k_quant(reinterpret_cast<const u8 *>(row) + group / 8 * bytes, group % 8, lane);
     } else if constexpr (FORMAT == Q8_0) {
@@ -242,7 +182,6 @@ DEVICE PackedPart read_part(const Source *row, int column, int lane, int, int *)
     }
     return part;
 }
-#endif
 
 // Packs rows from a multiple of 8 of a matrix on; `source` is those rows, row_bytes apart. What exceeds half precision sets `refused`.
 // Launch: grid (column blocks, row blocks), 8 * GROUPS * 16 threads.
@@ -256,7 +195,7 @@ KERNEL pack(const u8 *source, u8 *packed, f16 *scales, f16 *minima, int *refused
     // Sixteen threads are always of one mind, but not a whole warp: so all shuffle, with what the first row has.
     const bool exists = matrix_row < rows && column < columns;
     const Source *from = reinterpret_cast<const Source *>(source + size_t(exists ? matrix_row : 0) * row_bytes);
-    const PackedPart part = read_part(from, column < columns ? column : 0, lane, row, refused);
+    const PackedPart part = read_part(from, exists ? column : 0, lane, refused);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) codes[row][group * WEIGHT_GROUP + i * SHARERS + lane] = u8(exists ? part.codes[i] : ZERO);
     if (lane == 0) {

@@ -106,7 +106,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
-    "pack.cu": [{**layout, "INFER_F32": 1} for layout in (*PACKED[:3], PACKED[6])]
+    "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "random.cu": choices(INFER_F32=[None, 1]),
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),

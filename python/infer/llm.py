@@ -68,7 +68,7 @@ class LLM(Generating, Sessions):
         one tensor after the other: "int8", "int4" (a scale for each 32 weights) or "int4-g128" (one for each 128, smaller and
         less exact). Embedding and output head get 8 bits, or 6 beside 4; norms, biases and the routers of experts stay as they
         are. None computes with what is stored, as a draft model always does. `infer.quantize` writes the result to disk. A GPU
-        rounds to the same numbers, and knows "fp8" (E4M3, a scale for each row) for matrices but for experts and the head.
+        rounds alike (the head to 8 bits), and knows "fp8" (E4M3, a scale for each row) for matrices but for experts and the head.
     seed
         For requests that bring no seed of their own, and for random weights.
     mmap

@@ -1,4 +1,4 @@
-"""Packed weights in numpy: the rounding (rust/kernels/src/quant/fit.rs) and the layout of cuda/pack.cu, bit for bit."""
+"""Packed weights in numpy: the rounding and the layout of cuda/pack.cu, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from infer.gpu.arrays import Weight
 from infer.gpu.packing import FORMATS, Packed, Plan, sizes
 
 LANES = 16
+FIT = range(56, 92)  # eighths that are tried, as in rust/kernels/src/quant/fit.rs
 ROWS, COLUMNS = 8, 128  # of a block
 
 
@@ -27,65 +28,32 @@ def _lane_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return lanes[..., 0]
 
 
-def _nearest(values: NDArray[np.float32], half: int) -> NDArray[np.float32]:
-    return np.rint(np.clip(values, np.float32(-half), np.float32(half - 1)))
+def _nibble(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.rint(np.clip(values, np.float32(-8), np.float32(7)))
 
 
-def _greatest(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.take_along_axis(values, np.abs(values).argmax(-1)[..., None], -1)[..., 0]
-
-
-def _inverse(scales: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(all="ignore"):
-        return np.where(scales == 0, np.float32(0), np.float32(1) / scales.astype(np.float32)).astype(np.float32)
-
-
-def _scales(values: NDArray[np.float32], half: int, tried: range, again: int) -> NDArray[np.float32]:
-    """Scales (...) of groups (..., group) whose integers go from -half to half - 1."""
+def round_to_nibbles(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """Scales (...) and integers (..., group) of groups that are rounded to 4 bits."""
 
     def least_squares(inverse: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        integers = _nearest(values * inverse[..., None], half)
+        integers = _nibble(values * inverse[..., None])
         products, squares = _lane_sum(values * integers), _lane_sum(integers * integers)
         some = squares > 0
         return np.where(some, products / squares, 0), np.where(some, products * products / squares, 0)
 
     with np.errstate(all="ignore"):
-        greatest = _greatest(values)
-        best, best_gain = greatest / np.float32(-half), np.zeros_like(greatest)
-        for eighths in tried:
+        place = np.abs(values).argmax(-1)[..., None]
+        greatest = np.take_along_axis(values, place, -1)[..., 0]
+        best, best_gain = greatest / np.float32(-8), np.zeros_like(greatest)
+        for eighths in FIT:
             scale, gain = least_squares(np.float32(eighths) / np.float32(-8) / greatest)
             better = gain > best_gain
             best, best_gain = np.where(better, scale, best), np.where(better, gain, best_gain)
-        for _ in range(again):
+        for _ in range(2):
             best, _ = least_squares(np.float32(1) / best)
-    return np.where(greatest == 0, np.float32(0), best)
-
-
-def _half(scales: NDArray[np.float32]) -> NDArray[np.float16]:
-    return np.clip(scales, -65504, 65504).astype(np.float16)
-
-
-def round_to_nibbles(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
-    """Scales (...) and integers (..., group) of groups that are rounded to 4 bits."""
-    scales = _half(_scales(values, 8, range(56, 92), 2))
-    return scales, _nearest(values * _inverse(scales)[..., None], 8).astype(np.int8)
-
-
-def round_to_sixes(numbers: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.int8], NDArray[np.float16]]:
-    """Steps (rows, groups, 2), integers (rows, groups, 32) and units (rows, blocks, 2) of a matrix that is rounded to Q6_K."""
-    values = numbers.astype(np.float32).reshape(len(numbers), -1, 16, 16)  # (rows, blocks, halves of groups, columns)
-    scales = _scales(values, 32, range(240, 280, 4), 0)
-    greatest = _greatest(scales)
-    units = _half(greatest / np.float32(-128))
-    size = np.abs(units.astype(np.float32))
-    short = (size * np.float32(128) < np.abs(greatest)) & (size < 65504)
-    units = (units.view(np.uint16) + short).astype(np.uint16).view(np.float16)
-    exact = scales * _inverse(units)[..., None]
-    steps = np.clip(np.sign(exact) * np.floor(np.abs(exact) + np.float32(0.5)), -128, 127).astype(np.float32)
-    inverse = _inverse(units.astype(np.float32)[..., None] * steps)
-    integers = _nearest(values * inverse[..., None], 32).astype(np.int8)
-    both = np.stack([units, np.zeros_like(units)], -1)
-    return steps.reshape(len(numbers), -1, 2).astype(np.int16), integers.reshape(len(numbers), -1, 32), both
+        scales = np.where(greatest == 0, 0, np.clip(best, -65504, 65504)).astype(np.float16)
+        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales.astype(np.float32)).astype(np.float32)
+    return scales, _nibble(values * inverse[..., None]).astype(np.int8)
 
 
 def round_to_bytes(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
@@ -280,10 +248,7 @@ class NumpyPacking:
             if not (np.abs(numbers) <= 65504).all():
                 view(refused, (1,), np.int32)[0] = 1
                 return
-            if weight.steps:
-                scales, integers, minima = round_to_sixes(numbers)
-            else:
-                scales, integers = groups_of(numbers, weight.type, weight.group)
+            scales, integers = groups_of(numbers, weight.type, weight.group)
         places = (weight.pointer, weight.scales, weight.minima)
         for place, array in zip(places, lay_out(scales, integers, weight.type, minima), strict=False):
             view(place, array.shape, array.dtype)[:] = array

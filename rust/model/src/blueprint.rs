@@ -61,7 +61,7 @@ impl Blueprint {
         let quantization = checkpoint.rounding(quantization)?;
         let kv_layers = kv_types.layers(&checkpoint.spec)?;
         let mut program = Program::new(&checkpoint.spec);
-        let loader = Loader::new(&checkpoint, quantization, element.format());
+        let loader = Loader::new(&checkpoint, quantization, element.format()).outside();
         program.fuse(|left, right| loader.may_merge(left, right));
         if checkpoint.dummy.is_none() {
             check(&loader, &program).map_err(|error| error.at(checkpoint.path()))?;
@@ -250,7 +250,7 @@ impl Blueprint {
     }
 
     fn loader(&self, quantization: Option<&'static Quantization>) -> Loader<'_> {
-        Loader::new(&self.checkpoint, quantization, self.element.format())
+        Loader::new(&self.checkpoint, quantization, self.element.format()).outside()
     }
 
     /// A matrix's bias, if it has one: (outputs).

@@ -56,6 +56,8 @@ pub(crate) struct Loader<'a> {
     pub spec: &'a ModelSpec,
     pub names: &'static Names,
     quantization: Option<&'static Quantization>,
+    /// What embedding and head are rounded to, if not to what the quantization says.
+    ends: Option<Format>,
     floats: Format,
 }
 
@@ -67,7 +69,13 @@ impl<'a> Loader<'a> {
         floats: Format,
     ) -> Self {
         let read = RefCell::default();
-        Self { checkpoint, read, spec: &checkpoint.spec, names: checkpoint.names, quantization, floats }
+        let (spec, names) = (&checkpoint.spec, checkpoint.names);
+        Self { checkpoint, read, spec, names, quantization, ends: None, floats }
+    }
+
+    /// The same for an executor outside: see [`Quantization`].
+    pub fn outside(self) -> Self {
+        Self { ends: Some(Format::Q8_0), ..self }
     }
 
     /// The format of 8-bit floats with scales, where they are multiplied plainly.
@@ -90,8 +98,10 @@ impl<'a> Loader<'a> {
 
     /// The format that a weight of this role has in memory.
     pub fn target(&self, role: Role, stored: Format) -> Format {
-        // Columns matter for the embedding and the head alone.
-        let rounded = self.quantization.and_then(|quantization| quantization.format(role, self.spec.hidden));
+        let rounded = self.quantization.and_then(|quantization| {
+            let ends = self.ends.unwrap_or_else(|| quantization.ends_of(self.spec.hidden));
+            quantization.format(role, ends)
+        });
         rounded.filter(|_| stored.is_float()).unwrap_or(stored)
     }
 

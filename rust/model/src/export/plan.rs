@@ -85,7 +85,9 @@ pub(super) fn target(
     columns: usize,
 ) -> Result<Format, ModelError> {
     let stored = format_of(tensor)?;
-    let Some(target) = quantization.and_then(|quantization| quantization.format(role, columns)) else {
+    let Some(target) =
+        quantization.and_then(|quantization| quantization.format(role, quantization.ends_of(columns)))
+    else {
         return Ok(stored);
     };
     match target.row_bytes(columns) {
