@@ -81,6 +81,7 @@ CUDA_TWINS = {
     "experts": "rust/model/src/experts.rs",
     "experts_grouped": "rust/model/src/experts.rs",
     "kv": "rust/kernels/src/kv.rs",
+    "layers": "rust/model/src/interpreter.rs",
     "linear_many": "rust/kernels/src/ops/linear.rs",
     "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from numpy_driver import HostDriver, HostEvent, HostGraph
+from numpy_layers import NumpyLayers
 from numpy_pages import E4M3, KvPart
 from numpy_sampler import DRAW, choose, tell
 from packed_weights import NumpyPacking, packed_weight, view
@@ -149,7 +150,7 @@ class HostDevice:
         self.blocks.clear()
 
 
-class NumpyOperations(NumpyPacking):
+class NumpyOperations(NumpyPacking, NumpyLayers):
     """The kernels' operations, done at once."""
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None: ...

@@ -14,8 +14,10 @@ from infer.gpu.arrays import ELEMENT_BYTES, Routes, Rows
 from infer.gpu.attention import CHUNK_PAGES, AttentionPlan, PlanSize
 from infer.gpu.experts import GROUPED_ROWS, ExpertMemory
 from infer.gpu.fused import FusedSteps, fuse
+from infer.gpu.layers import Layer, Stack
 from infer.gpu.memory import Buffers, KvPages
 from infer.gpu.operations import ARGMAX_BYTES
+from infer.gpu.stacked import layers_of, stack_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -107,6 +109,8 @@ class Executor(FusedSteps):
         self._logits = model.logits
         steps = fuse(model.steps, weights, self._constants["heads"]) if fused else model.steps
         self._steps = [(getattr(self, kind), fields) for kind, fields in steps]
+        self._stacked = stack_of(steps)
+        self._stack: Stack | None = None
         self._body = next(place for place, (kind, _) in enumerate(steps) if kind == "select")
         self._choices = device.allocate(logit_rows * 4)
         self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
@@ -123,6 +127,19 @@ class Executor(FusedSteps):
         size = PlanSize(*self._rows_and_sequences, max_model_len, heads, kv_heads, head_dim)
         size = replace(size, most_items=most_items(size, pages))
         self.plans = AttentionPlans(self._device, windows, size)
+        self._make_stack()
+
+    def _make_stack(self) -> None:
+        """Keep what all layers in one kernel need on the device, if there is a kernel for them."""
+        layers = layers_of(self, [fields for _, fields in self._steps[self._stacked]])
+        records = self._operations.layer_records(layers) if layers else None
+        if records is None:
+            return
+        pointer = self._device.allocate(records.nbytes)
+        self._device.upload(pointer, records)
+        self._device.synchronize()  # the records are not kept here
+        scale, softcap = self._constants["attention_scale"], self._constants["attention_softcap"] or 0.0
+        self._stack = Stack(layers, pointer, scale, softcap)
 
     def _expert_memory(self, device: Device, model: DeviceModel, rows: int) -> None:
         used = max((fields["used"] for kind, fields in model.steps if kind == "route"), default=0)
@@ -160,8 +177,43 @@ class Executor(FusedSteps):
         for plan in self._attention.values():
             self._operations.attention_plan(launch.inputs, plan)
         # What follows `select` is for logits only.
-        for step, fields in self._steps if launch.logit_rows else self._steps[: self._body]:
+        steps = self._steps if launch.logit_rows else self._steps[: self._body]
+        place = 0
+        while place < len(steps):
+            if place == self._stacked.start and self._run_stack(launch):
+                place = self._stacked.stop
+                continue
+            step, fields = steps[place]
             step(launch, **fields)
+            place += 1
+
+    def layer(self, qkv: dict[str, Any], attend: dict[str, Any], added: dict[str, Any], gated: dict[str, Any]) -> Layer:
+        """Return the layer that these steps' fields describe, with buffers of one row."""
+        weights = self._weights
+        first, attention, gate_up, down = (
+            weights.matrices[each] for each in (qkv["weight"], added["weight"], gated["weight"], gated["down"])
+        )
+        return Layer(
+            hidden=self._buffers.rows(qkv["input"], 1),
+            qkv=self._buffers.rows(qkv["qkv"], 1),
+            attended=self._buffers.rows(attend["output"], 1),
+            inner=self._buffers.rows(gated["inner"], 1),
+            both=self._buffers.rows(gated["scratch"], 1),
+            normed=self._buffers.rows(gated["normed"], 1),
+            weights=(first, attention, gate_up, down),
+            norms=(weights.vectors[qkv["norm"]][0], weights.vectors[gated["norm"]][0]),
+            epsilons=(qkv["epsilon"], gated["epsilon"]),
+            scales=(added["scale"], gated["scale"]),
+            activation=gated["activation"],
+            heads=self._constants["heads"],
+            table=weights.rope(qkv["rope"], qkv["style"]),
+            pages=self.pages.layers[attend["layer"]],
+        )
+
+    def _run_stack(self, own: Launch) -> bool:
+        """Enqueue all layers at once, if that is possible for so many rows."""
+        stack = self._stack
+        return stack is not None and bool(self._operations.layers(own.inputs, self._attention[0], stack))
 
     def _rows(self, launch: Launch, place: Place) -> Rows:
         return self._buffers.rows(place, launch.rows)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from infer.gpu.operations import Operations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from infer.gpu.arrays import KvLayer, RopeTable, Rows, StepInputs, Weight
+    from infer.gpu.layers import Layer
 
 FIXED_ROWS = 128
 """Buffers have a multiple of so many rows."""
@@ -32,6 +33,9 @@ class FixedOperations(Operations):
     decode_rows = 0
     always_groups = True
     is_timed = False
+
+    def layer_records(self, layers: Sequence[Layer]) -> None:
+        """See `Operations`: steps run one by one."""
 
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """See `Operations`."""

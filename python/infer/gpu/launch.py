@@ -19,6 +19,7 @@ DEPENDENT = 90
 
 PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -101,17 +102,20 @@ class Kernel:
         arguments: tuple[int | float, ...],
         shared: int = 0,
         cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
         """Enqueue one launch: ``grid`` blocks of ``threads`` threads with ``shared`` bytes of dynamic shared memory.
 
-        ``cluster`` neighbouring blocks run together; more than 1 needs compute capability 9.0.
+        ``cluster`` neighbouring blocks run together; more than 1 needs compute capability 9.0. ``cooperative``: all blocks run
+        at once, so they may wait for each other, and none starts before the kernel before this one has ended.
         """
         self._packer.pack_into(self._buffer, 0, *arguments)
         config = self._config
         config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
         config.block_x, config.block_y, config.block_z = threads, 1, 1
         config.shared, config.stream = shared, stream
-        config.attribute_count = self._dependent + (cluster > 1)
+        self._attributes[0].id = COOPERATIVE if cooperative else PROGRAMMATIC_SERIALIZATION
+        config.attribute_count = (cooperative or self._dependent) + (cluster > 1)
         if cluster > 1:
             self._attributes[1].value[:3] = (cluster, 1, 1)
         if shared > self._shared_limit:

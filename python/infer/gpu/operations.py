@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from infer._core import InferError
 from infer.gpu.experts import ExpertOperations
+from infer.gpu.layers import LayerOperations
 from infer.gpu.packing import PackOperations
-from infer.gpu.scaled import ScaledOperations
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import Draws, Rows
@@ -21,14 +21,14 @@ ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
 
-class Operations(ScaledOperations, ExpertOperations, PackOperations):
+class Operations(LayerOperations, ExpertOperations, PackOperations):
     """Operations on one device and stream. They only enqueue, allocate nothing, and may be captured into a graph.
 
     ``workspace`` is device memory for products, used by one operation after the other.
     """
 
     def __init__(self, kernels: Kernels, stream: int, workspace: int, workspace_bytes: int) -> None:
-        ScaledOperations.__init__(self, kernels, stream, workspace, workspace_bytes)
+        LayerOperations.__init__(self, kernels, stream, workspace, workspace_bytes)
 
     def sample(self, logits: Rows, draws: Draws, chosen: int, full: bool) -> None:
         """``chosen[row]`` = a token drawn as on the CPU; -1 for rows that hold a NaN or +inf, -2 where none is left.

@@ -1,0 +1,398 @@
+// Attention of few query rows over long paged keys and values, at the speed of reading them once: decoding, and verifying drafts.
+//
+// Operands are swapped: tokens are the 16 rows of the matrix instruction, packed query rows its 8 columns. Keys and values go from memory
+// into registers (kv.cuh says why that works), weights of the softmax cross from one product to the other by a transposing move. A block
+// takes one chunk of positions for one key/value head; its warps take pages in turn, and their results are merged in order. If a tile has
+// several chunks, the block that finishes last merges them, in ascending order whoever it is.
+#ifndef DECODE_WARPS
+#define DECODE_WARPS 6
+#endif
+#ifndef DECODE_BLOCKS
+#define DECODE_BLOCKS 2 // for each multiprocessor
+#endif
+#ifndef DECODE_BARRIER
+#define DECODE_BARRIER() __syncthreads() // of the THREADS threads that call attend()
+#endif
+
+namespace decoding {
+
+constexpr int WARPS = DECODE_WARPS;
+constexpr int PARTS = (GROUP + 7) / 8;               // of 8 packed rows
+constexpr int ROWS = PARTS * 8;
+constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
+constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
+constexpr int THREADS = WARPS * WARP;
+constexpr int PREFETCHED = 4;                        // pages of a warp that are brought to L2 before the kernel waits
+
+struct Page {
+    uint4 keys[KEY_UNITS][2], values[VALUE_UNITS];
+    float key_scales[IS_INTEGER<KEY_TYPE> ? KEY_UNITS : 1][2], value_scales[2];
+};
+
+struct Running {
+    float greatest[PARTS][2], total[PARTS][2], sums[PARTS][DIM_TILES][4];
+};
+
+struct Shared {
+    float sums[WARPS][ROWS][STRIDE], greatest[WARPS][ROWS], total[WARPS][ROWS];
+    bool is_last;
+};
+
+struct Pages {
+    const u8 *keys, *values;
+    const float *key_scales, *value_scales;
+    const int *table;
+    int kv_head, kv_heads, g, t;
+    u64 policy;
+
+    // Where a page below `end` lies, among all pages and with the head.
+    DEVICE int entry(int number, int end) const { return number < end ? table[number] : 0; }
+    DEVICE size_t part_of(int entry) const { return size_t(entry) * kv_heads + kv_head; }
+
+    // `index` is the page's part() for the head.
+    DEVICE void read_keys(Page &page, size_t index) const {
+        const u8 *from = keys + index * PAGE_BYTES_OF_KEYS + t * 16;
+#pragma unroll
+        for (int unit = 0; unit < KEY_UNITS; unit++) {
+            page.keys[unit][0] = load_stream(from + unit * 1024 + lower_token(g) * 64, policy);
+            page.keys[unit][1] = load_stream(from + unit * 1024 + upper_token(g) * 64, policy);
+        }
+        if constexpr (SCALED_SCORES) {
+            page.key_scales[0][0] = key_scales[index * PAGE_TOKENS + lower_token(g)];
+            page.key_scales[0][1] = key_scales[index * PAGE_TOKENS + upper_token(g)];
+        }
+        if constexpr (IS_INTEGER<KEY_TYPE>) {
+            const float *own = key_scales + index * KEY_SCALES * PAGE_TOKENS;
+#pragma unroll
+            for (int unit = 0; unit < KEY_UNITS; unit++) {
+                page.key_scales[unit][0] = own[key_scale_place(unit, t, lower_token(g))];
+                page.key_scales[unit][1] = own[key_scale_place(unit, t, upper_token(g))];
+            }
+        }
+    }
+
+    DEVICE void read_values(Page &page, size_t index) const {
+        const u8 *from = values + index * PAGE_BYTES_OF_VALUES + g * 64 + t * 16;
+#pragma unroll
+        for (int unit = 0; unit < VALUE_UNITS; unit++) page.values[unit] = load_stream(from + unit * 512, policy);
+        if constexpr (sizeof(VALUE_TYPE) == 1) {
+            page.value_scales[0] = value_scales[index * PAGE_TOKENS + lower_token(g)];
+            page.value_scales[1] = value_scales[index * PAGE_TOKENS + upper_token(g)];
+        }
+    }
+};
+
+// Scores of a page's tokens, and from them weights in place; the running greatest scores are raised first.
+DEVICE void weigh(const Page &page, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int begin, bool masked, int g,
+                  int t, float (&weights)[PARTS][4], Running &own) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        float(&s)[4] = weights[part];
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+#pragma unroll
+        for (int unit = 0; unit < KEY_UNITS; unit++) {
+#pragma unroll
+            for (int step = 0; step < KEY_STEPS; step++) {
+                u32 a[4];
+                const float(&scales)[2] = page.key_scales[IS_INTEGER<KEY_TYPE> ? unit : 0];
+                key_step(page.keys[unit][0], step, scales[0], a[0], a[2]);
+                key_step(page.keys[unit][1], step, scales[1], a[1], a[3]);
+                const int at = (unit * KEY_STEPS + step) * 2;
+                mma(s, a[0], a[1], a[2], a[3], query[part][at], query[part][at + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s[i] = score(SCALED_SCORES ? s[i] * page.key_scales[0][i / 2] : s[i]);
+            const int position = begin + (i < 2 ? lower_token(g) : upper_token(g));
+            if (masked && !score.visible(position, part * 8 + 2 * t + i % 2)) s[i] = -INFINITE;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float greatest = fmaxf(s[i], s[i + 2]);
+#pragma unroll
+            for (int step = 4; step < WARP; step *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(ALL_LANES, greatest, step));
+            greatest = fmaxf(greatest, own.greatest[part][i]);
+            const float shrink = exp2_fast(own.greatest[part][i] - greatest);
+            own.greatest[part][i] = greatest;
+            s[i] = exp2_fast(s[i] - greatest);
+            s[i + 2] = exp2_fast(s[i + 2] - greatest);
+            own.total[part][i] = own.total[part][i] * shrink + s[i] + s[i + 2];
+#pragma unroll
+            for (int tile = 0; tile < DIM_TILES; tile++) own.sums[part][tile][i] *= shrink, own.sums[part][tile][i + 2] *= shrink;
+        }
+    }
+}
+
+DEVICE void add_values(const Page &page, const float (&weights)[PARTS][4], Running &own) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const float(&w)[4] = weights[part];
+        const float lower = sizeof(VALUE_TYPE) == 1 ? page.value_scales[0] : 1.0f;
+        const float upper = sizeof(VALUE_TYPE) == 1 ? page.value_scales[1] : 1.0f;
+        const u32 b0 = transposed(pack_bf16(w[0] * lower, w[1] * lower)), b1 = transposed(pack_bf16(w[2] * upper, w[3] * upper));
+#pragma unroll
+        for (int unit = 0; unit < VALUE_UNITS; unit++) {
+#pragma unroll
+            for (int tile = 0; tile < VALUE_TILES; tile++) {
+                u32 first[2], second[2];
+                value_tile(page.values[unit], tile, first, second);
+                mma(own.sums[part][unit * VALUE_TILES + tile], first[0], second[0], first[1], second[1], b0, b1);
+            }
+        }
+    }
+}
+
+// Clears what the values of a page hold beyond its `valid` tokens, and their scales.
+DEVICE void blank_page(Page &page, int valid, int g, int t) {
+#pragma unroll
+    for (int unit = 0; unit < VALUE_UNITS; unit++) blank(page.values[unit], valid - 4 * t);
+    if (lower_token(g) >= valid) page.value_scales[0] = 0.0f;
+    if (upper_token(g) >= valid) page.value_scales[1] = 0.0f;
+}
+
+// One warp's share of a chunk: pages `number`, `number + WARPS`, ... below `end`. `entry` is where the second one lies.
+DEVICE void run_pages(const Pages &pages, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int rows, int number, int end,
+                      int entry, Page &page, Running &own) {
+    for (; number < end; number += WARPS) {
+        const int begin = number * PAGE_TOKENS, next = number + WARPS;
+        const size_t index = pages.part_of(entry);
+        entry = pages.entry(next + WARPS, end); // in time
+        float weights[PARTS][4];
+        weigh(page, query, score, begin, !score.all_visible(begin, begin + PAGE_TOKENS, rows), pages.g, pages.t, weights, own);
+        const int valid = score.first_position + rows - begin;
+        if (valid < PAGE_TOKENS) blank_page(page, valid, pages.g, pages.t);
+        if (next < end) pages.read_keys(page, index);
+        add_values(page, weights, own);
+        if (next < end) pages.read_values(page, index);
+    }
+}
+
+DEVICE void publish(const Running &own, int warp, int g, int t, Shared &shared) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = part * 8 + 2 * t + i;
+            float total = own.total[part][i];
+#pragma unroll
+            for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+            if (g == 0) shared.greatest[warp][row] = own.greatest[part][i], shared.total[warp][row] = total;
+#pragma unroll
+            for (int tile = 0; tile < DIM_TILES; tile++) {
+                *reinterpret_cast<float2 *>(&shared.sums[warp][row][tile_dim(tile, g)]) =
+                    make_float2(own.sums[part][tile][i], own.sums[part][tile][i + 2]);
+            }
+        }
+    }
+}
+
+DEVICE void add_scaled(float4 &sum, float factor, const float4 &values) {
+    sum.x = fmaf(factor, values.x, sum.x), sum.y = fmaf(factor, values.y, sum.y);
+    sum.z = fmaf(factor, values.z, sum.z), sum.w = fmaf(factor, values.w, sum.w);
+}
+
+// Where results go, and where this block's partial ones lie among those of its tile.
+struct Result {
+    bf16 *output;
+    const float *sinks;
+    float *partials; // (items, kv_heads, ROWS, PARTIAL)
+    int stride, index, kv_head, kv_heads;
+
+    DEVICE float *partial(int item, int row) const { return partials + ((size_t(item) * kv_heads + kv_head) * ROWS + row) * PARTIAL; }
+
+    DEVICE void write(const Item &item, int row, int dim, float greatest, float total, const float4 &sums) const {
+        const int head = kv_head * GROUP + row % GROUP;
+        float factor = 1.0f;
+        if (sinks) factor = join_sink(sinks[head], greatest, total);
+        factor /= total;
+        bf16 *to = output + size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim;
+        *reinterpret_cast<uint2 *>(to) = make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
+    }
+
+    // Merges the warps' results: into the output if they are all of them, else into the item's partial result.
+    DEVICE void merge_warps(const Item &item, const Shared &shared) const {
+        for (int i = threadIdx.x * 4; i < item.rows * GROUP * HEAD_DIM; i += THREADS * 4) {
+            const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
+            float4 sums = {};
+            float greatest = LOWEST, total = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) greatest = fmaxf(greatest, shared.greatest[warp][row]);
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) {
+                const float factor = exp2_fast(shared.greatest[warp][row] - greatest);
+                total = fmaf(factor, shared.total[warp][row], total);
+                add_scaled(sums, factor, *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
+            }
+            if (item.chunks == 1) {
+                write(item, row, dim, greatest, total, sums);
+            } else {
+                float *own = partial(index, row);
+                *reinterpret_cast<float4 *>(own + dim) = sums;
+                if (dim == 0) own[HEAD_DIM] = greatest, own[HEAD_DIM + 1] = total;
+            }
+        }
+    }
+
+    // Merges the results of all chunks into the output, a warp a row: first the greatest score and the sum of weights, then the values.
+    DEVICE void merge_chunks(const Item &item) const {
+        const int first = index - (item.chunk - item.first_chunk);
+        const size_t step = size_t(kv_heads) * ROWS * PARTIAL;
+        const int lane = threadIdx.x % WARP;
+        for (int row = threadIdx.x / WARP; row < item.rows * GROUP; row += WARPS) {
+            const float *begin = partial(first, row);
+            float greatest = LOWEST, total = 0.0f;
+            for (int chunk = lane; chunk < item.chunks; chunk += WARP) greatest = fmaxf(greatest, __ldcg(begin + chunk * step + HEAD_DIM));
+            greatest = warp_max(greatest);
+            for (int chunk = lane; chunk < item.chunks; chunk += WARP) {
+                const float *one = begin + chunk * step + HEAD_DIM;
+                total = fmaf(exp2_fast(__ldcg(one) - greatest), __ldcg(one + 1), total);
+            }
+            total = warp_sum(total);
+            for (int dim = lane * 4; dim < HEAD_DIM; dim += WARP * 4) {
+                float4 sums = {};
+#pragma unroll 8
+                for (int chunk = 0; chunk < item.chunks; chunk++) {
+                    const float *one = begin + chunk * step;
+                    add_scaled(sums, exp2_fast(__ldcg(one + HEAD_DIM) - greatest), __ldcg(reinterpret_cast<const float4 *>(one + dim)));
+                }
+                write(item, row, dim, greatest, total, sums);
+            }
+        }
+    }
+};
+
+// A piece whose partial result is written, and which may have been the last of its tile: whoever comes last merges the tile's chunks. The
+// answer is asked for at once and looked at when the next piece is done, so that nobody waits for it.
+struct Pending {
+    Item item;
+    Result result;
+    int *counter;
+    int arrived; // before this one; thread 0 knows
+    bool exists;
+
+    // Asks, after a barrier behind the writing of the partial result.
+    DEVICE void ask(const Item &own, const Result &own_result, int *counters) {
+        exists = own.chunks > 1;
+        if (!exists) return;
+        item = own, result = own_result;
+        counter = counters + size_t(result.index - (item.chunk - item.first_chunk)) * result.kv_heads + result.kv_head;
+        if (threadIdx.x == 0) asm volatile("atom.release.gpu.global.add.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+    }
+
+    // Leaves the answer in shared memory, before a barrier.
+    DEVICE void tell(Shared &shared) const {
+        if (threadIdx.x > 0) return;
+        shared.is_last = exists && arrived == item.chunks - 1;
+        if (shared.is_last) *counter = 0;
+    }
+
+    // Merges if this was the last piece, after that barrier.
+    DEVICE void merge(const Shared &shared) const {
+        if (!shared.is_last) return;
+        __threadfence(); // what others wrote is visible now
+        result.merge_chunks(item);
+    }
+};
+
+// A block's piece of work, and a warp's share of it: pages `number`, `number + WARPS`, ... below `end`.
+struct Work {
+    Item item;
+    Pages pages;
+    int index, number, end;
+    int first, second; // where the warp's first pages lie
+
+    DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
+        index = work / pages.kv_heads;
+        item = items[index];
+        pages.kv_head = work % pages.kv_heads;
+        pages.table = page_table + size_t(item.sequence) * page_stride;
+        const int begin = max(item.chunk * item.chunk_pages, first_visible(item.first_position, window) / PAGE_TOKENS);
+        end = (item.first_position + item.rows - 1) / PAGE_TOKENS + 1;
+        if (item.chunk + 1 < item.first_chunk + item.chunks) end = min(end, (item.chunk + 1) * item.chunk_pages);
+        // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
+        number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
+        first = pages.entry(number, end), second = pages.entry(number + WARPS, end);
+    }
+
+    DEVICE void read(Page &page) const {
+        if (number < end) pages.read_keys(page, pages.part_of(first)), pages.read_values(page, pages.part_of(first));
+    }
+
+    // Brings a warp's first pages to L2. Otherwise they would come behind the weights that the kernels beside this one copy ahead.
+    DEVICE void prefetch() const {
+        const int lane = pages.g * 4 + pages.t;
+        for (int page = number, i = 0; i < PREFETCHED && page < end; page += WARPS, i++) {
+            const size_t index = pages.part_of(pages.entry(page, end));
+            for (int at = lane * 128; at < PAGE_BYTES_OF_KEYS; at += WARP * 128) prefetch_line(pages.keys + index * PAGE_BYTES_OF_KEYS + at);
+            for (int at = lane * 128; at < PAGE_BYTES_OF_VALUES; at += WARP * 128) prefetch_line(pages.values + index * PAGE_BYTES_OF_VALUES + at);
+        }
+    }
+
+    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
+    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position; }
+};
+
+// What one layer's attention reads and writes, as attention_decode.cu says.
+struct Call {
+    const bf16 *queries;
+    bf16 *output;
+    const KEY_TYPE *keys;
+    const VALUE_TYPE *values;
+    const float *key_scales, *value_scales, *sinks;
+    const Item *items;
+    const int *counts, *page_table;
+    float *partials;
+    int *counters;
+    int query_stride, output_stride, page_stride, kv_heads, window;
+    float scale, softcap;
+};
+
+// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this; `wait` returns once queries, and keys and values
+// of this step, are there.
+template <class Wait> DEVICE void attend(const Call &call, Shared &shared, Wait wait) {
+    const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    const int work_end = call.counts[0] * call.kv_heads;
+    Work next = {{}, {reinterpret_cast<const u8 *>(call.keys), reinterpret_cast<const u8 *>(call.values), call.key_scales, call.value_scales,
+                      call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0};
+    Page page;
+    Pending pending = {};
+    int number = blockIdx.x;
+    if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
+    if (number < work_end) next.prefetch();
+    if (number < work_end && next.is_old()) next.read(page);
+    wait();
+    if (number < work_end && !next.is_old()) next.read(page);
+    for (int own_number = number; own_number < work_end; own_number = number) {
+        const Work work = next;
+        number += gridDim.x;
+        if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
+        const int kv_head = work.pages.kv_head;
+        const Score score = {call.scale, call.softcap, call.window, work.item.first_position};
+        u32 query[PARTS][HEAD_DIM / 8];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
+            const bf16 *from = call.queries + size_t(work.item.first_row + row / GROUP) * call.query_stride + head * HEAD_DIM;
+            query_operand(from, t, row < work.item.rows * GROUP, query[part]);
+        }
+        Running own = {};
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
+        run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
+        // The next piece's first page is read while the results of this one are merged.
+        if (number < work_end) next.read(page);
+        publish(own, warp, g, t, shared);
+        pending.tell(shared);
+        DECODE_BARRIER();
+        const Result result = {call.output, call.sinks, call.partials, call.output_stride, work.index, kv_head, call.kv_heads};
+        result.merge_warps(work.item, shared);
+        pending.merge(shared);
+        DECODE_BARRIER();
+        pending.ask(work.item, result, call.counters);
+    }
+    pending.tell(shared);
+    DECODE_BARRIER();
+    pending.merge(shared);
+}
+} // namespace decoding

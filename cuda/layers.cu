@@ -1,0 +1,259 @@
+// All layers of a step of one or two rows in one kernel: products, attention, and what surrounds them, the same bits as from
+// linear_rope.cu, attention_decode.cu and linear_stream.cu one by one.
+//
+// Between kernels memory idles: the next one's ring of weights is full long before, and its first units wait for the row. Here one block a
+// multiprocessor stays for the whole stack. Two warps copy weights, by the copy engine, and go on with the next product at once, as far as a
+// ring of 180 KB reaches; eight multiply, and six of them attend; two end units, so that nobody waits for scales, residuals and angles. A
+// block's part of an operation is told to all by a count in memory, which the next operation waits for: 0.3 us.
+//
+// On an H200 a layer of one row takes (before: as kernels one by one) 64.5 us (70.3) of 8B E4M3, 46.6 (49.5) of 8B with 4 bits, 221 (224) of
+// 70B E4M3; of two rows 71.0 (75.2) and 59.8 (69.7). Weights of bfloat16 gain nothing, and those of a 1B model lose: they run one by one.
+// What limits it: the eight warps take 1.3 us (4 bits) or 1.6 us (E4M3) for 16 rows of 4,096 columns when all of them are in the ring, about
+// what memory takes, so they cannot catch up after a boundary; multiplying more steps at once changes nothing. Sixteen warps (two teams)
+// would have 96 registers each, too few for attention: 91 and 70 us. Copies of 16 bytes by four warps reached 3.2 TB/s in place of 4.
+//
+// All blocks must run at once: the launch is cooperative, and the driver refuses it where they cannot (layers.py then runs the operations
+// one by one). A barrier of blocks is a release of what the block has written and an acquire by one thread.
+#define PAIRED 1
+#define NORM 1
+#define RESIDENT 1
+#ifndef DECODE_WARPS
+#define DECODE_WARPS 6
+#endif
+#define DECODE_BARRIER() asm volatile("bar.sync 3, %0;" ::"n"(DECODE_WARPS *WARP) : "memory")
+#include "common.cuh"
+#include "kv.cuh"
+#include "mma.cuh"
+#include "attention.cuh"
+#include "attention_decode.cuh"
+#include "activation.cuh"
+#include "linear_product.cuh"
+#include "linear_stream.cuh"
+#include "rotated.cuh"
+#include "layers.cuh"
+
+constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
+constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
+constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
+constexpr int PACED = PACKED == 4 ? 5 : 4;                   // rounds under way
+constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1;                // rounds that a warp multiplies at once
+
+#include "layers_copy.cuh"
+#include "layers_end.cuh"
+
+template <int COUNT> DEVICE void take_registers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+template <int COUNT> DEVICE void give_registers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+// The input rows of a warp's steps in shared memory, as linear_stream.cuh has them, AT_ONCE steps of a row at a time: a turn. Rows are
+// normalised, or multiplied by ones, which changes nothing.
+struct Bringing {
+    static constexpr int BATCH = 8, FACTORS = 2; // turns that are asked for together; whose factors are there before the kernel waits
+    const Product &product;
+    int warp, lane, own_steps, turns;
+    u8 *own;
+    float factors[FACTORS][8];
+
+    DEVICE Bringing(const Product &product, int warp, int lane, int own_steps, u8 *own)
+        : product(product), warp(warp), lane(lane), own_steps(own_steps), turns((own_steps + AT_ONCE - 1) / AT_ONCE), own(own) {
+#pragma unroll
+        for (int i = 0; i < FACTORS; i++) read_factors(i, factors[i]);
+        for (int turn = FACTORS; turn < turns && product.norm; turn++) {
+            if (column(turn) < product.columns) prefetch_line(product.norm + column(turn));
+        }
+    }
+
+    DEVICE int step(int turn) const { return turn * AT_ONCE + lane / EIGHTS; }
+    DEVICE int column(int turn) const { return (warp + step(turn) * WARPS) * STEP + lane % EIGHTS * 8; }
+
+    DEVICE void read_factors(int turn, float (&to)[8]) const {
+        const bool exists = product.norm && turn < turns && column(turn) < product.columns;
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = 1.0f;
+        if (exists) load<8>(product.norm + column(turn), to);
+    }
+
+    // Eight columns; what lies beyond the row becomes zeros. Other multiprocessors wrote them, so L1 must not be asked.
+    DEVICE uint4 read(const bf16 *row, int turn) const {
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (turn < turns && column(turn) < product.columns) raw = __ldcg(reinterpret_cast<const uint4 *>(row + column(turn)));
+        return raw;
+    }
+
+    DEVICE void put(const uint4 &raw, const float (&norm)[8], int turn, int token, float &squares) const {
+        u8 *slot = own + step(turn) * product.rows * INPUT_BYTES;
+        Input::put(raw, norm, slot, product.rows, token, lane % EIGHTS, step(turn) < own_steps, squares);
+    }
+
+    // Brings all rows, and leaves the squares of each.
+    DEVICE void bring(float *all_squares) const {
+        if (turns == 0 && lane < TOKENS) all_squares[lane] = 0.0f;
+#pragma unroll 1
+        for (int token = 0; token < product.rows && turns > 0; token++) {
+            const bf16 *row = product.input + token * size_t(product.input_stride);
+            float squares = 0.0f;
+#pragma unroll 1
+            for (int base = 0; base < turns; base += BATCH) {
+                uint4 raw[BATCH];
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) raw[i] = read(row, base + i);
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    if (base + i >= turns) break;
+                    float own_squares = 0.0f;
+                    if (i < FACTORS && base == 0) {
+                        put(raw[i], factors[i < FACTORS ? i : 0], i, token, own_squares);
+                    } else {
+                        float norm[8];
+                        read_factors(base + i, norm);
+                        put(raw[i], norm, base + i, token, own_squares);
+                    }
+                    squares = base + i == 0 ? own_squares : squares + own_squares;
+                }
+            }
+            squares = warp_sum(squares);
+            if (lane == 0) all_squares[token] = squares;
+        }
+        __syncwarp();
+    }
+};
+
+// Waits until the operations before this one have ended everywhere: all warps that multiply.
+DEVICE void wait_for_operation(const Launch &launch, const Operation &own, int number) {
+    if (number == 0) wait_for_previous();
+    if (number > 0 && threadIdx.x == 0) launch.grid.wait(own), launch.handover.pass(number);
+    work_barrier();
+}
+
+// Multiplies a warp's steps of COUNT rounds.
+template <int COUNT>
+DEVICE void multiply_rounds(const Round &round, const Input &input, const Ring &ring, Place &place, u32 &resident, u32 input_bytes, int lane,
+                            Accumulator &sums) {
+    Step steps[COUNT];
+    u32 empty[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        rest_for_phase(ring.full(place), place.parity);
+        round.read(ring.slot(place), steps[i]);
+        empty[i] = ring.empty(place);
+        place.next(ring.slots);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        if (lane == 0) arrive(empty[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) multiply(input, steps[i], resident + i * input_bytes, sums);
+    resident += COUNT * input_bytes;
+}
+
+// Multiplies a warp's steps of a unit; the last of its rounds may have none for this warp.
+DEVICE void multiply_unit(const Round &round, const Input &input, const Ring &ring, Place &place, int own_steps, bool is_idle, u32 resident,
+                          u32 input_bytes, int lane, Accumulator &sums) {
+#pragma unroll 1
+    for (; own_steps >= ROUNDS_TOGETHER; own_steps -= ROUNDS_TOGETHER) {
+        multiply_rounds<ROUNDS_TOGETHER>(round, input, ring, place, resident, input_bytes, lane, sums);
+    }
+#pragma unroll 1
+    for (; ROUNDS_TOGETHER > 1 && own_steps > 0; own_steps--) multiply_rounds<1>(round, input, ring, place, resident, input_bytes, lane, sums);
+    if (!is_idle) return;
+    rest_for_phase(ring.full(place), place.parity);
+    if (lane == 0) arrive(ring.empty(place));
+    place.next(ring.slots);
+}
+
+DEVICE void attend(const Operation &own, const Launch &launch, const Pieces &pieces, int number) {
+    const decoding::Call call = {own.input, own.output, own.keys, own.values, nullptr, nullptr, nullptr, pieces.items, pieces.counts,
+                                 pieces.page_table, pieces.partials, pieces.counters, own.input_stride, own.output_stride, pieces.page_stride,
+                                 launch.inputs.kv_heads, 0, pieces.scale, pieces.softcap};
+    decoding::attend(call, *reinterpret_cast<decoding::Shared *>(launch.room.input()), [&] { wait_for_operation(launch, own, number); });
+    DECODE_BARRIER();
+    if (threadIdx.x == 0) launch.grid.arrive();
+}
+
+// A multiplying warp; six of them attend, too.
+DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pieces, int warp, int lane) {
+    const Room &room = launch.room;
+    const int rows = launch.inputs.rows;
+    const Product nothing = {nullptr, nullptr, nullptr, nullptr, nullptr, 0, rows, 0, 0, 0, 0};
+    const Round round(warp, lane);
+    const Input input(nothing, warp, lane);
+    const u32 step_bytes = rows * INPUT_BYTES;
+    Place place = {0, 0};
+    Turn turn = {0};
+    for (int number = 0; number < program.count; number++) {
+        const Operation &own = program.take(number);
+        if (own.kind == ATTEND) {
+            if (warp < DECODE_WARPS) {
+                attend(own, launch, pieces, number);
+            } else {
+                wait_for_operation(launch, own, number);
+            }
+            continue;
+        }
+        const Product product = product_of(own, rows);
+        const int steps = steps_of(own), own_steps = max((steps - warp + WARPS - 1) / WARPS, 0), rounds = (steps + WARPS - 1) / WARPS;
+        u8 *own_input = room.input() + warp * rounds * step_bytes;
+        const Bringing bringing(product, warp, lane, own_steps, own_input);
+        wait_for_operation(launch, own, number);
+        bringing.bring(room.squares() + warp * TOKENS);
+        const u32 resident = u32(__cvta_generic_to_shared(own_input));
+#pragma unroll 1
+        for (int unit = first_unit(own); unit < own.units; unit += gridDim.x, turn.unit++) {
+            Accumulator sums = {};
+            multiply_unit(round, input, launch.ring, place, own_steps, own_steps < rounds, resident, step_bytes, lane, sums);
+            rest_for_phase(launch.handover.empty(turn), turn.parity() ^ 1);
+            publish(sums, room.sums(turn.slot()) + warp * 16 * SUM_STRIDE, rows, SUM_STRIDE, lane / 4, lane % 4);
+            arrive(launch.handover.full(turn));
+        }
+    }
+}
+
+// operations: (count) records; count must be of whole layers, the first of them begins with queries, keys and values. rope_rows, slots: (rows);
+// items, counts, page_table, partials, piece_counters: as attention_decode.cu; counters: two words that are 0 before and after. Launch:
+// cooperative, as many blocks as multiprocessors, ALL_WARPS warps; dynamic shared memory: RING_AT, ring_slots rounds, and the longest input or
+// decoding::Shared. rows: 1 or 2; columns are a multiple of a step.
+BOUNDED_KERNEL(ALL_WARPS *WARP, 1)
+layers(const Operation *operations, const int *rope_rows, const int *slots, const Item *items, const int *counts, const int *page_table,
+       float *partials, int *piece_counters, u32 *counters, int count, int rows, int heads, int kv_heads, int all_slots, int page_stride,
+       int ring_slots, float scale, float softcap) {
+    extern __shared__ uint4 dynamic[];
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const Room room = {reinterpret_cast<u8 *>(dynamic), ring_slots};
+    const u32 base = u32(__cvta_generic_to_shared(dynamic));
+    const Launch launch = {room,
+                           {base + RING_AT, base + RING_BARRIERS_AT, ring_slots},
+                           {base + SUM_BARRIERS_AT},
+                           {counters},
+                           {rope_rows, slots, rows, heads, kv_heads, all_slots}};
+    launch.ring.begin_barriers(thread, ALL_WARPS * WARP);
+    if (thread == 0) launch.handover.begin();
+    __syncthreads();
+    const Program program(operations, count, room.operation(warp), lane);
+    const Pieces pieces = {items, counts, page_table, partials, piece_counters, page_stride, scale, softcap};
+    if (warp < WARPS) {
+        take_registers<WORKING_REGISTERS>();
+        multiply_all(program, launch, pieces, warp, lane);
+    } else {
+        give_registers<OTHER_REGISTERS>();
+        if (warp < WARPS + COPIERS) {
+            copy_weights(program, launch.ring, pieces, rows, kv_heads, warp - WARPS, lane);
+        } else {
+            finish_units(program, launch, warp - WARPS - COPIERS, lane);
+        }
+    }
+    // Whoever comes last, of the warps that wait for others or are waited for, leaves the counts as they were.
+    if ((warp > 0 && warp < WARPS + COPIERS) || lane > 0) return;
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counters + 1) : "memory");
+    if (before == gridDim.x * (1 + FINISHERS) - 1) counters[0] = 0, counters[1] = 0;
+}

@@ -1,0 +1,103 @@
+// What cuda/layers.cu walks over, and the ring between the warps that copy weights and those that multiply them.
+
+// One operation of a layer, 128 bytes: what it does, in the terms of linear_stream.cu, linear_rope.cu and attention_decode.cu.
+struct Operation {
+    const WEIGHT *weight;
+    const Scale *scales, *minima;
+    const float *bias, *norm; // either may be null
+    const bf16 *input;
+    bf16 *output;
+    KEY_TYPE *keys;
+    VALUE_TYPE *values;
+    const float2 *table;
+    int kind, input_stride, output_stride, weight_rows, columns;
+    int units, rotation; // units of 16 weight rows; the first of them belongs to the block of this number
+    float add, epsilon;
+    int before; // how many blocks have had a part in the operations before this one, all of them counted
+    int nothing[2];
+};
+static_assert(sizeof(Operation) == 128, "a word for each lane");
+
+// What attention needs beside an operation.
+struct Pieces {
+    const Item *items;
+    const int *counts, *page_table;
+    float *partials;
+    int *counters;
+    int page_stride;
+    float scale, softcap;
+};
+
+enum Kind { QKV, ATTEND, ADDED, GATED_PAIR }; // as in layers.py
+
+constexpr int HALF = HEAD_DIM / 2, UNITS_OF_HEAD = HALF / 8;
+
+// How an operation's units lie in the rows of its weight: 8 rows and 8 that they pair with, or 16.
+struct Division {
+    int kind, second;
+
+    DEVICE explicit Division(const Operation &own)
+        : kind(own.kind), second(own.kind == QKV ? HALF : own.kind == GATED_PAIR ? own.weight_rows / 2 : 8) {}
+
+    DEVICE int first_row(int unit) const {
+        if (kind == QKV) return unit / UNITS_OF_HEAD * HEAD_DIM + unit % UNITS_OF_HEAD * 8;
+        return unit * (kind == GATED_PAIR ? 8 : 16);
+    }
+};
+
+DEVICE int first_unit(const Operation &own) {
+    const int number = int(blockIdx.x) - own.rotation;
+    return number < 0 ? number + int(gridDim.x) : number;
+}
+
+DEVICE int steps_of(const Operation &own) { return (own.columns + STEP - 1) / STEP; }
+
+DEVICE Product product_of(const Operation &own, int rows) {
+    return {own.input, own.weight, own.scales, own.minima, own.norm, own.input_stride, rows, own.weight_rows, own.columns, own.units,
+            Division(own).second};
+}
+
+// The operations one after the other, each brought to a warp's own place in shared memory a word a lane, before it is needed.
+struct Program {
+    const u32 *words;
+    Operation *own;
+    int count, lane;
+    u32 next;
+
+    DEVICE Program(const Operation *operations, int count, Operation *own, int lane)
+        : words(reinterpret_cast<const u32 *>(operations)), own(own), count(count), lane(lane), next(words[lane]) {}
+
+    // The operation of this number; they must be asked for in order.
+    DEVICE const Operation &take(int number) {
+        __syncwarp();
+        reinterpret_cast<u32 *>(own)[lane] = next;
+        __syncwarp();
+        if (number + 1 < count) next = words[(number + 1) * WARP + lane];
+        return *own;
+    }
+};
+
+// A place in a warp's part of the ring, and whether that was passed an odd number of times before.
+struct Place {
+    int slot;
+    u32 parity;
+
+    DEVICE void next(int slots) {
+        if (++slot == slots) slot = 0, parity ^= 1;
+    }
+};
+
+// Waits as wait_for_phase() does, and takes few instructions meanwhile.
+DEVICE void rest_for_phase(u32 barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+    u32 ended;
+    do {
+        asm volatile("{ .reg .pred ended; mbarrier.try_wait.parity.shared.b64 ended, [%1], %2; selp.u32 %0, 1, 0, ended; }"
+                     : "=r"(ended)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!ended);
+#else
+    wait_for_phase(barrier, parity);
+#endif
+}

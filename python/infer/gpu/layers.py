@@ -1,0 +1,229 @@
+"""All layers of a step of few rows in one kernel (cuda/layers.cu): for which models and steps, and how it is launched."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from infer._core import InferError
+from infer.gpu.arrays import ACTIVATIONS, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight
+from infer.gpu.attention import DECODE_WARPS, LONG, AttentionPlan, is_fast, kv_macros, packed_rows
+from infer.gpu.launch import DEPENDENT
+from infer.gpu.linear import can_pair, can_rotate, can_stream
+from infer.gpu.many import ceil_of
+from infer.gpu.scaled import ScaledOperations
+from infer.gpu.stream import STREAM_WARPS, input_bytes, slot_bytes, stream_step, stream_tokens, warp_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+MOST_LAYER_ROWS = 2
+"""Most rows of a step whose layers are one kernel: beyond, the input leaves too little room for weights that come ahead."""
+
+LAYER_TYPES = ("e4m3", "int4")
+"""Types of weights whose layers this is faster for: bfloat16 ones come at memory speed anyway."""
+
+LEAST_SLOTS = 8
+"""Fewest rounds of weights that there must be room for."""
+
+LEAST_WIDTH = 4096
+"""Least width of rows whose layers this is faster for."""
+
+QKV, ATTEND, ADDED, GATED_PAIR = range(4)  # as in cuda/layers.cuh
+RECORD = struct.Struct("=10Q7i2fi8x")  # Operation there
+COUNTER_BYTES = 256
+"""Bytes before the records that are zero before and after each launch."""
+LAYER_WARPS = 12
+FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + LAYER_WARPS * RECORD.size + 5 * 16 + 64 * 16
+"""Of a block's shared memory: sums, operations, and barriers of those and of at most MOST_SLOTS rounds of weights."""
+MOST_SLOTS = 64
+ROUND_BYTES = 16896
+"""Of weights that are not packed, in shared memory."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dense layer: attention behind a norm and added, and a gated network behind a norm and added."""
+
+    hidden: Rows
+    qkv: Rows
+    attended: Rows
+    inner: Rows
+    both: Rows
+    """Scratch for gates beside up."""
+    normed: Rows
+    """Scratch as wide as ``hidden``."""
+    weights: tuple[Weight, Weight, Weight, Weight]
+    """Of queries, keys and values; of attention's output; of gates and up; of down."""
+    norms: tuple[int, int]
+    epsilons: tuple[float, float]
+    scales: tuple[float, float]
+    """What attention's output and down's are multiplied by before they are added."""
+    activation: str
+    heads: int
+    table: RopeTable
+    pages: KvLayer
+
+    @property
+    def queries(self) -> Rows:
+        """The part of ``qkv`` that holds queries."""
+        return self.qkv.part(0, self.heads * self.pages.head_dim)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Neighbouring layers, and where their records are on the device, behind COUNTER_BYTES of zeros."""
+
+    layers: tuple[Layer, ...]
+    pointer: int
+    attention_scale: float
+    softcap: float
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The shared memory of a block: rounds of weights, and bytes of all."""
+
+    slots: int
+    shared: int
+
+
+class LayerOperations(ScaledOperations):
+    """Whole layers, enqueued on one stream."""
+
+    _refuses_layers = False
+
+    def layer_records(self, layers: Sequence[Layer]) -> NDArray[np.uint8] | None:
+        """Return what a `Stack` of these keeps on the device, its zeros included; None where their steps run one by one."""
+        import numpy as np
+
+        if not self._can_stack(layers):
+            return None
+        blocks, records, units, before = self.kernels.multiprocessors, [], 0, 0
+        for layer in layers:
+            for operation in _operations(layer):
+                count = operation.weight.rows // 16 if operation.weight else 0
+                records.append(_record(layer, operation, count, units % blocks, before))
+                units += count
+                before += min(count, blocks) if operation.weight else blocks
+        return np.frombuffer(bytes(COUNTER_BYTES) + b"".join(records), np.uint8)
+
+    def layers(self, inputs: StepInputs, plan: AttentionPlan, stack: Stack) -> bool:
+        """Run all layers of a stack, if this kernel takes the step; return whether it did."""
+        layer = stack.layers[0]
+        takes = 0 < inputs.rows <= MOST_LAYER_ROWS and plan.only_decode and not plan.plain and plan.size.length <= LONG
+        if not takes or plan.window or self._refuses_layers:
+            return False
+        room = self._room(inputs.rows, layer)
+        if room.slots < LEAST_SLOTS:
+            return False
+        first, pages = layer.weights[0], layer.pages
+        macros = {**first.macros, **kv_macros(pages), "TOKENS": stream_tokens(inputs.rows, first)}
+        macros |= {"GROUP": layer.heads // pages.kv_heads, "SOFTCAP": int(stack.softcap > 0)}
+        macros |= {"ACTIVATION": ACTIVATIONS.index(layer.activation), "DECODE_WARPS": DECODE_WARPS}
+        kernel = self.kernels.get("layers.cu", "layers", **macros)
+        lists = (plan.items, plan.pointer, inputs.page_table, plan.scratch + plan.size.counter_bytes, plan.scratch)
+        shape = (5 * len(stack.layers), inputs.rows, layer.heads, pages.kv_heads, pages.pages * PAGE_TOKENS, inputs.page_stride)
+        pointers = (stack.pointer + COUNTER_BYTES, inputs.rope_rows, inputs.slots, *lists, stack.pointer)
+        arguments = (*pointers, *shape, room.slots, stack.attention_scale, stack.softcap)
+        try:
+            kernel(self.stream, (self.kernels.multiprocessors,), LAYER_WARPS * 32, arguments, room.shared, cooperative=True)
+        except InferError:  # the driver lets not so many blocks run together here, as where several processes share a GPU
+            self._refuses_layers = True
+            return False
+        self._streamed = 0
+        return True
+
+    def _can_stack(self, layers: Sequence[Layer]) -> bool:
+        if self.kernels.capability < DEPENDENT or not layers:
+            return False
+        first = layers[0]
+        alike = all(_shape(layer) == _shape(first) for layer in layers)
+        return alike and pays(first) and all(map(_can_run, layers)) and self._room(1, first).slots >= LEAST_SLOTS
+
+    def _room(self, rows: int, layer: Layer) -> _Room:
+        """Divide the shared memory of a block, as cuda/layers.cu does."""
+        weight, pages = layer.weights[0], layer.pages
+        fixed = ceil_of(STREAM_WARPS * stream_tokens(rows, weight) * 4 + FIXED_BYTES, 128) * 128
+        results = DECODE_WARPS * packed_rows(layer.heads // pages.kv_heads) * (pages.head_dim + 10) * 4 + 16
+        inputs = max(warp_steps(own) * STREAM_WARPS * rows * input_bytes(own) for own in layer.weights)
+        round_bytes = STREAM_WARPS * slot_bytes(weight, rows, True) if weight.is_packed else ROUND_BYTES
+        slots = min(max(0, self.kernels.shared_limit - fixed - max(results, inputs)) // round_bytes, MOST_SLOTS)
+        return _Room(slots, fixed + slots * round_bytes + max(results, inputs))
+
+
+def pays(layer: Layer) -> bool:
+    """Return whether this is faster than the operations one by one."""
+    return layer.weights[0].type in LAYER_TYPES and layer.hidden.width >= LEAST_WIDTH
+
+
+class _Operation(NamedTuple):
+    """An operation of a layer, and what its result is multiplied by."""
+
+    kind: int
+    weight: Weight | None
+    norm: int
+    epsilon: float
+    source: Rows
+    output: Rows
+    scale: float
+
+
+def _operations(layer: Layer) -> tuple[_Operation, ...]:
+    qkv, attention, gate_up, down = layer.weights
+    return (
+        _Operation(QKV, qkv, layer.norms[0], layer.epsilons[0], layer.hidden, layer.qkv, 1.0),
+        _Operation(ATTEND, None, 0, 0.0, layer.queries, layer.attended, 1.0),
+        _Operation(ADDED, attention, 0, 0.0, layer.attended, layer.hidden, layer.scales[0]),
+        _Operation(GATED_PAIR, gate_up, layer.norms[1], layer.epsilons[1], layer.hidden, layer.inner, 1.0),
+        _Operation(ADDED, down, 0, 0.0, layer.inner, layer.hidden, layer.scales[1]),
+    )
+
+
+def _record(layer: Layer, operation: _Operation, units: int, rotation: int, before: int) -> bytes:
+    """Return an operation as the kernel reads it."""
+    kind, weight, norm, epsilon, source, output, scale = operation
+    attends = kind in (QKV, ATTEND)
+    pointers = (weight.pointer, weight.scales, weight.minima, weight.bias) if weight else (0, 0, 0, 0)
+    pages = (layer.pages.keys, layer.pages.values) if attends else (0, 0)
+    table = layer.table.pointer if attends else 0
+    shape = (weight.rows, weight.columns) if weight else (0, 0)
+    numbers = (kind, source.stride, output.stride, *shape, units, rotation, scale, epsilon, before)
+    return RECORD.pack(*pointers, norm, source.pointer, output.pointer, *pages, table, *numbers)
+
+
+def _shape(layer: Layer) -> tuple[object, ...]:
+    """Return what the kernel is compiled for, or given once for all layers."""
+    pages, forms = layer.pages, {tuple(weight.macros.items()) for weight in layer.weights}
+    caches = (pages.key_type, pages.value_type, pages.kv_heads, pages.head_dim, pages.pages)
+    sizes = tuple((weight.rows, weight.columns) for weight in layer.weights)
+    return (len(forms), forms.pop(), layer.activation, layer.heads, caches, sizes)
+
+
+def _can_run(layer: Layer) -> bool:
+    """Return whether the kernel takes this layer."""
+    pages, weights = layer.pages, layer.weights
+    products = (
+        (layer.hidden, layer.qkv),
+        (layer.attended, layer.hidden),
+        (layer.hidden, layer.inner),
+        (layer.inner, layer.hidden),
+    )
+    streamed = all(
+        can_stream(source.first(1), output.first(1), weight) and output.dtype == "bf16"
+        for (source, output), weight in zip(products, weights, strict=True)
+    )
+    whole = all(weight.columns % stream_step(weight) == 0 and weight.rows % 16 == 0 for weight in weights)
+    rounds = all(weight.type != "e4m3" or weight.group in (0, weight.columns) for weight in weights)
+    one_form = len({tuple(weight.macros.items()) for weight in weights}) == 1
+    narrow = pages.head_dim <= 128 and layer.heads // pages.kv_heads <= 8
+    attends = (
+        is_fast(layer.queries, layer.attended, pages)
+        and can_rotate(pages, layer.table)
+        and pages.key_type == "bf16" == pages.value_type
+    )
+    return streamed and whole and rounds and one_form and narrow and attends and can_pair(weights[2])
