@@ -6,7 +6,7 @@
 // ring of 180 KB reaches; eight multiply, and six of them attend; two end units, so that nobody waits for scales, residuals and angles. A
 // block's part of an operation is told to all by a count in memory, which the next operation waits for: 0.3 us.
 //
-// On an H200 a layer of one row takes (before: as kernels one by one) 64.5 us (70.3) of 8B E4M3, 46.6 (49.5) of 8B with 4 bits, 221 (224) of
+// On an H200 a layer of one row takes (before: as kernels one by one) 64.4 us (70.4) of 8B E4M3, 46.8 (49.6) of 8B with 4 bits, 219.5 (224.7) of
 // 70B E4M3; of two rows 71.0 (75.2) and 59.8 (69.7). Weights of bfloat16 gain nothing, and those of a 1B model lose: they run one by one.
 // What limits it: the eight warps take 1.3 us (4 bits) or 1.6 us (E4M3) for 16 rows of 4,096 columns when all of them are in the ring, about
 // what memory takes, so they cannot catch up after a boundary; multiplying more steps at once changes nothing. Sixteen warps (two teams)
