@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cupy
 import numpy as np
 import pytest
-from device import PAGE_TOKENS, Device, device, to_bits
+from device import PAGE_TOKENS, Device, cupy, device, to_bits
 from test_packing import KINDS, put, random_parts
 from test_rows import normal
 
