@@ -208,9 +208,13 @@ fn an_engine_whose_executor_never_came_can_be_stopped_and_closed() {
 #[test]
 fn whoever_waits_for_rows_hears_of_them() {
     let handover = Arc::new(Handover::default());
+    let (tell, told) = std::sync::mpsc::channel();
     let waiter = {
         let handover = Arc::clone(&handover);
-        std::thread::spawn(move || (handover.wait_for_rows(LONG), handover.wait_for_rows(LONG)))
+        std::thread::spawn(move || {
+            tell.send(handover.wait_for_rows(LONG)).expect("somebody listens");
+            handover.wait_for_rows(LONG)
+        })
     };
     let mut device = OutsideDevice::new(Arc::clone(&handover), true);
     device.begin(Batch::default());
@@ -220,8 +224,9 @@ fn whoever_waits_for_rows_hears_of_them() {
     });
     assert_eq!(device.finish(&mut Vec::new()), Ok(()));
     answering.join().expect("it answered");
+    assert_eq!(told.recv().expect("it heard"), Ok(true));
     drop(device);
-    assert_eq!(waiter.join().expect("it heard"), (Ok(true), Err(Closed)));
+    assert_eq!(waiter.join().expect("it heard"), Err(Closed));
 }
 
 #[test]
