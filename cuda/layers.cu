@@ -36,7 +36,7 @@ constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
 constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
 constexpr int PACED = PACKED == 4 ? 5 : 4;                   // rounds under way
-constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1;                // rounds that a warp multiplies at once
+constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1;         // rounds that a warp multiplies at once
 
 #include "layers_copy.cuh"
 #include "layers_end.cuh"

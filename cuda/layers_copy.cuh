@@ -123,8 +123,8 @@ struct FirstPages {
     }
 };
 
-// A copying warp, of COPIERS: its part of all rounds of all products, as soon as there is room and no more than PACED rounds are under way: asked for at once,
-// the whole ring would be a queue in which whatever others read waits.
+// A copying warp, of COPIERS: its part of all rounds of all products, as soon as there is room and no more than PACED rounds are under way:
+// asked for at once, the whole ring would be a queue in which whatever others read waits.
 DEVICE void copy_weights(Program program, const Ring &ring, const Pieces &pieces, int rows, int kv_heads, int copier, int lane) {
     const u64 policy = streaming_policy();
     Place place = {0, 0}, behind = {0, 0};

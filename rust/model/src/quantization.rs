@@ -25,6 +25,9 @@ pub struct Quantization {
     pub file_type: Option<u32>,
 }
 
+/// Of embedding and head where a quantization's own does not do: rows are no whole blocks, or an executor outside computes.
+pub(crate) const PLAIN_ENDS: Format = Format::Q8_0;
+
 /// All of them.
 pub const QUANTIZATIONS: &[Quantization] = &[
     Quantization { names: &["int8", "Q8_0"], matrices: Format::Q8_0, ends: Format::Q8_0, file_type: Some(7) },
@@ -55,7 +58,7 @@ impl Quantization {
 
     /// The format of the embedding and the output head, in rows of so many columns.
     pub(crate) fn ends_of(&self, columns: usize) -> Format {
-        if self.ends.row_bytes(columns).is_some() { self.ends } else { Format::Q8_0 }
+        if self.ends.row_bytes(columns).is_some() { self.ends } else { PLAIN_ENDS }
     }
 
     /// The format of a role's weights, if those of embedding and head are `ends`; none for those that are kept as they are.

@@ -13,6 +13,7 @@ pub(crate) use crate::biases::joined_bias;
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
+use crate::quantization::PLAIN_ENDS;
 use crate::step::{Role, WeightKey};
 use crate::table::transpose;
 pub(crate) use crate::table::{Source, Table, format_of, unroundable, values};
@@ -73,9 +74,9 @@ impl<'a> Loader<'a> {
         Self { checkpoint, read, spec, names, quantization, ends: None, floats }
     }
 
-    /// The same for an executor outside: see [`Quantization`].
+    /// The same for an executor outside, whose embedding and head get [`PLAIN_ENDS`].
     pub fn outside(self) -> Self {
-        Self { ends: Some(Format::Q8_0), ..self }
+        Self { ends: Some(PLAIN_ENDS), ..self }
     }
 
     /// The format of 8-bit floats with scales, where they are multiplied plainly.
