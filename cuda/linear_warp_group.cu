@@ -10,6 +10,9 @@
 #if HAS_WARP_GROUPS
 struct Ending {
     typedef Four<OUTPUT> Early;
+    struct Kept {
+        Factors::Rows own, others;
+    };
     const Factors &factors;
     const Unit &unit;
     OUTPUT *output; // the unit's first
@@ -22,13 +25,17 @@ struct Ending {
 
     DEVICE Early read(int token, int row) const { return beta != 0.0f ? *place(token, row) : Early(); }
 
-    DEVICE void store(const float4 &sums, const float4 &others, const Early &before, int token, int row) const {
-        const float all[4] = {sums.x, sums.y, sums.z, sums.w}, ups[4] = {others.x, others.y, others.z, others.w};
+    DEVICE Kept keep(int row) const { return Kept{factors.of(row), factors.of(PAIRED ? GROUP_ROWS + row : row)}; }
+
+    DEVICE void store(const float4 &sums, const float4 &others, const Early &before, const Kept &kept, int token, int row) const {
+        float all[4], ups[4];
+        factors.apply(sums, kept.own, token, all);
+        if (PAIRED) factors.apply(others, kept.others, token, ups);
         Early result;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float value = factors.apply(all[j], token, row + j);
-            if (PAIRED) value = activate(value) * factors.apply(ups[j], token, row + GROUP_ROWS + j);
+            float value = all[j];
+            if (PAIRED) value = activate(value) * ups[j];
             value *= alpha;
             result.values[j] = from_float<OUTPUT>(beta != 0.0f ? fmaf(beta, to_float(before.values[j]), value) : value);
         }
@@ -47,7 +54,7 @@ linear_warp_group(const WEIGHT *input, const float *input_scales, const WEIGHT *
                   int input_stride, int output_stride, int rows, int weight_rows, int columns, int splits, float alpha, float beta) {
 #if HAS_WARP_GROUPS
     extern __shared__ uint4 dynamic[];
-    __shared__ float kept[TOKENS + 2 * UNIT_ROWS];
+    __shared__ alignas(16) float kept[TOKENS + 2 * UNIT_ROWS];
     constexpr int BYTES = sizeof(WEIGHT);
     const int outputs = PAIRED ? weight_rows / 2 : weight_rows;
     const Unit unit = {int(blockIdx.x) / splits * UNIT_OUTPUTS, PAIRED ? outputs : GROUP_ROWS};

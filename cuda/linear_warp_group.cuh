@@ -2,7 +2,7 @@
 // instructions of warp groups (compute capability 9.0): decoding of many sequences.
 //
 // Weight rows are the rows of the instructions' first operand, 64 of them, and tokens the columns of the second: so few tokens waste
-// nothing. A block has GROUPS warp groups with TILES such tiles each, which share the input rows, for each group a warp that copies its
+// nothing. A block has GROUPS warp groups with TILES such tiles each, which share the input rows, for each group COPIERS warps that copy its
 // weights, and two that copy input rows, through a ring of STAGES in shared memory of STEP_BYTES bytes of each row. Weights are asked for before the
 // kernel waits for those before it. Where there are fewer blocks than multiprocessors, columns are split among the blocks of a cluster, which
 // add their sums through their shared memory, each for its part of the tokens, in order. A row's result depends on no other row.
@@ -15,7 +15,8 @@
 // layer took 10 % more time, and as much when blocks that end asked the L2 cache for the next product's weights. That blocks begin at
 // different columns changed nothing. Rotating and storing queries, keys and values at the end of their product took a layer as much time
 // as a kernel of its own, beside which the blocks of attention can start. Two groups of warps that take the steps of a block of 64 weight
-// rows in turn, and four warps that copy input rows, took more time.
+// rows in turn, and four warps that copy input rows, took more time. One warp that makes a block's sums visible to its cluster in the place of
+// all, and E4M3 products of one tile that are added while those of the other are made, changed nothing.
 #include "warp_group.cuh"
 #include "warp_group_shared.cuh"
 
@@ -43,6 +44,9 @@
 #ifndef PAIRED
 #define PAIRED 0 // 1: the weight rows of the second group are not the next ones but those that are combined with the first group's
 #endif
+#ifndef COPIERS
+#define COPIERS 1 // warps that copy a group's weights
+#endif
 static_assert(TOKENS % 32 == 0 && TOKENS <= 128 && (STEP_BYTES == 128 || STEP_BYTES == 256), "as the operands lie in shared memory");
 
 constexpr bool IS_ROUNDED = sizeof(WEIGHT) == 1;
@@ -50,7 +54,7 @@ constexpr int GROUP_ROWS = TILES * 64; // weight rows of a warp group
 constexpr int UNIT_ROWS = GROUPS * GROUP_ROWS;
 constexpr int COMPUTING = GROUPS * 128; // threads that multiply
 constexpr int INPUT_WARPS = 2;          // that copy input rows
-constexpr int THREADS = COMPUTING + (GROUPS + INPUT_WARPS) * WARP;
+constexpr int THREADS = COMPUTING + (GROUPS * COPIERS + INPUT_WARPS) * WARP;
 constexpr int PARTS = TOKENS <= 64 ? 1 : TOKENS * TILES > 192 ? 4 : 2, PART = TOKENS / PARTS; // of tokens, one instruction's each
 constexpr int WEIGHT_BYTES = GROUP_ROWS * STEP_BYTES, INPUT_BYTES = TOKENS * STEP_BYTES; // of a stage: a group's weights, and all groups' input
 constexpr int STAGE_BYTES = GROUPS * WEIGHT_BYTES + INPUT_BYTES;
@@ -78,7 +82,7 @@ struct Ring {
 
     DEVICE void begin() const {
         for (int slot = 0; slot < STAGES; slot++) {
-            for (int group = 0; group < GROUPS; group++) begin_barrier(full(slot, group), WARP), begin_barrier(free(slot, group), 4);
+            for (int group = 0; group < GROUPS; group++) begin_barrier(full(slot, group), COPIERS * WARP), begin_barrier(free(slot, group), 4);
             begin_barrier(full(slot, GROUPS), INPUT_WARPS * WARP), begin_barrier(free(slot, GROUPS), 4 * GROUPS);
         }
     }
@@ -231,6 +235,17 @@ DEVICE void computing_barrier(bool is_alone) {
     }
 }
 
+// Waits until the cluster's other blocks have read what is in this one's memory. What a thread has read, it has added by now, and nothing needs
+// to become visible; so nobody waits for stores to arrive, which took half a microsecond.
+DEVICE void leave_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Sixteen bytes of this block's shared memory.
+DEVICE float4 load_own(u32 place) {
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(place) : "memory");
+    return value;
+}
+
 // Leaves a group's sums in (TOKENS, STRIDE).
 DEVICE void publish(const Sums &sums, float *place) {
     const int warp = threadIdx.x / WARP % 4, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
@@ -261,10 +276,23 @@ struct Factors {
         if (IS_ROUNDED && threadIdx.x < operands.rows) kept[threadIdx.x] = input_scales[threadIdx.x];
     }
 
-    // A sum of one of the unit's rows, scaled, with its bias.
-    DEVICE float apply(float sum, int token, int row) const {
-        const float bias = kept[TOKENS + UNIT_ROWS + row];
-        return IS_ROUNDED ? fmaf(sum, kept[TOKENS + row] * kept[token], bias) : sum + bias;
+    // Of four neighbouring rows of the unit, in registers: a thread asks for them once, not for each token.
+    struct Rows {
+        float4 scales, biases;
+    };
+
+    DEVICE Rows of(int row) const {
+        const float *from = kept + TOKENS + row;
+        return Rows{IS_ROUNDED ? *reinterpret_cast<const float4 *>(from) : float4(), *reinterpret_cast<const float4 *>(from + UNIT_ROWS)};
+    }
+
+    // Sums of four rows of a token, scaled, with their biases.
+    DEVICE void apply(const float4 &sums, const Rows &rows, int token, float (&values)[4]) const {
+        const float scale = IS_ROUNDED ? kept[token] : 1.0f;
+        values[0] = IS_ROUNDED ? fmaf(sums.x, rows.scales.x * scale, rows.biases.x) : sums.x + rows.biases.x;
+        values[1] = IS_ROUNDED ? fmaf(sums.y, rows.scales.y * scale, rows.biases.y) : sums.y + rows.biases.y;
+        values[2] = IS_ROUNDED ? fmaf(sums.z, rows.scales.z * scale, rows.biases.z) : sums.z + rows.biases.z;
+        values[3] = IS_ROUNDED ? fmaf(sums.w, rows.scales.w * scale, rows.biases.w) : sums.w + rows.biases.w;
     }
 };
 
@@ -297,7 +325,8 @@ DEVICE void end_unit(const Sums &sums, float *own, u32 place, const Ending &endi
         }
     };
     read(begin);
-    computing_barrier(true); // nobody reads the ring any more
+    computing_barrier(true); // nobody reads the ring any more, and what is kept is there
+    const typename Ending::Kept kept = ending.keep(output);
     publish(sums, own);
     computing_barrier(splits == 1);
 #pragma unroll 1
@@ -309,16 +338,16 @@ DEVICE void end_unit(const Sums &sums, float *own, u32 place, const Ending &endi
 #pragma unroll
             for (int i = 0; i < TIMES; i++) {
                 const u32 from = place + (min(first + i * TOGETHER, end - 1) * STRIDE + output) * 4;
-                add_fours(load_of_block(from, block), all[i]);
-                if (PAIRED) add_fours(load_of_block(from + GROUP_ROWS * 4, block), others[i]);
+                add_fours(splits == 1 ? load_own(from) : load_of_block(from, block), all[i]);
+                if (PAIRED) add_fours(splits == 1 ? load_own(from + GROUP_ROWS * 4) : load_of_block(from + GROUP_ROWS * 4, block), others[i]);
             }
         }
 #pragma unroll
         for (int i = 0; i < TIMES; i++) {
-            if (first + i * TOGETHER < end) ending.store(all[i], others[i], early[i], first + i * TOGETHER, output);
+            if (first + i * TOGETHER < end) ending.store(all[i], others[i], early[i], kept, first + i * TOGETHER, output);
         }
     }
-    if (splits > 1) computing_barrier(false); // the others still read what is here
+    if (splits > 1) leave_cluster();
 }
 
 // A unit of the product from beginning to end. ending.begin() reads what is needed at the end, and waits for the kernels before in between; it
@@ -335,14 +364,15 @@ DEVICE void multiply_unit(const Operands &all, uint4 *dynamic, const Unit &unit,
     __syncthreads();
     let_next_start();
     if (warp >= COMPUTING / WARP) {
-        const int group = warp - COMPUTING / WARP;
-        if (group < GROUPS) {
-            const int first = unit.row(group * GROUP_ROWS);
-            Copier<GROUP_ROWS, GROUP_ROWS> copier(all.weight, first, all.weight_rows, all.row_bytes, all.row_bytes, begin * STEP_BYTES, lane);
-            copier.copy_all(ring, group, 0, steps, PACE);
+        const int copier_number = warp - COMPUTING / WARP;
+        if (copier_number < GROUPS * COPIERS) {
+            constexpr int OWN = GROUP_ROWS / COPIERS;
+            const int group = copier_number / COPIERS, skipped = copier_number % COPIERS * OWN, first = unit.row(group * GROUP_ROWS) + skipped;
+            Copier<OWN, GROUP_ROWS> copier(all.weight, first, all.weight_rows, all.row_bytes, all.row_bytes, begin * STEP_BYTES, lane);
+            copier.copy_all(ring, group, skipped * 128, steps, PACE);
         } else {
             constexpr int OWN = TOKENS / INPUT_WARPS;
-            const int token = (group - GROUPS) * OWN;
+            const int token = (copier_number - GROUPS * COPIERS) * OWN;
             Copier<OWN, TOKENS> copier(all.input, token, all.rows, all.input_stride, all.row_bytes, begin * STEP_BYTES, lane);
             wait_for_previous();
             copier.copy_all(ring, GROUPS, token * 128, steps, STAGES);
