@@ -15,6 +15,7 @@ struct Input : Prepared {
 #pragma unroll
             for (int i = 0; i < 2; i++) units[part][i] = rows * HALVES_OF_ROW + min(part * 8 + 2 * t + i, rows - 1) * 16;
             asm volatile("" : "+r"(from[part][0]), "+r"(from[part][1])); // or they are computed anew in every step
+            asm volatile("" : "+r"(units[part][0]), "+r"(units[part][1]));
         }
     }
 };
@@ -22,8 +23,10 @@ struct Input : Prepared {
 // Four E4M3 numbers in half precision, in their order, exactly.
 DEVICE void expand_to_halves(u32 word, u32 &first, u32 &second) {
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(first) : "h"(u16(word)));
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"(u16(word >> 16)));
+    // Halves of a register are what the instruction takes; shifted down, the second would cost one more.
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(first), "=r"(second)
+        : "r"(word));
 #else
     const u32 a = __byte_perm(word, 0, 0x1404), b = __byte_perm(word, 0, 0x3424); // in the upper halves of 16 bits
     const u32 power = 0x5c005c00u, zero = 0x80008000u; // 2^8, by which the formats' exponents differ; -0, which changes no sign
