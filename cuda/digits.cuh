@@ -13,14 +13,8 @@ constexpr int DIGITS_OF_ROW = 256, DIGIT_BYTES = DIGITS_OF_ROW + 32; // of a row
 // Where the 16 digits of 8 columns are, in a step of one row: `eight` counts from 0 to 15.
 DEVICE int digits_place(int token, int eight) { return token * DIGITS_OF_ROW + ((eight / 4) ^ (token & 1)) * 64 + eight % 4 * 16; }
 
-// Writes eight columns of a token to a step of `rows` rows. Four neighbouring lanes have the 32 columns of a unit; all lanes of a warp must
-// call this, and `writes` says which of them write.
-DEVICE void write_digits(const float (&values)[8], u8 *step, int rows, int token, int eight, bool writes) {
-    float greatest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) greatest = greater_or_none(greatest, fabsf(values[i]));
-    greatest = greater_or_none(greatest, __shfl_xor_sync(ALL_LANES, greatest, 1));
-    greatest = greater_or_none(greatest, __shfl_xor_sync(ALL_LANES, greatest, 2));
+// The part of write_digits() behind the greatest magnitude of 32 columns.
+DEVICE void write_own_digits(const float (&values)[8], float greatest, u8 *step, int rows, int token, int eight, bool writes) {
     // What would be rounded to more than 32639, which two signed digits do not hold, counts as the next power of two.
     const u32 exponent = max((__float_as_uint(greatest) + 0x10200u) >> 23, 19u);
     const float inverse = __uint_as_float((268 - exponent) << 23);
@@ -46,4 +40,26 @@ DEVICE void write_digits(const float (&values)[8], u8 *step, int rows, int token
     sum += __shfl_xor_sync(ALL_LANES, sum, 1);
     sum += __shfl_xor_sync(ALL_LANES, sum, 2);
     if (writes && eight % 4 == 0) factors[4] = float(sum) * (16.0f * unit);
+}
+
+// Writes eight columns of a token to each of COUNT steps of `rows` rows: at once, so that instructions wait less for each other. Four
+// neighbouring lanes have the 32 columns of a unit; all lanes of a warp must call this, and `writes` says which of them write.
+template <int COUNT>
+DEVICE void write_digits(const float (&values)[COUNT][8], u8 *const (&steps)[COUNT], int rows, int token, int eight, const bool (&writes)[COUNT]) {
+    float greatest[COUNT] = {};
+#pragma unroll
+    for (int i = 0; i < COUNT * 8; i++) greatest[i / 8] = greater_or_none(greatest[i / 8], fabsf(values[i / 8][i % 8]));
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) greatest[i] = greater_or_none(greatest[i], __shfl_xor_sync(ALL_LANES, greatest[i], 1));
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) greatest[i] = greater_or_none(greatest[i], __shfl_xor_sync(ALL_LANES, greatest[i], 2));
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) write_own_digits(values[i], greatest[i], steps[i], rows, token, eight, writes[i]);
+}
+
+DEVICE void write_digits(const float (&values)[8], u8 *step, int rows, int token, int eight, bool writes) {
+    const float(&all)[1][8] = reinterpret_cast<const float(&)[1][8]>(values);
+    u8 *const steps[1] = {step};
+    const bool all_writes[1] = {writes};
+    write_digits<1>(all, steps, rows, token, eight, all_writes);
 }

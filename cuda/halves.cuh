@@ -19,14 +19,8 @@ DEVICE u32 pack_halves(float first, float second) {
     return result;
 }
 
-// Writes eight columns of a token to a step of `rows` rows. Sixteen neighbouring lanes have the columns of a step; all lanes of a warp must
-// call this, and `writes` says which of them write.
-DEVICE void write_halves(const float (&values)[8], u8 *step, int rows, int token, int eight, bool writes) {
-    float greatest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) greatest = greater_or_none(greatest, fabsf(values[i]));
-#pragma unroll
-    for (int i = 1; i < 16; i *= 2) greatest = greater_or_none(greatest, __shfl_xor_sync(ALL_LANES, greatest, i));
+// The part of write_halves() behind the greatest magnitude of a step.
+DEVICE void write_own_halves(const float (&values)[8], float greatest, u8 *step, int rows, int token, int eight, bool writes) {
     const u32 exponent = max(__float_as_uint(greatest) >> 23, 15u);
     const float inverse = __uint_as_float((268 - exponent) << 23);
     const float unit = __uint_as_float(exponent < 255 ? (exponent - 14) << 23 : 0x7fffffffu);
@@ -35,4 +29,27 @@ DEVICE void write_halves(const float (&values)[8], u8 *step, int rows, int token
     for (int i = 0; i < 4; i++) words[i] = pack_halves(values[2 * i] * inverse, values[2 * i + 1] * inverse);
     if (writes) *reinterpret_cast<uint4 *>(step + halves_place(token, eight)) = make_uint4(words[0], words[1], words[2], words[3]);
     if (writes && eight == 0) *reinterpret_cast<float *>(step + rows * HALVES_OF_ROW + token * 16) = unit;
+}
+
+// Writes eight columns of a token to each of COUNT steps of `rows` rows: at once, so that instructions wait less for each other. Sixteen
+// neighbouring lanes have the columns of a step; all lanes of a warp must call this, and `writes` says which of them write.
+template <int COUNT>
+DEVICE void write_halves(const float (&values)[COUNT][8], u8 *const (&steps)[COUNT], int rows, int token, int eight, const bool (&writes)[COUNT]) {
+    float greatest[COUNT] = {};
+#pragma unroll
+    for (int i = 0; i < COUNT * 8; i++) greatest[i / 8] = greater_or_none(greatest[i / 8], fabsf(values[i / 8][i % 8]));
+#pragma unroll
+    for (int i = 0; i < 4 * COUNT; i++) {
+        float &own = greatest[i % COUNT];
+        own = greater_or_none(own, __shfl_xor_sync(ALL_LANES, own, 1 << i / COUNT));
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) write_own_halves(values[i], greatest[i], steps[i], rows, token, eight, writes[i]);
+}
+
+DEVICE void write_halves(const float (&values)[8], u8 *step, int rows, int token, int eight, bool writes) {
+    const float(&all)[1][8] = reinterpret_cast<const float(&)[1][8]>(values);
+    u8 *const steps[1] = {step};
+    const bool all_writes[1] = {writes};
+    write_halves<1>(all, steps, rows, token, eight, all_writes);
 }

@@ -6,17 +6,26 @@
 // ring of 180 KB reaches; eight multiply, and six of them attend; two end units, so that nobody waits for scales, residuals and angles. A
 // block's part of an operation is told to all by a count in memory, which the next operation waits for: 0.3 us.
 //
-// On an H200 a layer of one row takes (before: as kernels one by one) 64.4 us (70.4) of 8B E4M3, 46.8 (49.6) of 8B with 4 bits, 219.5 (224.7) of
-// 70B E4M3; of two rows 71.0 (75.2) and 59.8 (69.7). Weights of bfloat16 gain nothing, and those of a 1B model lose: they run one by one.
-// What limits it: the eight warps take 1.3 us (4 bits) or 1.6 us (E4M3) for 16 rows of 4,096 columns when all of them are in the ring, about
-// what memory takes, so they cannot catch up after a boundary; multiplying more steps at once changes nothing. Sixteen warps (two teams)
-// would have 96 registers each, too few for attention: 91 and 70 us. Copies of 16 bytes by four warps reached 3.2 TB/s in place of 4.
+// On an H200 a layer of one row took (before: as kernels one by one) 64.4 us (70.4) of 8B E4M3, 46.8 (49.6) of 8B with 4 bits, 219.5 (224.7) of
+// 70B E4M3; of two rows 71.0 (75.2) and 59.8 (69.7). On an H100 the same took 84.7, 52.5, 295 us; it takes 75.8, 47.5, 289 since a boundary
+// costs less: while an operation is copied that waits for other blocks, two rounds are under way in place of four, because a release waits for
+// all that the multiprocessor copies (it took 1.2 to 3.8 us), and rows are brought two steps at a time. Weights of bfloat16 gain nothing, and
+// those of a 1B model lose: they run one by one.
+//
+// What limits it: integer instructions (masks, choices, shifts, E4M3 to half) take a scheduler two cycles each, half of all that there are, and
+// two warps of a scheduler wait for each other's chains the other half. So what is computed anew in every step costs (KEEPS), and choices are
+// products. Without copies and boundaries a layer of 8B took 29.6 us with 4 bits and 33 of E4M3, before these were spared. What brought
+// nothing: the next rounds in registers before these are multiplied (57 for 52.8 us), the row's digits in registers through a product (spilled),
+// four rounds at once, sums handed over while the next weights are read (48.8 for 47.5), keys asked for before the softmax, shorter chunks of
+// attention. Sixteen warps (two teams) would have 96 registers each, too few for attention: 91 and 70 us on an H200. Copies of 16 bytes by four
+// warps reached 3.2 TB/s in place of 4.
 //
 // All blocks must run at once: the launch is cooperative, and the driver refuses it where they cannot (layers.py then runs the operations
 // one by one). A barrier of blocks is a release of what the block has written and an acquire by one thread.
 #define PAIRED 1
 #define NORM 1
 #define RESIDENT 1
+#define KEEPS 1
 #ifndef DECODE_WARPS
 #define DECODE_WARPS 6
 #endif
@@ -30,14 +39,14 @@
 #include "linear_product.cuh"
 #include "linear_stream.cuh"
 #include "rotated.cuh"
-#include "layers.cuh"
 
 constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
 constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
-constexpr int PACED = PACKED == 4 ? 5 : 4;                   // rounds under way
-constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1;         // rounds that a warp multiplies at once
+constexpr int PACED = PACKED == 4 ? 7 : 4, SLOW = 2; // rounds under way; and while an operation is copied that waits for other blocks
+constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1; // rounds that a warp multiplies at once
 
+#include "layers.cuh"
 #include "layers_copy.cuh"
 #include "layers_end.cuh"
 
@@ -88,9 +97,34 @@ struct Bringing {
         return raw;
     }
 
-    DEVICE void put(const uint4 &raw, const float (&norm)[8], int turn, int token, float &squares) const {
-        u8 *slot = own + step(turn) * product.rows * INPUT_BYTES;
-        Input::put(raw, norm, slot, product.rows, token, lane % EIGHTS, step(turn) < own_steps, squares);
+    // Prepares two turns of a token, and adds up their squares; the second one need not exist.
+    DEVICE void put(const uint4 &first, const uint4 &second, const float (&norm)[2][8], int turn, int token, float (&squares)[2]) const {
+        const uint4 raw[2] = {first, second};
+        u8 *const slots[2] = {own + step(turn) * product.rows * INPUT_BYTES, own + step(turn + 1) * product.rows * INPUT_BYTES};
+        const bool writes[2] = {step(turn) < own_steps, step(turn + 1) < own_steps};
+        Input::put<2>(raw, norm, slots, product.rows, token, lane % EIGHTS, writes, squares);
+    }
+
+    // Brings turns of a token, up to BATCH from `base` on, and adds up their squares; two at a time, in a loop that is short: what does not fit
+    // the instruction cache is slow.
+    DEVICE void bring_batch(const bf16 *row, int token, int base, float &squares) const {
+        uint4 raw[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) raw[i] = read(row, base + i);
+        float norm[2][8];
+#pragma unroll
+        for (int i = 0; i < 16; i++) norm[i / 8][i % 8] = factors[i / 8][i % 8];
+        if (product.norm && base > 0) read_factors(base, norm[0]), read_factors(base + 1, norm[1]);
+        const int end = min(turns, base + BATCH);
+#pragma unroll 1
+        for (int turn = base; turn < end; turn += 2) {
+            float own_squares[2] = {};
+            put(raw[0], raw[1], norm, turn, token, own_squares);
+            squares = (turn == 0 ? own_squares[0] : squares + own_squares[0]) + own_squares[1];
+#pragma unroll
+            for (int i = 0; i + 2 < BATCH; i++) raw[i] = raw[i + 2];
+            if (product.norm && turn + 2 < end) read_factors(turn + 2, norm[0]), read_factors(turn + 3, norm[1]);
+        }
     }
 
     // Brings all rows, and leaves the squares of each.
@@ -101,24 +135,7 @@ struct Bringing {
             const bf16 *row = product.input + token * size_t(product.input_stride);
             float squares = 0.0f;
 #pragma unroll 1
-            for (int base = 0; base < turns; base += BATCH) {
-                uint4 raw[BATCH];
-#pragma unroll
-                for (int i = 0; i < BATCH; i++) raw[i] = read(row, base + i);
-#pragma unroll
-                for (int i = 0; i < BATCH; i++) {
-                    if (base + i >= turns) break;
-                    float own_squares = 0.0f;
-                    if (i < FACTORS && base == 0) {
-                        put(raw[i], factors[i < FACTORS ? i : 0], i, token, own_squares);
-                    } else {
-                        float norm[8];
-                        read_factors(base + i, norm);
-                        put(raw[i], norm, base + i, token, own_squares);
-                    }
-                    squares = base + i == 0 ? own_squares : squares + own_squares;
-                }
-            }
+            for (int base = 0; base < turns; base += BATCH) bring_batch(row, token, base, squares);
             squares = warp_sum(squares);
             if (lane == 0) all_squares[token] = squares;
         }
@@ -207,8 +224,9 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
         wait_for_operation(launch, own, number);
         bringing.bring(room.squares() + warp * TOKENS);
         const u32 resident = u32(__cvta_generic_to_shared(own_input));
+        const int units = own.units;
 #pragma unroll 1
-        for (int unit = first_unit(own); unit < own.units; unit += gridDim.x, turn.unit++) {
+        for (int unit = first_unit(own); unit < units; unit += gridDim.x, turn.unit++) {
             Accumulator sums = {};
             multiply_unit(round, input, launch.ring, place, own_steps, own_steps < rounds, resident, step_bytes, lane, sums);
             rest_for_phase(launch.handover.empty(turn), turn.parity() ^ 1);
@@ -246,7 +264,7 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     } else {
         give_registers<OTHER_REGISTERS>();
         if (warp < WARPS + COPIERS) {
-            copy_weights(program, launch.ring, pieces, rows, kv_heads, warp - WARPS, lane);
+            copy_weights(program, launch.ring, launch.handover, pieces, rows, kv_heads, warp - WARPS, lane);
         } else {
             finish_units(program, launch, warp - WARPS - COPIERS, lane);
         }

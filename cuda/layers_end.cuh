@@ -117,49 +117,6 @@ DEVICE float factor_of(const Operation &own, const Room &room, const End &end) {
     return rsqrtf(square * (1.0f / own.columns) + own.epsilon);
 }
 
-// A unit of this block, counted through all operations: the place of its sums, and whether that was passed an odd number of times before.
-struct Turn {
-    u32 unit;
-
-    DEVICE u32 slot() const { return unit % TURNS_AHEAD; }
-    DEVICE u32 parity() const { return unit / TURNS_AHEAD % 2; }
-};
-
-// Barriers of the sums that the multiplying warps leave to the finishing ones, and the number of the operation that may read what others wrote.
-struct Handover {
-    u32 barriers;
-
-    DEVICE u32 full(const Turn &turn) const { return barriers + turn.slot() * 16; }
-    DEVICE u32 empty(const Turn &turn) const { return full(turn) + 8; }
-    DEVICE u32 passed() const { return barriers + TURNS_AHEAD * 16; }
-    DEVICE u32 ended() const { return passed() + 4; }
-
-    DEVICE void begin() const {
-        for (int i = 0; i < TURNS_AHEAD; i++) begin_barrier(barriers + i * 16, THREADS), begin_barrier(barriers + i * 16 + 8, WARP);
-        asm volatile("st.shared.u32 [%0], 0;" ::"r"(passed()) : "memory");
-        asm volatile("st.shared.u32 [%0], 0;" ::"r"(ended()) : "memory");
-    }
-
-    // Whether this was the last of so many times that an operation's units were ended by a warp.
-    DEVICE bool end(int times) const {
-        u32 before;
-        asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(ended()) : "memory");
-        if (before != u32(times) - 1) return false;
-        asm volatile("st.relaxed.cta.shared.u32 [%0], 0;" ::"r"(ended()) : "memory");
-        return true;
-    }
-
-    DEVICE void pass(int number) const { asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(passed()), "r"(number) : "memory"); }
-
-    // Waits until this operation has begun to read.
-    DEVICE void follow(int number) const {
-        int found;
-        do {
-            asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(found) : "r"(passed()) : "memory");
-        } while (found < number);
-    }
-};
-
 // What all warps share.
 struct Launch {
     Room room;

@@ -163,13 +163,22 @@ struct Residence {
             const uint4 raw[2] = {read(true, token, turn), read(left > 1, second_token, second)};
             if (token > 0 || turn > 0) read_factors(turn, factors[0]), read_factors(second, factors[NORM]);
             float own_squares[2] = {};
-            Input::put(raw[0], factors[0], slot(turn), product.rows, token, lane % EIGHTS, step(turn) < own_steps, own_squares[0]);
-            Input::put(raw[1], factors[NORM], slot(second), product.rows, second_token, lane % EIGHTS, left > 1 && step(second) < own_steps, own_squares[1]);
+            put(raw[0], factors[0], turn, token, true, own_squares[0]);
+            put(raw[1], factors[NORM], second, second_token, left > 1, own_squares[1]);
             leave(own_squares[0], turn, token, all_squares, squares);
             if (left > 1) leave(own_squares[1], second, second_token, all_squares, squares);
             token = second_token, turn = second;
             next(token, turn);
         }
+    }
+
+    DEVICE void put(const uint4 &raw, const float (&norm)[8], int turn, int token, bool exists, float &squares) const {
+        const uint4 all_raw[1] = {raw};
+        u8 *const slots[1] = {slot(turn)};
+        const bool writes[1] = {exists && step(turn) < own_steps};
+        float own_squares[1] = {};
+        Input::put<1>(all_raw, reinterpret_cast<const float(&)[1][8]>(norm), slots, product.rows, token, lane % EIGHTS, writes, own_squares);
+        squares = own_squares[0];
     }
 
     // Adds squares of a turn, and leaves those of the whole row.
@@ -188,7 +197,7 @@ struct Residence {
             float square = 0.0f;
             uint4 raw = make_uint4(0, 0, 0, 0);
             if (exists) raw = *reinterpret_cast<uint4 *>(slot(turn) + input_place(token, lane % EIGHTS));
-            Input::put(raw, factors[0], slot(turn), product.rows, token, lane % EIGHTS, exists, square);
+            put(raw, factors[0], turn, token, true, square);
         }
         __syncwarp();
     }

@@ -66,10 +66,16 @@ struct Input {
         for (int part = 0; part < PARTS; part++) values[part] = load_shared(slot + from[part][half] + block * 128);
     }
 
-    // Writes eight columns of a token to a slot, normalised with NORM, and adds up their squares.
-    DEVICE static void put(uint4 raw, const float (&norm)[8], u8 *slot, int rows, int token, int eight, bool writes, float &squares) {
-        if (NORM) normalise(raw, norm, squares);
-        if (writes) *reinterpret_cast<uint4 *>(slot + input_place(token, eight)) = raw;
+    // Writes eight columns of a token to each of COUNT slots, normalised with NORM, and adds up their squares.
+    template <int COUNT>
+    DEVICE static void put(const uint4 (&raw)[COUNT], const float (&norm)[COUNT][8], u8 *const (&slots)[COUNT], int rows, int token, int eight,
+                           const bool (&writes)[COUNT], float (&squares)[COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint4 values = raw[i];
+            if (NORM) normalise(values, norm[i], squares[i]);
+            if (writes[i]) *reinterpret_cast<uint4 *>(slots[i] + input_place(token, eight)) = values;
+        }
     }
 };
 

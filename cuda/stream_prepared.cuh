@@ -30,17 +30,25 @@ struct Prepared {
         at += WARPS * size_t(step_bytes);
     }
 
-    // Writes eight columns of a token to a slot, normalised with NORM, and adds up their squares.
-    DEVICE static void put(const uint4 &raw, const float (&norm)[8], u8 *slot, int rows, int token, int eight, bool writes, float &squares) {
-        float values[8];
+    // Writes eight columns of a token to each of COUNT slots, normalised with NORM, and adds up their squares.
+    template <int COUNT>
+    DEVICE static void put(const uint4 (&raw)[COUNT], const float (&norm)[COUNT][8], u8 *const (&slots)[COUNT], int rows, int token, int eight,
+                           const bool (&writes)[COUNT], float (&squares)[COUNT]) {
+        float values[COUNT][8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) values[2 * i] = low_bf16(word_of(raw, i)), values[2 * i + 1] = high_bf16(word_of(raw, i));
+        for (int i = 0; i < COUNT * 4; i++) {
+            const u32 word = word_of(raw[i / 4], i % 4);
+            values[i / 4][i % 4 * 2] = low_bf16(word), values[i / 4][i % 4 * 2 + 1] = high_bf16(word);
+        }
 #pragma unroll
-        for (int i = 0; i < 8 && NORM; i++) squares = fmaf(values[i], values[i], squares), values[i] *= norm[i];
+        for (int i = 0; i < COUNT * 8 && NORM; i++) {
+            float &value = values[i / 8][i % 8];
+            squares[i / 8] = fmaf(value, value, squares[i / 8]), value *= norm[i / 8][i % 8];
+        }
         if (PACKED) {
-            write_digits(values, slot, rows, token, eight, writes);
+            write_digits<COUNT>(values, slots, rows, token, eight, writes);
         } else {
-            write_halves(values, slot, rows, token, eight, writes);
+            write_halves<COUNT>(values, slots, rows, token, eight, writes);
         }
     }
 };
