@@ -6,11 +6,10 @@
 // Either way a sum of a quarter is the same, and they are added in the same order, so rows do not depend on their company.
 
 #ifndef KEEPS
-#define KEEPS 0
+#define KEEPS 0 // 1: there are registers for what would be computed anew in every step, one instruction in five
 #endif
 
 constexpr bool IS_ONE = TOKENS == 1;
-constexpr bool KEPT = IS_ONE || KEEPS; // whether there are registers for what would be computed anew in every step: one instruction more in five
 
 // Sums of a warp, for rows g and g + 8: of quarter t of all steps, or of each quarter.
 struct Accumulator {
@@ -20,17 +19,17 @@ struct Accumulator {
 // Where a lane finds its part of the input's digits in a slot.
 struct Input : Prepared {
     u32 mask; // in a register, since an instruction has room for one constant only
-    // Whether the lane has digits of a quarter, 1 or 0. A product with that is no work for the units that spread weights, as a choice would be.
-    u32 is_own[IS_ONE ? 4 : 1];
+    u32 is_own[IS_ONE && KEEPS ? 4 : 1];   // whether the lane has digits of a quarter, 1 or 0
     u32 from[PARTS][2], factors[PARTS][2]; // digits of either half of 64 columns, and factors of the lane's two tokens
 
     DEVICE Input(const Product &product, int warp, int lane) : Prepared(product, warp, lane) {
         asm volatile("mov.b32 %0, 0xf0f0f0f0;" : "=r"(mask));
-        if (KEPT) mask |= u32(product.rows) >> 28; // nothing, but the compiler would make the mask anew for each instruction
+        if (KEEPS) mask |= u32(product.rows) >> 28; // nothing, but the compiler would make the mask anew for each instruction
 #pragma unroll
-        for (int i = 0; IS_ONE && i < 4; i++) {
-            is_own[IS_ONE ? i : 0] = lane / 8 == i;
-            asm volatile("" : "+r"(is_own[IS_ONE ? i : 0])); // or it would be a choice
+        for (int i = 0; IS_ONE && KEEPS && i < 4; i++) {
+            u32 &flag = is_own[IS_ONE && KEEPS ? i : 0];
+            flag = lane / 8 == i;
+            asm volatile("" : "+r"(flag)); // or it would be a choice
         }
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
@@ -40,7 +39,7 @@ struct Input : Prepared {
             from[part][1] = from[part][0] ^ 64;
 #pragma unroll
             for (int i = 0; i < 2; i++) factors[part][i] = rows * DIGITS_OF_ROW + (IS_ONE ? t * 4 : min(part * 8 + 2 * t + i, rows - 1) * 32);
-            if (KEPT) asm volatile("" : "+r"(from[part][0]), "+r"(from[part][1]), "+r"(factors[part][0]), "+r"(factors[part][1]));
+            if (KEEPS) asm volatile("" : "+r"(from[part][0]), "+r"(from[part][1]), "+r"(factors[part][0]), "+r"(factors[part][1]));
         }
     }
 };
@@ -85,8 +84,13 @@ DEVICE void multiply(const Input &input, const Step &step, u32 slot, Accumulator
         u32 a[4];
         spread(word_of(step.words[0][0][0], quarter), input.mask, a[0], a[2]);
         spread(word_of(step.words[0][1][0], quarter), input.mask, a[1], a[3]);
-        const u32 is_own = input.is_own[quarter];
-        add_products(sums[quarter % 2], a, own.x * is_own, own.y * is_own);
+        if (KEEPS) { // a product is no work for the units that spread weights, as a choice is
+            const u32 is_own = input.is_own[KEEPS ? quarter : 0];
+            add_products(sums[quarter % 2], a, own.x * is_own, own.y * is_own);
+        } else {
+            const bool is_own = input.lane / 8 == quarter;
+            add_products(sums[quarter % 2], a, is_own ? own.x : 0, is_own ? own.y : 0);
+        }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
