@@ -20,7 +20,7 @@ use quantize::QuantizeTile;
 #[cfg(test)]
 pub(crate) use quantize::round_ref;
 
-/// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest. Rows that this one
+/// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest, or a full one. Rows that this one
 /// has too many are zeros.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tiles {
@@ -33,6 +33,17 @@ impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
         Tiles { rows, full: if isa >= Isa::Avx512 { 8 } else { 4 }, least: 1 }
+    }
+
+    /// The same where two panels meet a tile at once: up to eight rows are one tile, more are cut so that the registers hold the sums of
+    /// both. (512 rows of Q8_0 on Zen 5: 15 % more than tiles of 8 with one panel, 5 % more than with two.)
+    pub(crate) fn for_two_panels(isa: Isa, rows: usize) -> Tiles {
+        let full = match isa {
+            _ if isa < Isa::Avx512 => 4,
+            _ if rows <= 8 => 8,
+            _ => 6,
+        };
+        Tiles { rows, full, least: 1 }
     }
 
     /// Tiles for a matrix unit, all of 16 rows.
@@ -63,7 +74,7 @@ impl Tiles {
 
     /// Rows of a tile, those of zeros included.
     pub(crate) fn width(self, tile: usize) -> usize {
-        self.rows(tile).next_power_of_two().max(self.least)
+        self.rows(tile).next_power_of_two().min(self.full).max(self.least)
     }
 
     /// Rows of all tiles, those of zeros included.

@@ -101,7 +101,11 @@ fn linear_by(
     let (isa, rows, memory) = (context.isa, input.rows(), &mut scratch.activations);
     match way {
         Way::Bytes(rounding) => {
-            let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
+            let tiles = match weight.layout() {
+                Layout::Coded(_) => Tiles::new(isa, rows),
+                _ => Tiles::for_two_panels(isa, rows),
+            };
+            let input = memory.quantize(context, input, rounding, tiles);
             over_panels(context, weight, rows, |panels| match weight.layout() {
                 Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels }),
                 _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),

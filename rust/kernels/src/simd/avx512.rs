@@ -67,6 +67,7 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         (false, false) => Isa::Avx512,
     };
     const REGISTERS: usize = 32;
+    const SHARES_LOADS: bool = true;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -335,6 +336,44 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
             }
         }
         sums
+    }
+    #[inline(always)]
+    fn dot_panels<W: WeightSteps<Self>, const N: usize, const P: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[W; P],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [[__m512i; T]; P] {
+        let mut sums = [[self.splat_i32(0); T]; P];
+        for t in 0..T {
+            for p in 0..P {
+                sums[p][t] = self.splat_i32(offsets[t]);
+            }
+        }
+        for i in 0..N {
+            let mut steps = [self.splat_i32(0); P];
+            for p in 0..P {
+                steps[p] = weights[p].step(self, i);
+            }
+            for t in 0..T {
+                let four = self.splat_i32(four(&rows[t], first + i));
+                for p in 0..P {
+                    sums[p][t] = hardware!(_mm512_dpbusd_epi32(sums[p][t], steps[p], four));
+                }
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) -> K::Output {
+        // One function for all that have these instructions.
+        #[inline(never)]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        fn inside<K: Kernel>(token: Avx512<false, false>, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        hardware!(inside(Avx512(()), kernel))
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], indices: __m512i) -> __m512i {

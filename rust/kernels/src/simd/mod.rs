@@ -241,6 +241,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const ISA: Isa;
     /// Vector registers in units of 16 lanes: kernels size their tiles by it.
     const REGISTERS: usize;
+    /// Whether products wait for loads of activations, so that two panels should share them.
+    const SHARES_LOADS: bool = false;
 
     /// All lanes `value`.
     fn splat(self, value: f32) -> Self::F32;
@@ -409,6 +411,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
         first: usize,
         offsets: &[i32; T],
     ) -> [Self::I32; T];
+    /// The same with the weights of `P` panels: where loads are what is scarce, each activation is loaded once for all of them.
+    #[inline(always)]
+    fn dot_panels<W: WeightSteps<Self>, const N: usize, const P: usize, const T: usize, const BITS: u32>(
+        self,
+        weights: &[W; P],
+        rows: &[[u8; 32]; T],
+        first: usize,
+        offsets: &[i32; T],
+    ) -> [[Self::I32; T]; P] {
+        let mut sums = [[self.splat_i32(0); T]; P];
+        for (sums, weights) in sums.iter_mut().zip(weights) {
+            *sums = self.dot::<W, N, T, BITS>(weights, rows, first, offsets);
+        }
+        sums
+    }
+    /// Runs a kernel of bytes, in a function of its own where several in one would be more than a compiler's registers can bear.
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
     /// Replaces every byte, all of them below 16, by that of the table.
     fn lookup(self, table: &[u8; 16], indices: Self::I32) -> Self::I32;
 

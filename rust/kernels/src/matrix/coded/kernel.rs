@@ -175,26 +175,41 @@ impl CodedLinear<'_> {
             for panel in block.panels {
                 for tile in block.tiles.clone() {
                     match self.input.tiles.width(tile) {
-                        1 => self.tile::<S, U, K, 1>(simd, panel, tile, table),
-                        2 => self.tile::<S, U, K, 2>(simd, panel, tile, table),
-                        4 => self.tile::<S, U, K, 4>(simd, panel, tile, table),
-                        _ => self.tile::<S, U, K, 8>(simd, panel, tile, table),
+                        1 => simd.apart(Meeting::<U, K, 1>::new(self, panel, tile, table)),
+                        2 => simd.apart(Meeting::<U, K, 2>::new(self, panel, tile, table)),
+                        4 => simd.apart(Meeting::<U, K, 4>::new(self, panel, tile, table)),
+                        _ => simd.apart(Meeting::<U, K, 8>::new(self, panel, tile, table)),
                     }
                 }
             }
         }
     }
+}
+
+/// A panel and a tile of `T` rows.
+struct Meeting<'a, U, K, const T: usize> {
+    linear: &'a CodedLinear<'a>,
+    panel: usize,
+    tile: usize,
+    table: &'a [u8; 16],
+    kinds: PhantomData<(U, K)>,
+}
+
+impl<'a, U, K, const T: usize> Meeting<'a, U, K, T> {
+    #[inline(always)]
+    fn new(linear: &'a CodedLinear<'a>, panel: usize, tile: usize, table: &'a [u8; 16]) -> Self {
+        Meeting { linear, panel, tile, table, kinds: PhantomData }
+    }
+}
+
+impl<U: Unpack, K: Kind, const T: usize> Kernel for Meeting<'_, U, K, T> {
+    type Output = ();
 
     #[inline(always)]
-    fn tile<S: Simd, U: Unpack, K: Kind, const T: usize>(
-        &self,
-        simd: S,
-        panel: usize,
-        tile: usize,
-        table: &[u8; 16],
-    ) {
-        let sums = multiply::<S, U, K, T>(simd, self.weight, panel, self.input.tile(tile), table);
-        self.output.store(simd, panel, self.input.tiles, tile, &sums, true);
+    fn run<S: Simd>(self, simd: S) {
+        let Meeting { linear: CodedLinear { weight, input, output, .. }, panel, tile, table, .. } = self;
+        let sums = multiply::<S, U, K, T>(simd, weight, panel, input.tile(tile), table);
+        output.store(simd, panel, input.tiles, tile, &sums, true);
     }
 }
 
@@ -310,7 +325,10 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         weights: &[u8],
         tile: IntegerTile<'_>,
     ) -> [S::I32; T] {
-        let (rows, offsets) = (&tile.bytes.as_chunks::<T>().0[group], tile.offsets.as_chunks::<T>().0);
+        let rows = &tile.bytes.as_chunks::<T>().0[group];
+        // Codes with minima are not offset: nothing to load.
+        let offsets =
+            |at: usize| if K::SCALES.has_minima() { &[0; T] } else { &tile.offsets.as_chunks::<T>().0[at] };
         if part == 0 {
             for line in 0..U::BYTES / 64 {
                 self.simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
@@ -318,10 +336,10 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         }
         if K::SCALES.has_halves() {
             let steps = Unpacked::<U>::new(weights, self.table, 4 * part);
-            dot::<S, U, 4, T>(self.simd, &steps, rows, 4 * part, &offsets[2 * group + part])
+            dot::<S, U, 4, T>(self.simd, &steps, rows, 4 * part, offsets(2 * group + part))
         } else {
             let steps = Unpacked::<U>::new(weights, self.table, 0);
-            dot::<S, U, 8, T>(self.simd, &steps, rows, 0, &offsets[group])
+            dot::<S, U, 8, T>(self.simd, &steps, rows, 0, offsets(group))
         }
     }
 }
