@@ -43,8 +43,10 @@
 constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
 constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
-constexpr int PACED = PACKED == 4 ? 7 : 4, SLOW = 2; // rounds under way; and while an operation is copied that waits for other blocks
+constexpr int PACED = PACKED == 4 ? 7 : 4;           // rounds under way
+constexpr int SLOW = PACKED == 4 ? 2 : PACED;        // the same while an operation is copied that waits for other blocks
 constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1; // rounds that a warp multiplies at once
+constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;  // steps of the input that it prepares at once
 
 #include "layers.cuh"
 #include "layers_copy.cuh"
@@ -97,20 +99,48 @@ struct Bringing {
         return raw;
     }
 
-    // Prepares two turns of a token, and adds up their squares; the second one need not exist.
-    DEVICE void put(const uint4 &first, const uint4 &second, const float (&norm)[2][8], int turn, int token, float (&squares)[2]) const {
-        const uint4 raw[2] = {first, second};
-        u8 *const slots[2] = {own + step(turn) * product.rows * INPUT_BYTES, own + step(turn + 1) * product.rows * INPUT_BYTES};
-        const bool writes[2] = {step(turn) < own_steps, step(turn + 1) < own_steps};
-        Input::put<2>(raw, norm, slots, product.rows, token, lane % EIGHTS, writes, squares);
+    // Prepares COUNT turns of a token, and adds up their squares; the last ones need not exist.
+    template <int COUNT>
+    DEVICE void put(const uint4 (&raw)[COUNT], const float (&norm)[COUNT][8], int turn, int token, float (&squares)[COUNT]) const {
+        u8 *slots[COUNT];
+        bool writes[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) slots[i] = own + step(turn + i) * product.rows * INPUT_BYTES, writes[i] = step(turn + i) < own_steps;
+        Input::put<COUNT>(raw, norm, slots, product.rows, token, lane % EIGHTS, writes, squares);
     }
 
-    // Brings turns of a token, up to BATCH from `base` on, and adds up their squares; two at a time, in a loop that is short: what does not fit
-    // the instruction cache is slow.
+    // Brings turns of a token, up to BATCH from `base` on, and adds up their squares.
     DEVICE void bring_batch(const bf16 *row, int token, int base, float &squares) const {
         uint4 raw[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) raw[i] = read(row, base + i);
+        if (TURNS_TOGETHER == 1) {
+            bring_each(raw, token, base, squares);
+        } else {
+            bring_pairs(raw, token, base, squares);
+        }
+    }
+
+    // One turn after the other, without a loop.
+    DEVICE void bring_each(const uint4 (&raw)[BATCH], int token, int base, float &squares) const {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (base + i >= turns) break;
+            const uint4 own_raw[1] = {raw[i]};
+            float norm[1][8], own_squares[1] = {};
+            if (i < FACTORS && base == 0) {
+#pragma unroll
+                for (int k = 0; k < 8; k++) norm[0][k] = factors[i < FACTORS ? i : 0][k];
+            } else {
+                read_factors(base + i, norm[0]);
+            }
+            put<1>(own_raw, norm, base + i, token, own_squares);
+            squares = base + i == 0 ? own_squares[0] : squares + own_squares[0];
+        }
+    }
+
+    // Two turns at a time, in a loop that is short: what does not fit the instruction cache is slow.
+    DEVICE void bring_pairs(uint4 (&raw)[BATCH], int token, int base, float &squares) const {
         float norm[2][8];
 #pragma unroll
         for (int i = 0; i < 16; i++) norm[i / 8][i % 8] = factors[i / 8][i % 8];
@@ -118,8 +148,9 @@ struct Bringing {
         const int end = min(turns, base + BATCH);
 #pragma unroll 1
         for (int turn = base; turn < end; turn += 2) {
+            const uint4 pair[2] = {raw[0], raw[1]};
             float own_squares[2] = {};
-            put(raw[0], raw[1], norm, turn, token, own_squares);
+            put<2>(pair, norm, turn, token, own_squares);
             squares = (turn == 0 ? own_squares[0] : squares + own_squares[0]) + own_squares[1];
 #pragma unroll
             for (int i = 0; i + 2 < BATCH; i++) raw[i] = raw[i + 2];

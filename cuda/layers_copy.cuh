@@ -158,7 +158,7 @@ DEVICE void copy_weights(Program program, const Ring &ring, const Handover &hand
 #pragma unroll 1
             for (int step = 0; step < steps; step += WARPS) {
                 const int count = min(steps - step, WARPS);
-                for (const int pace = handover.has_passed(number) ? PACED : SLOW; started >= pace; started--) {
+                for (const int pace = SLOW == PACED || handover.has_passed(number) ? PACED : SLOW; started >= pace; started--) {
                     rest_for_phase(ring.full(behind), behind.parity);
                     behind.next(ring.slots);
                 }
