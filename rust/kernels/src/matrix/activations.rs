@@ -20,46 +20,44 @@ use quantize::QuantizeTile;
 #[cfg(test)]
 pub(crate) use quantize::round_ref;
 
-/// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest, or a full one. Rows that this one
-/// has too many are zeros.
+/// How rows are cut: full tiles, then one of the least power of two of rows that holds the rest, or a full one; or, where few rows are
+/// left, one that is wider than full. Rows that the last one has too many are zeros.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tiles {
     rows: usize,
     full: usize,
-    least: usize, // width of the last tile
+    least: usize, // widths of the last tile
+    most: usize,
 }
 
 impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
-        Tiles { rows, full: if isa >= Isa::Avx512 { 8 } else { 4 }, least: 1 }
+        let full = if isa >= Isa::Avx512 { 8 } else { 4 };
+        Tiles { rows, full, least: 1, most: full }
     }
 
-    /// The same where two panels meet a tile at once: up to eight rows are one tile, more are cut so that the registers hold the sums of
-    /// both. (512 rows of Q8_0 on Zen 5: 15 % more than tiles of 8 with one panel, 5 % more than with two.)
-    pub(crate) fn for_two_panels(isa: Isa, rows: usize) -> Tiles {
-        let full = match isa {
-            _ if isa < Isa::Avx512 => 4,
-            _ if rows <= 8 => 8,
-            _ => 6,
-        };
-        Tiles { rows, full, least: 1 }
+    /// Tiles of six rows for [`PairedLinear`](super::PairedLinear), so that registers hold the sums of both panels; the last one of four, six
+    /// or eight. (A last tile of two rows would take as long as 20 rows.)
+    pub(crate) fn for_two_panels(rows: usize) -> Tiles {
+        Tiles { rows, full: 6, least: 4, most: 8 }
     }
 
     /// Tiles for a matrix unit, all of 16 rows.
     pub(crate) fn full(rows: usize) -> Tiles {
-        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS }
+        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS }
     }
 
     /// Tiles for a matrix unit, all of one width.
     pub(crate) fn alike(rows: usize) -> Tiles {
         let full = rows.next_power_of_two().min(TILE_ROWS);
-        Tiles { rows, full, least: full }
+        Tiles { rows, full, least: full, most: full }
     }
 
     /// Number of tiles.
     pub(crate) fn count(self) -> usize {
-        self.rows.div_ceil(self.full)
+        let (whole, rest) = (self.rows / self.full, self.rows % self.full);
+        if rest == 0 || whole > 0 && self.full + rest <= self.most { whole } else { whole + 1 }
     }
 
     /// First row of a tile.
@@ -69,12 +67,15 @@ impl Tiles {
 
     /// Rows of a tile that exist.
     pub(crate) fn rows(self, tile: usize) -> usize {
-        (self.rows - tile * self.full).min(self.full)
+        if tile + 1 < self.count() { self.full } else { self.rows - self.first(tile) }
     }
 
     /// Rows of a tile, those of zeros included.
     pub(crate) fn width(self, tile: usize) -> usize {
-        self.rows(tile).next_power_of_two().min(self.full).max(self.least)
+        match self.rows(tile) {
+            rows if rows > self.full => self.most,
+            rows => rows.next_power_of_two().min(self.full).max(self.least),
+        }
     }
 
     /// Rows of all tiles, those of zeros included.

@@ -3,7 +3,6 @@
 
 use super::activations::Value;
 use super::ahead::{AHEAD, NextPanel};
-use super::blocks::Turn;
 use super::{GROUP, Output, PackedMatrix, RowTiles};
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
@@ -81,8 +80,7 @@ impl BfloatLinear<'_> {
     ) {
         let weights = self.weight.weights(panel..panel + P);
         let steps = self.weight.groups() * GROUP / 2;
-        let turn = Turn { index: tile, count: self.input.tiles.count() };
-        let next = NextPanel::new(weights, steps, turn);
+        let next = NextPanel::<SEVERAL>::new(weights, steps, tile, self.input.tiles.count());
         let sums = multiply::<S, T, P, SEVERAL>(simd, weights, steps, self.input.tile(tile), next);
         for (p, sums) in sums.iter().enumerate() {
             self.output.store(simd, panel + p, self.input.tiles, tile, sums, true);
@@ -98,15 +96,13 @@ fn multiply<S: Simd, const T: usize, const P: usize, const SEVERAL: bool>(
     weights: &[u8],
     steps: usize,
     input: &[Pair],
-    next: NextPanel,
+    next: NextPanel<SEVERAL>,
 ) -> [[S::F32; T]; P] {
     let input = &input.as_chunks::<T>().0[..steps];
     assert!(weights.len() >= P * steps * 64);
     let mut sums = [[simd.splat(0.0); T]; P];
     for (step, pairs) in input.iter().enumerate() {
-        if SEVERAL {
-            next.fetch(simd, step);
-        }
+        next.fetch(simd, step);
         for p in 0..P {
             let at = weights.as_ptr().wrapping_add((p * steps + step) * 64);
             simd.prefetch(at.wrapping_add(AHEAD));

@@ -16,25 +16,6 @@ pub(super) struct Block {
     pub(super) again: bool,
 }
 
-/// What a tile has to ask memory for while it is multiplied with a panel.
-#[derive(Clone, Copy)]
-pub(super) struct Turn {
-    /// Which of the tiles that meet the panel it is, and how many do; 0 of 1 where the panel was there before.
-    pub(super) index: usize,
-    pub(super) count: usize,
-}
-
-impl Block {
-    /// The turn of one of its tiles.
-    #[inline(always)]
-    pub(super) fn turn(&self, tile: usize) -> Turn {
-        match self.again {
-            true => Turn { index: 0, count: 1 },
-            false => Turn { index: tile - self.tiles.start, count: self.tiles.len() },
-        }
-    }
-}
-
 /// Blocks in which each panel meets each tile once, given the bytes of a panel and those of a row in a tile. (512 rows of Q4_0: 3 to 6 %,
 /// of other formats up to 3.)
 pub(super) fn blocks(
@@ -43,7 +24,7 @@ pub(super) fn blocks(
     tiles: Tiles,
     row_bytes: usize,
 ) -> impl Iterator<Item = Block> {
-    let width = (WEIGHT_BYTES / panel_bytes.max(1)).max(2) / 2 * 2;
+    let width = (WEIGHT_BYTES / panel_bytes.max(1)).max(1);
     let height = (ROW_BYTES / row_bytes.max(1) / tiles.width(0)).max(1);
     let count = tiles.count();
     panels.clone().step_by(width).flat_map(move |panel| {

@@ -23,6 +23,7 @@ mod float;
 mod integer;
 mod output;
 mod pack;
+mod paired;
 mod round;
 mod tiled;
 mod unpack;
@@ -35,6 +36,7 @@ pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
+pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
 pub use round::round_rows;
 pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS};
 

@@ -6,8 +6,8 @@
 //! times bfloat16 alone has the instruction set's own order.)
 
 use crate::matrix::{
-    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output, PANELS,
-    PackedMatrix, Rounding, Tiles,
+    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
+    PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, Tiles,
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
@@ -36,6 +36,7 @@ const TILED_ROWS_OF_HALVES: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Bytes(Rounding),
+    PairedBytes(Rounding),
     ByteTiles(Rounding),
     Bfloats,
     BfloatTiles,
@@ -50,7 +51,11 @@ impl Way {
         match layout.rounding() {
             Some(rounding) => {
                 let least = if rounding.halves { TILED_ROWS_OF_HALVES } else { TILED_ROWS };
-                if isa.has_tiles() && rows >= least { Way::ByteTiles(rounding) } else { Way::Bytes(rounding) }
+                match layout {
+                    _ if isa.has_tiles() && rows >= least => Way::ByteTiles(rounding),
+                    Layout::Int8 if isa >= Isa::Avx512 && rows >= PAIRED_ROWS => Way::PairedBytes(rounding),
+                    _ => Way::Bytes(rounding),
+                }
             }
             // Its order of additions differs from other instructions': few rows take this way as well.
             None if isa.has_tiles() && matches!(layout, Layout::Bf16) => Way::BfloatTiles,
@@ -101,14 +106,16 @@ fn linear_by(
     let (isa, rows, memory) = (context.isa, input.rows(), &mut scratch.activations);
     match way {
         Way::Bytes(rounding) => {
-            let tiles = match weight.layout() {
-                Layout::Coded(_) => Tiles::new(isa, rows),
-                _ => Tiles::for_two_panels(isa, rows),
-            };
-            let input = memory.quantize(context, input, rounding, tiles);
+            let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
             over_panels(context, weight, rows, |panels| match weight.layout() {
                 Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels }),
                 _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
+            });
+        }
+        Way::PairedBytes(rounding) => {
+            let input = memory.quantize(context, input, rounding, Tiles::for_two_panels(rows));
+            over_panels(context, weight, rows, |panels| {
+                isa.dispatch(PairedLinear { weight, input, output, panels });
             });
         }
         Way::ByteTiles(rounding) => {

@@ -67,7 +67,6 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         (false, false) => Isa::Avx512,
     };
     const REGISTERS: usize = 32;
-    const SHARES_LOADS: bool = true;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {

@@ -241,8 +241,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const ISA: Isa;
     /// Vector registers in units of 16 lanes: kernels size their tiles by it.
     const REGISTERS: usize;
-    /// Whether products wait for loads of activations, so that two panels should share them.
-    const SHARES_LOADS: bool = false;
 
     /// All lanes `value`.
     fn splat(self, value: f32) -> Self::F32;

@@ -232,6 +232,22 @@ fn rows_of_several_blocks_equal_rows_alone() {
 }
 
 #[test]
+fn pairs_of_panels_equal_the_oracle() {
+    // One panel, an odd number, and several blocks; last tiles of four, six and eight rows, whole and not.
+    for (rows, columns) in [(9, 64), (37, 2080), (530, 4096)] {
+        let weight = Weight::new(Format::Q8_0, rows, columns);
+        let inputs = sample_values(66 * columns);
+        let expected = bits(&weight.reference(Isa::Scalar, &inputs, Precision::Auto, true));
+        for (isa, count) in
+            Isa::available().into_iter().flat_map(|isa| [17, 18, 19, 20, 21, 22, 66].map(|n| (isa, n)))
+        {
+            let got = weight.compute(&context(isa, 2), &inputs[..count * columns], Precision::Auto, true);
+            assert_eq!(bits(&got), expected[..count], "{isa:?} {rows} {columns} {count}");
+        }
+    }
+}
+
+#[test]
 fn extremes_of_the_integer_layouts() {
     // The greatest sums: all weights of the smallest or greatest code, all activations +-127.
     for (format, fill, scale_at) in [
