@@ -6,7 +6,6 @@
 use super::activations::IntegerTile;
 use super::ahead::{AHEAD, NextPanel};
 use super::blocks::{Block, blocks};
-use super::coded::{Bytes, Unpacked};
 use super::{IntegerTiles, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
 use std::ops::Range;
@@ -136,10 +135,9 @@ fn multiply<S: Simd, const T: usize, const PART: usize>(
     for (group, ((bytes, offsets), row_scales)) in (0..panels.groups).zip(rows) {
         next.fetch(simd, group);
         let (weights, scales) = panels.group(simd, group);
-        let steps = weights.map(|weights| Unpacked::<Bytes>::new(weights, &[0; 16], 0));
         let parts = bytes.as_chunks::<PART>().0.iter().zip(offsets.as_chunks::<PART>().0);
         for (part, (bytes, offsets)) in parts.enumerate() {
-            let exact = simd.dot_panels::<_, 8, 2, PART, 8>(&steps, bytes, 0, offsets);
+            let exact = simd.dot_bytes_of_two(weights, bytes, offsets);
             for t in 0..PART {
                 let at = part * PART + t;
                 let row_scale = simd.splat(row_scales[at]);

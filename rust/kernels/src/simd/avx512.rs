@@ -280,6 +280,33 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         sums
     }
     #[inline(always)]
+    fn dot_bytes_of_two<const T: usize>(
+        self,
+        weights: [&[u8; 512]; 2],
+        rows: &[[u8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [[__m512i; T]; 2] {
+        let mut sums = [[self.splat_i32(0); T]; 2];
+        for t in 0..T {
+            sums[0][t] = self.splat_i32(offsets[t]);
+            sums[1][t] = sums[0][t];
+        }
+        for (step, (first, second)) in
+            weights[0].chunks_exact(64).zip(weights[1].chunks_exact(64)).enumerate()
+        {
+            hardware!({
+                let first = _mm512_loadu_si512(first.as_ptr().cast());
+                let second = _mm512_loadu_si512(second.as_ptr().cast());
+                for t in 0..T {
+                    let four = _mm512_set1_epi32(four(&rows[t], step));
+                    sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], first, four);
+                    sums[1][t] = _mm512_dpbusd_epi32(sums[1][t], second, four);
+                }
+            });
+        }
+        sums
+    }
+    #[inline(always)]
     fn dot_nibbles<const T: usize>(
         self,
         weights: &[u8; 256],
@@ -332,34 +359,6 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
             for t in 0..T {
                 let four = self.splat_i32(four(&rows[t], first + i));
                 sums[t] = hardware!(_mm512_dpbusd_epi32(sums[t], weights, four));
-            }
-        }
-        sums
-    }
-    #[inline(always)]
-    fn dot_panels<W: WeightSteps<Self>, const N: usize, const P: usize, const T: usize, const BITS: u32>(
-        self,
-        weights: &[W; P],
-        rows: &[[u8; 32]; T],
-        first: usize,
-        offsets: &[i32; T],
-    ) -> [[__m512i; T]; P] {
-        let mut sums = [[self.splat_i32(0); T]; P];
-        for t in 0..T {
-            for p in 0..P {
-                sums[p][t] = self.splat_i32(offsets[t]);
-            }
-        }
-        for i in 0..N {
-            let mut steps = [self.splat_i32(0); P];
-            for p in 0..P {
-                steps[p] = weights[p].step(self, i);
-            }
-            for t in 0..T {
-                let four = self.splat_i32(four(&rows[t], first + i));
-                for p in 0..P {
-                    sums[p][t] = hardware!(_mm512_dpbusd_epi32(sums[p][t], steps[p], four));
-                }
             }
         }
         sums

@@ -380,7 +380,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
         rows: &[[u8; 32]; T],
         offsets: &[i32; T],
     ) -> [Self::I32; T];
-    /// The same with weights of 4 bits offset by 8: 64 bytes hold four per lane in the low halves of bytes, and the
+    /// The same of two panels: where loads are what is scarce, each activation is loaded once for both.
+    #[inline(always)]
+    fn dot_bytes_of_two<const T: usize>(
+        self,
+        weights: [&[u8; 512]; 2],
+        rows: &[[u8; 32]; T],
+        offsets: &[i32; T],
+    ) -> [[Self::I32; T]; 2] {
+        [self.dot_bytes(weights[0], rows, offsets), self.dot_bytes(weights[1], rows, offsets)]
+    }
+    /// As [`Simd::dot_bytes`], with weights of 4 bits offset by 8: 64 bytes hold four per lane in the low halves of bytes, and the
     /// next four in the high halves; `offsets` are -8 times the sum of a row's activations.
     fn dot_nibbles<const T: usize>(
         self,
@@ -409,22 +419,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         first: usize,
         offsets: &[i32; T],
     ) -> [Self::I32; T];
-    /// The same with the weights of `P` panels: where loads are what is scarce, each activation is loaded once for all of them.
-    #[inline(always)]
-    fn dot_panels<W: WeightSteps<Self>, const N: usize, const P: usize, const T: usize, const BITS: u32>(
-        self,
-        weights: &[W; P],
-        rows: &[[u8; 32]; T],
-        first: usize,
-        offsets: &[i32; T],
-    ) -> [[Self::I32; T]; P] {
-        let mut sums = [[self.splat_i32(0); T]; P];
-        for (sums, weights) in sums.iter_mut().zip(weights) {
-            *sums = self.dot::<W, N, T, BITS>(weights, rows, first, offsets);
-        }
-        sums
-    }
-    /// Runs a kernel of bytes, in a function of its own where several in one would be more than a compiler's registers can bear.
+    /// Runs a kernel that multiplies bytes, in a function of its own where one function with several of them would have too few registers.
     #[inline(always)]
     fn apart<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.run(self)

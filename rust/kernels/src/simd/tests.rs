@@ -46,6 +46,8 @@ impl Kernel for Everything {
         let total: i32 = row.iter().map(|&i| i32::from(i as i8)).sum();
         let weights: [u8; 512] = std::array::from_fn(|i| (self.words[i % 16] >> (i / 32)) as u8);
         let [bytes] = s.dot_bytes(&weights, &[row], &[-128 * total]);
+        let other = weights.map(|byte| !byte);
+        let [[first], [second]] = s.dot_bytes_of_two([&weights, &other], &[row], &[-128 * total]);
         let [nibble_sums, again] =
             s.dot_nibbles(weights.first_chunk().unwrap_or(&[0; 256]), &[row; 2], &[-8 * total; 2]);
         for value in [
@@ -63,6 +65,8 @@ impl Kernel for Everything {
             nibble_sums,
             again,
             bytes,
+            first,
+            second,
         ] {
             keep(value);
         }

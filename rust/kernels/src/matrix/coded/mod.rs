@@ -16,7 +16,7 @@ mod unpack;
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
 pub(super) use kernel::{load_scales, load_units};
-pub(super) use unpack::{Book, Bytes, Five, Nibbles, Six, Unpack, Unpacked, line};
+pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;
 use crate::quant::{Blocks, Codes, Group, Grouped, Scales};

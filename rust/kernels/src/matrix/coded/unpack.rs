@@ -39,9 +39,6 @@ impl<S: Simd, U: Unpack> WeightSteps<S> for Unpacked<'_, U> {
     }
 }
 
-/// Not codes: bytes as they are.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Bytes;
 #[derive(Clone, Copy)]
 pub(in super::super) struct Nibbles;
 #[derive(Clone, Copy)]
@@ -73,15 +70,6 @@ fn upper<S: Simd>(simd: S, bits: S::I32, at: usize, mask: i32) -> S::I32 {
     let moved =
         if at <= 4 { simd.shift_left(bits, 4 - at as u32) } else { simd.shift_right(bits, at as u32 - 4) };
     simd.and_i32(moved, simd.splat_i32(mask))
-}
-
-impl Unpack for Bytes {
-    const BYTES: usize = 512;
-    const BITS: u32 = 8;
-    #[inline(always)]
-    fn step<S: Simd>(simd: S, weights: &[u8], step: usize, _table: &[u8; 16]) -> S::I32 {
-        line(simd, weights, step)
-    }
 }
 
 impl Unpack for Nibbles {

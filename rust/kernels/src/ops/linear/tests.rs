@@ -233,6 +233,7 @@ fn rows_of_several_blocks_equal_rows_alone() {
 
 #[test]
 fn pairs_of_panels_equal_the_oracle() {
+    let rounding = crate::matrix::Layout::of(Format::Q8_0).rounding().unwrap();
     // One panel, an odd number, and several blocks; last tiles of four, six and eight rows, whole and not.
     for (rows, columns) in [(9, 64), (37, 2080), (530, 4096)] {
         let weight = Weight::new(Format::Q8_0, rows, columns);
@@ -241,7 +242,8 @@ fn pairs_of_panels_equal_the_oracle() {
         for (isa, count) in
             Isa::available().into_iter().flat_map(|isa| [17, 18, 19, 20, 21, 22, 66].map(|n| (isa, n)))
         {
-            let got = weight.compute(&context(isa, 2), &inputs[..count * columns], Precision::Auto, true);
+            let way = Way::PairedBytes(rounding);
+            let got = weight.compute_by(way, &context(isa, 2), &inputs[..count * columns]);
             assert_eq!(bits(&got), expected[..count], "{isa:?} {rows} {columns} {count}");
         }
     }
