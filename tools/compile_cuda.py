@@ -66,11 +66,6 @@ PACKED = [
 """Layouts of packed weights."""
 
 
-def copied(variants: list[Macros]) -> list[Macros]:
-    """Return the variants with as many warps that copy weights as warp_group.py gives them."""
-    return [{**one, "COPIERS": 2} if one["WEIGHT"] == "bf16" else one for one in variants]
-
-
 def packed(variants: list[Macros], bits: int = 0) -> list[Macros]:
     """Return variants for each packed layout, of so many bits if told."""
     return [{**layout, **macros} for layout in PACKED if bits in (0, layout["PACKED"]) for macros in variants]
@@ -108,11 +103,9 @@ VARIANTS: dict[str, list[Macros]] = {
     + packed(
         choices(**ANY, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4
     ),
-    "linear_warp_group.cu": copied(
-        choices(**GROUPED, TOKENS=[32, 64], GROUPS=[1, 2], STEP_BYTES=[256], OUTPUT=["bf16", "float"])
-        + choices(**GROUPED, TOKENS=[32, 64], GROUPS=[2], TILES=[2], STEP_BYTES=[128], STAGES=[5])
-        + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1])
-    ),
+    "linear_warp_group.cu": choices(**GROUPED, TOKENS=[32, 64], GROUPS=[1, 2], STEP_BYTES=[256], OUTPUT=["bf16", "float"])
+    + choices(**GROUPED, TOKENS=[32, 64], GROUPS=[2], TILES=[2], STEP_BYTES=[128], STAGES=[5])
+    + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]

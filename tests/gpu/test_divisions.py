@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infer.gpu.many import many_tokens
-from infer.gpu.warp_group import COPIERS, SHAPES, Division, Shape, divide, shared_bytes, stages_of
+from infer.gpu.warp_group import SHAPES, Division, Shape, divide, shared_bytes, stages_of
 
 CLUSTERS = tuple(132 // size for size in range(1, 9))
 NARROW, WIDE, WIDEST = SHAPES
@@ -40,4 +40,4 @@ def test_shared_memory(shape: Shape, rows: int) -> None:
     stages = stages_of(shape, tokens, SHARED_LIMIT)
     assert stages >= 3
     assert shared_bytes(shape, tokens, stages) + 4096 <= SHARED_LIMIT
-    assert shape.threads(max(COPIERS.values())) <= 1024
+    assert shape.threads <= 1024

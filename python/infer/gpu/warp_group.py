@@ -32,8 +32,6 @@ NEIGHBOUR_BYTES = 19 << 10  # of shared memory that are left to what else runs o
 MOST_STAGES = 12
 PACED_BYTES = 64 << 10
 """Of weights that a block asks for at a time at first: what is asked for later, by other kernels too, waits behind it."""
-COPIERS = {"e4m3": 1, "bf16": 2}
-"""Warps that copy a warp group's weights, by their type: two take 0.5 % off a layer in bfloat16 (H100), nothing in E4M3."""
 # Microseconds on an H100, fitted to 150 divisions of 8 weights:
 READ_COST = 0.35e-6  # of a byte of weights, for all blocks together
 BLOCK_COSTS = (14e-6, 10e-6, 10e-6)  # of a byte of weights and input of one block, by SHAPES
@@ -56,9 +54,10 @@ class Shape(NamedTuple):
         """Weight rows of a block."""
         return self.groups * self.tiles * TILE_ROWS
 
-    def threads(self, copiers: int) -> int:
-        """Threads of a block: those that multiply, for each group ``copiers`` warps for its weights, and two for input rows."""
-        return (128 + 32 * copiers) * self.groups + 64
+    @property
+    def threads(self) -> int:
+        """Threads of a block: those that multiply, a warp for each group that copies its weights, and two for input rows."""
+        return 160 * self.groups + 64
 
 
 SHAPES = (Shape(1, 1, 256), Shape(2, 1, 256), Shape(2, 2, 128))
@@ -154,7 +153,6 @@ class WarpGroupOperations(ManyOperations):
             TILES=shape.tiles,
             STEP_BYTES=shape.span,
             STAGES=stages,
-            COPIERS=COPIERS[weight.type],
             PACE=min(stages, max(2, PACED_BYTES // (shape.rows * shape.span))),
             PAIRED=int(is_gated),
             EPILOGUE=GATED if is_gated else STORE,
@@ -164,4 +162,4 @@ class WarpGroupOperations(ManyOperations):
         sizes = (source.stride, output.stride, source.rows, weight.rows, weight.columns, splits)
         arguments = (*pointers, *sizes, add if epilogue == ADD else 1.0, float(epilogue == ADD))
         blocks, shared = ceil_of(weight.rows, shape.rows) * splits, shared_bytes(shape, tokens, stages)
-        kernel(self.stream, (blocks,), shape.threads(COPIERS[weight.type]), arguments, shared, splits)
+        kernel(self.stream, (blocks,), shape.threads, arguments, shared, splits)
