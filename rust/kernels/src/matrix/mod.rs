@@ -85,6 +85,7 @@ impl Layout {
             Layout::F32 | Layout::F16 | Layout::Bf16 => None,
             Layout::Int8 => whole(-128, 1),
             Layout::Int4 => whole(-8, integer::INT4_SPAN),
+            // Kernels load no offsets beside minima.
             Layout::Coded(format) => Some(Rounding {
                 weight_offset: coded::offset(format.codes),
                 span: coded::span(format.scales),

@@ -1,6 +1,6 @@
 //! Int8 panels, two at a time, times tiles of many rows. Where a processor multiplies bytes as fast as it loads them (Zen 5 has two of
 //! each in a cycle), one panel waits for its activations: with two, each is loaded once for both. Sums are those of `integer`, bit for bit.
-//! (512 rows of Q8_0 on Zen 5: 10 to 12 % more, a whole prompt 7 %. Up to 16 rows wait for memory, which gives one stream of weights more
+//! (512 rows of Q8_0 on Zen 5: 10 to 12 % more, a whole prompt 4 to 7 %. Up to 16 rows wait for memory, which gives one stream of weights more
 //! than two; and panels of Int4, whose weights are a quarter of the loads, gained nothing in whole prompts.)
 
 use super::activations::IntegerTile;
@@ -48,9 +48,9 @@ impl Kernel for PairedLinear<'_> {
                     let next = NextPanel::new(weights, turns, tile - tiles.start, tiles.len());
                     let panels = panels.clone();
                     match self.input.tiles.width(tile) {
-                        4 => simd.apart(Pair::<4, 4> { linear: &self, panels, tile, next }),
-                        6 => simd.apart(Pair::<6, 6> { linear: &self, panels, tile, next }),
-                        8 => simd.apart(Pair::<8, 4> { linear: &self, panels, tile, next }),
+                        4 => simd.apart(Meeting::<4, 4> { linear: &self, panels, tile, next }),
+                        6 => simd.apart(Meeting::<6, 6> { linear: &self, panels, tile, next }),
+                        8 => simd.apart(Meeting::<8, 4> { linear: &self, panels, tile, next }),
                         _ => unreachable!("a tile of other rows"),
                     }
                 }
@@ -60,19 +60,19 @@ impl Kernel for PairedLinear<'_> {
 }
 
 /// Two panels, of which the second may be missing, and a tile of `T` rows, `PART` of them at a time.
-struct Pair<'a, const T: usize, const PART: usize> {
+struct Meeting<'a, const T: usize, const PART: usize> {
     linear: &'a PairedLinear<'a>,
     panels: Range<usize>,
     tile: usize,
     next: NextPanel<true>,
 }
 
-impl<const T: usize, const PART: usize> Kernel for Pair<'_, T, PART> {
+impl<const T: usize, const PART: usize> Kernel for Meeting<'_, T, PART> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Pair { linear, panels, tile, next } = self;
+        let Meeting { linear, panels, tile, next } = self;
         let weights = Panels::new(linear.weight, panels.clone());
         let sums = multiply::<S, T, PART>(simd, weights, linear.input.tile(tile), next);
         for (panel, sums) in panels.zip(&sums) {

@@ -232,6 +232,18 @@ fn rows_of_several_blocks_equal_rows_alone() {
 }
 
 #[test]
+fn codes_with_minima_are_not_offset() {
+    // Kernels load no offsets for them.
+    for &format in Format::ALL {
+        let has_minima = format.as_grouped().is_some_and(|grouped| grouped.scales.has_minima());
+        if has_minima {
+            let rounding = crate::matrix::Layout::of(format).rounding().unwrap();
+            assert_eq!(rounding.weight_offset, 0, "{format:?}");
+        }
+    }
+}
+
+#[test]
 fn pairs_of_panels_equal_the_oracle() {
     let rounding = crate::matrix::Layout::of(Format::Q8_0).rounding().unwrap();
     // One panel, an odd number, and several blocks; last tiles of four, six and eight rows, whole and not.
