@@ -12,6 +12,9 @@ use std::ops::Range;
 /// (`benches/quality.py`).
 pub(super) const INT4_SPAN: usize = 4;
 
+/// Bytes of a panel that the L1 cache keeps from one tile to the next: only the first one asks memory for it.
+const NEAR: usize = 24 << 10;
+
 /// A layout's exact sums.
 trait IntegerLayout<const BYTES: usize>: Copy {
     /// Groups that share a scale of activations.
@@ -95,11 +98,14 @@ impl IntegerLinear<'_> {
                 for tile in tiles.clone() {
                     let turn = (tile - first, count);
                     match self.input.tiles.width(tile) {
-                        1 => self.tile::<S, L, BYTES, 1, false>(simd, panel, tile, turn),
-                        2 => self.tile::<S, L, BYTES, 2, false>(simd, panel, tile, turn),
-                        4 => self.tile::<S, L, BYTES, 4, false>(simd, panel, tile, turn),
-                        _ if count == 1 => self.tile::<S, L, BYTES, 8, false>(simd, panel, tile, turn),
-                        _ => self.tile::<S, L, BYTES, 8, true>(simd, panel, tile, turn),
+                        1 => self.tile::<S, L, BYTES, 1, false, true>(simd, panel, tile, turn),
+                        2 => self.tile::<S, L, BYTES, 2, false, true>(simd, panel, tile, turn),
+                        4 => self.tile::<S, L, BYTES, 4, false, true>(simd, panel, tile, turn),
+                        _ if count == 1 => self.tile::<S, L, BYTES, 8, false, true>(simd, panel, tile, turn),
+                        _ if tile > first && panel_bytes <= NEAR => {
+                            self.tile::<S, L, BYTES, 8, true, false>(simd, panel, tile, turn);
+                        }
+                        _ => self.tile::<S, L, BYTES, 8, true, true>(simd, panel, tile, turn),
                     }
                 }
             }
@@ -107,7 +113,14 @@ impl IntegerLinear<'_> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const SEVERAL: bool>(
+    fn tile<
+        S: Simd,
+        L: IntegerLayout<BYTES>,
+        const BYTES: usize,
+        const T: usize,
+        const SEVERAL: bool,
+        const FETCH: bool,
+    >(
         &self,
         simd: S,
         panel: usize,
@@ -119,8 +132,8 @@ impl IntegerLinear<'_> {
         let input = self.input.tile(tile);
         let next = NextPanel::<SEVERAL>::new(weights, scales.len().div_ceil(L::SPAN), turn, turns);
         let sums = match const { L::SPAN } {
-            1 => multiply::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),
-            _ => multiply_spans::<S, L, BYTES, T, SEVERAL>(simd, weights, scales, input, next),
+            1 => multiply::<S, L, BYTES, T, SEVERAL, FETCH>(simd, weights, scales, input, next),
+            _ => multiply_spans::<S, L, BYTES, T, SEVERAL, FETCH>(simd, weights, scales, input, next),
         };
         self.output.store(simd, panel, self.input.tiles, tile, &sums, true);
     }
@@ -128,7 +141,14 @@ impl IntegerLinear<'_> {
 
 /// The sums of a panel with `T` rows, of which every group has a scale. `weights` is (groups, `BYTES`).
 #[inline(always)]
-fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const SEVERAL: bool>(
+fn multiply<
+    S: Simd,
+    L: IntegerLayout<BYTES>,
+    const BYTES: usize,
+    const T: usize,
+    const SEVERAL: bool,
+    const FETCH: bool,
+>(
     simd: S,
     weights: &[u8],
     scales: &[[u16; LANES]],
@@ -141,7 +161,7 @@ fn multiply<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize
     let weights = weights.as_chunks::<BYTES>().0.iter().zip(scales);
     for (turn, ((weights, scale), ((bytes, offsets), row_scales))) in weights.zip(rows).enumerate() {
         next.fetch(simd, turn);
-        let (exact, scale) = group::<S, L, BYTES, T>(simd, weights, scale, bytes, offsets);
+        let (exact, scale) = group::<S, L, BYTES, T, FETCH>(simd, weights, scale, bytes, offsets);
         for t in 0..T {
             let inner = simd.mul(simd.to_f32(exact[t]), scale);
             sums[t] = simd.mul_add(inner, simd.splat(row_scales[t]), sums[t]);
@@ -158,6 +178,7 @@ fn multiply_spans<
     const BYTES: usize,
     const T: usize,
     const SEVERAL: bool,
+    const FETCH: bool,
 >(
     simd: S,
     weights: &[u8],
@@ -165,40 +186,69 @@ fn multiply_spans<
     tile: IntegerTile<'_>,
     next: NextPanel<SEVERAL>,
 ) -> [S::F32; T] {
-    let (span, mut sums) = (const { L::SPAN }, [simd.splat(0.0); T]);
-    let rows = tile.bytes.as_chunks::<T>().0.chunks(span).zip(tile.offsets.as_chunks::<T>().0.chunks(span));
-    let rows = rows.zip(tile.scales.as_chunks::<T>().0);
-    let weights = weights.as_chunks::<BYTES>().0.chunks(span).zip(scales.chunks(span));
-    for (turn, ((weights, scales), ((bytes, offsets), row_scales))) in weights.zip(rows).enumerate() {
+    let mut sums = [simd.splat(0.0); T];
+    let (weights, rest) = weights.as_chunks::<BYTES>().0.as_chunks::<INT4_SPAN>();
+    let (scales, rest_scales) = scales.as_chunks::<INT4_SPAN>();
+    let (bytes, rest_bytes) = tile.bytes.as_chunks::<T>().0.as_chunks::<INT4_SPAN>();
+    let (offsets, rest_offsets) = tile.offsets.as_chunks::<T>().0.as_chunks::<INT4_SPAN>();
+    let row_scales = tile.scales.as_chunks::<T>().0;
+    let spans = weights.iter().zip(scales).zip(bytes).zip(offsets).zip(row_scales);
+    for (turn, ((((weights, scales), bytes), offsets), row_scales)) in spans.enumerate() {
         next.fetch(simd, turn);
-        let mut inner = [simd.splat(0.0); T];
-        for ((weights, scale), (bytes, offsets)) in weights.iter().zip(scales).zip(bytes.iter().zip(offsets))
-        {
-            let (exact, scale) = group::<S, L, BYTES, T>(simd, weights, scale, bytes, offsets);
-            for t in 0..T {
-                inner[t] = simd.mul_add(simd.to_f32(exact[t]), scale, inner[t]);
-            }
-        }
-        for t in 0..T {
-            sums[t] = simd.mul_add(inner[t], simd.splat(row_scales[t]), sums[t]);
-        }
+        add_span::<S, L, BYTES, T, FETCH>(simd, weights, scales, bytes, offsets, row_scales, &mut sums);
+    }
+    if let Some(row_scales) = row_scales.get(weights.len()) {
+        add_span::<S, L, BYTES, T, FETCH>(
+            simd,
+            rest,
+            rest_scales,
+            rest_bytes,
+            rest_offsets,
+            row_scales,
+            &mut sums,
+        );
     }
     sums
 }
 
+/// Adds the sums of a span of groups.
+#[inline(always)]
+fn add_span<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const FETCH: bool>(
+    simd: S,
+    weights: &[[u8; BYTES]],
+    scales: &[[u16; LANES]],
+    rows: &[[[u8; GROUP]; T]],
+    offsets: &[[i32; T]],
+    row_scales: &[f32; T],
+    sums: &mut [S::F32; T],
+) {
+    let mut inner = [simd.splat(0.0); T];
+    for (((weights, scale), rows), offsets) in weights.iter().zip(scales).zip(rows).zip(offsets) {
+        let (exact, scale) = group::<S, L, BYTES, T, FETCH>(simd, weights, scale, rows, offsets);
+        for t in 0..T {
+            inner[t] = simd.mul_add(simd.to_f32(exact[t]), scale, inner[t]);
+        }
+    }
+    for t in 0..T {
+        sums[t] = simd.mul_add(inner[t], simd.splat(row_scales[t]), sums[t]);
+    }
+}
+
 /// The exact sums of a group with `T` rows, and its scales.
 #[inline(always)]
-fn group<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize>(
+fn group<S: Simd, L: IntegerLayout<BYTES>, const BYTES: usize, const T: usize, const FETCH: bool>(
     simd: S,
     weights: &[u8; BYTES],
     scale: &[u16; LANES],
     rows: &[[u8; GROUP]; T],
     offsets: &[i32; T],
 ) -> ([S::I32; T], S::F32) {
-    for line in 0..BYTES / 64 {
-        simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
+    if FETCH {
+        for line in 0..BYTES / 64 {
+            simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
+        }
+        simd.prefetch(std::ptr::from_ref(scale).wrapping_add(AHEAD / BYTES).cast());
     }
-    simd.prefetch(std::ptr::from_ref(scale).wrapping_add(AHEAD / BYTES).cast());
     let exact = L::group(simd, weights, rows, offsets);
     (exact, simd.load_f16(scale))
 }
