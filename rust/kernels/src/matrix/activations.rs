@@ -137,8 +137,19 @@ pub(crate) struct Rounding {
     pub(crate) span: usize,
     /// One sum for each half of a group, instead of one for both.
     pub(crate) halves: bool,
-    /// Sums of the activations as well.
-    pub(crate) totals: bool,
+    /// Sums of the activations as well, if the layout has minima.
+    pub(crate) totals: Totals,
+}
+
+/// How sums of activations are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Totals {
+    /// Not at all.
+    None,
+    /// Each by itself, to be multiplied with minima.
+    Floats,
+    /// Two parts in one number, 16 bits each and the first one in the low half, to be multiplied with the steps that minima are counted in.
+    Pairs,
 }
 
 impl Rounding {
@@ -160,6 +171,7 @@ pub(crate) struct IntegerTiles<'a> {
     scales: &'a [f32],
     offsets: &'a [i32],
     totals: &'a [f32],
+    total_pairs: &'a [i32],
     pub(crate) rounding: Rounding,
 }
 
@@ -174,6 +186,8 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) offsets: &'a [i32],
     /// Sums of the bytes, if the layout asked for them, else nothing: (groups, parts, width).
     pub(crate) totals: &'a [f32],
+    /// The same of pairs of parts: (pairs, width).
+    pub(crate) total_pairs: &'a [i32],
 }
 
 impl<'a> IntegerTiles<'a> {
@@ -182,13 +196,19 @@ impl<'a> IntegerTiles<'a> {
     pub(crate) fn tile(&self, tile: usize) -> IntegerTile<'a> {
         let (start, len) = (self.tiles.first(tile) * self.groups, self.tiles.width(tile) * self.groups);
         let parts = self.rounding.parts();
-        let totals = if self.rounding.totals { start * parts..(start + len) * parts } else { 0..0 };
+        let (mut totals, mut pairs) = (0..0, 0..0);
+        match self.rounding.totals {
+            Totals::None => (),
+            Totals::Floats => totals = start * parts..(start + len) * parts,
+            Totals::Pairs => pairs = start * parts / 2..(start + len) * parts / 2,
+        }
         IntegerTile {
             bytes: &self.bytes[start + tile * self.gap..][..len],
             scales: &self.scales[self.tiles.first(tile) * self.spans..]
                 [..self.tiles.width(tile) * self.spans],
             offsets: &self.offsets[start * parts..][..len * parts],
             totals: &self.totals[totals],
+            total_pairs: &self.total_pairs[pairs],
         }
     }
 }
@@ -203,6 +223,7 @@ pub(crate) struct Activations {
     scales: Vec<f32>,
     offsets: Vec<i32>,
     totals: Vec<f32>,
+    total_pairs: Vec<i32>,
 }
 
 fn at_least<T: Copy + Default>(vector: &mut Vec<T>, len: usize) -> &mut [T] {
@@ -259,8 +280,13 @@ impl Activations {
         let scales = SharedSlice::new(at_least(&mut self.scales, tiles.padded_rows() * spans));
         let parts = rounding.parts();
         let offsets = SharedSlice::new(at_least(&mut self.offsets, len * parts));
-        let share = if rounding.totals { parts } else { 0 };
-        let totals = SharedSlice::new(at_least(&mut self.totals, len * share));
+        let (floats, halves) = match rounding.totals {
+            Totals::None => (0, 0),
+            Totals::Floats => (parts, 0),
+            Totals::Pairs => (0, parts),
+        };
+        let totals = SharedSlice::new(at_least(&mut self.totals, len * floats));
+        let total_pairs = SharedSlice::new(at_least(&mut self.total_pairs, len * halves / 2));
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
@@ -269,13 +295,28 @@ impl Activations {
             let scales = unsafe { scales.part_mut(tiles.first(tile) * spans, tiles.width(tile) * spans) };
             // SAFETY: the same.
             let (offsets, totals) = unsafe {
-                (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * share, len * share))
+                (offsets.part_mut(start * parts, len * parts), totals.part_mut(start * floats, len * floats))
             };
-            let kernel = QuantizeTile { input, tiles, tile, rounding, bytes, scales, offsets, totals };
+            // SAFETY: the same.
+            let total_pairs = unsafe { total_pairs.part_mut(start * halves / 2, len * halves / 2) };
+            let kernel =
+                QuantizeTile { input, tiles, tile, rounding, bytes, scales, offsets, totals, total_pairs };
             context.isa.dispatch(kernel);
         });
-        let (scales, offsets, totals) = (&self.scales, &self.offsets, &self.totals);
-        IntegerTiles { tiles, groups, spans, gap, bytes: all_bytes, scales, offsets, totals, rounding }
+        let (scales, offsets, totals, total_pairs) =
+            (&self.scales, &self.offsets, &self.totals, &self.total_pairs);
+        IntegerTiles {
+            tiles,
+            groups,
+            spans,
+            gap,
+            bytes: all_bytes,
+            scales,
+            offsets,
+            totals,
+            total_pairs,
+            rounding,
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! the order of the columns, over a span of groups that share a scale of activations, and these likewise.
 
 use super::activations::IntegerTile;
-use super::ahead::{AHEAD, NextPanel};
+use super::ahead::{AHEAD, NEAR, NextPanel};
 use super::blocks::{Block, blocks};
 use super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
@@ -11,9 +11,6 @@ use std::ops::Range;
 /// Groups of Int4 that share a scale of activations: an eighth less to add, and errors far below those of weights of 4 bits
 /// (`benches/quality.py`).
 pub(super) const INT4_SPAN: usize = 4;
-
-/// Bytes of a panel that the L1 cache keeps from one tile to the next: only the first one asks memory for it.
-const NEAR: usize = 24 << 10;
 
 /// A layout's exact sums.
 trait IntegerLayout<const BYTES: usize>: Copy {

@@ -30,7 +30,7 @@ mod unpack;
 
 #[cfg(test)]
 pub(crate) use activations::round_ref;
-pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles, Tiles};
+pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles, Tiles, Totals};
 pub(crate) use bfloat::BfloatLinear;
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
@@ -80,7 +80,7 @@ impl Layout {
     /// What a layout of integers wants beside activations of 8 bits; none for layouts without integers.
     pub(crate) fn rounding(self) -> Option<Rounding> {
         let whole =
-            |weight_offset, span| Some(Rounding { weight_offset, span, halves: false, totals: false });
+            |weight_offset, span| Some(Rounding { weight_offset, span, halves: false, totals: Totals::None });
         match self {
             Layout::F32 | Layout::F16 | Layout::Bf16 => None,
             Layout::Int8 => whole(-128, 1),
@@ -90,7 +90,11 @@ impl Layout {
                 weight_offset: coded::offset(format.codes),
                 span: coded::span(format.scales),
                 halves: format.scales.has_halves(),
-                totals: format.scales.has_minima(),
+                totals: match format.scales {
+                    scales if scales.has_drops() => Totals::Pairs,
+                    scales if scales.has_minima() => Totals::Floats,
+                    _ => Totals::None,
+                },
             }),
         }
     }

@@ -257,7 +257,15 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
     (grouped.blocks.groups)(row, &mut groups);
     let mut sum = 0.0_f32;
     for (groups, rounded) in groups.chunks(span).zip(rounded.chunks(32 * span)) {
-        let (mut inner, mut whole, mut shared) = (0.0_f32, 0.0_f32, 0.0_f32);
+        let (mut inner, mut whole, mut shared, mut drops) = (0.0_f32, 0.0_f32, 0.0_f32, 0.0_f32);
+        if grouped.scales.has_drops() {
+            for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
+                for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
+                    drops += f32::from(group.drops[part]) * rounded.iter().map(|value| value.0).sum::<f32>();
+                }
+            }
+            inner = drops * -half::f16::from_bits(groups[0].minimum).to_f32();
+        }
         for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
             let (scales, own_minima) = (grouped.scales_of(group), grouped.minima_of(group));
             for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
@@ -271,7 +279,11 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
                     continue;
                 }
                 inner = exact.mul_add(scales[part], inner);
-                inner = if minima { own_minima[part].mul_add(total, inner) } else { inner };
+                inner = if minima && !grouped.scales.has_drops() {
+                    own_minima[part].mul_add(total, inner)
+                } else {
+                    inner
+                };
             }
         }
         let inner = if grouped.scales == Scales::Shared { whole * shared } else { inner };

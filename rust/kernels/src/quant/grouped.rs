@@ -93,6 +93,11 @@ impl Scales {
     pub(crate) const fn has_minima(self) -> bool {
         matches!(self, Scales::HalfMinimum | Scales::StepsDrops { .. })
     }
+
+    /// Whether these are counted in steps that a record's groups share.
+    pub(crate) const fn has_drops(self) -> bool {
+        matches!(self, Scales::StepsDrops { .. })
+    }
 }
 
 /// A format of groups.

@@ -405,6 +405,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn dot_i16(self, sums: I32, weights: I32, pair: i32) -> I32 {
+        hardware!({
+            let pair = _mm256_set1_epi32(pair);
+            let (low, high) = (_mm256_madd_epi16(weights.0, pair), _mm256_madd_epi16(weights.1, pair));
+            (_mm256_add_epi32(sums.0, low), _mm256_add_epi32(sums.1, high))
+        })
+    }
+    #[inline(always)]
     fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
         weights: &W,

@@ -343,6 +343,10 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         dot_bf16_in_two(self, sums, weights, pair)
     }
     #[inline(always)]
+    fn dot_i16(self, sums: __m512i, weights: __m512i, pair: i32) -> __m512i {
+        hardware!(_mm512_dpwssd_epi32(sums, weights, _mm512_set1_epi32(pair)))
+    }
+    #[inline(always)]
     fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
         weights: &W,

@@ -406,6 +406,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
         dot_bf16_in_two(self, sums, weights, pair)
     }
 
+    /// Adds to each lane of `sums` the products of its pair of signed 16-bit integers with those of `pair`, exactly.
+    fn dot_i16(self, sums: Self::I32, weights: Self::I32, pair: i32) -> Self::I32;
+
     /// Exact sums of products of the bytes of `N` steps of `weights`, four per lane and vector, with as many activations of each of `T`
     /// rows, from the four at `first` on. `N` is 4 or 8, and `first` a multiple of 4.
     ///

@@ -407,6 +407,13 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
         self.products::<Nibbles<'_>, 8, T, 4>(&Nibbles(weights), rows, 0, offsets)
     }
     #[inline(always)]
+    fn dot_i16(self, sums: I32, weights: I32, pair: i32) -> I32 {
+        each!(i => {
+            let low = vmlal_s16(sums[i], vmovn_s32(weights[i]), vdup_n_s16(pair as i16));
+            vmlal_s16(low, vshrn_n_s32::<16>(weights[i]), vdup_n_s16((pair >> 16) as i16))
+        })
+    }
+    #[inline(always)]
     fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
         weights: &W,

@@ -278,6 +278,14 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn dot_i16(self, sums: Self::I32, weights: Self::I32, pair: i32) -> Self::I32 {
+        let product = |weights: i32| {
+            let low = i32::from(weights as i16) * i32::from(pair as i16);
+            low.wrapping_add((weights >> 16) * (pair >> 16))
+        };
+        zip(sums, weights, |sum, weights| sum.wrapping_add(product(weights)))
+    }
+    #[inline(always)]
     fn dot<W: WeightSteps<Self>, const N: usize, const T: usize, const BITS: u32>(
         self,
         weights: &W,

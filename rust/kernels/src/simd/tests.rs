@@ -62,6 +62,7 @@ impl Kernel for Everything {
             s.splat_i32(s.reduce_sum_i32(w)),
             s.splat_i32(s.reduce_max_i32(w)),
             s.max_i32(w, nibbles),
+            s.dot_i16(nibbles, w, self.words[3]),
             nibble_sums,
             again,
             bytes,

@@ -1,7 +1,7 @@
 //! Rounding of activations to 8 bits, a scale per span of groups.
 
 use super::super::GROUP;
-use super::{Rounding, Tiles};
+use super::{Rounding, Tiles, Totals};
 use crate::Rows;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -15,6 +15,7 @@ pub(super) struct QuantizeTile<'a> {
     pub(super) scales: &'a mut [f32],
     pub(super) offsets: &'a mut [i32],
     pub(super) totals: &'a mut [f32],
+    pub(super) total_pairs: &'a mut [i32],
 }
 
 impl Kernel for QuantizeTile<'_> {
@@ -34,10 +35,10 @@ impl Kernel for QuantizeTile<'_> {
                     let at = group * width + lane;
                     let sums = quantize_group(simd, values, inverse, &mut self.bytes[at]);
                     if self.rounding.halves {
-                        self.sums(simd, 2 * group * width + lane, sums.0);
-                        self.sums(simd, (2 * group + 1) * width + lane, sums.1);
+                        self.sums(simd, 2 * group, lane, sums.0);
+                        self.sums(simd, 2 * group + 1, lane, sums.1);
                     } else {
-                        self.sums(simd, at, simd.add_i32(sums.0, sums.1));
+                        self.sums(simd, group, lane, simd.add_i32(sums.0, sums.1));
                     }
                 }
             }
@@ -47,18 +48,23 @@ impl Kernel for QuantizeTile<'_> {
             self.scales.iter_mut().skip(lane).step_by(width).for_each(|scale| *scale = 0.0);
             self.offsets.iter_mut().skip(lane).step_by(width).for_each(|offset| *offset = 0);
             self.totals.iter_mut().skip(lane).step_by(width).for_each(|total| *total = 0.0);
+            self.total_pairs.iter_mut().skip(lane).step_by(width).for_each(|pair| *pair = 0);
         }
     }
 }
 
 impl QuantizeTile<'_> {
-    /// Notes what follows from the bytes' sums per lane.
+    /// Notes what follows from the sums of a part's bytes per lane, given the part's number in the row; parts come in order.
     #[inline(always)]
-    fn sums<S: Simd>(&mut self, simd: S, at: usize, lanes: S::I32) {
-        let sum = simd.reduce_sum_i32(lanes);
-        self.offsets[at] = self.rounding.weight_offset * sum;
-        if self.rounding.totals {
-            self.totals[at] = sum as f32;
+    fn sums<S: Simd>(&mut self, simd: S, part: usize, row: usize, lanes: S::I32) {
+        let (sum, width) = (simd.reduce_sum_i32(lanes), self.tiles.width(self.tile));
+        match self.rounding.totals {
+            Totals::Floats => self.totals[part * width + row] = sum as f32,
+            Totals::Pairs if part.is_multiple_of(2) => {
+                self.total_pairs[part / 2 * width + row] = sum & 0xffff
+            }
+            Totals::Pairs => self.total_pairs[part / 2 * width + row] |= sum << 16,
+            Totals::None => self.offsets[part * width + row] = self.rounding.weight_offset * sum,
         }
     }
 }

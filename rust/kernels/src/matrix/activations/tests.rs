@@ -4,7 +4,7 @@ use super::*;
 use crate::Pool;
 use crate::quant::sample_values;
 
-const ROUNDING: Rounding = Rounding { weight_offset: -8, span: 1, halves: false, totals: false };
+const ROUNDING: Rounding = Rounding { weight_offset: -8, span: 1, halves: false, totals: Totals::None };
 
 #[test]
 fn quantizing_equals_the_oracle() {

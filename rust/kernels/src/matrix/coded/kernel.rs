@@ -1,14 +1,16 @@
 //! Coded panels times 8-bit activations: exact sums in `i32` inside a group, or inside its halves where these have their
 //! own scales; times scales they are added in `f32` in the order of the columns, each followed by its minimum times the sum of
 //! activations, over a record; times the activations' scale, records are added in their order. Where the groups of a record
-//! share a scale, their integers are added exactly.
+//! share a scale, their integers are added exactly. Where minima are counted in steps, these times the sums of activations are added
+//! exactly over a record, and its sum begins with them times the unit: an instruction for two groups in place of two for each
+//! (prompts of Q4_K_M 2 % faster on Zen 5).
 
 use super::super::activations::IntegerTile;
-use super::super::ahead::AHEAD;
+use super::super::ahead::{AHEAD, NEAR};
 use super::super::blocks::blocks;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
 use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
-use super::{drop_at, record, span, step_at, table};
+use super::{drop_at, parts_of, record, span, step_at, table};
 use crate::quant::{Codes, Scales};
 use crate::simd::{Kernel, LANES, Simd, WeightSteps};
 use std::marker::PhantomData;
@@ -25,7 +27,7 @@ pub(in super::super) struct RowScales<S: Simd> {
 #[derive(Clone, Copy)]
 pub(in super::super) struct Units<S: Simd> {
     scale: S::F32,
-    minimum: S::F32,
+    pub(in super::super) minimum: S::F32,
 }
 
 /// Reads the units of a group's record out of those of its panel.
@@ -70,9 +72,20 @@ pub(in super::super) fn load_scales<S: Simd>(
     RowScales { scales, minima }
 }
 
+/// The steps of the minima of two parts of a record's groups, as pairs of 16 bits.
+#[inline(always)]
+pub(in super::super) fn load_drops<S: Simd>(simd: S, kind: Scales, record: &[u8], pair: usize) -> S::I32 {
+    let parts = parts_of(kind);
+    let of = |part: usize| match drop_at(kind, part / parts, part % parts) {
+        Some(at) => simd.load_i8(bytes_at(record, at)),
+        None => simd.splat_i32(0),
+    };
+    simd.or_i32(of(2 * pair), simd.shift_left(of(2 * pair + 1), 16))
+}
+
 /// The record of a group among those of its panel.
 #[inline(always)]
-fn record_of(kind: Scales, panel: &[u8], group: usize) -> &[u8] {
+pub(in super::super) fn record_of(kind: Scales, panel: &[u8], group: usize) -> &[u8] {
     let (span, bytes) = record(kind);
     &panel[group / span * bytes..][..bytes]
 }
@@ -174,11 +187,13 @@ impl CodedLinear<'_> {
         for block in blocks(self.panels.clone(), panel_bytes, self.input.tiles, row_bytes) {
             for panel in block.panels {
                 for tile in block.tiles.clone() {
+                    let is_near = tile > block.tiles.start && panel_bytes <= NEAR;
                     match self.input.tiles.width(tile) {
-                        1 => simd.apart(Meeting::<U, K, 1>::new(self, panel, tile, table)),
-                        2 => simd.apart(Meeting::<U, K, 2>::new(self, panel, tile, table)),
-                        4 => simd.apart(Meeting::<U, K, 4>::new(self, panel, tile, table)),
-                        _ => simd.apart(Meeting::<U, K, 8>::new(self, panel, tile, table)),
+                        1 => simd.apart(Meeting::<U, K, 1, true>::new(self, panel, tile, table)),
+                        2 => simd.apart(Meeting::<U, K, 2, true>::new(self, panel, tile, table)),
+                        4 => simd.apart(Meeting::<U, K, 4, true>::new(self, panel, tile, table)),
+                        _ if is_near => simd.apart(Meeting::<U, K, 8, false>::new(self, panel, tile, table)),
+                        _ => simd.apart(Meeting::<U, K, 8, true>::new(self, panel, tile, table)),
                     }
                 }
             }
@@ -186,8 +201,8 @@ impl CodedLinear<'_> {
     }
 }
 
-/// A panel and a tile of `T` rows.
-struct Meeting<'a, U, K, const T: usize> {
+/// A panel and a tile of `T` rows; with `FETCH` memory is asked for what comes next.
+struct Meeting<'a, U, K, const T: usize, const FETCH: bool> {
     linear: &'a CodedLinear<'a>,
     panel: usize,
     tile: usize,
@@ -195,27 +210,27 @@ struct Meeting<'a, U, K, const T: usize> {
     kinds: PhantomData<(U, K)>,
 }
 
-impl<'a, U, K, const T: usize> Meeting<'a, U, K, T> {
+impl<'a, U, K, const T: usize, const FETCH: bool> Meeting<'a, U, K, T, FETCH> {
     #[inline(always)]
     fn new(linear: &'a CodedLinear<'a>, panel: usize, tile: usize, table: &'a [u8; 16]) -> Self {
         Meeting { linear, panel, tile, table, kinds: PhantomData }
     }
 }
 
-impl<U: Unpack, K: Kind, const T: usize> Kernel for Meeting<'_, U, K, T> {
+impl<U: Unpack, K: Kind, const T: usize, const FETCH: bool> Kernel for Meeting<'_, U, K, T, FETCH> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Meeting { linear: CodedLinear { weight, input, output, .. }, panel, tile, table, .. } = self;
-        let sums = multiply::<S, U, K, T>(simd, weight, panel, input.tile(tile), table);
+        let sums = multiply::<S, U, K, T, FETCH>(simd, weight, panel, input.tile(tile), table);
         output.store(simd, panel, input.tiles, tile, &sums, true);
     }
 }
 
 /// The sums of a panel with `T` rows.
 #[inline(always)]
-fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize>(
+fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize, const FETCH: bool>(
     simd: S,
     weight: &PackedMatrix,
     panel: usize,
@@ -234,18 +249,41 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize>(
     let row_scales = tile.scales.as_chunks::<T>().0;
     for ((index, weights), row_scales) in weights.chunks_exact(K::SPAN * U::BYTES).enumerate().zip(row_scales)
     {
-        if K::SCALES.has_halves() {
+        if FETCH && (K::SCALES.has_halves() || K::SCALES.has_drops()) {
             record.fetch(index);
         }
         let inner = match K::SCALES {
-            Scales::Shared => record.multiply_shared::<T>(index, weights, tile),
-            _ => record.multiply::<T>(index, weights, tile),
+            Scales::Shared => record.multiply_shared::<T, FETCH>(index, weights, tile),
+            _ => record.multiply::<T, FETCH>(index, weights, tile),
         };
         for t in 0..T {
             sums[t] = simd.mul_add(inner[t], simd.splat(row_scales[t]), sums[t]);
         }
     }
     sums
+}
+
+/// The minima of a record, in steps of `unit`, times the sums of activations: what its sums begin with.
+#[inline(always)]
+pub(in super::super) fn minima<S: Simd, const T: usize>(
+    simd: S,
+    totals: &[[i32; T]],
+    unit: S::F32,
+    drops: impl Fn(usize) -> S::I32,
+) -> [S::F32; T] {
+    let mut exact = [simd.splat_i32(0); T];
+    for (pair, totals) in totals.iter().enumerate() {
+        let drops = drops(pair);
+        for t in 0..T {
+            exact[t] = simd.dot_i16(exact[t], drops, totals[t]);
+        }
+    }
+    let unit = simd.mul(unit, simd.splat(-1.0));
+    let mut inner = [unit; T];
+    for t in 0..T {
+        inner[t] = simd.mul(simd.to_f32(exact[t]), unit);
+    }
+    inner
 }
 
 /// How a record of groups is multiplied.
@@ -260,18 +298,29 @@ struct Record<'a, S: Simd, U: Unpack, K: Kind> {
 impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
     /// Sums of a record, of weights times the bytes of activations.
     #[inline(always)]
-    fn multiply<const T: usize>(&self, index: usize, weights: &[u8], tile: IntegerTile<'_>) -> [S::F32; T] {
+    fn multiply<const T: usize, const FETCH: bool>(
+        &self,
+        index: usize,
+        weights: &[u8],
+        tile: IntegerTile<'_>,
+    ) -> [S::F32; T] {
         let (simd, totals) = (self.simd, tile.totals.as_chunks::<T>().0);
-        let parts = if K::SCALES.has_halves() { 2 } else { 1 };
-        let mut inner = [simd.splat(0.0); T];
+        let parts = const { parts_of(K::SCALES) };
         let units = load_units(simd, K::SCALES, self.factor, self.scales, index * K::SPAN);
+        let mut inner = [simd.splat(0.0); T];
+        if K::SCALES.has_drops() {
+            let record = record_of(K::SCALES, self.scales, index * K::SPAN);
+            let pairs = const { K::SPAN * parts_of(K::SCALES) / 2 };
+            let totals = &tile.total_pairs.as_chunks::<T>().0[index * pairs..][..pairs];
+            inner = minima(simd, totals, units.minimum, |pair| load_drops(simd, K::SCALES, record, pair));
+        }
         for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
             let own = load_scales(simd, K::SCALES, units, self.scales, group);
             for part in 0..parts {
-                let exact = self.exact::<T>(group, part, weights, tile);
+                let exact = self.exact::<T, FETCH>(group, part, weights, tile);
                 for t in 0..T {
                     inner[t] = simd.mul_add(simd.to_f32(exact[t]), own.scales[part], inner[t]);
-                    if K::SCALES.has_minima() {
+                    if K::SCALES.has_minima() && !K::SCALES.has_drops() {
                         let total = simd.splat(totals[group * parts + part][t]);
                         inner[t] = simd.mul_add(own.minima[part], total, inner[t]);
                     }
@@ -294,7 +343,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
 
     /// The same where the groups of a record share a scale.
     #[inline(always)]
-    fn multiply_shared<const T: usize>(
+    fn multiply_shared<const T: usize, const FETCH: bool>(
         &self,
         index: usize,
         weights: &[u8],
@@ -303,7 +352,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         let simd = self.simd;
         let mut exact = [simd.splat_i32(0); T];
         for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
-            let own = self.exact::<T>(group, 0, weights, tile);
+            let own = self.exact::<T, FETCH>(group, 0, weights, tile);
             for t in 0..T {
                 exact[t] = simd.add_i32(exact[t], own[t]);
             }
@@ -318,7 +367,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
 
     /// Exact sums of a group, or of a half if halves have their own scales.
     #[inline(always)]
-    fn exact<const T: usize>(
+    fn exact<const T: usize, const FETCH: bool>(
         &self,
         group: usize,
         part: usize,
@@ -329,7 +378,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         // Codes with minima are not offset: nothing to load.
         let offsets =
             |at: usize| if K::SCALES.has_minima() { &[0; T] } else { &tile.offsets.as_chunks::<T>().0[at] };
-        if part == 0 {
+        if FETCH && part == 0 {
             for line in 0..U::BYTES / 64 {
                 self.simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
             }

@@ -15,7 +15,7 @@ mod unpack;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
-pub(super) use kernel::{load_scales, load_units};
+pub(super) use kernel::{load_drops, load_scales, load_units, minima, record_of};
 pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;
@@ -59,6 +59,11 @@ const fn record(scales: Scales) -> (usize, usize) {
 
 const fn parts(halves: bool) -> usize {
     if halves { 2 } else { 1 }
+}
+
+/// Parts of a group that have scales of their own.
+const fn parts_of(scales: Scales) -> usize {
+    parts(scales.has_halves())
 }
 
 /// What must be added to codes to make them integers again.

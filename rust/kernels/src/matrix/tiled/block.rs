@@ -16,15 +16,20 @@ pub(super) struct Integers {
     pub(super) bytes: [[u8; GROUP * LANES]; BLOCK],
     /// What sums are multiplied with, of both halves of a group: (groups, 2, 16).
     pub(super) scales: [[[f32; LANES]; 2]; BLOCK],
-    /// What sums of activations are multiplied with, if the format has minima.
+    /// What sums of activations are multiplied with, if the format has minima of each group.
     pub(super) minima: [[[f32; LANES]; 2]; BLOCK],
+    /// The same as pairs of steps, if they are counted in such: (pairs of parts, 16).
+    pub(super) drops: [[i32; LANES]; BLOCK],
+    /// And what a record's steps count in: (records, 16).
+    pub(super) units: [[f32; LANES]; BLOCK],
 }
 
 impl Integers {
     /// An empty one.
     pub(super) fn new() -> Integers {
         let scales = [[[0.0; LANES]; 2]; BLOCK];
-        Integers { bytes: [[0; GROUP * LANES]; BLOCK], scales, minima: scales }
+        let (drops, units) = ([[0; LANES]; BLOCK], [[0.0; LANES]; BLOCK]);
+        Integers { bytes: [[0; GROUP * LANES]; BLOCK], scales, minima: scales, drops, units }
     }
 
     /// Reads some groups of a panel, at most [`BLOCK`].
@@ -94,12 +99,31 @@ impl Integers {
         scales: &[u8],
         groups: Range<usize>,
     ) {
+        if kind.has_drops() {
+            self.coded_drops(simd, kind, scales, groups.clone());
+        }
         for (at, group) in groups.enumerate() {
             let units = coded::load_units(simd, kind, factor, scales, group);
             let own = coded::load_scales(simd, kind, units, scales, group);
             for half in 0..2 {
                 simd.store(own.scales[half], &mut self.scales[at][half]);
                 simd.store(own.minima[half], &mut self.minima[at][half]);
+            }
+        }
+    }
+}
+
+impl Integers {
+    /// Reads the minima of whole records.
+    #[inline(always)]
+    fn coded_drops<S: Simd>(&mut self, simd: S, kind: Scales, scales: &[u8], groups: Range<usize>) {
+        let (span, parts) = (coded::span(kind), if kind.has_halves() { 2 } else { 1 });
+        let pairs = span * parts / 2;
+        for (record, group) in groups.step_by(span).enumerate() {
+            simd.store(coded::load_units(simd, kind, 1.0, scales, group).minimum, &mut self.units[record]);
+            let bytes = coded::record_of(kind, scales, group);
+            for (pair, drops) in self.drops[record * pairs..][..pairs].iter_mut().enumerate() {
+                simd.store_i32(coded::load_drops(simd, kind, bytes, pair), drops);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Integer panels times 8-bit activations.
 
-use super::super::activations::IntegerTile;
+use super::super::activations::{IntegerTile, Totals};
+use super::super::coded;
 use super::super::{GROUP, IntegerTiles, Output, PackedMatrix};
 use super::block::{BLOCK, Integers};
 use super::{Block, BlockKernel, Work, by_pairs};
@@ -28,7 +29,7 @@ impl Kernel for ByteTiles<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let rounding = self.weight.layout().rounding();
-        match rounding.map(|rounding| (rounding.halves, rounding.totals)) {
+        match rounding.map(|rounding| (rounding.halves, rounding.totals != Totals::None)) {
             Some((false, false)) if self.weight.layout().shares_scales() => {
                 self.multiply::<S, 1, false, true>(simd)
             }
@@ -195,23 +196,32 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
         let (last, per_span) = (parts.end - 1, self.span * PARTS);
         let begins = parts.start.is_multiple_of(per_span);
         let ends = parts.end.is_multiple_of(per_span) || parts.end == self.end;
-        let mut own = if begins { [simd.splat(0.0); TILE_ROWS] } else { load(simd, inner) };
+        let mut own = match begins {
+            true if MINIMA => self.minima(simd, parts.start),
+            true => [simd.splat(0.0); TILE_ROWS],
+            false => load(simd, inner),
+        };
         for (part, exact) in parts.zip(exact.iter().step_by(step)) {
             let scale = simd.load(&self.integers.scales[part / PARTS][part % PARTS]);
             for (own, exact) in own.iter_mut().zip(&exact.0) {
                 *own = simd.mul_add(simd.to_f32(simd.load_i32(exact)), scale, *own);
-            }
-            if MINIMA {
-                let minimum = simd.load(&self.integers.minima[part / PARTS][part % PARTS]);
-                for (own, &total) in own.iter_mut().zip(self.totals(part)) {
-                    *own = simd.mul_add(minimum, simd.splat(total), *own);
-                }
             }
         }
         match ends {
             true => self.complete(simd, last, own, sums),
             false => store(simd, own, inner),
         }
+    }
+
+    /// What the inner sums of a span begin with, given its first part.
+    #[inline(always)]
+    fn minima<S: Simd>(&self, simd: S, part: usize) -> [S::F32; TILE_ROWS] {
+        let pairs = self.span * PARTS / 2;
+        let totals = self.tile.total_pairs.as_chunks().0;
+        let totals = &totals[(self.start * PARTS + part) / 2..][..pairs];
+        let drops = &self.integers.drops[part / 2..][..pairs];
+        let unit = simd.load(&self.integers.units[part / (self.span * PARTS)]);
+        coded::minima(simd, totals, unit, |pair| simd.load_i32(&drops[pair]))
     }
 
     /// All these groups share a scale of weights as well, so that exact sums are added exactly.
