@@ -158,11 +158,18 @@ DEVICE void copy_weights(Program program, const Ring &ring, const Handover &hand
 #pragma unroll 1
             for (int step = 0; step < steps; step += WARPS) {
                 const int count = min(steps - step, WARPS);
-                for (const int pace = SLOW == PACED || handover.has_passed(number) ? PACED : SLOW; started >= pace; started--) {
+                if (SLOW < PACED) {
+                    for (const int pace = handover.has_passed(number) ? PACED : SLOW; started >= pace; started--) {
+                        rest_for_phase(ring.full(behind), behind.parity);
+                        behind.next(ring.slots);
+                    }
+                    started++;
+                } else if (started == PACED) { // the loop would cost 70B of E4M3 6 % of its time
                     rest_for_phase(ring.full(behind), behind.parity);
                     behind.next(ring.slots);
+                } else {
+                    started++;
                 }
-                started++;
                 rest_for_phase(ring.empty(place), place.parity ^ 1);
 #if __CUDA_ARCH__ >= 900
                 if (copier == 0 && lane == 0) arrive_expecting(ring.full(place), count * STEP_COPIED);

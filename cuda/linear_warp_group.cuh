@@ -2,7 +2,7 @@
 // instructions of warp groups (compute capability 9.0): decoding of many sequences.
 //
 // Weight rows are the rows of the instructions' first operand, 64 of them, and tokens the columns of the second: so few tokens waste
-// nothing. A block has GROUPS warp groups with TILES such tiles each, which share the input rows, for each group COPIERS warps that copy its
+// nothing. A block has GROUPS warp groups with TILES such tiles each, which share the input rows, for each group a warp that copies its
 // weights, and two that copy input rows, through a ring of STAGES in shared memory of STEP_BYTES bytes of each row. Weights are asked for before the
 // kernel waits for those before it. Where there are fewer blocks than multiprocessors, columns are split among the blocks of a cluster, which
 // add their sums through their shared memory, each for its part of the tokens, in order. A row's result depends on no other row.
@@ -15,8 +15,9 @@
 // layer took 10 % more time, and as much when blocks that end asked the L2 cache for the next product's weights. That blocks begin at
 // different columns changed nothing. Rotating and storing queries, keys and values at the end of their product took a layer as much time
 // as a kernel of its own, beside which the blocks of attention can start. Two groups of warps that take the steps of a block of 64 weight
-// rows in turn, and four warps that copy input rows, took more time. One warp that makes a block's sums visible to its cluster in the place of
-// all, and E4M3 products of one tile that are added while those of the other are made, changed nothing.
+// rows in turn, and four warps that copy input rows, took more time; with two that copy a group's weights, products hung. One warp that makes a
+// block's sums visible to its cluster in the place of all, and E4M3 products of one tile that are added while those of the other are made,
+// changed nothing.
 #include "warp_group.cuh"
 #include "warp_group_shared.cuh"
 
@@ -44,9 +45,6 @@
 #ifndef PAIRED
 #define PAIRED 0 // 1: the weight rows of the second group are not the next ones but those that are combined with the first group's
 #endif
-#ifndef COPIERS
-#define COPIERS 1 // warps that copy a group's weights; with 2 a layer of bfloat16 took 0.5 % less on an H100, but its results were not yet checked on a card
-#endif
 static_assert(TOKENS % 32 == 0 && TOKENS <= 128 && (STEP_BYTES == 128 || STEP_BYTES == 256), "as the operands lie in shared memory");
 
 constexpr bool IS_ROUNDED = sizeof(WEIGHT) == 1;
@@ -54,7 +52,7 @@ constexpr int GROUP_ROWS = TILES * 64; // weight rows of a warp group
 constexpr int UNIT_ROWS = GROUPS * GROUP_ROWS;
 constexpr int COMPUTING = GROUPS * 128; // threads that multiply
 constexpr int INPUT_WARPS = 2;          // that copy input rows
-constexpr int THREADS = COMPUTING + (GROUPS * COPIERS + INPUT_WARPS) * WARP;
+constexpr int THREADS = COMPUTING + (GROUPS + INPUT_WARPS) * WARP;
 constexpr int PARTS = TOKENS <= 64 ? 1 : TOKENS * TILES > 192 ? 4 : 2, PART = TOKENS / PARTS; // of tokens, one instruction's each
 constexpr int WEIGHT_BYTES = GROUP_ROWS * STEP_BYTES, INPUT_BYTES = TOKENS * STEP_BYTES; // of a stage: a group's weights, and all groups' input
 constexpr int STAGE_BYTES = GROUPS * WEIGHT_BYTES + INPUT_BYTES;
@@ -82,7 +80,7 @@ struct Ring {
 
     DEVICE void begin() const {
         for (int slot = 0; slot < STAGES; slot++) {
-            for (int group = 0; group < GROUPS; group++) begin_barrier(full(slot, group), COPIERS * WARP), begin_barrier(free(slot, group), 4);
+            for (int group = 0; group < GROUPS; group++) begin_barrier(full(slot, group), WARP), begin_barrier(free(slot, group), 4);
             begin_barrier(full(slot, GROUPS), INPUT_WARPS * WARP), begin_barrier(free(slot, GROUPS), 4 * GROUPS);
         }
     }
@@ -365,14 +363,13 @@ DEVICE void multiply_unit(const Operands &all, uint4 *dynamic, const Unit &unit,
     let_next_start();
     if (warp >= COMPUTING / WARP) {
         const int copier_number = warp - COMPUTING / WARP;
-        if (copier_number < GROUPS * COPIERS) {
-            constexpr int OWN = GROUP_ROWS / COPIERS;
-            const int group = copier_number / COPIERS, skipped = copier_number % COPIERS * OWN, first = unit.row(group * GROUP_ROWS) + skipped;
-            Copier<OWN, GROUP_ROWS> copier(all.weight, first, all.weight_rows, all.row_bytes, all.row_bytes, begin * STEP_BYTES, lane);
-            copier.copy_all(ring, group, skipped * 128, steps, PACE);
+        if (copier_number < GROUPS) {
+            const int first = unit.row(copier_number * GROUP_ROWS);
+            Copier<GROUP_ROWS, GROUP_ROWS> copier(all.weight, first, all.weight_rows, all.row_bytes, all.row_bytes, begin * STEP_BYTES, lane);
+            copier.copy_all(ring, copier_number, 0, steps, PACE);
         } else {
             constexpr int OWN = TOKENS / INPUT_WARPS;
-            const int token = (copier_number - GROUPS * COPIERS) * OWN;
+            const int token = (copier_number - GROUPS) * OWN;
             Copier<OWN, TOKENS> copier(all.input, token, all.rows, all.input_stride, all.row_bytes, begin * STEP_BYTES, lane);
             wait_for_previous();
             copier.copy_all(ring, GROUPS, token * 128, steps, STAGES);
