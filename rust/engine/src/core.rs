@@ -278,6 +278,7 @@ impl Core {
             copy_from: None,
             restoring: None,
             drafts: Vec::new(),
+            branches: Vec::new(),
             delivered: 0,
             blocked: false,
             changes: self.config.device_draws.then(|| Changes::new(request, &history, 0)).flatten(),

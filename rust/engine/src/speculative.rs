@@ -9,22 +9,29 @@
 //! [`crate::Device::draft`]), so that sharing, preemption, copies and tiers need no second bookkeeping. Its drafts are drawn with
 //! the target's parameters and the very random numbers that the target will draw with: at a temperature two alike distributions
 //! then agree far more often than a most likely token would be drawn.
-//! Prompt lookup (Saxena, 2023) proposes what followed the last tokens when they stood in the text before.
+//! Prompt lookup (`lookup.rs`) proposes what followed the last tokens when they stood in the text before.
+//! With `num_draft_tokens` a step verifies a tree: this chain and branches beside it (`draft_tree.rs`). The chain is the same as without. Prompt
+//! lookup's branches are other things that followed; a draft model's begin with what it held likely in place of its first guesses.
 
 use crate::batch::{Batch, BatchSequence};
 use crate::core::Core;
+use crate::draft_tree::Branch;
 use crate::draw::{Choice, MOST_DRAW_WORDS};
 use crate::error::EngineError;
+use crate::logprobs::TokenLogprob;
+use crate::lookup::{lookup, lookup_tree};
 use crate::request::RequestKind;
-use crate::sequence::{Sequence, SequenceId, Tokens};
+use crate::sequence::{Sequence, SequenceId};
 
 /// How tokens are guessed ahead.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Speculation {
     /// What followed the same last tokens earlier in the text.
     Ngram {
-        /// Drafts per step.
+        /// Drafts in a row per step.
         num_speculative_tokens: usize,
+        /// Drafts per step in a tree of several such rows; none: a single row.
+        num_draft_tokens: Option<usize>,
         /// Fewest last tokens that must match.
         prompt_lookup_min: usize,
         /// Most last tokens that are compared.
@@ -32,8 +39,10 @@ pub enum Speculation {
     },
     /// A smaller model with the same vocabulary, run by the device.
     DraftModel {
-        /// Drafts per step.
+        /// Drafts in a row per step.
         num_speculative_tokens: usize,
+        /// Drafts per step in a tree of several such rows; none: a single row.
+        num_draft_tokens: Option<usize>,
     },
 }
 
@@ -41,12 +50,22 @@ pub enum Speculation {
 const MOST_DRAFTS: usize = 64;
 
 impl Speculation {
-    /// Drafts per step.
+    /// Drafts in a row per step.
     #[must_use]
     pub fn num_speculative_tokens(&self) -> usize {
         match self {
-            Self::Ngram { num_speculative_tokens, .. } | Self::DraftModel { num_speculative_tokens } => {
+            Self::Ngram { num_speculative_tokens, .. } | Self::DraftModel { num_speculative_tokens, .. } => {
                 *num_speculative_tokens
+            }
+        }
+    }
+
+    /// Drafts per step, if they are a tree.
+    #[must_use]
+    pub fn num_draft_tokens(&self) -> Option<usize> {
+        match self {
+            Self::Ngram { num_draft_tokens, .. } | Self::DraftModel { num_draft_tokens, .. } => {
+                *num_draft_tokens
             }
         }
     }
@@ -62,6 +81,13 @@ impl Speculation {
                 "num_speculative_tokens must be from 1 to {MOST_DRAFTS}, got {drafts}"
             )));
         }
+        if let Some(all) = self.num_draft_tokens()
+            && !(drafts..=MOST_DRAFTS).contains(&all)
+        {
+            return Err(EngineError::Config(format!(
+                "num_draft_tokens must be from num_speculative_tokens = {drafts}, one row of them, to {MOST_DRAFTS}, got {all}"
+            )));
+        }
         if let Self::Ngram { prompt_lookup_min: least, prompt_lookup_max: most, .. } = *self
             && !(1..=most).contains(&least)
         {
@@ -73,26 +99,50 @@ impl Speculation {
     }
 }
 
+/// Drafts from the first on in whose place a draft model may guess otherwise: later ones are seldom reached, and cost more rows.
+const BRANCHING_DRAFTS: usize = 2;
+
+/// Other guesses that are looked at in each place.
+const MOST_OTHERS: u32 = 4;
+
+/// How likely a draft model must hold another guess, with those before it, for a branch to be made of it.
+const LEAST_LIKELY: f32 = 0.1;
+
 /// The sequences that a draft model guesses for in this round, and how many more tokens for each.
 #[derive(Debug)]
 pub(crate) struct DraftRound {
     open: Vec<Guessing>,
+    /// Rows of the step, and rows with logits, that are left for branches.
+    rows: usize,
+    logit_rows: usize,
 }
 
-/// A sequence that a draft model guesses for.
+/// A sequence that a draft model guesses for, or one of its branches.
 #[derive(Debug, Clone, Copy)]
 struct Guessing {
     id: SequenceId,
+    branch: Option<usize>,
     /// More tokens that may be guessed.
     left: usize,
     /// A device may draw the next one itself.
     drawn: bool,
+    /// Drafts that branches beside this chain may still have.
+    others: usize,
+    /// How likely the draft model holds what was guessed so far.
+    likelihood: f32,
+}
+
+impl Guessing {
+    /// Whether branches may begin in place of its next guess, which comes after so many.
+    fn may_branch(&self, drafts: usize) -> bool {
+        self.branch.is_none() && self.others > 0 && drafts < BRANCHING_DRAFTS
+    }
 }
 
 impl Core {
-    /// The next rows for the draft model: the last token of every sequence that guesses on, one row each, logits wanted for all.
-    /// None when the round is over. Call before [`Core::next_batch`], and [`Core::commit_draft`] after each. Before the rows are
-    /// computed, the pages of [`Core::take_saves`] must have been read.
+    /// The next rows for the draft model: the last token of every sequence that guesses on, one row each, and all tokens from there on of a new
+    /// branch. Logits are wanted of the last row of each. None when the round is over. Call before [`Core::next_batch`], and
+    /// [`Core::commit_draft`] after each. Before the rows are computed, the pages of [`Core::take_saves`] must have been read.
     ///
     /// # Panics
     /// When a step is in flight.
@@ -100,40 +150,81 @@ impl Core {
         let Some(Speculation::DraftModel { .. }) = self.config.speculation else { return None };
         assert!(self.in_flight.is_empty(), "drafts are made between steps");
         if self.draft_round.is_none() {
-            self.draft_round = Some(DraftRound { open: self.open_draft_round() });
+            self.draft_round = Some(self.open_draft_round());
         }
         let mut round = self.draft_round.take()?;
         let most = round.open.iter().map(|guessing| guessing.left).min().unwrap_or(0);
         let mut batch = Batch { rounds: most, ..Batch::default() };
-        for (row, guessing) in round.open.iter_mut().enumerate() {
+        for guessing in &mut round.open {
+            let ahead = self.put_guess(guessing, &mut batch);
             let sequence = &self.sequences[&guessing.id];
-            let last = sequence.tokens.len() - 1;
-            batch.tokens.push(sequence.drafts.last().copied().unwrap_or_else(|| sequence.tokens.at(last)));
-            batch.sequences.push(BatchSequence {
-                first_row: row,
-                rows: 1,
-                first_position: last + sequence.drafts.len(),
-                pages: sequence.tables.pages.clone(),
-                local_pages: sequence.tables.locals.clone(),
-                long_context: sequence.domain.long_context,
-                drafted: 0,
-            });
-            batch.logit_rows.push(row as u32);
-            let drawn = self.draw(sequence, sequence.drafts.len(), 1);
+            let drawn = self.draw(sequence, ahead, 1);
             let drawn = drawn.filter(|drawn| batch.draw_words() + drawn.words() <= MOST_DRAW_WORDS);
             guessing.drawn = drawn.is_some();
             // Whoever cannot be drawn, now or some tokens later, ends what a device does by itself.
             let more = 1..if guessing.drawn { batch.rounds } else { 0 };
-            let can = |ahead: &usize| self.draw(sequence, sequence.drafts.len() + ahead, 1).is_some();
+            let can = |later: &usize| self.draw(sequence, ahead + later, 1).is_some();
             batch.rounds = 1 + more.take_while(can).count();
+            let told = guessing.may_branch(ahead).then_some(MOST_OTHERS);
             match drawn {
-                Some(drawn) => drawn.silent().put(1, None, &mut batch),
+                Some(drawn) => drawn.telling(told).put(1, None, &mut batch),
                 None => batch.draws.push(None),
             }
+            if told.is_some() {
+                batch.rounds = 1;
+            }
+        }
+        if batch.tokens.len() > round.open.len() {
+            batch.rounds = 1; // only single rows go on by themselves
         }
         let empty = round.open.is_empty();
         self.draft_round = Some(round);
         (!empty).then_some(batch)
+    }
+
+    /// Puts the rows that give a sequence's or a branch's next guess into a batch; how many guesses are before it.
+    fn put_guess(&mut self, guessing: &Guessing, batch: &mut Batch) -> usize {
+        let first_row = batch.tokens.len();
+        let sequence = self.sequences.get_mut(&guessing.id).expect("a guessing sequence exists");
+        let last = sequence.tokens.len() - 1;
+        let mut own = BatchSequence {
+            first_row,
+            rows: 1,
+            first_position: last,
+            pages: Vec::new(),
+            local_pages: Vec::new(),
+            long_context: sequence.domain.long_context,
+            drafted: 0,
+        };
+        let branch = guessing.branch.map(|branch| &sequence.branches[branch]);
+        let drafts = branch.map_or(&sequence.drafts, |branch| &branch.drafts);
+        let ahead = drafts.len();
+        match branch {
+            Some(branch) => own = BatchSequence { drafted: 0, ..branch.sequence(sequence, first_row) },
+            None => {
+                own.pages.clone_from(&sequence.tables.pages);
+                own.local_pages.clone_from(&sequence.tables.locals);
+            }
+        }
+        if branch.is_some_and(|branch| !branch.drafted) {
+            batch.tokens.push(sequence.tokens.at(last));
+            batch.tokens.extend_from_slice(drafts);
+        } else {
+            own.rows = 1;
+            own.first_position = last + ahead;
+            batch.tokens.push(drafts.last().copied().unwrap_or_else(|| sequence.tokens.at(last)));
+        }
+        batch.sequences.push(own);
+        batch.logit_rows.push(batch.tokens.len() as u32 - 1);
+        if let Some(branch) = guessing.branch {
+            let inside = sequence.computed % self.config.page_tokens;
+            let branch = &mut sequence.branches[branch];
+            if inside > 0 && !branch.copied {
+                batch.copies.push((sequence.tables.at(branch.first_page), branch.tables.at(0)));
+            }
+            (branch.copied, branch.drafted) = (true, true);
+        }
+        ahead
     }
 
     /// Takes the draft model's logits for the last [`Core::next_draft`]: (rows, vocabulary), or what the device chose and the logits of the
@@ -144,39 +235,109 @@ impl Core {
         let mut next = Vec::with_capacity(open.len());
         let (mut rows, mut chosen) = (logits.chunks_exact(self.config.vocabulary), choices.iter());
         let (count, rounds) = (open.len(), choices.len() / open.len().max(1));
-        for (place, guessing) in open.into_iter().enumerate() {
-            let Guessing { id, mut left, drawn } = guessing;
-            let first = match drawn && !choices.is_empty() {
-                true => chosen.next().and_then(|choice| choice.token().ok()),
-                false => rows.next().and_then(|logits| self.draft_token(id, logits)),
+        for (place, mut guessing) in open.into_iter().enumerate() {
+            let mut told = None;
+            let first = match guessing.drawn && !choices.is_empty() {
+                true => chosen.next().and_then(|choice| {
+                    told.clone_from(&choice.logprobs);
+                    choice.token().ok()
+                }),
+                false => rows.next().and_then(|logits| {
+                    let token = self.draft_token(&guessing, logits)?;
+                    let may_branch = guessing.may_branch(self.guesses(&guessing).len());
+                    told = may_branch.then(|| self.sampler.logprobs(logits, token, MOST_OTHERS));
+                    Some(token)
+                }),
             };
+            if let (Some(_), Some(told)) = (first, told) {
+                self.add_guesses(&mut guessing, &told, &mut next);
+            }
             let later = (1..rounds).map(|round| choices[round * count + place].token().ok());
             for token in std::iter::once(first).chain(later) {
-                let ends = |token| self.requests[&id.request].stop_tokens.binary_search(&token).is_ok();
-                left = if token.is_none_or(ends) { 0 } else { left - 1 };
-                self.sequences.get_mut(&id).expect("it was open").drafts.extend(token);
-                if left == 0 {
+                let stops = &self.requests[&guessing.id.request].stop_tokens;
+                let ends = token.is_none_or(|token| stops.binary_search(&token).is_ok());
+                guessing.left = if ends { 0 } else { guessing.left - 1 };
+                self.guesses(&guessing).extend(token);
+                if guessing.left == 0 {
                     break;
                 }
             }
-            if left > 0 {
-                next.push(Guessing { left, ..guessing });
+            if guessing.left > 0 {
+                next.push(guessing);
             }
         }
-        self.draft_round = Some(DraftRound { open: next });
+        if let Some(round) = &mut self.draft_round {
+            round.open = next;
+        }
+    }
+
+    /// What was guessed for a sequence or a branch.
+    fn guesses(&mut self, guessing: &Guessing) -> &mut Vec<u32> {
+        let sequence = self.sequences.get_mut(&guessing.id).expect("a guessing sequence exists");
+        match guessing.branch {
+            Some(branch) => &mut sequence.branches[branch].drafts,
+            None => &mut sequence.drafts,
+        }
+    }
+
+    /// Begins branches with tokens that the draft model holds likely in place of the one that it guesses now, which `told` begins with.
+    fn add_guesses(&mut self, chain: &mut Guessing, told: &[TokenLogprob], next: &mut Vec<Guessing>) {
+        let Some(mut round) = self.draft_round.take() else { return };
+        let before = chain.likelihood;
+        chain.likelihood *= told[0].logprob.exp();
+        for other in &told[1..] {
+            let likelihood = before * other.logprob.exp();
+            if likelihood < LEAST_LIKELY {
+                break;
+            }
+            let length = chain.left.min(chain.others);
+            let rows = 1 + self.guesses(chain).len() + length;
+            let stays = length > 0 && rows <= round.rows.min(round.logit_rows);
+            if !stays || !self.may_follow(chain.id, other.token) {
+                continue;
+            }
+            let mut branch = Branch { drafts: self.guesses(chain).clone(), ..Branch::default() };
+            branch.drafts.push(other.token);
+            if !self.extend_branch(chain.id, &mut branch, length - 1) {
+                break;
+            }
+            let sequence = self.sequences.get_mut(&chain.id).expect("a guessing sequence exists");
+            sequence.branches.push(branch);
+            (round.rows, round.logit_rows) = (round.rows - rows, round.logit_rows - rows);
+            chain.others -= length;
+            if length > 1 {
+                let branch = Some(sequence.branches.len() - 1);
+                next.push(Guessing { branch, left: length - 1, others: 0, likelihood, ..*chain });
+            }
+        }
+        self.draft_round = Some(round);
+    }
+
+    /// Whether a token may be generated, and others after it.
+    fn may_follow(&self, id: SequenceId, token: u32) -> bool {
+        let request = &self.requests[&id.request];
+        let is_allowed =
+            |mask: &[u32]| mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+        request.stop_tokens.binary_search(&token).is_err()
+            && request.allowed.as_deref().is_none_or(is_allowed)
     }
 
     /// The draft model failed: what it guessed in this round is dropped, and the step is computed without.
     pub fn drop_drafts(&mut self) {
-        self.sequences.values_mut().for_each(|sequence| sequence.drafts.clear());
-        self.draft_round = Some(DraftRound { open: Vec::new() });
+        let ids: Vec<SequenceId> = self.sequences.keys().copied().collect();
+        for id in ids {
+            self.release_branches(id);
+            self.sequences.get_mut(&id).expect("it was listed").drafts.clear();
+        }
+        self.draft_round = Some(DraftRound { open: Vec::new(), rows: 0, logit_rows: 0 });
     }
 
-    fn draft_token(&mut self, id: SequenceId, logits: &[f32]) -> Option<u32> {
+    fn draft_token(&mut self, guessing: &Guessing, logits: &[f32]) -> Option<u32> {
+        let ahead = self.guesses(guessing).len();
+        let id = guessing.id;
         let request = &self.requests[&id.request];
         let params = request.params()?;
         let sequence = &self.sequences[&id];
-        let ahead = sequence.drafts.len();
         let banned = request.banned(sequence.tokens.output.len() + ahead);
         let position = (sequence.tokens.len() + ahead) as u64;
         // Penalties do not see the drafts before: that can only make a draft wrong.
@@ -184,7 +345,7 @@ impl Core {
     }
 
     /// Decoding sequences in the order of their ranks, with as many drafts as rows, pages and their own ends allow.
-    fn open_draft_round(&mut self) -> Vec<Guessing> {
+    fn open_draft_round(&mut self) -> DraftRound {
         let decoding: Vec<SequenceId> = self
             .running
             .iter()
@@ -200,11 +361,14 @@ impl Core {
             let wanted = self.draft_limit(sequence).min(rows).min(logit_rows).min(reach);
             if wanted > 0 {
                 self.extend_pages(id, 1 + wanted);
-                open.push(Guessing { id, left: wanted, drawn: false });
+                let others = self.branch_limit(wanted);
+                let guessing =
+                    Guessing { id, branch: None, left: wanted, drawn: false, others, likelihood: 1.0 };
+                open.push(guessing);
                 (rows, logit_rows) = (rows - wanted, logit_rows - wanted);
             }
         }
-        open
+        DraftRound { open, rows, logit_rows }
     }
 
     /// Whether only its last token is to be computed, and the next one then to be chosen.
@@ -223,59 +387,21 @@ impl Core {
         wanted.min(left.saturating_sub(1)).min(short)
     }
 
-    /// Drafts by prompt lookup, at most `limit`.
+    /// Drafts by prompt lookup, at most `limit`, and branches beside them.
     pub(crate) fn look_up(&mut self, id: SequenceId, limit: usize) {
-        if let Some(Speculation::Ngram { prompt_lookup_min, prompt_lookup_max, .. }) = self.config.speculation
-        {
-            let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-            sequence.drafts = lookup(&sequence.tokens, prompt_lookup_min, prompt_lookup_max, limit);
-        }
-    }
-}
-
-/// What followed the longest earlier occurrence of the last `least..=most` tokens, the latest among equals; at most `limit` tokens.
-fn lookup(tokens: &Tokens, least: usize, most: usize, limit: usize) -> Vec<u32> {
-    let len = tokens.len();
-    let matching = |end: usize| {
-        (0..most.min(end)).take_while(|&back| tokens.at(end - 1 - back) == tokens.at(len - 1 - back)).count()
-    };
-    let mut best = (0, 0);
-    // `end` is where an earlier occurrence ends: at least one token follows it.
-    for end in (least..len).rev() {
-        let length = matching(end);
-        if length >= least && length > best.0 {
-            best = (length, end);
-            if length == most {
-                break;
-            }
-        }
-    }
-    let mut drafts = Vec::new();
-    if let (1.., end) = best {
-        // What follows may run into the end of the text: then the text is taken to repeat itself.
-        for place in end..end + limit {
-            drafts.push(if place < len { tokens.at(place) } else { drafts[place - len] });
-        }
-    }
-    drafts
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn drafts(prompt: &[u32], output: &[u32], least: usize, most: usize, limit: usize) -> Vec<u32> {
-        lookup(&Tokens { prompt: prompt.into(), output: output.to_vec() }, least, most, limit)
-    }
-
-    #[test]
-    fn lookup_continues_the_longest_then_latest_occurrence() {
-        assert_eq!(drafts(&[1, 2, 3, 4, 9, 2, 3], &[], 1, 3, 2), [4, 9]);
-        assert_eq!(drafts(&[1, 2, 3, 4, 7, 3, 5], &[2, 3], 1, 3, 4), [4, 7, 3, 5], "two tokens beat one");
-        assert_eq!(drafts(&[3, 4, 3, 5], &[3], 1, 3, 4), [5, 3, 5, 3], "the latest among equals");
-        assert_eq!(drafts(&[1, 2, 3], &[4], 1, 3, 4), []);
-        assert_eq!(drafts(&[3, 4, 3], &[], 2, 3, 4), [], "one token is too few");
-        assert_eq!(drafts(&[5, 6, 5, 6, 5], &[], 1, 2, 5), [6, 5, 6, 5, 6], "what repeats goes on repeating");
-        assert_eq!(drafts(&[1], &[], 1, 3, 4), []);
+        let Some(Speculation::Ngram { prompt_lookup_min, prompt_lookup_max, num_draft_tokens, .. }) =
+            self.config.speculation
+        else {
+            return;
+        };
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        let (tokens, least, most) = (&sequence.tokens, prompt_lookup_min, prompt_lookup_max);
+        let Some(nodes) = num_draft_tokens else {
+            sequence.drafts = lookup(tokens, least, most, limit);
+            return;
+        };
+        let mut paths = lookup_tree(tokens, least, most, limit, nodes).into_iter();
+        sequence.drafts = paths.next().unwrap_or_default();
+        sequence.branches = paths.map(|drafts| Branch { drafts, ..Branch::default() }).collect();
     }
 }

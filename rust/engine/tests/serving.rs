@@ -253,16 +253,22 @@ fn drafts_save_steps_and_change_nothing() {
     };
     for temperature in [0.0, 0.8] {
         let (plain, plain_steps, _) = run(None, temperature);
-        let (drafted, steps, metrics) =
-            run(Some(Speculation::DraftModel { num_speculative_tokens: 4 }), temperature);
+        let (drafted, steps, metrics) = run(
+            Some(Speculation::DraftModel { num_speculative_tokens: 4, num_draft_tokens: None }),
+            temperature,
+        );
         assert_eq!(plain, drafted);
         assert!(steps * 2 < plain_steps, "{steps} steps instead of {plain_steps}");
         assert!(
             metrics.accepted_tokens < metrics.drafted_tokens && metrics.accepted_tokens > 30,
             "{metrics:?}"
         );
-        let lookup =
-            Speculation::Ngram { num_speculative_tokens: 4, prompt_lookup_min: 1, prompt_lookup_max: 3 };
+        let lookup = Speculation::Ngram {
+            num_speculative_tokens: 4,
+            num_draft_tokens: None,
+            prompt_lookup_min: 1,
+            prompt_lookup_max: 3,
+        };
         let (looked_up, _, metrics) = run(Some(lookup), temperature);
         assert_eq!(plain, looked_up);
         assert!(metrics.drafted_tokens > 0);
@@ -290,7 +296,7 @@ fn energy_is_shared_out_by_rows() {
 
 #[test]
 fn a_device_that_draws_is_asked_once_for_all_drafts_of_a_step() {
-    let drafts = Some(Speculation::DraftModel { num_speculative_tokens: 4 });
+    let drafts = Some(Speculation::DraftModel { num_speculative_tokens: 4, num_draft_tokens: None });
     let config = EngineConfig { speculation: drafts, ..config(64, 4) };
     let run = |draws: bool| {
         let mut engine = Engine::new(config.clone());

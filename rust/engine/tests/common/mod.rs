@@ -259,11 +259,15 @@ pub fn expected_logits(tokens: &[u32], long_context: bool) -> Vec<f32> {
 impl FakeDevice {
     fn draft_once(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         logits.clear();
+        for &(from, to) in &batch.copies {
+            self.target.copy(from, to);
+            self.draft.iter_mut().for_each(|draft| draft.copy(from, to));
+        }
         for sequence in &batch.sequences {
-            assert_eq!(sequence.rows, 1, "one row for each draft");
-            let token = batch.tokens[sequence.first_row];
             let draft = self.draft.as_mut().ok_or("no draft model")?;
-            let prefix = draft.row(sequence, sequence.first_position, token);
+            let rows = (sequence.first_row..).zip(sequence.first_position..).take(sequence.rows);
+            let prefixes = rows.map(|(row, at)| draft.row(sequence, at, batch.tokens[row]));
+            let prefix = prefixes.last().ok_or("no rows")?;
             let errs = prefix.is_multiple_of(self.draft_errs_every);
             logits.extend(self.row_logits(if errs { mix(prefix, 77) } else { prefix }));
         }
@@ -288,7 +292,11 @@ impl Device for FakeDevice {
         self.draft_once(batch, logits)?;
         let mut all = self.choices.clone();
         // Now and then it stops after the first round.
-        let rounds = if self.draws && !batch.tokens[0].is_multiple_of(5) { batch.rounds } else { 1 };
+        let rounds = if self.draws && batch.rounds > 1 && !batch.tokens[0].is_multiple_of(5) {
+            batch.rounds
+        } else {
+            1
+        };
         for round in 1..rounds {
             let mut next = batch.advanced(round);
             let latest = &all[all.len() - batch.tokens.len()..];

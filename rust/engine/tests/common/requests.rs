@@ -55,10 +55,18 @@ fn random_local(dice: &mut Dice, config: &EngineConfig) -> LocalLayers {
 pub fn random_speculation(dice: &mut Dice) -> Option<Speculation> {
     let num_speculative_tokens = 1 + dice.roll(5);
     let prompt_lookup_min = 1 + dice.roll(2);
+    // Without a throw of its own: others would change what runs of old seeds show.
+    let num_draft_tokens =
+        dice.0.is_multiple_of(2).then(|| num_speculative_tokens + (dice.0 / 2 % 13) as usize);
     match dice.roll(3) {
         0 => None,
-        1 => Some(Speculation::DraftModel { num_speculative_tokens }),
-        _ => Some(Speculation::Ngram { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max: 3 }),
+        1 => Some(Speculation::DraftModel { num_speculative_tokens, num_draft_tokens }),
+        _ => Some(Speculation::Ngram {
+            num_speculative_tokens,
+            num_draft_tokens,
+            prompt_lookup_min,
+            prompt_lookup_max: 3,
+        }),
     }
 }
 
