@@ -178,6 +178,8 @@ class RequestMetrics:
     @property
     def accepted_tokens(self) -> int: ...
     @property
+    def branch_tokens(self) -> int: ...
+    @property
     def decode_steps(self) -> int: ...
     @property
     def joules(self) -> float | None: ...
@@ -353,7 +355,7 @@ class Engine:
         max_waiting: int | None = None,
         priority_patience: float = 10.0,
         step_time_target: float | None = 0.1,
-        speculation: tuple[str, int, int, int, str | PathLike[str] | None] | None = None,
+        speculation: tuple[str, int, int, int, str | PathLike[str] | None, int | None] | None = None,
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,
         trace: bool = False,
@@ -620,6 +622,9 @@ class StepLauncher:
     @staticmethod
     def padded(count: int) -> int:
         """Return the size that a count of sequences is padded to in decoding."""
+    @staticmethod
+    def most_branches() -> int:
+        """Return how many sequences a step may have beyond `max_num_seqs` where drafts are trees."""
 
     def size(self, work: Work) -> tuple[int, int, int, bool, bool, bool]:
         """Return what a step is padded to: rows, sequences, rows with logits; whether it only decodes, is plain, is captured."""

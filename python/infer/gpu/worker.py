@@ -117,6 +117,7 @@ class Worker:
         elif kind == "draft":
             if self._draft is None:
                 raise InferError("this engine has no draft model")
+            self._copy_pages(work)
             if work.rounds > 1:
                 self._link.finish_rounds(work, self._guess(self._draft, work))
                 return
@@ -152,12 +153,15 @@ class Worker:
         self._begun.append((work, wait))
 
     def _forward(self, work: Work) -> Outcome:
-        for source, target in work.copies:
-            for runner in self._runners():
-                runner.pages.copy(source, target)
+        self._copy_pages(work)
         if self._draft is not None and (rest := work.not_drafted()).rows:
             self._draft.enqueue(rest)
         return self._target.enqueue(work)
+
+    def _copy_pages(self, work: Work) -> None:
+        for source, target in work.copies:
+            for runner in self._runners():
+                runner.pages.copy(source, target)
 
     def _guess(self, draft: Runner, work: Work) -> NDArray[np.int32]:
         """Have the draft model draw several tokens of each row, one after the other: (rounds, rows).
@@ -233,7 +237,9 @@ class _Loaded:
         self.vocabulary: int = constants["vocabulary"]
         self.long_context_row: int = settings["max_model_len"] or constants["max_positions"]
         sequences, tokens = settings["max_num_seqs"], settings["max_num_batched_tokens"]
-        self.sequences = StepLauncher.padded(sequences)
+        speculation = settings["speculation"]
+        branches = 0 if speculation is None or speculation[5] is None else StepLauncher.most_branches()
+        self.sequences = StepLauncher.padded(sequences + branches)
         self.rows = max(tokens, self.sequences)
         self.logit_rows = max(model.max_logit_rows(sequences, tokens), self.sequences)
         self._deterministic = deterministic

@@ -15,8 +15,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use infer_engine::{
-    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, SizeFields, SizeLimits, StepSize, Ticket,
-    Work, padded,
+    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, MOST_BRANCHES, SizeFields, SizeLimits,
+    StepSize, Ticket, Work, padded,
 };
 use infer_kernels::PAGE_TOKENS;
 use numpy::PyArrayDyn;
@@ -89,6 +89,12 @@ impl StepLauncher {
     #[staticmethod]
     fn padded(count: usize) -> usize {
         padded(count)
+    }
+
+    /// How many sequences a step may have beyond `max_num_seqs` where drafts are trees.
+    #[staticmethod]
+    fn most_branches() -> usize {
+        MOST_BRANCHES
     }
 
     /// What a step is padded to.

@@ -167,6 +167,8 @@ impl Core {
             if !tokens.is_empty() {
                 self.request_metrics(id).accepted_tokens += 1;
                 self.counters.accepted_tokens += 1;
+                self.request_metrics(id).branch_tokens += u64::from(path > 0);
+                self.counters.branch_tokens += u64::from(path > 0);
             }
             tokens.push(token);
             self.append(id, token, logprobs, now);

@@ -16,6 +16,7 @@
 use crate::batch::{Batch, BatchSequence};
 use crate::core::Core;
 use crate::lookup::common;
+use crate::planted::{Bug, planted};
 use crate::scheduler::Plan;
 use crate::sequence::{Sequence, SequenceId};
 use crate::speculative::Speculation;
@@ -196,7 +197,7 @@ impl Core {
     pub(crate) fn release_branches(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         for mut branch in std::mem::take(&mut sequence.branches) {
-            self.cache.release_after(0, &mut branch.tables);
+            self.cache.release_after(usize::from(planted(Bug::BranchKeepsPages)), &mut branch.tables);
         }
     }
 
@@ -209,7 +210,7 @@ impl Core {
         let own = batch.draws.len().wrapping_sub(1 + sequence.drafts.len());
         for branch in &sequence.branches {
             let first_row = batch.tokens.len();
-            if inside > 0 && !branch.copied {
+            if inside > 0 && !branch.copied && !planted(Bug::BranchPageIsNotCopied) {
                 batch.copies.push((sequence.tables.at(branch.first_page), branch.tables.at(0)));
             }
             batch.tokens.push(sequence.tokens.at(last));
@@ -232,10 +233,14 @@ impl Core {
 
     /// The tokens follow a branch: its pages become the sequence's.
     pub(crate) fn follow_branch(&mut self, id: SequenceId, branch: usize) {
+        if planted(Bug::BranchIsNotFollowed) {
+            return;
+        }
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
         let branch = &mut sequence.branches[branch];
         // A page that has a name by now holds what both have.
-        let first = branch.first_page.max(sequence.sealed);
+        let sealed = if planted(Bug::BranchSharesPages) { 0 } else { sequence.sealed };
+        let first = branch.first_page.max(sealed);
         let swap = |own: &mut Vec<u32>, other: &mut Vec<u32>| {
             let theirs = other.split_off((first - branch.first_page).min(other.len()));
             other.extend(own.split_off(first.min(own.len())));

@@ -39,6 +39,9 @@ pub fn random_config(dice: &mut Dice) -> EngineConfig {
     config.window = dice.chance(3).then(|| 2 + dice.roll(40));
     config.local = (config.window.is_none() && dice.chance(2)).then(|| random_local(dice, &config));
     config.speculation = random_speculation(dice);
+    if config.speculation.as_ref().is_some_and(|drafts| drafts.num_draft_tokens().is_some()) {
+        config.max_logit_values *= 1 + (dice.0 % 5) as usize; // trees need more rows than chains
+    }
     config.cache_events = true;
     config.trace = true;
     config
