@@ -578,7 +578,7 @@ class Work:
         """Write the arrays of a step's rows, padded to so many rows and sequences.
 
         One after the other: tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows)
-        each, then the sequences' first rows, (sequences + 1). A token of -1 - i is the one chosen for the i-th wanted row of the step
+        each, then the sequences' first rows, (sequences + 1), and copies of pages, (32, 2), -1 where there are none. A token of -1 - i is the one chosen for the i-th wanted row of the step
         begun before. See rust/engine/src/layout.rs.
         """
 
@@ -606,6 +606,8 @@ class StepLauncher:
         First row of the tables of cosines and sines that long contexts use.
     small_tables
         Bytes of page tables that are sooner copied whole than by columns.
+    copies
+        Whether graphs copy the pages that a step begins with, up to 32.
     """
 
     def __new__(
@@ -618,13 +620,11 @@ class StepLauncher:
         halves: tuple[tuple[Any, ...], tuple[Any, ...]],
         long_context_row: int,
         small_tables: int,
+        copies: bool,
     ) -> StepLauncher: ...
     @staticmethod
     def padded(count: int) -> int:
         """Return the size that a count of sequences is padded to in decoding."""
-    @staticmethod
-    def most_branches() -> int:
-        """Return how many sequences a step may have beyond `max_num_seqs` where drafts are trees."""
 
     def size(self, work: Work) -> tuple[int, int, int, bool, bool, bool]:
         """Return what a step is padded to: rows, sequences, rows with logits; whether it only decodes, is plain, is captured."""

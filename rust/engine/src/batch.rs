@@ -11,7 +11,7 @@ use crate::tables::PageRef;
 /// One step's work.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// Pages to copy, (from, to), one after the other and before anything is computed.
+    /// Pages to copy, (from, to), before anything is computed and in any order: none is copied from that is copied to.
     pub copies: Vec<(PageRef, PageRef)>,
     /// The rows' tokens: (rows).
     pub tokens: Vec<u32>,
@@ -176,7 +176,7 @@ impl Core {
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
         let drawn = self.config.device_draws && sampled_rows > 0 && self.add_draws(batch, id, sampled_rows);
-        let (branch_rows, branch_samples) = self.put_branches(batch, id);
+        let (branch_rows, branch_samples) = self.put_branches(batch, id, copy);
         let copied = copy.is_some();
         Scheduled { id, rows, prompt_rows, sampled_rows, branch_rows, branch_samples, drawn, copied }
     }

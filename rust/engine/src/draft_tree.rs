@@ -20,7 +20,7 @@ use crate::planted::{Bug, planted};
 use crate::scheduler::Plan;
 use crate::sequence::{Sequence, SequenceId};
 use crate::speculative::Speculation;
-use crate::tables::PageTables;
+use crate::tables::{PageRef, PageTables};
 
 /// Branches in one step, of all its sequences: a device makes room for so many sequences more.
 pub const MOST_BRANCHES: usize = 32;
@@ -201,8 +201,14 @@ impl Core {
         }
     }
 
-    /// Puts a sequence's branches behind it into a batch; how many rows, and how many of them are wanted.
-    pub(crate) fn put_branches(&mut self, batch: &mut Batch, id: SequenceId) -> (usize, usize) {
+    /// Puts a sequence's branches behind it into a batch; how many rows, and how many of them are wanted. `copy` is what the sequence's own
+    /// last page is made from in the same batch.
+    pub(crate) fn put_branches(
+        &mut self,
+        batch: &mut Batch,
+        id: SequenceId,
+        copy: Option<PageRef>,
+    ) -> (usize, usize) {
         let all_wanted = self.config.device_draws;
         let sequence = self.sequences.get_mut(&id).expect("a planned sequence exists");
         let (last, inside) = (sequence.computed, sequence.computed % self.config.page_tokens);
@@ -211,7 +217,8 @@ impl Core {
         for branch in &sequence.branches {
             let first_row = batch.tokens.len();
             if inside > 0 && !branch.copied && !planted(Bug::BranchPageIsNotCopied) {
-                batch.copies.push((sequence.tables.at(branch.first_page), branch.tables.at(0)));
+                let own = sequence.tables.at(branch.first_page);
+                batch.copies.push((copy.unwrap_or(own), branch.tables.at(0)));
             }
             batch.tokens.push(sequence.tokens.at(last));
             batch.tokens.extend_from_slice(&branch.drafts);

@@ -361,7 +361,8 @@ impl Core {
             let wanted = self.draft_limit(sequence).min(rows).min(logit_rows).min(reach);
             if wanted > 0 {
                 self.extend_pages(id, 1 + wanted);
-                let others = self.branch_limit(wanted);
+                let is_whole = self.sequences[&id].copy_from.is_none();
+                let others = if is_whole { self.branch_limit(wanted) } else { 0 };
                 let guessing =
                     Guessing { id, branch: None, left: wanted, drawn: false, others, likelihood: 1.0 };
                 open.push(guessing);

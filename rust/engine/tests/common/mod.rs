@@ -187,10 +187,7 @@ impl FakeDevice {
             assert_eq!(tokens[row as usize], 0, "nobody knows the token yet");
             tokens[row as usize] = chosen.as_ref().map_or(0, |chosen| chosen[place as usize].max(0)) as u32;
         }
-        for &(from, to) in &batch.copies {
-            self.target.copy(from, to);
-            self.draft.iter_mut().for_each(|draft| draft.copy(from, to));
-        }
+        self.copy(batch);
         let mut wanted = batch.logit_rows.iter().peekable();
         logits.clear();
         for sequence in &batch.sequences {
@@ -257,12 +254,17 @@ pub fn expected_logits(tokens: &[u32], long_context: bool) -> Vec<f32> {
 }
 
 impl FakeDevice {
-    fn draft_once(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
-        logits.clear();
+    fn copy(&mut self, batch: &Batch) {
         for &(from, to) in &batch.copies {
+            assert!(batch.copies.iter().all(|other| other.1.page != from.page), "copies have no order");
             self.target.copy(from, to);
             self.draft.iter_mut().for_each(|draft| draft.copy(from, to));
         }
+    }
+
+    fn draft_once(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        logits.clear();
+        self.copy(batch);
         for sequence in &batch.sequences {
             let draft = self.draft.as_mut().ok_or("no draft model")?;
             let rows = (sequence.first_row..).zip(sequence.first_position..).take(sequence.rows);
