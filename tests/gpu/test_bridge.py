@@ -93,11 +93,12 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
     assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
 
 
-def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize("config", [None, {"method": "ngram", "num_draft_tokens": 12, "prompt_lookup_min": 1}], ids=str)
+def test_draws_on_the_device_are_the_cores(config: dict[str, Any] | None, open_host: Callable[..., LLM]) -> None:
     """All that sampling can be asked for, each beside all others: the same tokens and log-probabilities as on the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
         expected = choices(llm)
-    found = choices(open_host())
+    found = choices(open_host(speculative_config=config))
     assert same_choices(found, expected)
 
 

@@ -178,6 +178,7 @@ impl Core {
             batch.rounds = 1; // only single rows go on by themselves
         }
         let empty = round.open.is_empty();
+        self.counters.copied_pages += batch.copies.len() as u64;
         self.draft_round = Some(round);
         (!empty).then_some(batch)
     }

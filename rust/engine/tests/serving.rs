@@ -277,6 +277,49 @@ fn drafts_save_steps_and_change_nothing() {
 }
 
 #[test]
+fn a_tree_of_drafts_is_right_more_often_than_its_chain() {
+    let run = |speculation: Option<Speculation>, draws: bool, temperature: f64| {
+        let mut engine = Engine::new(EngineConfig { speculation, ..config(64, 4) });
+        (engine.device.draws, engine.device.draft_errs_every) = (draws, 2);
+        let params = SamplingParams { temperature, seed: Some(3), logprobs: Some(2), ..tokens(200) };
+        engine.submit(&prompt(1, 20), params, RequestOptions::default()).unwrap();
+        let (mut most_rows, mut logits) = (0, Vec::new());
+        loop {
+            while let Some(batch) = engine.core.next_draft() {
+                engine.device.draft(&batch, &mut logits).unwrap();
+                let choices = engine.device.take_choices();
+                engine.core.commit_draft(&logits, &choices);
+            }
+            let Some(batch) = engine.core.next_batch(engine.now) else { break };
+            most_rows = most_rows.max(batch.sequences.iter().map(|sequence| sequence.rows - 1).sum());
+            engine.device.compute(&batch, &mut logits).unwrap();
+            let choices = engine.device.take_choices();
+            engine.core.commit_choices(&logits, choices, engine.now);
+        }
+        let tokens = engine.core.take_events().into_iter().filter_map(|event| match event.kind {
+            EventKind::Token { token, logprobs, .. } => Some((token, format!("{logprobs:?}"))),
+            _ => None,
+        });
+        let metrics = engine.core.metrics();
+        assert_eq!(metrics.pages_free + metrics.pages_evictable, metrics.pages_total, "all is given back");
+        (tokens.collect::<Vec<_>>(), most_rows, metrics)
+    };
+    let drafts =
+        |num_draft_tokens| Some(Speculation::DraftModel { num_speculative_tokens: 3, num_draft_tokens });
+    for (draws, temperature) in [(false, 0.0), (true, 0.0), (false, 0.8), (true, 0.8)] {
+        let (plain, ..) = run(None, draws, temperature);
+        let (chain, _, one) = run(drafts(None), draws, temperature);
+        let (tree, most_rows, all) = run(drafts(Some(9)), draws, temperature);
+        assert_eq!(plain, chain);
+        assert_eq!(plain, tree);
+        assert!(most_rows <= 19, "no more than the prompt's rows, which are more than those of 9 drafts");
+        assert_eq!((one.branch_tokens, one.generated_tokens), (0, all.generated_tokens));
+        assert!(all.branch_tokens > 0 && all.decode_steps < one.decode_steps, "{all:?}");
+        assert!(all.copied_pages > 0, "what a branch's first page begins with");
+    }
+}
+
+#[test]
 fn energy_is_shared_out_by_rows() {
     let mut engine = Engine::new(config(64, 4));
     engine.core.set_watts(Some(200.0));

@@ -275,8 +275,11 @@ impl FakeDevice {
             let row = self.row_logits(if errs && !nearly { mix(prefix, 77) } else { prefix });
             // It errs by one token that it holds too likely, or altogether.
             let liked = nearly.then(|| (mix(prefix, 79) % VOCABULARY as u64) as usize);
-            logits
-                .extend((0..).zip(row).map(|(token, logit)| if liked == Some(token) { 4.5 } else { logit }));
+            logits.extend(row.enumerate().map(|(token, logit)| match liked {
+                Some(liked) if liked == token => 9.0,
+                Some(_) => 2.0 * logit,
+                None => logit,
+            }));
         }
         if self.draws {
             self.draw(batch, logits, &[]);
