@@ -10,7 +10,7 @@ from infer.gpu.arrays import MOST_BRANCHES
 from infer.gpu.memory import Parts
 
 PAGES = 9
-SIZES = (32768, 16, 4096, 1040)  # bytes of a page's part: keys and values of large heads, scales, what threads do not divide evenly
+SIZES = (32768, 16, 4096, 1040)  # bytes of a page's part: keys of large heads, scales, what threads do not divide evenly
 random = np.random.default_rng(3)
 
 

@@ -30,6 +30,7 @@ mod costs;
 mod cut;
 mod device;
 mod digest;
+mod draft_round;
 mod draft_tree;
 mod draw;
 mod draw_layout;
