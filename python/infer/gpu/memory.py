@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from infer._core import InferError
 from infer.gpu.arrays import (
@@ -153,7 +154,8 @@ class Plan:
             self._device.upload_columns(self._table_pointer, table, len(tables), work.most_pages)
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """What a page consists of in all layers, for kernels that copy pages."""
 
     pointer: int
