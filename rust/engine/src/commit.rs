@@ -152,9 +152,10 @@ impl Core {
         let drafted = sequence.drafts.len() + sequence.branches.iter().map(own).sum::<usize>();
         let drafts = Verified::take(sequence, all_wanted);
         self.count_drafts(id.request, drafted);
-        let (mut tokens, mut path) = (Vec::new(), 0);
+        let (mut chosen, mut path) = (0, 0);
+        let mut tokens = Vec::new(); // that were chosen, where there are drafts to compare
         loop {
-            let place = drafts.row(path, tokens.len());
+            let place = drafts.row(path, chosen);
             let row = logits.chunks_exact(self.config.vocabulary).nth(place).unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
             let choice = choices.get_mut(place);
@@ -163,16 +164,20 @@ impl Core {
                 Some(choice) => choice.logprobs.take(),
                 None => self.logprobs(id, row, token),
             };
-            self.advance(id, if tokens.is_empty() { work.rows - drafts.chain() } else { 1 });
-            if !tokens.is_empty() {
+            self.advance(id, if chosen == 0 { work.rows - drafts.chain() } else { 1 });
+            if chosen > 0 {
                 self.request_metrics(id).accepted_tokens += 1;
                 self.counters.accepted_tokens += 1;
                 self.request_metrics(id).branch_tokens += u64::from(path > 0);
                 self.counters.branch_tokens += u64::from(path > 0);
             }
-            tokens.push(token);
+            chosen += 1;
             self.append(id, token, logprobs, now);
-            let trusted = planted(Bug::DraftsAreTrusted) && tokens.len() <= drafts.chain();
+            if drafts.chain() == 0 {
+                break;
+            }
+            tokens.push(token);
+            let trusted = planted(Bug::DraftsAreTrusted) && chosen <= drafts.chain();
             let followed = drafts.follow(&tokens).or(trusted.then_some(path));
             let Some(next) = followed.filter(|_| self.sequences.contains_key(&id)) else { break };
             if next != path {
@@ -182,8 +187,8 @@ impl Core {
         }
         self.trim_pages(id);
         if let Some(before) = before {
-            let each = now.saturating_sub(before).as_secs_f64() / tokens.len() as f64;
-            tokens.iter().for_each(|_| self.counters.histograms.inter_token_latency.add(each));
+            let each = now.saturating_sub(before).as_secs_f64() / chosen as f64;
+            (0..chosen).for_each(|_| self.counters.histograms.inter_token_latency.add(each));
         }
         Ok(())
     }

@@ -70,7 +70,8 @@ impl Branch {
 
 /// The drafts of a step that came back, and where their rows are.
 pub(crate) struct Verified {
-    paths: Vec<Path>,
+    chain: Path,
+    branches: Vec<Path>,
 }
 
 struct Path {
@@ -86,28 +87,35 @@ impl Verified {
     pub fn take(sequence: &mut Sequence, all_wanted: bool) -> Self {
         let drafts = std::mem::take(&mut sequence.drafts);
         let mut before = 1 + drafts.len();
-        let mut paths = vec![Path { drafts, unwanted: 0, before: 0 }];
-        for branch in &sequence.branches {
+        let mut path = |branch: &Branch| {
             let unwanted = branch.unwanted(all_wanted);
-            paths.push(Path { drafts: branch.drafts.clone(), unwanted, before });
+            let path = Path { drafts: branch.drafts.clone(), unwanted, before };
             before += branch.rows() - unwanted;
-        }
-        Self { paths }
+            path
+        };
+        let branches = sequence.branches.iter().map(&mut path).collect();
+        Self { chain: Path { drafts, unwanted: 0, before: 0 }, branches }
+    }
+
+    fn path(&self, path: usize) -> &Path {
+        path.checked_sub(1).map_or(&self.chain, |branch| &self.branches[branch])
     }
 
     /// Drafts of the chain.
     pub fn chain(&self) -> usize {
-        self.paths[0].drafts.len()
+        self.chain.drafts.len()
     }
 
     /// Which of the rows that came back follows so many drafts of a path.
     pub fn row(&self, path: usize, depth: usize) -> usize {
-        self.paths[path].before + depth - self.paths[path].unwanted
+        let path = self.path(path);
+        path.before + depth - path.unwanted
     }
 
     /// The first path that begins with these tokens; 0 is the chain.
     pub fn follow(&self, tokens: &[u32]) -> Option<usize> {
-        self.paths.iter().position(|path| path.drafts.starts_with(tokens))
+        let mut paths = std::iter::once(&self.chain).chain(&self.branches);
+        paths.position(|path| path.drafts.starts_with(tokens))
     }
 }
 
