@@ -82,6 +82,7 @@ CUDA_TWINS = {
     "experts_grouped": "rust/model/src/experts.rs",
     "kv": "rust/kernels/src/kv.rs",
     "layers": "rust/model/src/interpreter.rs",
+    "pages": "rust/kernels/src/kv.rs",
     "linear_many": "rust/kernels/src/ops/linear.rs",
     "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",

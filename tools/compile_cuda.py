@@ -110,6 +110,7 @@ VARIANTS: dict[str, list[Macros]] = {
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
+    "pages.cu": ONE,
     "random.cu": choices(INFER_F32=[None, 1]),
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
     "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(VECTOR=[8])),

@@ -178,6 +178,8 @@ class RequestMetrics:
     @property
     def accepted_tokens(self) -> int: ...
     @property
+    def branch_tokens(self) -> int: ...
+    @property
     def decode_steps(self) -> int: ...
     @property
     def joules(self) -> float | None: ...
@@ -353,7 +355,7 @@ class Engine:
         max_waiting: int | None = None,
         priority_patience: float = 10.0,
         step_time_target: float | None = 0.1,
-        speculation: tuple[str, int, int, int, str | PathLike[str] | None] | None = None,
+        speculation: tuple[str, int, int, int, str | PathLike[str] | None, int | None] | None = None,
         kv_offload: tuple[str | PathLike[str], int] | None = None,
         kv_events: bool = False,
         trace: bool = False,
@@ -576,7 +578,7 @@ class Work:
         """Write the arrays of a step's rows, padded to so many rows and sequences.
 
         One after the other: tokens, positions, slots, rope rows, the rows' sequences and the rows whose logits are wanted, (rows)
-        each, then the sequences' first rows, (sequences + 1). A token of -1 - i is the one chosen for the i-th wanted row of the step
+        each, then the sequences' first rows, (sequences + 1), and copies of pages, (32, 2), -1 where there are none. A token of -1 - i is the one chosen for the i-th wanted row of the step
         begun before. See rust/engine/src/layout.rs.
         """
 
@@ -604,6 +606,8 @@ class StepLauncher:
         First row of the tables of cosines and sines that long contexts use.
     small_tables
         Bytes of page tables that are sooner copied whole than by columns.
+    copies
+        Whether graphs copy the pages that a step begins with, up to 32.
     """
 
     def __new__(
@@ -616,6 +620,7 @@ class StepLauncher:
         halves: tuple[tuple[Any, ...], tuple[Any, ...]],
         long_context_row: int,
         small_tables: int,
+        copies: bool,
     ) -> StepLauncher: ...
     @staticmethod
     def padded(count: int) -> int:

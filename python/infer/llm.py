@@ -91,7 +91,9 @@ class LLM(Generating, Sessions):
         Guess tokens ahead and verify them together; what is generated stays the same, token for token.
         `{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}` guesses what followed
         the last tokens before; `{"method": "draft_model", "model": ..., "num_speculative_tokens": 2}` asks a smaller model
-        of the same vocabulary; the bundled model has one, which is taken unless another is named.
+        of the same vocabulary; the bundled model has one, which is taken unless another is named. With `"num_draft_tokens": 8` a
+        step verifies a tree of up to 8 guesses: beside that chain, branches with other continuations of the same last tokens, or
+        with what the smaller model holds likely in place of its first guesses. For large models and few completions at once.
     kv_offload_dir, kv_offload_max_bytes
         A folder, and how much it may hold: cached keys and values without room in memory go there and come back, even later.
     kv_events

@@ -61,6 +61,8 @@ class RequestMetrics:
         Prompt tokens among `cached_tokens` that came back from `kv_offload_dir`.
     drafted_tokens, accepted_tokens
         Tokens that were guessed ahead and verified, and those of them that were right.
+    branch_tokens
+        Accepted tokens that the chain of guesses did not have, but a branch of the tree (`num_draft_tokens`).
     decode_steps
         Steps in which a completion chose tokens: `generated_tokens / decode_steps` is what speculation gains.
     joules
@@ -79,6 +81,7 @@ class RequestMetrics:
     restored_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    branch_tokens: int = 0
     decode_steps: int = 0
     joules: float | None = None
 

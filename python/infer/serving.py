@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    Speculation = tuple[str, int, int, int, str | os.PathLike[str] | None]
+    Speculation = tuple[str, int, int, int, str | os.PathLike[str] | None, int | None]
 
 __all__ = ["RequestOptions", "serving", "speculation"]
 
@@ -58,7 +58,7 @@ def serving(options: RequestOptions, count: int) -> list[dict[str, Any]]:
     return each
 
 
-_FIELDS = {"method", "model", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"}
+_FIELDS = {"method", "model", "num_speculative_tokens", "num_draft_tokens", "prompt_lookup_min", "prompt_lookup_max"}
 
 
 def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: Any) -> Speculation | None:
@@ -82,4 +82,5 @@ def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: A
         config.get("prompt_lookup_min", min(2, lookup_max) if isinstance(lookup_max, int) else 2),
         lookup_max,
         None if draft is None else hub.resolve(draft, **hub_options),
+        config.get("num_draft_tokens"),
     )

@@ -180,6 +180,22 @@ def guessed_by_a_draft_model(_: Path, **options: Any) -> Seen:
     return found
 
 
+def guessed_in_trees(_: Path, **options: Any) -> Seen:
+    config = {"method": "draft_model", "num_speculative_tokens": 3, "num_draft_tokens": 9}
+    with LLM(**options, speculative_config=config) as llm:
+        found = serve(llm)
+        assert llm.metrics()["branch_tokens"] > 0
+    return found
+
+
+def looked_up_in_trees(_: Path, **options: Any) -> Seen:
+    config = {"method": "ngram", "prompt_lookup_min": 1, "num_draft_tokens": 12}
+    with LLM(**options, speculative_config=config) as llm:
+        found = serve(llm)
+        assert llm.metrics()["copied_pages"] > 0
+    return found
+
+
 WAYS: list[Callable[..., Seen]] = [
     together,
     in_reverse,
@@ -194,6 +210,8 @@ WAYS: list[Callable[..., Seen]] = [
     restored_from_a_session,
     guessed_by_lookup,
     guessed_by_a_draft_model,
+    guessed_in_trees,
+    looked_up_in_trees,
 ]
 KINDS: dict[str, dict[str, Any]] = {
     "auto": {},

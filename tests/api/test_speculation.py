@@ -17,6 +17,8 @@ STOPPED = SamplingParams(max_tokens=48, temperature=0.7, seed=9, stop=[" the", "
 CONFIGS: list[dict[str, Any]] = [
     {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3},
     {"method": "draft_model", "num_speculative_tokens": 3},
+    {"method": "ngram", "num_speculative_tokens": 5, "num_draft_tokens": 16, "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    {"method": "draft_model", "num_speculative_tokens": 3, "num_draft_tokens": 9},
 ]
 
 
@@ -37,7 +39,7 @@ def plain() -> list[Any]:
         return texts(llm)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["method"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config['method']}-{config.get('num_draft_tokens', 'chain')}")
 def test_nothing_changes_but_the_number_of_steps(plain: list[Any], config: dict[str, Any]) -> None:
     """Greedy and seeded, with penalties, logprobs, stop strings and company."""
     with LLM(threads=2, seed=0, speculative_config=config) as llm:
@@ -45,6 +47,7 @@ def test_nothing_changes_but_the_number_of_steps(plain: list[Any], config: dict[
         metrics = llm.metrics()
     assert 0 < metrics["accepted_tokens"] <= metrics["drafted_tokens"]
     assert metrics["generated_tokens"] > metrics["decode_steps"]
+    assert (metrics["branch_tokens"] > 0) == ("num_draft_tokens" in config)
 
 
 def test_a_perfect_draft_model_is_always_right() -> None:
@@ -65,6 +68,9 @@ def test_a_perfect_draft_model_is_always_right() -> None:
         ({"method": "ngram", "tokens": 3}, "unknown key 'tokens'"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"method": "ngram", "num_speculative_tokens": 1000}, "num_speculative_tokens must be from 1 to 64, got 1000"),
+        ({"method": "ngram", "num_draft_tokens": 3}, "num_draft_tokens must be from num_speculative_tokens = 4, .* to 64, got 3"),
+        ({"method": "draft_model", "num_draft_tokens": 65}, "num_draft_tokens must be from .* to 64, got 65"),
+        ({"method": "ngram", "num_draft_tokens": "many"}, "num_draft_tokens"),
         ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 3}, "prompt_lookup_min must be from 1 to"),
         ({"method": "ngram", "model": str(BUNDLED)}, "must be given for the method"),
         ("ngram", "a dictionary is needed"),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from numpy_driver import HostDriver, HostEvent, HostGraph
 from numpy_layers import NumpyLayers
-from numpy_pages import E4M3, KvPart
+from numpy_pages import E4M3, KvPart, NumpyCopies
 from numpy_sampler import DRAW, choose, tell
 from packed_weights import NumpyPacking, packed_weight, view
 
@@ -110,9 +110,6 @@ class HostDevice:
     def download(self, array: NDArray[Any], pointer: int) -> None:
         ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
 
-    def copy(self, target: int, source: int, size: int) -> None:
-        ctypes.memmove(target, source, size)
-
     def clear(self, pointer: int, size: int) -> None:
         ctypes.memset(pointer, 0, size)
 
@@ -150,7 +147,7 @@ class HostDevice:
         self.blocks.clear()
 
 
-class NumpyOperations(NumpyPacking, NumpyLayers):
+class NumpyOperations(NumpyPacking, NumpyLayers, NumpyCopies):
     """The kernels' operations, done at once."""
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None: ...

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy_sampler import view
 
-from infer.gpu.arrays import KEY_GROUP, PAGE_TOKENS, key_scales
+from infer.gpu.arrays import KEY_GROUP, MOST_BRANCHES, PAGE_TOKENS, key_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from infer.gpu.arrays import KvLayer
+    from infer.gpu.arrays import KvLayer, StepInputs
+    from infer.gpu.memory import Parts
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "e4m3": np.uint8, "int8": np.int8}
 
@@ -24,6 +26,21 @@ def _e4m3(code: int) -> float:
 
 
 E4M3 = np.array([_e4m3(code) for code in range(256)], np.float32)  # but for the two codes of NaN
+
+
+class NumpyCopies:
+    """Copies of pages in all layers."""
+
+    def copy_page(self, parts: Parts, source: int, target: int) -> None:
+        """See `Operations`."""
+        for pointer, size in view(parts.pointer, (parts.count, 2), np.uint64).tolist():
+            ctypes.memmove(pointer + target * size, pointer + source * size, size)
+
+    def copy_pages(self, inputs: StepInputs, parts: Parts) -> None:
+        """See `Operations`."""
+        for source, target in view(inputs.copies, (MOST_BRANCHES, 2), np.int32).tolist():
+            if source >= 0:
+                self.copy_page(parts, source, target)
 
 
 class KvPart:

@@ -51,6 +51,8 @@ def test_every_family_and_container(golden: Golden, open_host: Callable[..., LLM
         {"max_num_batched_tokens": 8, "max_num_seqs": 5},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}},
         {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "num_draft_tokens": 9, "prompt_lookup_min": 1}},
+        {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3, "num_draft_tokens": 9}},
     ],
     ids=str,
 )
@@ -91,11 +93,12 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
     assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
 
 
-def test_draws_on_the_device_are_the_cores(open_host: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize("config", [None, {"method": "ngram", "num_draft_tokens": 12, "prompt_lookup_min": 1}], ids=str)
+def test_draws_on_the_device_are_the_cores(config: dict[str, Any] | None, open_host: Callable[..., LLM]) -> None:
     """All that sampling can be asked for, each beside all others: the same tokens and log-probabilities as on the CPU."""
     with LLM(dtype="float32", threads=2) as llm:
         expected = choices(llm)
-    found = choices(open_host())
+    found = choices(open_host(speculative_config=config))
     assert same_choices(found, expected)
 
 

@@ -69,6 +69,8 @@ def test_logits_in_bfloat16(golden: Golden) -> None:
         {"max_num_batched_tokens": 8, "max_num_seqs": 5},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "prompt_lookup_max": 3}},
         {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "num_draft_tokens": 9, "prompt_lookup_min": 1}},
+        {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3, "num_draft_tokens": 9}},
     ],
     ids=str,
 )

@@ -76,6 +76,25 @@ def test_steps_with_a_graph_never_enter_python(llm: LLM, host: HostDevice, enter
     assert all(own == tokens[0] for own in tokens)
 
 
+def test_trees_of_drafts_are_steps_with_a_graph(host: HostDevice, entered: list[int]) -> None:
+    """Their copies of pages, too; and the tokens are those without."""
+    prompt = [5, 6, 7, 5, 6, 8, 5, 6, 9, 5, 6]
+    with LLM(GOLDEN / "llama", dtype="float32", threads=2) as plain:
+        expected = plain.generate([prompt], LONG)[0].outputs[0].token_ids
+    tree = {"method": "ngram", "num_speculative_tokens": 3, "num_draft_tokens": 9, "prompt_lookup_min": 1}
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "enable_prefix_caching": False}
+    with LLM(GOLDEN / "llama", device="cuda", dtype="float32", speculative_config=tree, **sizes) as llm:
+        for _ in range(ROUNDS):
+            assert llm.generate([prompt], LONG)[0].outputs[0].token_ids == expected
+        entered.clear()
+        before = llm.metrics()
+        assert llm.generate([prompt], LONG)[0].outputs[0].token_ids == expected
+        assert not entered
+        after = llm.metrics()
+        assert after["copied_pages"] - before["copied_pages"] > 5
+        assert after["branch_tokens"] > 0
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_steps_that_python_begins_are_ended_without_it(
     enforce_eager: bool, host: HostDevice, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,8 @@ ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e4m3": 1, "int8": 1}
 KEY_GROUP = 32
 """Dimensions of an int8 key that share a scale, as in rust/kernels/src/kv/element.rs."""
 
+MOST_BRANCHES = 32
+"""Sequences that a step may have beyond `max_num_seqs` where drafts are trees, as in rust/engine/src/draft_tree.rs."""
 DRAW_BYTES = 72
 """Of a draw, as in rust/engine/src/draw_layout.rs."""
 
@@ -169,6 +171,8 @@ class StepInputs:
     page_stride: int
     chosen: int = 0
     """(rows wanted by the step before): what that step chose; a token of -1 - i stands for the i-th of them."""
+    copies: int = 0
+    """(MOST_BRANCHES, 2): pages to copy first, from and to, or -1."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ FUNCTIONS = (
     "cuGetErrorName",
 )
 """Of the driver, that rust/bindings/src/driver.rs calls."""
-HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
 
 def require() -> Any:
@@ -151,10 +151,6 @@ class Device:
             check(driver().cuMemcpyDtoHAsync_v2(place, source, ctypes.c_size_t(array.nbytes), stream), "a copy from the GPU")
             return
         self._runtime.memcpyAsync(array.ctypes.data, pointer, array.nbytes, DEVICE_TO_HOST, self.stream)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        """Enqueue a copy on the device."""
-        self._runtime.memcpyAsync(target, source, size, DEVICE_TO_DEVICE, self.stream)
 
     def clear(self, pointer: int, size: int) -> None:
         """Enqueue zeros."""

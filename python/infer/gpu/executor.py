@@ -86,6 +86,8 @@ class Executor(FusedSteps):
     ----------
     pages, plans
         Keys and values, and what attention over them needs; there from `allocate_pages` on.
+    copies_pages
+        Each step begins with copies of pages, where it has some.
     """
 
     pages: KvPages
@@ -116,6 +118,7 @@ class Executor(FusedSteps):
         self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
         device.clear(self._scratch, logit_rows * ARGMAX_BYTES)
         self._rows_and_sequences = rows, sequences
+        self.copies_pages = False
         self._expert_memory(device, model, rows)
         self._attention: dict[int, AttentionPlan] = {}
 
@@ -128,6 +131,10 @@ class Executor(FusedSteps):
         size = replace(size, most_items=most_items(size, pages))
         self.plans = AttentionPlans(self._device, windows, size)
         self._make_stack()
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Enqueue a copy of a page over another, in all layers."""
+        self._operations.copy_page(self.pages.parts, source, target)
 
     def _make_stack(self) -> None:
         """Keep what all layers in one kernel need on the device, if there is a kernel for them."""
@@ -173,6 +180,8 @@ class Executor(FusedSteps):
 
     def forward(self, launch: Launch) -> None:
         """Enqueue all steps."""
+        if self.copies_pages:
+            self._operations.copy_pages(launch.inputs, self.pages.parts)
         self._attention = self.plans.of(launch)
         for plan in self._attention.values():
             self._operations.attention_plan(launch.inputs, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from infer._core import InferError
@@ -9,6 +10,7 @@ from infer.gpu.arrays import (
     DRAW_BYTES,
     ELEMENT_BYTES,
     LOGPROB_VALUES,
+    MOST_BRANCHES,
     MOST_DRAW_WORDS,
     PAGE_TOKENS,
     Draws,
@@ -58,11 +60,16 @@ class Buffers:
         return part.first(rows)
 
 
+def _behind_rows(sequences: int) -> int:
+    """Return how many values follow the arrays of rows: each sequence's first row, and copies."""
+    return sequences + 1 + 2 * MOST_BRANCHES
+
+
 class _PinnedPlan:
     """What one step's arrays are copied from."""
 
     def __init__(self, device: Device, rows: int, sequences: int, pages: int) -> None:
-        self.rows = device.pinned((ROW_ARRAYS * rows + sequences + 1,), "int32")
+        self.rows = device.pinned((ROW_ARRAYS * rows + _behind_rows(sequences),), "int32")
         self.draws = device.pinned((DRAW_BYTES * rows,), "uint8")
         self.words = device.pinned((MOST_DRAW_WORDS,), "uint32")
         self.table = device.pinned((sequences, pages), "int32")
@@ -116,6 +123,7 @@ class Plan:
             page_table=self._table_pointer,
             page_stride=self._host.table.shape[1],
             chosen=self._chosen,
+            copies=first_row + 4 * (sequences + 1),
         )
 
     def logit_rows(self, rows: int) -> int:
@@ -135,7 +143,7 @@ class Plan:
 
     def send(self, work: Work, rows: int, sequences: int) -> None:
         """Enqueue the copy of a step's arrays, padded to so many rows and sequences."""
-        own, table = self._host.rows[: ROW_ARRAYS * rows + sequences + 1], self._host.table
+        own, table = self._host.rows[: ROW_ARRAYS * rows + _behind_rows(sequences)], self._host.table
         work.write_rows(rows, sequences, self._long_context_row, own)
         work.write_pages(table)
         self._device.upload(self._pointer, own)
@@ -144,6 +152,26 @@ class Plan:
             self._device.upload(self._table_pointer, tables)
         else:
             self._device.upload_columns(self._table_pointer, table, len(tables), work.most_pages)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a page consists of in all layers, for kernels that copy pages."""
+
+    pointer: int
+    """uint64 (count, 2): where the first page's part lies, bytes of a page's part."""
+    count: int
+
+    @classmethod
+    def put(cls, device: Device, parts: list[tuple[int, int]]) -> Parts:
+        """Keep them on the device."""
+        import numpy as np
+
+        array = np.array(parts, np.uint64)
+        pointer = device.allocate(array.nbytes)
+        device.upload(pointer, array)
+        device.synchronize()  # the array is not kept here
+        return cls(pointer, len(parts))
 
 
 class KvPages:
@@ -174,16 +202,12 @@ class KvPages:
             for layer, kinds in enumerate(model.kv_layers)
         ]
         self._parts = [(pointer, size) for pointer, size in self._parts if size]
+        self.parts = Parts.put(device, self._parts)
 
     @staticmethod
     def _layer(parts: list[tuple[int, int]], keys: str, values: str, heads: int, head_dim: int, pages: int) -> KvLayer:
         pointers = [pointer if size else 0 for pointer, size in parts]
         return KvLayer(pointers[0], pointers[2], keys, values, heads, head_dim, pages, pointers[1], pointers[3])
-
-    def copy(self, source: int, target: int) -> None:
-        """Enqueue a copy of a page over another."""
-        for pointer, size in self._parts:
-            self._device.copy(pointer + target * size, pointer + source * size, size)
 
     def read(self, page: int, out: NDArray[np.uint8]) -> None:
         """Enqueue copies of a page to the host."""

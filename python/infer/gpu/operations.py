@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from infer._core import InferError
+from infer.gpu.arrays import MOST_BRANCHES
 from infer.gpu.experts import ExpertOperations
 from infer.gpu.layers import LayerOperations
 from infer.gpu.packing import PackOperations
 
 if TYPE_CHECKING:
-    from infer.gpu.arrays import Draws, Rows
+    from infer.gpu.arrays import Draws, Rows, StepInputs
     from infer.gpu.kernels import Kernels
+    from infer.gpu.memory import Parts
 
 MOST_VOCABULARY = 1 << 19
 ARGMAX_PIECE = 1024  # logits that a block of 256 threads reads at once
 ARGMAX_BLOCKS = 8  # for each multiprocessor: more would end when they have hardly begun
 LEAST_PARTS = 8
+COPY_THREADS = 512
 ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
@@ -50,6 +53,15 @@ class Operations(LayerOperations, ExpertOperations, PackOperations):
             kernel = self.kernels.get("logprobs.cu", "logprobs")
             pointers = (logits.pointer, draws.pointer, draws.words, draws.latest, chosen, draws.told)
             kernel(self.stream, grid, 1024, (*pointers, logits.stride, logits.width))
+
+    def copy_page(self, parts: Parts, source: int, target: int) -> None:
+        """Copy a page over another, in all layers."""
+        self.kernels.get("pages.cu", "copy_page")(self.stream, (parts.count,), COPY_THREADS, (parts.pointer, source, target))
+
+    def copy_pages(self, inputs: StepInputs, parts: Parts) -> None:
+        """Copy the pages of a step."""
+        grid = (parts.count, MOST_BRANCHES)
+        self.kernels.get("pages.cu", "copy_pages")(self.stream, grid, COPY_THREADS, (parts.pointer, inputs.copies))
 
     def argmax(self, logits: Rows, chosen: int, scratch: int) -> None:
         """``chosen[row]`` = id of the largest logit, the lowest among equals; -1 if a NaN or +inf is there, or nothing finite.

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from infer._core import StepLauncher
-from infer.gpu.arrays import LOGPROB_VALUES
+from infer.gpu.arrays import LOGPROB_VALUES, MOST_BRANCHES
 from infer.gpu.attention import CHUNK_PAGES, DECODE_ROWS
 from infer.gpu.executor import FULL, GREEDY, Launch
 from infer.gpu.memory import SMALL_TABLES, STEPS_AT_ONCE, Plan
@@ -128,7 +128,15 @@ class Runner:
             halves=(halves[0], halves[1]),
             long_context_row=long_context_row,
             small_tables=SMALL_TABLES,
+            copies=self._executor.copies_pages,
         )
+
+    def copy_pages(self, work: Work, in_step: bool) -> None:
+        """Enqueue the copies that come before a step, unless the step itself makes them."""
+        copies = work.copies
+        if not (in_step and self._executor.copies_pages and len(copies) <= MOST_BRANCHES):
+            for source, target in copies:
+                self._executor.copy_page(source, target)
 
     def enqueue(self, work: Work) -> Outcome:
         """Enqueue a step; returns where its outcome will be once it is done."""

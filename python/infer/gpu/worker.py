@@ -20,7 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from infer._core import DeviceModel, Engine, InferError, StepLauncher
-from infer.gpu.arrays import PAGE_TOKENS
+from infer.gpu.arrays import MOST_BRANCHES, PAGE_TOKENS
 from infer.gpu.energy import PowerMeter, PowerWatch
 from infer.gpu.executor import Executor
 from infer.gpu.fixed import fixed_rows
@@ -117,6 +117,8 @@ class Worker:
         elif kind == "draft":
             if self._draft is None:
                 raise InferError("this engine has no draft model")
+            for runner in self._runners():
+                runner.copy_pages(work, runner is self._draft)
             if work.rounds > 1:
                 self._link.finish_rounds(work, self._guess(self._draft, work))
                 return
@@ -152,9 +154,8 @@ class Worker:
         self._begun.append((work, wait))
 
     def _forward(self, work: Work) -> Outcome:
-        for source, target in work.copies:
-            for runner in self._runners():
-                runner.pages.copy(source, target)
+        for runner in self._runners():
+            runner.copy_pages(work, runner is self._target)
         if self._draft is not None and (rest := work.not_drafted()).rows:
             self._draft.enqueue(rest)
         return self._target.enqueue(work)
@@ -233,7 +234,9 @@ class _Loaded:
         self.vocabulary: int = constants["vocabulary"]
         self.long_context_row: int = settings["max_model_len"] or constants["max_positions"]
         sequences, tokens = settings["max_num_seqs"], settings["max_num_batched_tokens"]
-        self.sequences = StepLauncher.padded(sequences)
+        speculation = settings["speculation"]
+        is_tree = speculation is not None and speculation[5] is not None
+        self.sequences = StepLauncher.padded(sequences + (MOST_BRANCHES if is_tree else 0))
         self.rows = max(tokens, self.sequences)
         self.logit_rows = max(model.max_logit_rows(sequences, tokens), self.sequences)
         self._deterministic = deterministic
@@ -241,6 +244,7 @@ class _Loaded:
             self.rows, self.logit_rows = fixed_rows(self.rows), fixed_rows(self.logit_rows)
         weights = Weights(device, operations, model, self.long_context_row, rounded)
         self.executor = Executor(device, operations, model, weights, self.rows, self.sequences, self.logit_rows)
+        self.executor.copies_pages = is_tree
 
     def runner(self, device: Device, pages: int, max_model_len: int, graphs: bool) -> Runner:
         """Make room for keys and values."""

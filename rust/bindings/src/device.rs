@@ -12,13 +12,20 @@ pub struct CpuDevice {
     pub draft: Option<CpuModel>,
 }
 
-impl core::Device for CpuDevice {
-    fn forward(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+impl CpuDevice {
+    fn copy_pages(&mut self, batch: &core::Batch) -> Result<(), String> {
         for model in [Some(&mut self.model), self.draft.as_mut()].into_iter().flatten() {
             for &(from, to) in &batch.copies {
                 model.copy_page(place(from), place(to)).map_err(|error| error.to_string())?;
             }
         }
+        Ok(())
+    }
+}
+
+impl core::Device for CpuDevice {
+    fn forward(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        self.copy_pages(batch)?;
         if let Some(draft) = &mut self.draft {
             compute(draft, &batch.not_drafted(), logits)?;
         }
@@ -26,6 +33,7 @@ impl core::Device for CpuDevice {
     }
 
     fn draft(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+        self.copy_pages(batch)?;
         let draft = self.draft.as_mut().ok_or("this engine has no draft model")?;
         compute(draft, batch, logits)
     }

@@ -15,8 +15,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use infer_engine::{
-    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, SizeFields, SizeLimits, StepSize, Ticket,
-    Work, padded,
+    Answer, Batch, DRAW_BYTES, DrawKind, Handover, LOGPROB_VALUES, MOST_BRANCHES, SizeFields, SizeLimits,
+    StepSize, Ticket, Work, padded,
 };
 use infer_kernels::PAGE_TOKENS;
 use numpy::PyArrayDyn;
@@ -53,7 +53,7 @@ pub struct StepLauncher {
 #[pymethods]
 impl StepLauncher {
     #[new]
-    #[pyo3(signature = (functions, stream, *, limits, places, halves, long_context_row, small_tables))]
+    #[pyo3(signature = (functions, stream, *, limits, places, halves, long_context_row, small_tables, copies))]
     fn new(
         py: Python<'_>,
         functions: HashMap<String, usize>,
@@ -63,6 +63,7 @@ impl StepLauncher {
         halves: (HalfArgs<'_>, HalfArgs<'_>),
         long_context_row: usize,
         small_tables: usize,
+        copies: bool,
     ) -> PyResult<Self> {
         guarded(|| {
             let (rows, sequences, wanted, pieces, piece_pages, decode_rows, is_captured) = limits;
@@ -74,6 +75,7 @@ impl StepLauncher {
                 limits,
                 long_context_row,
                 small_tables,
+                copies: if copies { MOST_BRANCHES } else { 0 },
                 table_stride: halves[0].table.stride(py),
                 places,
                 halves,
@@ -189,6 +191,8 @@ struct Steps {
     long_context_row: usize,
     /// Bytes of page tables that are sooner copied whole than by columns.
     small_tables: usize,
+    /// Pages that graphs copy at most.
+    copies: usize,
     table_stride: usize,
     places: PlaceArgs,
     halves: [Half; 2],
@@ -219,7 +223,7 @@ impl Steps {
     /// Begins a step, if there is a graph for it and nothing else to be done.
     fn begin(&mut self, work: &Arc<Work>, batch: &Batch) -> Option<Begun> {
         let wanted = batch.logit_rows.len();
-        if !is_drawn(batch) || !batch.copies.is_empty() {
+        if !is_drawn(batch) || batch.copies.len() > self.copies {
             return None;
         }
         let (size, kind) = (batch.size(&self.limits), batch.draw_kind());

@@ -35,6 +35,7 @@ pub fn engine_metrics<'py>(
         ("window_pages", metrics.window_pages),
         ("drafted_tokens", metrics.drafted_tokens),
         ("accepted_tokens", metrics.accepted_tokens),
+        ("branch_tokens", metrics.branch_tokens),
         ("decode_steps", metrics.decode_steps),
         ("running", metrics.running),
         ("waiting", metrics.waiting),

@@ -88,6 +88,8 @@ pub struct RequestMetrics {
     drafted_tokens: u64,
     /// Guessed tokens that were right.
     accepted_tokens: u64,
+    /// Those of them that only a branch of the tree had.
+    branch_tokens: u64,
     /// Steps in which a completion chose tokens.
     decode_steps: u64,
     /// Energy of its rows, where the device tells.
@@ -109,6 +111,7 @@ impl From<core::RequestMetrics> for RequestMetrics {
             restored_tokens: metrics.restored_tokens,
             drafted_tokens: metrics.drafted_tokens,
             accepted_tokens: metrics.accepted_tokens,
+            branch_tokens: metrics.branch_tokens,
             decode_steps: metrics.decode_steps,
             joules: metrics.microjoules.map(|taken| taken as f64 * 1e-6),
         }

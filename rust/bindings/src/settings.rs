@@ -15,8 +15,9 @@ use crate::load::{Offload, Settings};
 /// More than any machine has cores; each thread costs a stack.
 pub const MAX_THREADS: usize = 1024;
 
-/// Method, drafts per step, fewest and most tokens of a lookup, the draft model.
-pub type SpeculationArgs = (Arg<String>, Arg<Int>, Arg<Int>, Arg<Int>, Option<Arg<PathBuf>>);
+/// Method, drafts in a row, fewest and most tokens of a lookup, the draft model, drafts of a tree.
+pub type SpeculationArgs =
+    (Arg<String>, Arg<Int>, Arg<Int>, Arg<Int>, Option<Arg<PathBuf>>, Option<Arg<Int>>);
 
 /// Folder and most bytes.
 pub type OffloadArgs = (Arg<PathBuf>, Arg<Int>);
@@ -86,17 +87,27 @@ pub fn check_prefix_options(settings: &Settings) -> PyResult<()> {
 
 /// How tokens are guessed ahead, and the model that guesses.
 pub fn read_speculation(
-    (method, drafts, least, most, draft): SpeculationArgs,
+    (method, drafts, least, most, draft, tree): SpeculationArgs,
 ) -> PyResult<(Speculation, Option<PathBuf>)> {
     let num_speculative_tokens = drafts.positive("speculative_config[\"num_speculative_tokens\"]")?;
     let prompt_lookup_min = least.positive("speculative_config[\"prompt_lookup_min\"]")?;
     let prompt_lookup_max = most.positive("speculative_config[\"prompt_lookup_max\"]")?;
+    let in_tree = |tree: Arg<Int>| tree.positive("speculative_config[\"num_draft_tokens\"]");
+    let num_draft_tokens = tree.map(in_tree).transpose()?;
     let draft = draft.map(|path| path.get("speculative_config[\"model\"]", "a path")).transpose()?;
     match (method.get("speculative_config[\"method\"]", "a string")?.as_str(), &draft) {
         ("ngram", None) => {
-            Ok((Speculation::Ngram { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max }, None))
+            let lookup = Speculation::Ngram {
+                num_speculative_tokens,
+                num_draft_tokens,
+                prompt_lookup_min,
+                prompt_lookup_max,
+            };
+            Ok((lookup, None))
         }
-        ("draft_model", Some(_)) => Ok((Speculation::DraftModel { num_speculative_tokens }, draft)),
+        ("draft_model", Some(_)) => {
+            Ok((Speculation::DraftModel { num_speculative_tokens, num_draft_tokens }, draft))
+        }
         ("ngram" | "draft_model", _) => Err(refusal(
             "speculative_config[\"model\"] must be given for the method \"draft_model\", and only for it",
         )),

@@ -49,6 +49,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "mma.cuh",
     "norm.cu",
     "pack.cu",
+    "pages.cu",
     "random.cu",
     "rope.cu",
     "rope.cuh",

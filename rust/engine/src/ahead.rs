@@ -74,7 +74,16 @@ impl Core {
         let drawn = self.draw(sequence, 1, 1).expect("rows_ahead asked");
         let uncounted = counts && !planted(Bug::LatestTokenIsNotCounted);
         drawn.put(1, uncounted.then_some(place), batch);
-        Scheduled { id, rows: 1, prompt_rows: 0, sampled_rows: 1, drawn: true, copied: false }
+        Scheduled {
+            id,
+            rows: 1,
+            prompt_rows: 0,
+            sampled_rows: 1,
+            branch_rows: 0,
+            branch_samples: 0,
+            drawn: true,
+            copied: false,
+        }
     }
 
     /// The sequences of the next step with the places of their tokens among the choices of the step in flight.

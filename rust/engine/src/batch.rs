@@ -11,7 +11,7 @@ use crate::tables::PageRef;
 /// One step's work.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// Pages to copy, (from, to), one after the other and before anything is computed.
+    /// Pages to copy, (from, to), before anything is computed and in any order: none is copied from that is copied to.
     pub copies: Vec<(PageRef, PageRef)>,
     /// The rows' tokens: (rows).
     pub tokens: Vec<u32>,
@@ -63,7 +63,7 @@ impl Batch {
     /// The same rows so many positions later, of tokens that the rows before chose themselves.
     #[must_use]
     pub fn advanced(&self, positions: usize) -> Self {
-        let mut next = Self { rounds: 0, ..self.clone() };
+        let mut next = Self { rounds: 0, copies: Vec::new(), ..self.clone() };
         next.tokens.fill(0);
         next.follows = (0..self.tokens.len() as u32).map(|row| (row, row)).collect();
         next.sequences.iter_mut().for_each(|sequence| sequence.first_position += positions);
@@ -100,6 +100,10 @@ pub(crate) struct Scheduled {
     pub prompt_rows: usize,
     /// Last rows whose logits choose tokens: none, one, or one more than there are drafts.
     pub sampled_rows: usize,
+    /// Rows of its branches, which are behind those.
+    pub branch_rows: usize,
+    /// How many of them come back.
+    pub branch_samples: usize,
     /// A device may draw these tokens itself.
     pub drawn: bool,
     /// Its last page began as a copy that this step makes.
@@ -109,7 +113,17 @@ pub(crate) struct Scheduled {
 impl Scheduled {
     /// Rows whose logits come back.
     pub fn logit_rows(&self) -> usize {
-        self.prompt_rows + self.sampled_rows
+        self.prompt_rows + self.samples()
+    }
+
+    /// Rows whose logits choose tokens, or would.
+    pub fn samples(&self) -> usize {
+        self.sampled_rows + self.branch_samples
+    }
+
+    /// Rows that are computed.
+    pub fn all_rows(&self) -> usize {
+        self.rows + self.branch_rows
     }
 }
 
@@ -162,7 +176,9 @@ impl Core {
             drafted: if model_drafts { sequence.drafts.len() } else { 0 },
         });
         let drawn = self.config.device_draws && sampled_rows > 0 && self.add_draws(batch, id, sampled_rows);
-        Scheduled { id, rows, prompt_rows, sampled_rows, drawn, copied: copy.is_some() }
+        let (branch_rows, branch_samples) = self.put_branches(batch, id, copy);
+        let copied = copy.is_some();
+        Scheduled { id, rows, prompt_rows, sampled_rows, branch_rows, branch_samples, drawn, copied }
     }
 
     /// Says how a sequence's next tokens are drawn; false where the sampler must draw them.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::batch::Scheduled;
 use crate::core::Core;
+use crate::draft_tree::{Branch, Verified};
 use crate::draw::{Changes, Choice};
 use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
@@ -34,7 +35,7 @@ impl Core {
         let flight = self.in_flight.pop_front().expect("commit was called without a step in flight");
         let scheduled = &flight.scheduled;
         let all: usize = scheduled.iter().map(Scheduled::logit_rows).sum();
-        let drawn: usize = scheduled.iter().filter(|work| work.drawn).map(|work| work.sampled_rows).sum();
+        let drawn: usize = scheduled.iter().filter(|work| work.drawn).map(Scheduled::samples).sum();
         let chosen = if choices.is_empty() { 0 } else { drawn };
         let rows = all - chosen;
         if logits.len() != rows * self.config.vocabulary || choices.len() != chosen {
@@ -50,8 +51,8 @@ impl Core {
         let took = now.saturating_sub(flight.started.max(self.step_ended));
         self.step_ended = now;
         let decoding = scheduled.iter().filter(|work| work.rows == work.sampled_rows);
-        let decoding = decoding.map(|work| work.rows).sum();
-        self.costs.computed(scheduled.iter().map(|work| work.rows).sum(), decoding, took);
+        let decoding = decoding.map(Scheduled::all_rows).sum();
+        self.costs.computed(scheduled.iter().map(Scheduled::all_rows).sum(), decoding, took);
         self.counters.histograms.step_time.add(took.as_secs_f64());
         self.charge_energy(&flight.scheduled, took);
         self.settle_cancelled(now);
@@ -60,7 +61,7 @@ impl Core {
             let rows = if work.drawn && chosen > 0 { work.prompt_rows } else { work.logit_rows() };
             let (own, others) = rest.split_at(rows * self.config.vocabulary);
             let (chosen, later) =
-                left.split_at_mut(if rows < work.logit_rows() { work.sampled_rows } else { 0 });
+                left.split_at_mut(if rows < work.logit_rows() { work.samples() } else { 0 });
             (rest, left) = (others, later);
             // Gone when its request was cancelled, or failed in a completion before it.
             if self.sequences.contains_key(&work.id) {
@@ -101,10 +102,10 @@ impl Core {
     fn charge_energy(&mut self, scheduled: &[Scheduled], took: Duration) {
         let Some(joules) = self.watts.map(|watts| watts * took.as_secs_f64()) else { return };
         *self.counters.joules.get_or_insert(0.0) += joules;
-        let rows: usize = scheduled.iter().map(|work| work.rows).sum();
+        let rows: usize = scheduled.iter().map(Scheduled::all_rows).sum();
         for work in scheduled {
             if let Some(request) = self.requests.get_mut(&work.id.request) {
-                let share = (joules * 1e6 * work.rows as f64 / rows as f64) as u64;
+                let share = (joules * 1e6 * work.all_rows() as f64 / rows as f64) as u64;
                 *request.metrics.microjoules.get_or_insert(0) += share;
             }
         }
@@ -134,8 +135,8 @@ impl Core {
         }
     }
 
-    /// Chooses a token from row after row, as long as each is the draft that the next row was computed with: from logits, unless the
-    /// device chose already.
+    /// Chooses a token from row after row, as long as each is a draft that another row was computed with: from logits, unless the device
+    /// chose already.
     fn commit_samples(
         &mut self,
         work: &Scheduled,
@@ -144,14 +145,18 @@ impl Core {
         now: Duration,
     ) -> Result<(), SampleError> {
         let id = work.id;
+        let all_wanted = self.config.device_draws;
         let sequence = self.sequence(id);
-        let drafts = std::mem::take(&mut sequence.drafts);
         let before = sequence.first_token.map(|_| sequence.last_token);
-        self.count_drafts(id.request, drafts.len());
-        let mut chosen = 0;
-        let mut rows = logits.chunks_exact(self.config.vocabulary);
-        for place in 0..work.sampled_rows {
-            let row = rows.next().unwrap_or_default();
+        let own = |branch: &Branch| branch.drafts.len() - branch.shared;
+        let drafted = sequence.drafts.len() + sequence.branches.iter().map(own).sum::<usize>();
+        let drafts = Verified::take(sequence, all_wanted);
+        self.count_drafts(id.request, drafted);
+        let (mut chosen, mut path) = (0, 0);
+        let mut tokens = Vec::new(); // that were chosen, where there are drafts to compare
+        loop {
+            let place = drafts.row(path, chosen);
+            let row = logits.chunks_exact(self.config.vocabulary).nth(place).unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
             let choice = choices.get_mut(place);
             let token = self.choose(id, row, choice.as_deref(), now)?;
@@ -159,22 +164,30 @@ impl Core {
                 Some(choice) => choice.logprobs.take(),
                 None => self.logprobs(id, row, token),
             };
-            self.advance(id, if place == 0 { work.rows - drafts.len() } else { 1 });
-            if place > 0 {
+            self.advance(id, if chosen == 0 { work.rows - drafts.chain() } else { 1 });
+            if chosen > 0 {
                 self.request_metrics(id).accepted_tokens += 1;
                 self.counters.accepted_tokens += 1;
+                self.request_metrics(id).branch_tokens += u64::from(path > 0);
+                self.counters.branch_tokens += u64::from(path > 0);
             }
             chosen += 1;
             self.append(id, token, logprobs, now);
-            let right =
-                drafts.get(place) == Some(&token) || planted(Bug::DraftsAreTrusted) && place < drafts.len();
-            if !self.sequences.contains_key(&id) || !right {
+            if drafts.chain() == 0 {
                 break;
+            }
+            tokens.push(token);
+            let trusted = planted(Bug::DraftsAreTrusted) && chosen <= drafts.chain();
+            let followed = drafts.follow(&tokens).or(trusted.then_some(path));
+            let Some(next) = followed.filter(|_| self.sequences.contains_key(&id)) else { break };
+            if next != path {
+                self.follow_branch(id, next - 1);
+                path = next;
             }
         }
         self.trim_pages(id);
         if let Some(before) = before {
-            let each = now.saturating_sub(before).as_secs_f64() / f64::from(chosen);
+            let each = now.saturating_sub(before).as_secs_f64() / chosen as f64;
             (0..chosen).for_each(|_| self.counters.histograms.inter_token_latency.add(each));
         }
         Ok(())

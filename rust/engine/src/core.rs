@@ -8,6 +8,7 @@ use crate::ahead::Flight;
 use crate::cache::PageCache;
 use crate::config::EngineConfig;
 use crate::costs::Costs;
+use crate::draft_round::DraftRound;
 use crate::draw::Changes;
 use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
@@ -21,7 +22,6 @@ use crate::random::stream_seed;
 use crate::request::{Request, RequestId, RequestKind, Submission};
 use crate::sampler::{Sampler, TokenHistory};
 use crate::sequence::{Rank, Sequence, SequenceId, Tokens};
-use crate::speculative::DraftRound;
 use crate::tables::PageTables;
 use crate::tier::{Fetch, Tier};
 
@@ -278,6 +278,7 @@ impl Core {
             copy_from: None,
             restoring: None,
             drafts: Vec::new(),
+            branches: Vec::new(),
             delivered: 0,
             blocked: false,
             changes: self.config.device_draws.then(|| Changes::new(request, &history, 0)).flatten(),

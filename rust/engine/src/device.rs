@@ -45,7 +45,7 @@ pub trait Device: Send {
         None
     }
 
-    /// Computes rows with the draft model alone; [`Device::take_choices`] tells what it chose.
+    /// Makes the batch's copies, in both models, and computes its rows with the draft model alone; [`Device::take_choices`] tells what it chose.
     ///
     /// # Errors
     /// A sentence; the drafts of this step are then done without.

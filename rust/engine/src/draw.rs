@@ -154,9 +154,9 @@ pub(crate) struct Drawn<'a> {
 }
 
 impl Drawn<'_> {
-    /// Without log-probabilities.
-    pub fn silent(mut self) -> Self {
-        self.draw.logprobs = None;
+    /// With log-probabilities of so many most likely tokens, or without.
+    pub fn telling(mut self, logprobs: Option<u32>) -> Self {
+        self.draw.logprobs = logprobs;
         self
     }
 

@@ -54,6 +54,7 @@ impl Core {
 
     /// Gives back pages beyond what the tokens so far need: slots of drafts that were wrong.
     pub(crate) fn trim_pages(&mut self, id: SequenceId) {
+        self.release_branches(id);
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let needed = self.config.pages_for(sequence.tokens.len()).max(sequence.sealed);
         self.cache.release_after(needed, &mut sequence.tables);
@@ -64,6 +65,7 @@ impl Core {
     pub(crate) fn give_up_pages(&mut self, id: SequenceId) {
         let shares = self.shares(id);
         let page_tokens = self.config.page_tokens;
+        self.release_branches(id);
         let sequence = self.sequences.get_mut(&id).expect("the caller found it");
         if let Some(restoring) = sequence.restoring.take() {
             self.tickets.remove(&restoring.ticket);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::ahead::Flight;
 use crate::batch::Scheduled;
 use crate::core::Core;
+use crate::draft_tree::Branch;
 use crate::pages::PagePool;
 use crate::prefix::Parent;
 use crate::sequence::{Sequence, SequenceId};
@@ -30,12 +31,14 @@ impl Core {
     fn check_pages(&self) {
         let held = |sequence: &Sequence| {
             let copied = sequence.copy_from.map(|page| page.page);
-            sequence.tables.pages.iter().copied().chain(copied).collect::<Vec<_>>()
+            let branches = sequence.branches.iter().flat_map(|branch| &branch.tables.pages);
+            sequence.tables.pages.iter().chain(branches).copied().chain(copied).collect::<Vec<_>>()
         };
         self.check_pool(&self.cache.pool, held);
         let held = |sequence: &Sequence| {
             let copied = sequence.copy_from.and_then(|page| page.local);
-            sequence.tables.locals.iter().copied().chain(copied).collect::<Vec<_>>()
+            let branches = sequence.branches.iter().flat_map(|branch| &branch.tables.locals);
+            sequence.tables.locals.iter().chain(branches).copied().chain(copied).collect::<Vec<_>>()
         };
         if let Some(local) = &self.cache.local {
             self.check_pool(&local.pool, held);
@@ -177,10 +180,10 @@ impl Core {
     /// that is in flight too.
     fn check_step(&self, flight: &Flight, before: &BTreeMap<SequenceId, usize>) {
         let scheduled = &flight.scheduled;
-        let rows: usize = scheduled.iter().map(|work| work.rows).sum();
+        let rows: usize = scheduled.iter().map(Scheduled::all_rows).sum();
         assert!(rows <= self.config.max_num_batched_tokens, "max_num_batched_tokens");
         let prompt_rows: usize = scheduled.iter().map(|work| work.prompt_rows).sum();
-        let drafts: usize = scheduled.iter().map(|work| work.sampled_rows.saturating_sub(1)).sum();
+        let drafts: usize = scheduled.iter().map(|work| work.samples().saturating_sub(1)).sum();
         assert!(prompt_rows + drafts <= self.config.logit_rows(), "max_logit_values");
         if !flight.ahead {
             self.check_decodes(scheduled);
@@ -190,7 +193,12 @@ impl Core {
             let computed = sequence.computed + before.get(&work.id).copied().unwrap_or(0);
             let first = computed / self.config.page_tokens;
             let end = self.config.pages_for(computed + work.rows);
-            for page in (first..end).map(|place| sequence.tables.at(place)) {
+            let branches = &sequence.branches;
+            let of_branch = |branch: &Branch| {
+                (0..branch.tables.len()).map(|place| branch.tables.at(place)).collect::<Vec<_>>()
+            };
+            let written = (first..end).map(|place| sequence.tables.at(place));
+            for page in written.chain(branches.iter().flat_map(of_branch)) {
                 let copied = self.sequences.values().filter_map(|other| other.copy_from);
                 let copies = copied.clone().filter(|other| other.page == page.page).count();
                 self.check_written(&self.cache.pool, page.page, copies, work);

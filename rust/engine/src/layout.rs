@@ -4,6 +4,7 @@
 //! sequence: its slot is -1, so that nothing is stored for it.
 
 use crate::batch::Batch;
+use crate::draft_tree::MOST_BRANCHES;
 
 /// A number in the arrays that stands for none.
 const NONE: i32 = -1;
@@ -12,17 +13,19 @@ impl Batch {
     /// Values that [`Batch::write_rows`] writes.
     #[must_use]
     pub fn row_values(rows: usize, sequences: usize) -> usize {
-        6 * rows + sequences + 1
+        6 * rows + sequences + 1 + 2 * MOST_BRANCHES
     }
 
     /// Writes, one array after the other, padded to `rows` rows and `sequences` sequences:
     ///
     /// ```text
-    /// tokens (rows), positions (rows), slots (rows), rope_rows (rows), row_sequence (rows), logit_rows (rows), first_row (sequences + 1)
+    /// tokens (rows), positions (rows), slots (rows), rope_rows (rows), row_sequence (rows), logit_rows (rows), first_row (sequences + 1),
+    /// copies (MOST_BRANCHES, 2)
     /// ```
     ///
     /// A token that the step before chose is `-1 - place`, where that step's wanted row `place` chose it. A slot is `page * page_tokens + offset in the page`. A rope row is the position, plus `long_context_row` in sequences that use the
     /// long-context variant. Sequence `s` has the rows from `first_row[s]` to `first_row[s + 1]`.
+    /// Copies, from and to, are padded with -1, and are none if there are more than fit.
     ///
     /// # Errors
     /// Counts that are smaller than the batch's, or an `out` of another length.
@@ -41,7 +44,12 @@ impl Batch {
                 out.len()
             ));
         }
-        let (by_row, first_row) = out.split_at_mut(6 * rows);
+        let (by_row, rest) = out.split_at_mut(6 * rows);
+        let (first_row, copies) = rest.split_at_mut(sequences + 1);
+        copies.fill(NONE);
+        if self.copies.len() <= MOST_BRANCHES {
+            copy(copies, self.copies.iter().flat_map(|(from, to)| [from.page as usize, to.page as usize]));
+        }
         let mut arrays = by_row.chunks_exact_mut(rows.max(1));
         let mut array = |padding: i32| {
             let array = arrays.next().unwrap_or_default();
@@ -119,6 +127,7 @@ fn copy(array: &mut [i32], values: impl Iterator<Item = usize>) {
 mod tests {
     use super::*;
     use crate::batch::BatchSequence;
+    use crate::tables::PageRef;
 
     fn batch() -> Batch {
         let sequence = |first_row, rows, first_position, pages: &[u32], long_context| BatchSequence {
@@ -135,6 +144,7 @@ mod tests {
             sequences: vec![sequence(0, 1, 5, &[u32::MAX, 3], true), sequence(1, 2, 3, &[2, 6], false)],
             logit_rows: vec![0, 2],
             follows: vec![(2, 5)],
+            copies: vec![(PageRef::new(4, u32::MAX), PageRef::new(6, u32::MAX))],
             ..Batch::default()
         }
     }
@@ -152,7 +162,12 @@ mod tests {
             &[0, 2, 0, 0],
             &[0, 1, 3, 3],
         ];
-        assert_eq!(out, expected.concat());
+        let (arrays, copies) = out.split_at(28);
+        assert_eq!(arrays, expected.concat());
+        assert_eq!((copies.len(), &copies[..4]), (2 * MOST_BRANCHES, &[4, 6, -1, -1][..]));
+        let many = Batch { copies: batch().copies.repeat(MOST_BRANCHES + 1), ..batch() };
+        many.write_rows(4, 3, 4, 100, &mut out).expect("fits");
+        assert!(out[28..].iter().all(|&page| page == -1), "more copies than fit");
         assert!(batch().write_rows(2, 3, 4, 0, &mut [0; 16]).is_err(), "too few rows");
         assert!(batch().write_rows(4, 3, 4, 0, &mut [0; 16]).is_err(), "too short");
     }

@@ -34,6 +34,8 @@ pub struct RequestMetrics {
     pub drafted_tokens: u64,
     /// Drafts that were right.
     pub accepted_tokens: u64,
+    /// Those of them that only a branch beside the chain had.
+    pub branch_tokens: u64,
     /// Steps in which a completion chose tokens, over all completions.
     pub decode_steps: u64,
     /// Energy of its rows, in millionths of a joule, where the device tells what it takes.
@@ -109,6 +111,8 @@ pub struct EngineMetrics {
     pub drafted_tokens: u64,
     /// Drafts that were right.
     pub accepted_tokens: u64,
+    /// Those of them that only a branch beside the chain had.
+    pub branch_tokens: u64,
     /// Times that a completion chose tokens: with speculation each may give several.
     pub decode_steps: u64,
     /// Energy of all steps in joules, where the device tells what it takes.

@@ -32,6 +32,8 @@ pub(crate) struct Plan {
     pub rows: BTreeMap<SequenceId, usize>,
     pub budget: usize,
     pub logit_rows: usize,
+    /// Branches of drafts among the rows.
+    pub branches: usize,
 }
 
 impl Core {
@@ -84,6 +86,7 @@ impl Core {
             rows: BTreeMap::new(),
             budget: self.config.max_num_batched_tokens,
             logit_rows: self.config.logit_rows(),
+            branches: 0,
         };
         let running: Vec<SequenceId> = self.running.iter().map(|rank| rank.id).collect();
         let (mut decoding, mut prompts): (Vec<_>, Vec<_>) =
@@ -96,6 +99,7 @@ impl Core {
         }
         if self.config.speculation.is_some() {
             decoding.iter().for_each(|&id| self.add_drafts(id, &mut plan));
+            decoding.iter().for_each(|&id| self.add_branches(id, &mut plan));
         }
         if let Some(target) = self.config.step_time_target.filter(|_| self.is_awaited(&plan)) {
             let planned = self.config.max_num_batched_tokens - plan.budget;
@@ -186,7 +190,7 @@ impl Core {
         loop {
             let sequence = &self.sequences[&id];
             let rows = rows.min(self.reach(sequence) - sequence.computed);
-            if rows > 0 || !self.preempt_for(id, plan, now) {
+            if rows > 0 || !self.drop_branches(plan) && !self.preempt_for(id, plan, now) {
                 self.extend_pages(id, rows);
                 return rows;
             }
@@ -225,6 +229,7 @@ impl Core {
 
     /// Takes a running sequence's pages and its rows in this step.
     pub(crate) fn preempt(&mut self, id: SequenceId, plan: &mut Plan, now: Duration) {
+        self.drop_branches(plan);
         if let Some(rows) = plan.rows.remove(&id) {
             plan.budget += rows;
             let sequence = &self.sequences[&id];

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cache::Tail;
+use crate::draft_tree::Branch;
 use crate::draw::Changes;
 use crate::prefix::Domain;
 use crate::request::RequestId;
@@ -99,6 +100,8 @@ pub(crate) struct Sequence {
     pub restoring: Option<Restoring>,
     /// Tokens guessed to follow, to be verified in the next step.
     pub drafts: Vec<u32>,
+    /// Other guesses, to be verified beside those.
+    pub branches: Vec<Branch>,
     /// Prompt rows whose logits were already handed out; they are not asked for again after a preemption.
     pub delivered: usize,
     /// Waits until the consumer has taken the last chunk of logits.

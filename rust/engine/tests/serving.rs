@@ -253,20 +253,69 @@ fn drafts_save_steps_and_change_nothing() {
     };
     for temperature in [0.0, 0.8] {
         let (plain, plain_steps, _) = run(None, temperature);
-        let (drafted, steps, metrics) =
-            run(Some(Speculation::DraftModel { num_speculative_tokens: 4 }), temperature);
+        let (drafted, steps, metrics) = run(
+            Some(Speculation::DraftModel { num_speculative_tokens: 4, num_draft_tokens: None }),
+            temperature,
+        );
         assert_eq!(plain, drafted);
         assert!(steps * 2 < plain_steps, "{steps} steps instead of {plain_steps}");
         assert!(
             metrics.accepted_tokens < metrics.drafted_tokens && metrics.accepted_tokens > 30,
             "{metrics:?}"
         );
-        let lookup =
-            Speculation::Ngram { num_speculative_tokens: 4, prompt_lookup_min: 1, prompt_lookup_max: 3 };
+        let lookup = Speculation::Ngram {
+            num_speculative_tokens: 4,
+            num_draft_tokens: None,
+            prompt_lookup_min: 1,
+            prompt_lookup_max: 3,
+        };
         let (looked_up, _, metrics) = run(Some(lookup), temperature);
         assert_eq!(plain, looked_up);
         assert!(metrics.drafted_tokens > 0);
         assert_eq!(metrics.pages_free + metrics.pages_evictable, metrics.pages_total);
+    }
+}
+
+#[test]
+fn a_tree_of_drafts_is_right_more_often_than_its_chain() {
+    let run = |speculation: Option<Speculation>, draws: bool, temperature: f64| {
+        let mut engine = Engine::new(EngineConfig { speculation, ..config(64, 4) });
+        (engine.device.draws, engine.device.draft_errs_every) = (draws, 2);
+        let params = SamplingParams { temperature, seed: Some(3), logprobs: Some(2), ..tokens(200) };
+        engine.submit(&prompt(1, 20), params, RequestOptions::default()).unwrap();
+        let (mut most_rows, mut logits) = (0, Vec::new());
+        loop {
+            while let Some(batch) = engine.core.next_draft() {
+                engine.device.draft(&batch, &mut logits).unwrap();
+                let choices = engine.device.take_choices();
+                engine.core.commit_draft(&logits, &choices);
+            }
+            let Some(batch) = engine.core.next_batch(engine.now) else { break };
+            most_rows = most_rows.max(batch.sequences.iter().map(|sequence| sequence.rows - 1).sum());
+            engine.device.compute(&batch, &mut logits).unwrap();
+            let choices = engine.device.take_choices();
+            engine.core.commit_choices(&logits, choices, engine.now);
+        }
+        let tokens = engine.core.take_events().into_iter().filter_map(|event| match event.kind {
+            EventKind::Token { token, logprobs, .. } => Some((token, format!("{logprobs:?}"))),
+            _ => None,
+        });
+        let metrics = engine.core.metrics();
+        assert_eq!(metrics.pages_free + metrics.pages_evictable, metrics.pages_total, "all is given back");
+        (tokens.collect::<Vec<_>>(), most_rows, metrics)
+    };
+    let drafts =
+        |num_draft_tokens| Some(Speculation::DraftModel { num_speculative_tokens: 3, num_draft_tokens });
+    for (draws, temperature) in [(false, 0.0), (true, 0.0), (false, 0.8), (true, 0.8)] {
+        let (plain, ..) = run(None, draws, temperature);
+        let (chain, _, one) = run(drafts(None), draws, temperature);
+        let (tree, most_rows, all) = run(drafts(Some(9)), draws, temperature);
+        assert_eq!(plain, chain);
+        assert_eq!(plain, tree);
+        assert!(most_rows <= 19, "no more than the prompt's rows, which are more than those of 9 drafts");
+        assert_eq!((one.branch_tokens, one.generated_tokens), (0, all.generated_tokens));
+        assert!(all.branch_tokens > 0 && all.decode_steps < one.decode_steps, "{all:?}");
+        assert!(all.copied_pages > 0, "what a branch's first page begins with");
     }
 }
 
@@ -290,7 +339,7 @@ fn energy_is_shared_out_by_rows() {
 
 #[test]
 fn a_device_that_draws_is_asked_once_for_all_drafts_of_a_step() {
-    let drafts = Some(Speculation::DraftModel { num_speculative_tokens: 4 });
+    let drafts = Some(Speculation::DraftModel { num_speculative_tokens: 4, num_draft_tokens: None });
     let config = EngineConfig { speculation: drafts, ..config(64, 4) };
     let run = |draws: bool| {
         let mut engine = Engine::new(config.clone());

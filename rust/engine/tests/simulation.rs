@@ -38,6 +38,7 @@ fn every_request_gets_in_a_crowd_what_it_gets_alone() {
         sum.restored_pages += outcome.metrics.restored_pages;
         sum.window_pages += outcome.metrics.window_pages;
         sum.accepted_tokens += outcome.metrics.accepted_tokens;
+        sum.branch_tokens += outcome.metrics.branch_tokens;
         sum.drafted_tokens += outcome.metrics.drafted_tokens;
         sum.requests_timed_out += outcome.metrics.requests_timed_out;
     }
@@ -52,6 +53,7 @@ fn every_request_gets_in_a_crowd_what_it_gets_alone() {
     enough(sum.restored_pages, 20);
     enough(sum.window_pages, 20);
     enough(sum.accepted_tokens, 200);
+    enough(sum.branch_tokens, 20);
     enough(sum.drafted_tokens - sum.accepted_tokens, 200);
     enough(sum.requests_timed_out, 10);
 }

@@ -39,6 +39,9 @@ pub fn random_config(dice: &mut Dice) -> EngineConfig {
     config.window = dice.chance(3).then(|| 2 + dice.roll(40));
     config.local = (config.window.is_none() && dice.chance(2)).then(|| random_local(dice, &config));
     config.speculation = random_speculation(dice);
+    if config.speculation.as_ref().is_some_and(|drafts| drafts.num_draft_tokens().is_some()) {
+        config.max_logit_values *= 1 + (dice.0 % 5) as usize; // trees need more rows than chains
+    }
     config.cache_events = true;
     config.trace = true;
     config
@@ -55,10 +58,18 @@ fn random_local(dice: &mut Dice, config: &EngineConfig) -> LocalLayers {
 pub fn random_speculation(dice: &mut Dice) -> Option<Speculation> {
     let num_speculative_tokens = 1 + dice.roll(5);
     let prompt_lookup_min = 1 + dice.roll(2);
+    // Without a throw of its own: others would change what runs of old seeds show.
+    let num_draft_tokens =
+        dice.0.is_multiple_of(2).then(|| num_speculative_tokens + (dice.0 / 2 % 13) as usize);
     match dice.roll(3) {
         0 => None,
-        1 => Some(Speculation::DraftModel { num_speculative_tokens }),
-        _ => Some(Speculation::Ngram { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max: 3 }),
+        1 => Some(Speculation::DraftModel { num_speculative_tokens, num_draft_tokens }),
+        _ => Some(Speculation::Ngram {
+            num_speculative_tokens,
+            num_draft_tokens,
+            prompt_lookup_min,
+            prompt_lookup_max: 3,
+        }),
     }
 }
 
