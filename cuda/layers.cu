@@ -1,5 +1,6 @@
-// All layers of a step of one or two rows in one kernel: products, attention, and what surrounds them, the same bits as from
-// linear_rope.cu, attention_decode.cu and linear_stream.cu one by one.
+// All layers of a step of one or two rows in one kernel: products, attention, and what surrounds them. With weights of 4 bits, and beyond
+// compute capability 9.0, the same bits as from linear_rope.cu, attention_decode.cu and linear_stream.cu one by one; on that, other weights are
+// multiplied by warp groups (layers_group.cuh), which add in another order, the same for a row whether there is a second one or not.
 //
 // Between kernels memory idles: the next one's ring of weights is full long before, and its first units wait for the row. Here one block a
 // multiprocessor stays for the whole stack. Two warps copy weights, by the copy engine, and go on with the next product at once, as far as a
@@ -11,8 +12,12 @@
 // are under way, not seven, while an operation is copied that waits for other blocks: a release waits for all that the multiprocessor copies
 // (1.2 to 3.8 us on an H100). Of E4M3 the same was faster on an H100 (8B 75.8 for 84.7 us, 70B 289 for 295) and slower on an H200 (by 3 % and 7 %), so
 // it does neither (gpu-h200-layer-kernel-*.json). Most of that was the loop in which the copying warps waited for rounds: without it, the layers
-// alone took 65.1 us in place of 66.9 and 216 in place of 230 on an H200. Weights of bfloat16 gain nothing by one kernel, and those of a 1B
-// model lose: they run one by one.
+// alone took 65.1 us in place of 66.9 and 216 in place of 230 on an H200. Multiplied by warp groups they take 62.8 where they took 64.3, and 207.2
+// for 212.1. Weights of bfloat16 gain nothing by one kernel, even so (1B: 37.4 us, one by one 37.5): they run one by one.
+//
+// Where the rest goes, of 8B E4M3 on an H200 at 65.4 us, where one instruction copied half a round (stamps, and parts left out): without waiting for other blocks and attention 52.8, and
+// without multiplying too 52.2; without attention 60.7; if nobody waited until what a block has written is visible to the others, which must
+// be, 60.8: that takes 1.7 to 2.4 us at each end of an operation.
 //
 // What limits it: integer instructions (masks, choices, shifts, E4M3 to half) take a scheduler two cycles each, half of all that there are, and
 // two warps of a scheduler wait for each other's chains the other half. So what is computed anew in every step costs (KEEPS), and choices are
@@ -41,6 +46,13 @@
 #include "linear_product.cuh"
 #include "linear_stream.cuh"
 #include "rotated.cuh"
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !PACKED && TOKENS <= 2
+#define BY_GROUPS 1 // weights are multiplied by warp groups
+#include "warp_group.cuh"
+#include "warp_group_shared.cuh"
+#else
+#define BY_GROUPS 0
+#endif
 
 constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
@@ -54,13 +66,13 @@ constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;  // steps of the input that 
 #include "layers_copy.cuh"
 #include "layers_end.cuh"
 
-template <int COUNT> DEVICE void take_registers() {
+template <int COUNT> DEVICE void more_registers() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 
-template <int COUNT> DEVICE void give_registers() {
+template <int COUNT> DEVICE void fewer_registers() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
@@ -230,6 +242,14 @@ DEVICE void attend(const Operation &own, const Launch &launch, const Pieces &pie
     if (threadIdx.x == 0) launch.grid.arrive();
 }
 
+DEVICE void attend_or_wait(const Operation &own, const Launch &launch, const Pieces &pieces, int number, int warp) {
+    if (warp < DECODE_WARPS) {
+        attend(own, launch, pieces, number);
+    } else {
+        wait_for_operation(launch, own, number);
+    }
+}
+
 // A multiplying warp; six of them attend, too.
 DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pieces, int warp, int lane) {
     const Room &room = launch.room;
@@ -243,11 +263,7 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
         if (own.kind == ATTEND) {
-            if (warp < DECODE_WARPS) {
-                attend(own, launch, pieces, number);
-            } else {
-                wait_for_operation(launch, own, number);
-            }
+            attend_or_wait(own, launch, pieces, number, warp);
             continue;
         }
         const Product product = product_of(own, rows);
@@ -268,6 +284,8 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
         }
     }
 }
+
+#include "layers_group.cuh"
 
 // operations: (count) records; count must be of whole layers, the first of them begins with queries, keys and values. rope_rows, slots: (rows);
 // items, counts, page_table, partials, piece_counters: as attention_decode.cu; counters: two words that are 0 before and after. Launch:
@@ -292,10 +310,14 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     const Program program(operations, count, room.operation(warp), lane);
     const Pieces pieces = {items, counts, page_table, partials, piece_counters, page_stride, scale, softcap};
     if (warp < WARPS) {
-        take_registers<WORKING_REGISTERS>();
+        more_registers<WORKING_REGISTERS>();
+#if BY_GROUPS
+        multiply_by_groups(program, launch, pieces, warp, lane);
+#else
         multiply_all(program, launch, pieces, warp, lane);
+#endif
     } else {
-        give_registers<OTHER_REGISTERS>();
+        fewer_registers<OTHER_REGISTERS>();
         if (warp < WARPS + COPIERS) {
             copy_weights(program, launch.ring, launch.handover, pieces, rows, kv_heads, warp - WARPS, lane);
         } else {

@@ -120,7 +120,8 @@ struct Handover {
     DEVICE u32 ended() const { return passed() + 4; }
 
     DEVICE void begin() const {
-        for (int i = 0; i < TURNS_AHEAD; i++) begin_barrier(barriers + i * 16, THREADS), begin_barrier(barriers + i * 16 + 8, WARP);
+        constexpr int LEAVE = BY_GROUPS ? WARPS : THREADS; // sums: a thread of each warp, or all
+        for (int i = 0; i < TURNS_AHEAD; i++) begin_barrier(barriers + i * 16, LEAVE), begin_barrier(barriers + i * 16 + 8, WARP);
         asm volatile("st.shared.u32 [%0], 0;" ::"r"(passed()) : "memory");
         asm volatile("st.shared.u32 [%0], 0;" ::"r"(ended()) : "memory");
     }

@@ -47,8 +47,8 @@ struct Way {
 constexpr int STEP_COPIED = Round::BYTES / WARPS; // bytes
 #else
 struct Round {
-    // Rows are apart so that the lanes that read at once take different banks.
-    static constexpr int PAIR = 2112, SECOND = 1088, BYTES = 8 * PAIR, COPIES = 16;
+    // Rows are apart so that the lanes that read at once take different banks; warp groups read them as they lie.
+    static constexpr int PAIR = BY_GROUPS ? 2048 : 2112, SECOND = BY_GROUPS ? 1024 : 1088, BYTES = 8 * PAIR, COPIES = 16;
     u32 from;
 
     DEVICE Round(int warp, int lane) : from(lane / 8 * PAIR + lane / 4 % 2 * SECOND + warp * 128 + lane % 4 * 16) {

@@ -82,7 +82,7 @@ struct End {
     DEVICE float sum_of(const float *sums, float factor, int stride, int row, const Last &last, int second) const {
         float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * 16 + row) * stride + token];
+        for (int warp = 0; warp < (BY_GROUPS ? 1 : WARPS); warp++) sum += sums[(warp * 16 + row) * stride + token];
         return fmaf(sum * factor, last.scales[second], last.biases[second]);
     }
 

@@ -5,10 +5,16 @@
 #if HAS_WARP_GROUPS
 template <class E> struct GroupProduct;
 
+#define LIST_4 "%0, %1, %2, %3"
+#define LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LIST_12 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
 #define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define LIST_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define SUMS_8 SUMS_4, "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define SUMS_12 SUMS_8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define SUMS_16 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
     "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
 #define SUMS_24 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
@@ -28,12 +34,16 @@ template <class E> struct GroupProduct;
     }
 
 template <> struct GroupProduct<e4m3> {
+    MULTIPLY(8, "m64n16k32.f32.e4m3.e4m3", LIST_8, SUMS_8, "8", "9", "10", "")
+    MULTIPLY(12, "m64n24k32.f32.e4m3.e4m3", LIST_12, SUMS_12, "12", "13", "14", "")
     MULTIPLY(16, "m64n32k32.f32.e4m3.e4m3", LIST_16, SUMS_16, "16", "17", "18", "")
     MULTIPLY(24, "m64n48k32.f32.e4m3.e4m3", LIST_24, SUMS_24, "24", "25", "26", "")
     MULTIPLY(32, "m64n64k32.f32.e4m3.e4m3", LIST_32, SUMS_32, "32", "33", "34", "")
 };
 
 template <> struct GroupProduct<bf16> {
+    MULTIPLY(4, "m64n8k16.f32.bf16.bf16", LIST_4, SUMS_4, "4", "5", "6", ", 0, 0")
+    MULTIPLY(8, "m64n16k16.f32.bf16.bf16", LIST_8, SUMS_8, "8", "9", "10", ", 0, 0")
     MULTIPLY(16, "m64n32k16.f32.bf16.bf16", LIST_16, SUMS_16, "16", "17", "18", ", 0, 0")
     MULTIPLY(24, "m64n48k16.f32.bf16.bf16", LIST_24, SUMS_24, "24", "25", "26", ", 0, 0")
     MULTIPLY(32, "m64n64k16.f32.bf16.bf16", LIST_32, SUMS_32, "32", "33", "34", ", 0, 0")

@@ -86,6 +86,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + [{**layout, "TILE": 64, "GATED": 1} for layout in (*PACKED, {"WEIGHT": "e4m3"})],
     "kv.cu": choices(INFER_F32=[None, 1], **KINDS),
     "layers.cu": choices(TOKENS=[8], WEIGHT=["e4m3"], GROUP=[4, 8], HEAD_DIM=[128])
+    + choices(TOKENS=[1, 2], WEIGHT=["bf16", "e4m3"], GROUP=[4], HEAD_DIM=[128])
     + packed(choices(TOKENS=[1, 8], GROUP=[4], HEAD_DIM=[128]), 4),
     "linear.cu": choices(**BOTH, WEIGHT=["bf16", "float", "e4m3"]) + packed(choices(VECTOR=[8])),
     "linear_many.cu": choices(TOKENS=[32, 64, 96, 128], STAGES=[4, 6], WEIGHT=["bf16", "e4m3"], EPILOGUE=[1])

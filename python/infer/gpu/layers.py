@@ -14,6 +14,7 @@ from infer.gpu.linear import can_pair, can_rotate, can_stream
 from infer.gpu.many import ceil_of
 from infer.gpu.scaled import ScaledOperations
 from infer.gpu.stream import STREAM_WARPS, input_bytes, slot_bytes, stream_step, stream_tokens, warp_steps
+from infer.gpu.warp_group import CAPABILITY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +42,12 @@ LAYER_WARPS = 12
 FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + LAYER_WARPS * RECORD.size + 5 * 16 + 64 * 16
 """Of a block's shared memory: sums, operations, and barriers of those and of at most MOST_SLOTS rounds of weights."""
 MOST_SLOTS = 64
-ROUND_BYTES = 16896
-"""Of weights that are not packed, in shared memory."""
+ROUND_BYTES, GROUP_ROUND_BYTES = 16896, 16384
+"""Of weights that are not packed, in shared memory: as warps read them, and as warp groups do."""
+PRODUCT_BYTES = 256
+"""Of an input row's piece, of which there is a multiple (cuda/layers_group.cuh)."""
+STRETCH = 512
+"""Columns that have a unit."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class LayerOperations(ScaledOperations):
         if room.slots < LEAST_SLOTS:
             return False
         first, pages = layer.weights[0], layer.pages
-        macros = {**first.macros, **kv_macros(pages), "TOKENS": stream_tokens(inputs.rows, first)}
+        macros = {**first.macros, **kv_macros(pages), "TOKENS": self._layer_tokens(inputs.rows, first)}
         macros |= {"GROUP": layer.heads // pages.kv_heads, "SOFTCAP": int(stack.softcap > 0)}
         macros |= {"ACTIVATION": ACTIVATIONS.index(layer.activation), "DECODE_WARPS": DECODE_WARPS}
         kernel = self.kernels.get("layers.cu", "layers", **macros)
@@ -148,12 +153,30 @@ class LayerOperations(ScaledOperations):
     def _room(self, rows: int, layer: Layer) -> _Room:
         """Divide the shared memory of a block, as cuda/layers.cu does."""
         weight, pages = layer.weights[0], layer.pages
-        fixed = ceil_of(STREAM_WARPS * stream_tokens(rows, weight) * 4 + FIXED_BYTES, 128) * 128
+        fixed = ceil_of(STREAM_WARPS * self._layer_tokens(rows, weight) * 4 + FIXED_BYTES, 128) * 128
         results = DECODE_WARPS * packed_rows(layer.heads // pages.kv_heads) * (pages.head_dim + 10) * 4 + 16
-        inputs = max(warp_steps(own) * STREAM_WARPS * rows * input_bytes(own) for own in layer.weights)
-        round_bytes = STREAM_WARPS * slot_bytes(weight, rows, True) if weight.is_packed else ROUND_BYTES
+        if self._has_groups(weight):
+            inputs = max(map(_lying_bytes, layer.weights, (True, False, True, False))) * rows
+            round_bytes = GROUP_ROUND_BYTES
+        else:
+            inputs = max(warp_steps(own) * STREAM_WARPS * rows * input_bytes(own) for own in layer.weights)
+            round_bytes = STREAM_WARPS * slot_bytes(weight, rows, True) if weight.is_packed else ROUND_BYTES
         slots = min(max(0, self.kernels.shared_limit - fixed - max(results, inputs)) // round_bytes, MOST_SLOTS)
         return _Room(slots, fixed + slots * round_bytes + max(results, inputs))
+
+    def _has_groups(self, weight: Weight) -> bool:
+        """Return whether warp groups multiply the weight."""
+        return self.kernels.capability == CAPABILITY and not weight.is_packed
+
+    def _layer_tokens(self, rows: int, weight: Weight) -> int:
+        """Return the tokens that the kernel is compiled for."""
+        return rows if self._has_groups(weight) else stream_tokens(rows, weight)
+
+
+def _lying_bytes(weight: Weight, is_normed: bool) -> int:
+    """Return the bytes of an input row as warp groups read it: of bfloat16, or of pieces in E4M3 with units."""
+    pitch = ceil_of(weight.row_bytes, PRODUCT_BYTES) * PRODUCT_BYTES
+    return pitch if weight.type == "bf16" else pitch * (3 if is_normed else 2) + 4 * ceil_of(weight.columns, STRETCH)
 
 
 def pays(layer: Layer) -> bool:

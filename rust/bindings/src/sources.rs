@@ -36,6 +36,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "layers.cuh",
     "layers_copy.cuh",
     "layers_end.cuh",
+    "layers_group.cuh",
     "linear.cu",
     "linear_many.cu",
     "linear_product.cuh",
