@@ -1,7 +1,7 @@
 //! The exact values of coded panels: for `f32` activations, and for rows that are looked up.
 
 use super::super::{GROUP, PackedMatrix};
-use super::kernel::{load_scales, load_units};
+use super::scales::{load_scales, load_units};
 use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
 use super::{drop_at, group_bytes, offset, record, step_at, table, upper_bits};
 use crate::quant::{Codes, Grouped, Scales};
