@@ -2,7 +2,7 @@
 //! the order of the columns, over a span of groups that share a scale of activations, and these likewise.
 
 use super::activations::IntegerTile;
-use super::ahead::{AHEAD, NEAR, NextPanel};
+use super::ahead::{AHEAD, NextPanel};
 use super::blocks::{Block, blocks};
 use super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use crate::simd::{Kernel, LANES, Simd};
@@ -99,7 +99,7 @@ impl IntegerLinear<'_> {
                         2 => self.tile::<S, L, BYTES, 2, false, true>(simd, panel, tile, turn),
                         4 => self.tile::<S, L, BYTES, 4, false, true>(simd, panel, tile, turn),
                         _ if count == 1 => self.tile::<S, L, BYTES, 8, false, true>(simd, panel, tile, turn),
-                        _ if tile > first && panel_bytes <= NEAR => {
+                        _ if tile > first => {
                             self.tile::<S, L, BYTES, 8, true, false>(simd, panel, tile, turn);
                         }
                         _ => self.tile::<S, L, BYTES, 8, true, true>(simd, panel, tile, turn),

@@ -48,9 +48,12 @@ impl Kernel for PairedLinear<'_> {
                     let next = NextPanel::new(weights, turns, tile - tiles.start, tiles.len());
                     let panels = panels.clone();
                     match self.input.tiles.width(tile) {
-                        4 => simd.apart(Meeting::<4, 4> { linear: &self, panels, tile, next }),
-                        6 => simd.apart(Meeting::<6, 6> { linear: &self, panels, tile, next }),
-                        8 => simd.apart(Meeting::<8, 4> { linear: &self, panels, tile, next }),
+                        4 => simd.apart(Meeting::<4, 4, true> { linear: &self, panels, tile, next }),
+                        6 if tile > tiles.start => {
+                            simd.apart(Meeting::<6, 6, false> { linear: &self, panels, tile, next })
+                        }
+                        6 => simd.apart(Meeting::<6, 6, true> { linear: &self, panels, tile, next }),
+                        8 => simd.apart(Meeting::<8, 4, true> { linear: &self, panels, tile, next }),
                         _ => unreachable!("a tile of other rows"),
                     }
                 }
@@ -60,21 +63,21 @@ impl Kernel for PairedLinear<'_> {
 }
 
 /// Two panels, of which the second may be missing, and a tile of `T` rows, `PART` of them at a time.
-struct Meeting<'a, const T: usize, const PART: usize> {
+struct Meeting<'a, const T: usize, const PART: usize, const FETCH: bool> {
     linear: &'a PairedLinear<'a>,
     panels: Range<usize>,
     tile: usize,
     next: NextPanel<true>,
 }
 
-impl<const T: usize, const PART: usize> Kernel for Meeting<'_, T, PART> {
+impl<const T: usize, const PART: usize, const FETCH: bool> Kernel for Meeting<'_, T, PART, FETCH> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Meeting { linear, panels, tile, next } = self;
         let weights = Panels::new(linear.weight, panels.clone());
-        let sums = multiply::<S, T, PART>(simd, weights, linear.input.tile(tile), next);
+        let sums = multiply::<S, T, PART, FETCH>(simd, weights, linear.input.tile(tile), next);
         for (panel, sums) in panels.zip(&sums) {
             linear.output.store(simd, panel, linear.input.tiles, tile, sums, true);
         }
@@ -103,17 +106,23 @@ impl<'a> Panels<'a> {
 
     /// A group's weights and scales; later ones are asked for. The end of a panel is followed by the next two.
     #[inline(always)]
-    fn group<S: Simd>(&self, simd: S, group: usize) -> ([&'a [u8; BYTES]; 2], [S::F32; 2]) {
+    fn group<S: Simd, const FETCH: bool>(
+        &self,
+        simd: S,
+        group: usize,
+    ) -> ([&'a [u8; BYTES]; 2], [S::F32; 2]) {
         let (mut weights, mut scales) = ([&self.weights[0][group]; 2], [simd.splat(0.0); 2]);
         let skip = if (self.groups - group) * BYTES <= AHEAD { self.groups } else { 0 };
         for p in 0..2 {
             weights[p] = &self.weights[p][group];
             let scale = &self.scales[p][group];
-            let ahead = weights[p].as_ptr().wrapping_add(AHEAD + skip * BYTES);
-            for line in 0..BYTES / 64 {
-                simd.prefetch(ahead.wrapping_add(line * 64));
+            if FETCH {
+                let ahead = weights[p].as_ptr().wrapping_add(AHEAD + skip * BYTES);
+                for line in 0..BYTES / 64 {
+                    simd.prefetch(ahead.wrapping_add(line * 64));
+                }
+                simd.prefetch(std::ptr::from_ref(scale).wrapping_add(AHEAD / BYTES + skip).cast());
             }
-            simd.prefetch(std::ptr::from_ref(scale).wrapping_add(AHEAD / BYTES + skip).cast());
             scales[p] = simd.load_f16(scale);
         }
         (weights, scales)
@@ -123,7 +132,7 @@ impl<'a> Panels<'a> {
 /// The sums of both with `T` rows.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
-fn multiply<S: Simd, const T: usize, const PART: usize>(
+fn multiply<S: Simd, const T: usize, const PART: usize, const FETCH: bool>(
     simd: S,
     panels: Panels<'_>,
     tile: IntegerTile<'_>,
@@ -134,7 +143,7 @@ fn multiply<S: Simd, const T: usize, const PART: usize>(
     let rows = rows.zip(tile.scales.as_chunks::<T>().0);
     for (group, ((bytes, offsets), row_scales)) in (0..panels.groups).zip(rows) {
         next.fetch(simd, group);
-        let (weights, scales) = panels.group(simd, group);
+        let (weights, scales) = panels.group::<S, FETCH>(simd, group);
         let parts = bytes.as_chunks::<PART>().0.iter().zip(offsets.as_chunks::<PART>().0);
         for (part, (bytes, offsets)) in parts.enumerate() {
             let exact = simd.dot_bytes_of_two(weights, bytes, offsets);

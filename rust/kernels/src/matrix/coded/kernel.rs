@@ -6,7 +6,7 @@
 //! (prompts of Q4_K_M 2 % faster on Zen 5).
 
 use super::super::activations::IntegerTile;
-use super::super::ahead::{AHEAD, NEAR};
+use super::super::ahead::AHEAD;
 use super::super::blocks::blocks;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
 use super::scales::{load_drops, load_scales, load_units, record_of};
@@ -102,12 +102,13 @@ impl CodedLinear<'_> {
         for block in blocks(self.panels.clone(), panel_bytes, self.input.tiles, row_bytes) {
             for panel in block.panels {
                 for tile in block.tiles.clone() {
-                    let is_near = tile > block.tiles.start && panel_bytes <= NEAR;
                     match self.input.tiles.width(tile) {
                         1 => simd.apart(Meeting::<U, K, 1, true>::new(self, panel, tile, table)),
                         2 => simd.apart(Meeting::<U, K, 2, true>::new(self, panel, tile, table)),
                         4 => simd.apart(Meeting::<U, K, 4, true>::new(self, panel, tile, table)),
-                        _ if is_near => simd.apart(Meeting::<U, K, 8, false>::new(self, panel, tile, table)),
+                        _ if tile > block.tiles.start => {
+                            simd.apart(Meeting::<U, K, 8, false>::new(self, panel, tile, table))
+                        }
                         _ => simd.apart(Meeting::<U, K, 8, true>::new(self, panel, tile, table)),
                     }
                 }
