@@ -98,6 +98,7 @@ impl IntegerLinear<'_> {
                         1 => self.tile::<S, L, BYTES, 1, false, true>(simd, panel, tile, turn),
                         2 => self.tile::<S, L, BYTES, 2, false, true>(simd, panel, tile, turn),
                         4 => self.tile::<S, L, BYTES, 4, false, true>(simd, panel, tile, turn),
+                        _ if again => self.tile::<S, L, BYTES, 8, false, false>(simd, panel, tile, turn),
                         _ if count == 1 => self.tile::<S, L, BYTES, 8, false, true>(simd, panel, tile, turn),
                         _ if tile > first => {
                             self.tile::<S, L, BYTES, 8, true, false>(simd, panel, tile, turn);

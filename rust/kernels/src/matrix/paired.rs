@@ -49,7 +49,7 @@ impl Kernel for PairedLinear<'_> {
                     let panels = panels.clone();
                     match self.input.tiles.width(tile) {
                         4 => simd.apart(Meeting::<4, 4, true> { linear: &self, panels, tile, next }),
-                        6 if tile > tiles.start => {
+                        6 if again || tile > tiles.start => {
                             simd.apart(Meeting::<6, 6, false> { linear: &self, panels, tile, next })
                         }
                         6 => simd.apart(Meeting::<6, 6, true> { linear: &self, panels, tile, next }),

@@ -106,7 +106,7 @@ impl CodedLinear<'_> {
                         1 => simd.apart(Meeting::<U, K, 1, true>::new(self, panel, tile, table)),
                         2 => simd.apart(Meeting::<U, K, 2, true>::new(self, panel, tile, table)),
                         4 => simd.apart(Meeting::<U, K, 4, true>::new(self, panel, tile, table)),
-                        _ if tile > block.tiles.start => {
+                        _ if block.again || tile > block.tiles.start => {
                             simd.apart(Meeting::<U, K, 8, false>::new(self, panel, tile, table))
                         }
                         _ => simd.apart(Meeting::<U, K, 8, true>::new(self, panel, tile, table)),
