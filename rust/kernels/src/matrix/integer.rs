@@ -131,7 +131,8 @@ impl IntegerLinear<'_> {
         let next = NextPanel::<SEVERAL>::new(weights, scales.len().div_ceil(L::SPAN), turn, turns);
         let sums = match const { L::SPAN } {
             1 => multiply::<S, L, BYTES, T, SEVERAL, FETCH>(simd, weights, scales, input, next),
-            _ => multiply_spans::<S, L, BYTES, T, SEVERAL, FETCH>(simd, weights, scales, input, next),
+            INT4_SPAN => multiply_spans::<S, L, BYTES, T, SEVERAL, FETCH>(simd, weights, scales, input, next),
+            _ => unreachable!("no layout has such spans"),
         };
         self.output.store(simd, panel, self.input.tiles, tile, &sums, true);
     }
@@ -168,7 +169,7 @@ fn multiply<
     sums
 }
 
-/// The same where the groups of a span share the rows' scales. (With spans of one group it costs 3 to 5 % more than [`multiply`].)
+/// The same where the groups of a span, [`INT4_SPAN`], share the rows' scales. (With spans of one group it costs 3 to 5 % more than [`multiply`].)
 #[inline(always)]
 fn multiply_spans<
     S: Simd,

@@ -62,7 +62,8 @@ impl Kernel for PairedLinear<'_> {
     }
 }
 
-/// Two panels, of which the second may be missing, and a tile of `T` rows, `PART` of them at a time.
+/// Two panels, of which the second may be missing, and a tile of `T` rows, `PART` of them at a time; with `FETCH` memory is asked for what
+/// comes next.
 struct Meeting<'a, const T: usize, const PART: usize, const FETCH: bool> {
     linear: &'a PairedLinear<'a>,
     panels: Range<usize>,
@@ -104,7 +105,7 @@ impl<'a> Panels<'a> {
         Panels { groups: weights[0].len(), weights, scales }
     }
 
-    /// A group's weights and scales; later ones are asked for. The end of a panel is followed by the next two.
+    /// A group's weights and scales; with `FETCH` later ones are asked for. The end of a panel is followed by the next two.
     #[inline(always)]
     fn group<S: Simd, const FETCH: bool>(
         &self,

@@ -64,7 +64,7 @@ const fn parts(halves: bool) -> usize {
 }
 
 /// Parts of a group that have scales of their own.
-const fn parts_of(scales: Scales) -> usize {
+pub(super) const fn parts_of(scales: Scales) -> usize {
     parts(scales.has_halves())
 }
 

@@ -107,17 +107,17 @@ impl Integers {
             let own = coded::load_scales(simd, kind, units, scales, group);
             for half in 0..2 {
                 simd.store(own.scales[half], &mut self.scales[at][half]);
-                simd.store(own.minima[half], &mut self.minima[at][half]);
+                if !kind.has_drops() {
+                    simd.store(own.minima[half], &mut self.minima[at][half]);
+                }
             }
         }
     }
-}
 
-impl Integers {
     /// Reads the minima of whole records.
     #[inline(always)]
     fn coded_drops<S: Simd>(&mut self, simd: S, kind: Scales, scales: &[u8], groups: Range<usize>) {
-        let (span, parts) = (coded::span(kind), if kind.has_halves() { 2 } else { 1 });
+        let (span, parts) = (coded::span(kind), coded::parts_of(kind));
         let pairs = span * parts / 2;
         for (record, group) in groups.step_by(span).enumerate() {
             simd.store(coded::load_units(simd, kind, 1.0, scales, group).minimum, &mut self.units[record]);
