@@ -209,6 +209,11 @@ impl SamplingParams {
     pub(crate) fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
+
+    /// Whether tokens are chosen from other logits than the model's.
+    pub(crate) fn changes_logits(&self) -> bool {
+        self.allowed_token_ids.is_some() || !self.logit_bias.is_empty() || self.has_penalties()
+    }
 }
 
 /// What logits are multiplied by. Tiny temperatures would divide to infinity; any number this large already leaves only the largest.

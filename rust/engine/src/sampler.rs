@@ -18,7 +18,7 @@ use crate::cut::{Candidate, Cutter};
 use crate::logprobs::{Scratch, TokenLogprob, token_logprobs};
 use crate::params::{SamplingParams, inverse_temperature};
 use crate::random::uniform;
-use crate::vector::{all_below_infinity, exponentials, maximum, sum};
+use crate::vector::{all_below_infinity, exponentials, first_maximum, sum};
 
 /// Why a row of logits gives no token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -76,27 +76,31 @@ impl Sampler {
         seed: u64,
         position: u64,
     ) -> Result<u32, SampleError> {
-        check(logits)?;
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        restrict(&mut self.logits, params, banned);
-        penalize(&mut self.logits, params, history);
-        let largest = maximum(&self.logits);
+        let Some((mut first, mut largest)) = first_maximum(logits) else { return Err(not_finite(logits)) };
+        let mut row = logits;
+        if !banned.is_empty() || params.changes_logits() {
+            self.logits.clear();
+            self.logits.extend_from_slice(logits);
+            restrict(&mut self.logits, params, banned);
+            penalize(&mut self.logits, params, history);
+            row = &self.logits;
+            (first, largest) = first_maximum(row).ok_or(SampleError::NothingLeft)?;
+        }
         if !largest.is_finite() {
             return Err(SampleError::NothingLeft);
         }
         if params.temperature == 0.0 {
-            return first(&self.logits, largest).ok_or(SampleError::NothingLeft);
+            return Ok(first as u32);
         }
         let scale = inverse_temperature(params.temperature);
-        exponentials(&self.logits, largest, scale, &mut self.weights);
+        exponentials(row, largest, scale, &mut self.weights);
         let draw = uniform(seed, position, 0);
         let chosen = if params.min_p == 0.0 && params.top_k == 0 && params.top_p == 1.0 {
             pick(&self.weights, draw)
         } else {
             self.pick_among_the_likely(params, draw)
         };
-        chosen.or_else(|| first(&self.logits, largest)).ok_or(SampleError::NothingLeft)
+        Ok(chosen.unwrap_or(first as u32))
     }
 
     /// Log-probabilities of the chosen token and of the `count` most likely ones, as outputs have them.
@@ -125,11 +129,12 @@ impl Sampler {
 
 /// Refuses NaN and +inf; -inf is a model's way to forbid a token.
 pub(crate) fn check(logits: &[f32]) -> Result<(), SampleError> {
-    if all_below_infinity(logits) {
-        return Ok(());
-    }
+    if all_below_infinity(logits) { Ok(()) } else { Err(not_finite(logits)) }
+}
+
+fn not_finite(logits: &[f32]) -> SampleError {
     let token = logits.iter().position(|&logit| logit.is_nan() || logit == f32::INFINITY).unwrap_or(0);
-    Err(SampleError::NotFinite { token })
+    SampleError::NotFinite { token }
 }
 
 fn restrict(logits: &mut [f32], params: &SamplingParams, banned: &[u32]) {
@@ -163,11 +168,6 @@ fn penalize(logits: &mut [f32], params: &SamplingParams, history: &TokenHistory)
             logits[token as usize] -= frequency * count as f32 + presence;
         }
     }
-}
-
-/// The first token with this logit.
-fn first(logits: &[f32], logit: f32) -> Option<u32> {
-    logits.iter().position(|&other| other == logit).map(|token| token as u32)
 }
 
 /// Entries that are summed at once before the drawn one is looked for among them.

@@ -30,6 +30,23 @@ pub(crate) fn maximum(row: &[f32]) -> f32 {
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
+/// The largest entry and the first place that has it, of a row that is read once; none where an entry is NaN or +inf, or the row is empty.
+pub(crate) fn first_maximum(row: &[f32]) -> Option<(usize, f32)> {
+    const BLOCK: usize = 1024;
+    let (mut best, mut largest) = (0, f32::NEG_INFINITY);
+    for (block, values) in row.chunks(BLOCK).enumerate() {
+        if !all_below_infinity(values) {
+            return None;
+        }
+        let own = maximum(values);
+        if own > largest {
+            (best, largest) = (block * BLOCK, own);
+        }
+    }
+    let place = row.get(best..)?.iter().position(|&value| value == largest)?;
+    Some((best + place, largest))
+}
+
 /// Replaces `weights` by exp((logit - largest) * scale), where `largest` is the row's maximum and finite, `scale` > 0 and finite.
 pub(crate) fn exponentials(row: &[f32], largest: f32, scale: f32, weights: &mut Vec<f32>) {
     weights.clear();
@@ -89,19 +106,23 @@ mod tests {
 
     #[test]
     fn passes_cover_lanes_and_rest() {
-        for length in [0, 1, 15, 16, 17, 100] {
+        for length in [0, 1, 15, 16, 17, 100, 2500] {
             let row: Vec<f32> = (0..length).map(|i| ((i * 37) % 101) as f32 - 50.0).collect();
             assert_eq!(maximum(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             assert_eq!(sum(&row), row.iter().map(|&value| f64::from(value)).sum::<f64>());
             assert!(all_below_infinity(&row));
+            let first = row.iter().position(|&value| value == maximum(&row));
+            assert_eq!(first_maximum(&row), first.map(|place| (place, maximum(&row))));
             for place in 0..length {
                 for bad in [f32::NAN, f32::INFINITY] {
                     let mut row = row.clone();
                     row[place] = bad;
                     assert!(!all_below_infinity(&row));
+                    assert_eq!(first_maximum(&row), None);
                 }
             }
         }
         assert!(all_below_infinity(&[f32::NEG_INFINITY]));
+        assert_eq!(first_maximum(&[f32::NEG_INFINITY; 2]), Some((0, f32::NEG_INFINITY)));
     }
 }

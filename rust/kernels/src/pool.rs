@@ -1,7 +1,8 @@
 //! The thread pool: workers spin briefly, then park, and the calling thread takes part.
 //!
-//! A run publishes one borrowed closure; threads claim task indices from a shared counter. A worker has to *join* a
-//! run before it may look at the closure, and the caller only waits for those that joined: when all tasks were
+//! A run publishes one borrowed closure, and a share of neighbouring tasks for each thread, which it claims in their order: what
+//! it asked memory for ahead is then what it needs next. A thread without tasks of its own takes the last ones of the others. A worker has to
+//! *join* a run before it may look at the closure, and the caller only waits for those that joined: when all tasks were
 //! claimed before a sleeping worker woke up, nobody waits for it. A run allocates nothing.
 //!
 //! A run inside a run, and a run while another thread's run is under way, is computed by the calling thread alone. So any number of
@@ -11,6 +12,7 @@
 use crate::KernelError;
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -30,12 +32,38 @@ type Payload = Box<dyn Any + Send>;
 #[derive(Clone, Copy)]
 struct Job {
     body: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
+}
+
+/// A thread's tasks that nobody has claimed: the first in the low half, the end in the high one. On cache lines of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, tasks: Range<usize>) {
+        self.0.store((tasks.end as u64) << 32 | tasks.start as u64, Ordering::Relaxed);
+    }
+
+    /// Claims the first task, or the last one.
+    fn claim(&self, first: bool) -> Option<usize> {
+        let mut found = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (found & u64::from(u32::MAX), found >> 32);
+            if start >= end {
+                return None;
+            }
+            let (task, rest) = if first { (start, found + 1) } else { (end - 1, found - (1 << 32)) };
+            match self.0.compare_exchange_weak(found, rest, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(task as usize),
+                Err(other) => found = other,
+            }
+        }
+    }
 }
 
 struct Shared {
     state: AtomicU64,
-    next: AtomicUsize,
+    shares: Vec<Share>, // the caller's first
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Payload>>,
     sleepers: AtomicUsize,
@@ -93,7 +121,7 @@ impl Pool {
     pub fn new(threads: usize) -> Result<Pool, KernelError> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
@@ -107,7 +135,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new()
                 .name(format!("infer-worker-{index}"))
-                .spawn(move || shared.work())
+                .spawn(move || shared.work(index))
                 .map_err(|source| KernelError::Thread { index, threads, source })?;
             pool.workers.push(worker);
         }
@@ -125,12 +153,14 @@ impl Pool {
         if tasks <= 1 {
             return (0..tasks).for_each(body);
         }
-        let alone = self.workers.is_empty() || self.busy.swap(true, Ordering::Acquire);
+        let alone = self.workers.is_empty()
+            || u32::try_from(tasks).is_err()
+            || self.busy.swap(true, Ordering::Acquire);
         if alone {
             return run_alone(tasks, &body);
         }
         let job = self.shared.publish(&body, tasks);
-        self.shared.claim(job);
+        self.shared.compute(job, 0);
         self.shared.close();
         let payload = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.busy.store(false, Ordering::Release);
@@ -172,10 +202,13 @@ impl Shared {
         let body: *const (dyn Fn(usize) + Sync + 'a) = body;
         // SAFETY: only the lifetime changes; `close` is called before the closure dies, and nothing between panics.
         let body: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(body) };
-        let job = Job { body, tasks };
+        let job = Job { body };
         // SAFETY: no run is open and no worker is joined: nobody reads.
         unsafe { *self.job.get() = Some(job) };
-        self.next.store(0, Ordering::Relaxed);
+        let threads = self.shares.len();
+        for (thread, share) in self.shares.iter().enumerate() {
+            share.set(tasks * thread / threads..tasks * (thread + 1) / threads);
+        }
         let run = self.state.load(Ordering::Relaxed) & !(RUN - 1);
         // SeqCst, as is the counting of sleepers: a worker that goes to sleep either sees this run or is seen here.
         self.state.store(run.wrapping_add(RUN) | OPEN, Ordering::SeqCst);
@@ -190,17 +223,16 @@ impl Shared {
         self.wake.notify_all();
     }
 
-    /// Computes tasks until none is left.
-    fn claim(&self, job: Job) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= job.tasks {
-                return;
-            }
-            // SAFETY: the run is open or this worker is joined, so the closure lives.
-            let body = unsafe { &*job.body };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(task))) {
-                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+    /// Computes tasks until none is left: a thread's own from the first on, then others' from the last on.
+    fn compute(&self, job: Job, thread: usize) {
+        let (others, own) = self.shares.split_at(thread);
+        for (place, share) in own.iter().chain(others).enumerate() {
+            while let Some(task) = share.claim(place == 0) {
+                // SAFETY: the run is open or this worker is joined, so the closure lives.
+                let body = unsafe { &*job.body };
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(task))) {
+                    self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+                }
             }
         }
     }
@@ -222,7 +254,7 @@ impl Shared {
     }
 
     /// A worker's life.
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut seen = 0;
         while let Some(state) = self.await_run(seen) {
             if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
@@ -231,7 +263,7 @@ impl Shared {
             seen = state & !(RUN - 1);
             // SAFETY: joined, and `job` was written before the run opened.
             if let Some(job) = unsafe { *self.job.get() } {
-                self.claim(job);
+                self.compute(job, thread);
             }
             self.state.fetch_sub(1, Ordering::Release);
         }

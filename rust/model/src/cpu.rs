@@ -12,7 +12,6 @@ use crate::kv::{KvCaches, KvPage, KvTypes, windowed};
 use crate::loading::CacheNews;
 use crate::memory::Memory;
 use crate::packed_cache::PackedCacheUse;
-use crate::step::Step;
 use crate::{ModelError, ModelSpec, Program, Quantization};
 
 /// How to load and compute.
@@ -180,23 +179,17 @@ impl CpuModel {
     /// A batch that does not fit the model or the cache.
     pub fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Self { interpreter, cache, memory, .. } = self;
-        logits.clear();
-        let cache = cache.as_mut().ok_or_else(no_cache)?;
-        batch.check(&interpreter.spec, cache.pages())?;
-        interpreter.check_positions(batch)?;
-        if batch.tokens.is_empty() {
-            return Ok(());
-        }
-        memory.prepare(&interpreter.program, &interpreter.ropes, batch);
-        for step in &interpreter.program.steps {
-            if batch.logit_rows.is_empty() && matches!(step, Step::Select { .. }) {
-                return Ok(()); // the rest is for logits only
-            }
-            interpreter.step(step, batch, cache, memory);
-        }
-        let size = batch.logit_rows.len() * interpreter.spec.vocabulary;
-        logits.extend_from_slice(memory.values(interpreter.program.logits, size));
-        Ok(())
+        let Some(cache) = cache.as_mut() else {
+            logits.clear();
+            return Err(no_cache());
+        };
+        // They are computed in the caller's memory: for many sequences a copy takes as long as a layer.
+        memory.exchange(interpreter.program.logits, logits);
+        let outcome = interpreter.forward(batch, cache, memory);
+        memory.exchange(interpreter.program.logits, logits);
+        let rows = if outcome.is_ok() { batch.logit_rows.len() } else { 0 };
+        logits.truncate(rows * interpreter.spec.vocabulary);
+        outcome
     }
 }
 

@@ -71,8 +71,30 @@ impl Interpreter {
         matrices + self.embedding.bytes() + self.positions.as_ref().map_or(0, LookupTable::bytes)
     }
 
+    /// Computes a batch, up to the logits of the wanted rows in `memory`.
+    pub fn forward(
+        &self,
+        batch: &Batch<'_>,
+        caches: &mut KvCaches,
+        memory: &mut Memory,
+    ) -> Result<(), ModelError> {
+        batch.check(&self.spec, caches.pages())?;
+        self.check_positions(batch)?;
+        if batch.tokens.is_empty() {
+            return Ok(());
+        }
+        memory.prepare(&self.program, &self.ropes, batch);
+        for step in &self.program.steps {
+            if batch.logit_rows.is_empty() && matches!(step, Step::Select { .. }) {
+                break; // the rest is for logits only
+            }
+            self.step(step, batch, caches, memory);
+        }
+        Ok(())
+    }
+
     /// Learned positions end somewhere.
-    pub fn check_positions(&self, batch: &Batch<'_>) -> Result<(), ModelError> {
+    fn check_positions(&self, batch: &Batch<'_>) -> Result<(), ModelError> {
         let limit = self.spec.max_positions;
         let longest = batch.sequences.iter().map(|sequence| sequence.first_position + sequence.rows).max();
         match longest {
@@ -86,7 +108,7 @@ impl Interpreter {
     }
 
     /// One step. The match is exhaustive on purpose: a new kind of step must be given its meaning here.
-    pub fn step(&self, step: &Step, batch: &Batch<'_>, caches: &mut KvCaches, memory: &mut Memory) {
+    fn step(&self, step: &Step, batch: &Batch<'_>, caches: &mut KvCaches, memory: &mut Memory) {
         let context = &self.context;
         match step {
             Step::Embed { output, scale } => self.embed(*output, *scale, batch, memory),

@@ -98,9 +98,11 @@ impl Memory {
         self.buffers[output.buffer] = target;
     }
 
-    /// The first values of a buffer.
-    pub fn values(&self, slice: Slice, count: usize) -> &[f32] {
-        &self.buffers[slice.buffer][..count]
+    /// Lets a buffer and the caller's values change places, if there was a batch yet. A buffer may be of any length before [`Memory::prepare`].
+    pub fn exchange(&mut self, slice: Slice, values: &mut Vec<f32>) {
+        if let Some(buffer) = self.buffers.get_mut(slice.buffer) {
+            std::mem::swap(buffer, values);
+        }
     }
 
     /// Copies the wanted rows; from here on a batch has only these.
