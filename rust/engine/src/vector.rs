@@ -8,13 +8,13 @@ const LANES: usize = 16;
 /// Whether no entry is NaN or +inf.
 pub(crate) fn all_below_infinity(row: &[f32]) -> bool {
     let (chunks, rest) = row.as_chunks::<LANES>();
-    let mut fine = [true; LANES];
+    let mut other = [0_u32; LANES]; // with booleans it takes more than twice as long
     for chunk in chunks {
-        for (lane, &value) in fine.iter_mut().zip(chunk) {
-            *lane &= value < f32::INFINITY;
+        for (lane, &value) in other.iter_mut().zip(chunk) {
+            *lane |= if value < f32::INFINITY { 0 } else { u32::MAX };
         }
     }
-    fine.iter().all(|&lane| lane) && rest.iter().all(|&value| value < f32::INFINITY)
+    other.iter().all(|&lane| lane == 0) && rest.iter().all(|&value| value < f32::INFINITY)
 }
 
 /// The largest entry of a row without NaN; -inf for an empty one.
