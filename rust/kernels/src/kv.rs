@@ -210,7 +210,7 @@ impl KvCache {
         let writer = Writer { cache: self, layer, keys, values, slots };
         // One head is one task, so two tasks never write the same bytes, not even if a slot is repeated.
         let work = slots.len() * kv_heads * head_dim;
-        if work < 16384 || context.pool.threads() == 1 {
+        if work < 4096 || context.pool.threads() == 1 {
             (0..kv_heads).for_each(|head| writer.head(head));
         } else {
             context.pool.run(kv_heads, |head| writer.head(head));
