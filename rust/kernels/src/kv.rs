@@ -33,7 +33,7 @@ pub use e4m3::decode as decode_e4m3;
 pub use element::KvElement;
 pub(crate) use element::{E4m3, Element, with_element};
 use storage::Storage;
-use writer::Writer;
+use writer::{WriteHead, Writer};
 
 /// Tokens in one page; also the number of lanes of the virtual vector.
 pub const PAGE_TOKENS: usize = 16;
@@ -209,11 +209,12 @@ impl KvCache {
         );
         let writer = Writer { cache: self, layer, keys, values, slots };
         // One head is one task, so two tasks never write the same bytes, not even if a slot is repeated.
+        let write = |head| context.isa.dispatch(WriteHead { writer: &writer, head });
         let work = slots.len() * kv_heads * head_dim;
         if work < 4096 || context.pool.threads() == 1 {
-            (0..kv_heads).for_each(|head| writer.head(head));
+            (0..kv_heads).for_each(write);
         } else {
-            context.pool.run(kv_heads, |head| writer.head(head));
+            context.pool.run(kv_heads, write);
         }
     }
 

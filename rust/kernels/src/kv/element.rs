@@ -109,6 +109,12 @@ pub(crate) trait Element: Copy + Default {
     /// Rounds numbers that share a scale, and returns it (1 for types without).
     fn encode(from: &[f32], to: &mut [Self]) -> f32;
 
+    /// The same by an instruction set, as many numbers in as out.
+    #[inline(always)]
+    fn round<S: Simd>(_: S, from: &[f32], to: &mut [Self]) -> f32 {
+        Self::encode(from, to)
+    }
+
     /// The number, to be multiplied by its scale.
     fn decode(self) -> f32;
 
@@ -146,6 +152,11 @@ impl Element for f16 {
         1.0
     }
 
+    #[inline(always)]
+    fn round<S: Simd>(simd: S, from: &[f32], to: &mut [f16]) -> f32 {
+        round_words(from, to.reinterpret_cast_mut(), |values, to| simd.store_f16(simd.load(values), to))
+    }
+
     fn decode(self) -> f32 {
         self.to_f32()
     }
@@ -165,6 +176,11 @@ impl Element for bf16 {
         1.0
     }
 
+    #[inline(always)]
+    fn round<S: Simd>(simd: S, from: &[f32], to: &mut [bf16]) -> f32 {
+        round_words(from, to.reinterpret_cast_mut(), |values, to| simd.store_bf16(simd.load(values), to))
+    }
+
     fn decode(self) -> f32 {
         self.to_f32()
     }
@@ -174,6 +190,20 @@ impl Element for bf16 {
         // SAFETY: the caller's promise; bf16 is 16 bits.
         simd.load_bf16(unsafe { &*from.cast::<[u16; LANES]>() })
     }
+}
+
+/// Sixteen numbers after the other as words; the last ones may be fewer.
+#[inline(always)]
+fn round_words(from: &[f32], to: &mut [u16], store: impl Fn(&[f32; LANES], &mut [u16; LANES])) -> f32 {
+    let ((from, last), (to, last_to)) = (from.as_chunks(), to.as_chunks_mut());
+    from.iter().zip(to).for_each(|(from, to)| store(from, to));
+    if !last.is_empty() {
+        let (mut values, mut words) = ([0.0; LANES], [0; LANES]);
+        values[..last.len()].copy_from_slice(last);
+        store(&values, &mut words);
+        last_to.copy_from_slice(&words[..last.len()]);
+    }
+    1.0
 }
 
 /// The greatest magnitude; NaN if there is one.
@@ -263,6 +293,34 @@ mod tests {
                 for (found, expected) in isa.dispatch(Load(&elements)).into_iter().zip(expected) {
                     let nan = expected.is_nan(); // two codes that are never stored
                     assert!(nan || found.to_bits() == expected.to_bits(), "{}: {expected}", isa.name());
+                }
+            }
+        }
+    }
+
+    struct Round<'a, E>(&'a [f32], std::marker::PhantomData<E>);
+
+    impl<E: Element> Kernel for Round<'_, E> {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+            let mut rounded = vec![E::default(); self.0.len()];
+            let scale = E::round(simd, self.0, &mut rounded);
+            rounded.iter().map(|element| element.decode() * scale).collect()
+        }
+    }
+
+    #[test]
+    fn instruction_sets_round_as_the_oracle_does() {
+        let values: Vec<f32> = (0..83).map(|i| ((i * 37 % 101) as f32 - 50.0) * 1.7e-3).collect();
+        for isa in Isa::available() {
+            for length in [0, 1, 16, 31, 83] {
+                for element in
+                    [KvElement::F32, KvElement::F16, KvElement::Bf16, KvElement::Int8, KvElement::E4m3]
+                {
+                    let values = &values[..length];
+                    let found = with_element!(element, E => isa.dispatch(Round::<E>(values, std::marker::PhantomData)));
+                    assert_eq!(found, element.stored_value_ref(values), "{} {element:?}", isa.name());
                 }
             }
         }
