@@ -22,6 +22,7 @@ constexpr int ROWS = PARTS * 8;
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
 constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
 constexpr int THREADS = WARPS * WARP;
+constexpr int MOST_ROWS = 8;                         // of a sequence that is decoded
 constexpr int PREFETCHED = 4;                        // pages of a warp that are brought to L2 before the kernel waits
 
 struct Page {
@@ -329,8 +330,9 @@ struct Work {
         }
     }
 
-    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
-    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position; }
+    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored. Rows before
+    // the item's first one may be of the same sequence.
+    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position - min(item.first_row, MOST_ROWS - 1); }
 };
 
 // What one layer's attention reads and writes, as attention_decode.cu says.
