@@ -87,23 +87,21 @@ DEVICE int tile_dim(int tile, int g) {
     return sizeof(VALUE_TYPE) == 1 ? tile / 2 * 32 + g * 4 + tile % 2 * 2 : tile * 16 + g * 2;
 }
 
+constexpr int QUERY_READS = HEAD_DIM / 32; // of 16 bytes, that a lane needs of a query row
+
+// The first dimension of a read: units of keys, and the lane's parts of those.
+DEVICE int query_dim(int read, int t) {
+    constexpr int parts = QUERY_READS / KEY_UNITS;
+    return read / parts * SPAN<KEY_TYPE> + t * (SPAN<KEY_TYPE> / 4) + read % parts * 8;
+}
+
 // Part of a query row as the operand that meets the keys: for each step two registers, in the order of key_step.
-DEVICE void query_operand(const bf16 *row, int t, bool inside, u32 (&operand)[HEAD_DIM / 8]) {
-    constexpr int each = HEAD_DIM / 8 / KEY_UNITS; // registers of a unit
+DEVICE void query_operand(const uint4 (&words)[QUERY_READS], u32 (&operand)[HEAD_DIM / 8]) {
 #pragma unroll
-    for (int unit = 0; unit < KEY_UNITS; unit++) {
-#pragma unroll
-        for (int part = 0; part < each / 4; part++) {
-            uint4 words = make_uint4(0, 0, 0, 0);
-            if (inside) words = *reinterpret_cast<const uint4 *>(row + unit * SPAN<KEY_TYPE> + t * (SPAN<KEY_TYPE> / 4) + part * 8);
-            u32 *to = operand + unit * each + part * 4;
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                const u32 a = word_of(words, 2 * pair), b = word_of(words, 2 * pair + 1);
-                to[2 * pair] = sizeof(KEY_TYPE) == 1 ? __byte_perm(a, b, 0x5410) : a;
-                to[2 * pair + 1] = sizeof(KEY_TYPE) == 1 ? __byte_perm(a, b, 0x7632) : b;
-            }
-        }
+    for (int i = 0; i < HEAD_DIM / 8; i += 2) {
+        const u32 a = word_of(words[i / 4], i % 4), b = word_of(words[i / 4], i % 4 + 1);
+        operand[i] = sizeof(KEY_TYPE) == 1 ? __byte_perm(a, b, 0x5410) : a;
+        operand[i + 1] = sizeof(KEY_TYPE) == 1 ? __byte_perm(a, b, 0x7632) : b;
     }
 }
 

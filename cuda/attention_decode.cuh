@@ -4,169 +4,25 @@
 // into registers (kv.cuh says why that works), weights of the softmax cross from one product to the other by a transposing move. A block
 // takes one chunk of positions for one key/value head; its warps take pages in turn, and their results are merged in order. If a tile has
 // several chunks, the block that finishes last merges them, in ascending order whoever it is.
-#ifndef DECODE_WARPS
-#define DECODE_WARPS 6
-#endif
 #ifndef DECODE_BLOCKS
 #define DECODE_BLOCKS 2 // for each multiprocessor
 #endif
 #ifndef DECODE_BARRIER
 #define DECODE_BARRIER() __syncthreads() // of the THREADS threads that call attend()
 #endif
+#include "attention_pages.cuh"
 
 namespace decoding {
 
-constexpr int WARPS = DECODE_WARPS;
-constexpr int PARTS = (GROUP + 7) / 8;               // of 8 packed rows
-constexpr int ROWS = PARTS * 8;
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
 constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
-constexpr int THREADS = WARPS * WARP;
+constexpr int MOST_ROWS = 8;                         // of a sequence that is decoded
 constexpr int PREFETCHED = 4;                        // pages of a warp that are brought to L2 before the kernel waits
-
-struct Page {
-    uint4 keys[KEY_UNITS][2], values[VALUE_UNITS];
-    float key_scales[IS_INTEGER<KEY_TYPE> ? KEY_UNITS : 1][2], value_scales[2];
-};
-
-struct Running {
-    float greatest[PARTS][2], total[PARTS][2], sums[PARTS][DIM_TILES][4];
-};
 
 struct Shared {
     float sums[WARPS][ROWS][STRIDE], greatest[WARPS][ROWS], total[WARPS][ROWS];
     bool is_last;
 };
-
-struct Pages {
-    const u8 *keys, *values;
-    const float *key_scales, *value_scales;
-    const int *table;
-    int kv_head, kv_heads, g, t;
-    u64 policy;
-
-    // Where a page below `end` lies, among all pages and with the head.
-    DEVICE int entry(int number, int end) const { return number < end ? table[number] : 0; }
-    DEVICE size_t part_of(int entry) const { return size_t(entry) * kv_heads + kv_head; }
-
-    // `index` is the page's part() for the head.
-    DEVICE void read_keys(Page &page, size_t index) const {
-        const u8 *from = keys + index * PAGE_BYTES_OF_KEYS + t * 16;
-#pragma unroll
-        for (int unit = 0; unit < KEY_UNITS; unit++) {
-            page.keys[unit][0] = load_stream(from + unit * 1024 + lower_token(g) * 64, policy);
-            page.keys[unit][1] = load_stream(from + unit * 1024 + upper_token(g) * 64, policy);
-        }
-        if constexpr (SCALED_SCORES) {
-            page.key_scales[0][0] = key_scales[index * PAGE_TOKENS + lower_token(g)];
-            page.key_scales[0][1] = key_scales[index * PAGE_TOKENS + upper_token(g)];
-        }
-        if constexpr (IS_INTEGER<KEY_TYPE>) {
-            const float *own = key_scales + index * KEY_SCALES * PAGE_TOKENS;
-#pragma unroll
-            for (int unit = 0; unit < KEY_UNITS; unit++) {
-                page.key_scales[unit][0] = own[key_scale_place(unit, t, lower_token(g))];
-                page.key_scales[unit][1] = own[key_scale_place(unit, t, upper_token(g))];
-            }
-        }
-    }
-
-    DEVICE void read_values(Page &page, size_t index) const {
-        const u8 *from = values + index * PAGE_BYTES_OF_VALUES + g * 64 + t * 16;
-#pragma unroll
-        for (int unit = 0; unit < VALUE_UNITS; unit++) page.values[unit] = load_stream(from + unit * 512, policy);
-        if constexpr (sizeof(VALUE_TYPE) == 1) {
-            page.value_scales[0] = value_scales[index * PAGE_TOKENS + lower_token(g)];
-            page.value_scales[1] = value_scales[index * PAGE_TOKENS + upper_token(g)];
-        }
-    }
-};
-
-// Scores of a page's tokens, and from them weights in place; the running greatest scores are raised first.
-DEVICE void weigh(const Page &page, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int begin, bool masked, int g,
-                  int t, float (&weights)[PARTS][4], Running &own) {
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        float(&s)[4] = weights[part];
-        s[0] = s[1] = s[2] = s[3] = 0.0f;
-#pragma unroll
-        for (int unit = 0; unit < KEY_UNITS; unit++) {
-#pragma unroll
-            for (int step = 0; step < KEY_STEPS; step++) {
-                u32 a[4];
-                const float(&scales)[2] = page.key_scales[IS_INTEGER<KEY_TYPE> ? unit : 0];
-                key_step(page.keys[unit][0], step, scales[0], a[0], a[2]);
-                key_step(page.keys[unit][1], step, scales[1], a[1], a[3]);
-                const int at = (unit * KEY_STEPS + step) * 2;
-                mma(s, a[0], a[1], a[2], a[3], query[part][at], query[part][at + 1]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s[i] = score(SCALED_SCORES ? s[i] * page.key_scales[0][i / 2] : s[i]);
-            const int position = begin + (i < 2 ? lower_token(g) : upper_token(g));
-            if (masked && !score.visible(position, part * 8 + 2 * t + i % 2)) s[i] = -INFINITE;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float greatest = fmaxf(s[i], s[i + 2]);
-#pragma unroll
-            for (int step = 4; step < WARP; step *= 2) greatest = fmaxf(greatest, __shfl_xor_sync(ALL_LANES, greatest, step));
-            greatest = fmaxf(greatest, own.greatest[part][i]);
-            const float shrink = exp2_fast(own.greatest[part][i] - greatest);
-            own.greatest[part][i] = greatest;
-            s[i] = exp2_fast(s[i] - greatest);
-            s[i + 2] = exp2_fast(s[i + 2] - greatest);
-            own.total[part][i] = own.total[part][i] * shrink + s[i] + s[i + 2];
-#pragma unroll
-            for (int tile = 0; tile < DIM_TILES; tile++) own.sums[part][tile][i] *= shrink, own.sums[part][tile][i + 2] *= shrink;
-        }
-    }
-}
-
-DEVICE void add_values(const Page &page, const float (&weights)[PARTS][4], Running &own) {
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        const float(&w)[4] = weights[part];
-        const float lower = sizeof(VALUE_TYPE) == 1 ? page.value_scales[0] : 1.0f;
-        const float upper = sizeof(VALUE_TYPE) == 1 ? page.value_scales[1] : 1.0f;
-        const u32 b0 = transposed(pack_bf16(w[0] * lower, w[1] * lower)), b1 = transposed(pack_bf16(w[2] * upper, w[3] * upper));
-#pragma unroll
-        for (int unit = 0; unit < VALUE_UNITS; unit++) {
-#pragma unroll
-            for (int tile = 0; tile < VALUE_TILES; tile++) {
-                u32 first[2], second[2];
-                value_tile(page.values[unit], tile, first, second);
-                mma(own.sums[part][unit * VALUE_TILES + tile], first[0], second[0], first[1], second[1], b0, b1);
-            }
-        }
-    }
-}
-
-// Clears what the values of a page hold beyond its `valid` tokens, and their scales.
-DEVICE void blank_page(Page &page, int valid, int g, int t) {
-#pragma unroll
-    for (int unit = 0; unit < VALUE_UNITS; unit++) blank(page.values[unit], valid - 4 * t);
-    if (lower_token(g) >= valid) page.value_scales[0] = 0.0f;
-    if (upper_token(g) >= valid) page.value_scales[1] = 0.0f;
-}
-
-// One warp's share of a chunk: pages `number`, `number + WARPS`, ... below `end`. `entry` is where the second one lies.
-DEVICE void run_pages(const Pages &pages, const u32 (&query)[PARTS][HEAD_DIM / 8], const Score &score, int rows, int number, int end,
-                      int entry, Page &page, Running &own) {
-    for (; number < end; number += WARPS) {
-        const int begin = number * PAGE_TOKENS, next = number + WARPS;
-        const size_t index = pages.part_of(entry);
-        entry = pages.entry(next + WARPS, end); // in time
-        float weights[PARTS][4];
-        weigh(page, query, score, begin, !score.all_visible(begin, begin + PAGE_TOKENS, rows), pages.g, pages.t, weights, own);
-        const int valid = score.first_position + rows - begin;
-        if (valid < PAGE_TOKENS) blank_page(page, valid, pages.g, pages.t);
-        if (next < end) pages.read_keys(page, index);
-        add_values(page, weights, own);
-        if (next < end) pages.read_values(page, index);
-    }
-}
 
 DEVICE void publish(const Running &own, int warp, int g, int t, Shared &shared) {
 #pragma unroll
@@ -207,7 +63,8 @@ struct Result {
         if (sinks) factor = join_sink(sinks[head], greatest, total);
         factor /= total;
         bf16 *to = output + size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim;
-        *reinterpret_cast<uint2 *>(to) = make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
+        const u32 first = pack_bf16(sums.x * factor, sums.y * factor), second = pack_bf16(sums.z * factor, sums.w * factor);
+        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory"); // layers_words.cuh says why
     }
 
     // Merges the warps' results: into the output if they are all of them, else into the item's partial result.
@@ -277,14 +134,14 @@ struct Pending {
         if (!exists) return;
         item = own, result = own_result;
         counter = counters + size_t(result.index - (item.chunk - item.first_chunk)) * result.kv_heads + result.kv_head;
-        if (threadIdx.x == 0) asm volatile("atom.release.gpu.global.add.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+        if (threadIdx.x > 0) return; // the last one makes the counter 0 again
+        asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(arrived) : "l"(counter), "r"(item.chunks - 1) : "memory");
     }
 
     // Leaves the answer in shared memory, before a barrier.
     DEVICE void tell(Shared &shared) const {
         if (threadIdx.x > 0) return;
         shared.is_last = exists && arrived == item.chunks - 1;
-        if (shared.is_last) *counter = 0;
     }
 
     // Merges if this was the last piece, after that barrier.
@@ -299,7 +156,7 @@ struct Pending {
 struct Work {
     Item item;
     Pages pages;
-    int index, number, end;
+    int index, begin, number, end;
     int first, second; // where the warp's first pages lie
 
     DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
@@ -307,7 +164,7 @@ struct Work {
         item = items[index];
         pages.kv_head = work % pages.kv_heads;
         pages.table = page_table + size_t(item.sequence) * page_stride;
-        const int begin = max(item.chunk * item.chunk_pages, first_visible(item.first_position, window) / PAGE_TOKENS);
+        begin = max(item.chunk * item.chunk_pages, first_visible(item.first_position, window) / PAGE_TOKENS);
         end = (item.first_position + item.rows - 1) / PAGE_TOKENS + 1;
         if (item.chunk + 1 < item.first_chunk + item.chunks) end = min(end, (item.chunk + 1) * item.chunk_pages);
         // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
@@ -329,8 +186,9 @@ struct Work {
         }
     }
 
-    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored.
-    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position; }
+    // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored. Rows before
+    // the item's first one may be of the same sequence.
+    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position - min(item.first_row, MOST_ROWS - 1); }
 };
 
 // What one layer's attention reads and writes, as attention_decode.cu says.
@@ -348,20 +206,29 @@ struct Call {
     float scale, softcap;
 };
 
-// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this; `wait` returns once queries, and keys and values
-// of this step, are there.
-template <class Wait> DEVICE void attend(const Call &call, Shared &shared, Wait wait) {
+// What attend() needs of a launch of its own: all is there once the kernel before this one has ended.
+struct AfterPrevious {
+    DEVICE void begin() const { wait_for_previous(); }
+    DEVICE void prepare(const Work &) const {}
+    DEVICE uint4 read(const bf16 *from) const { return *reinterpret_cast<const uint4 *>(from); }
+    template <class Read> DEVICE void check(uint4 (&)[QUERY_READS], Read) const {}
+};
+
+// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this. `source` waits before anything of this step is read
+// (begin), sees to a piece's new keys and values (prepare), reads queries, and checks what was read.
+template <class Source> DEVICE void attend(const Call &call, Shared &shared, const Source &source) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     const int work_end = call.counts[0] * call.kv_heads;
     Work next = {{}, {reinterpret_cast<const u8 *>(call.keys), reinterpret_cast<const u8 *>(call.values), call.key_scales, call.value_scales,
-                      call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0};
+                      call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0, 0};
     Page page;
     Pending pending = {};
     int number = blockIdx.x;
     if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
     if (number < work_end) next.prefetch();
     if (number < work_end && next.is_old()) next.read(page);
-    wait();
+    source.begin();
+    if (number < work_end) source.prepare(next);
     if (number < work_end && !next.is_old()) next.read(page);
     for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
@@ -374,14 +241,21 @@ template <class Wait> DEVICE void attend(const Call &call, Shared &shared, Wait 
         for (int part = 0; part < PARTS; part++) {
             const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
             const bf16 *from = call.queries + size_t(work.item.first_row + row / GROUP) * call.query_stride + head * HEAD_DIM;
-            query_operand(from, t, row < work.item.rows * GROUP, query[part]);
+            const auto read = [&](int i) {
+                return row < work.item.rows * GROUP ? source.read(from + query_dim(i, t)) : make_uint4(0, 0, 0, 0);
+            };
+            uint4 words[QUERY_READS];
+#pragma unroll
+            for (int i = 0; i < QUERY_READS; i++) words[i] = read(i);
+            source.check(words, read);
+            query_operand(words, query[part]);
         }
         Running own = {};
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
         run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
         // The next piece's first page is read while the results of this one are merged.
-        if (number < work_end) next.read(page);
+        if (number < work_end) source.prepare(next), next.read(page);
         publish(own, warp, g, t, shared);
         pending.tell(shared);
         DECODE_BARRIER();

@@ -4,20 +4,19 @@
 //
 // Between kernels memory idles: the next one's ring of weights is full long before, and its first units wait for the row. Here one block a
 // multiprocessor stays for the whole stack. Two warps copy weights, by the copy engine, and go on with the next product at once, as far as a
-// ring of 180 KB reaches; eight multiply, and six of them attend; two end units, so that nobody waits for scales, residuals and angles. A
-// block's part of an operation is told to all by a count in memory, which the next operation waits for: 0.3 us.
+// ring of 180 KB reaches; eight multiply, and six of them attend; two end units, so that nobody waits for scales, residuals and angles.
+// Blocks hand rows over in words that prove themselves, without a barrier or a fence (layers_words.cuh).
 //
-// On an H200 a layer of one row takes, by the tokens a second of whole models (before: as kernels one by one) 63 us (70.4) of 8B E4M3, 44 (49.6)
-// of 8B with 4 bits, 216 (224.7) of 70B E4M3. With 4 bits a boundary costs less since rows are brought two steps at a time and two rounds
-// are under way, not seven, while an operation is copied that waits for other blocks: a release waits for all that the multiprocessor copies
-// (1.2 to 3.8 us on an H100). Of E4M3 the same was faster on an H100 (8B 75.8 for 84.7 us, 70B 289 for 295) and slower on an H200 (by 3 % and 7 %), so
-// it does neither (gpu-h200-layer-kernel-*.json). Most of that was the loop in which the copying warps waited for rounds: without it, the layers
-// alone took 65.1 us in place of 66.9 and 216 in place of 230 on an H200. Multiplied by warp groups they take 62.8 where they took 64.3, and 207.2
-// for 212.1. Weights of bfloat16 gain nothing by one kernel, even so (1B: 37.4 us, one by one 37.5): they run one by one.
+// On an H200 a layer of one row after 400 tokens takes, in us: as kernels one by one; with a count of blocks that was released; and so:
+//   8B E4M3 70.8, 62.9, 61.0; 70B E4M3 224.6, 207.7, 199.0; 8B of 4 bits 51.3, 45.4, 41.6; 1B bfloat16 37.0, 37.4, 36.2; 8B bfloat16 109.4,
+//   108.8, 105.2 (in whole models 274 tokens a second either way); 1B E4M3 31.7, not measured, 26.6; 1B of 4 bits 26.4, not measured, 22.5.
+// A release waited for all that the multiprocessor copied, 1.7 to 2.4 us, which is why of 4 bits no more than two rounds were under way
+// meanwhile; now four are as good as seven. Copying alone takes 52.2 of 8B E4M3.
 //
-// Where the rest goes, of 8B E4M3 on an H200 at 65.4 us, where one instruction copied half a round (stamps, and parts left out): without waiting for other blocks and attention 52.8, and
-// without multiplying too 52.2; without attention 60.7; if nobody waited until what a block has written is visible to the others, which must
-// be, 60.8: that takes 1.7 to 2.4 us at each end of an operation.
+// What brought nothing since: the count beside the words, as a hint when to read them (8B the same, 70B 206 for 202); reading the first of
+// them alone, or with rests in between; three, six or eight rounds under way; two pages of a warp's attention in registers or in shared
+// memory, so that one comes while the other is multiplied (8B 61.3, 4 bits 44.4, as the ring is smaller); scores in two chains; rounds of
+// 2,048 bytes of 8 rows for one warp group, every other one (1B bfloat16 37.1, 70B 199.2; with a ring of 11 it hung).
 //
 // What limits it: integer instructions (masks, choices, shifts, E4M3 to half) take a scheduler two cycles each, half of all that there are, and
 // two warps of a scheduler wait for each other's chains the other half. So what is computed anew in every step costs (KEEPS), and choices are
@@ -28,7 +27,7 @@
 // warps reached 3.2 TB/s in place of 4.
 //
 // All blocks must run at once: the launch is cooperative, and the driver refuses it where they cannot (layers.py then runs the operations
-// one by one). A barrier of blocks is a release of what the block has written and an acquire by one thread.
+// one by one).
 #define PAIRED 1
 #define NORM 1
 #define RESIDENT 1
@@ -45,7 +44,6 @@
 #include "activation.cuh"
 #include "linear_product.cuh"
 #include "linear_stream.cuh"
-#include "rotated.cuh"
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !PACKED && TOKENS <= 2
 #define BY_GROUPS 1 // weights are multiplied by warp groups
 #include "warp_group.cuh"
@@ -57,14 +55,15 @@
 constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
 constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
-constexpr int PACED = PACKED == 4 ? 7 : 4;           // rounds under way
-constexpr int SLOW = PACKED == 4 ? 2 : PACED;        // the same while an operation is copied that waits for other blocks
+constexpr int PACED = 4;                             // rounds under way
 constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1; // rounds that a warp multiplies at once
 constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;  // steps of the input that it prepares at once
 
+#include "layers_words.cuh"
 #include "layers.cuh"
 #include "layers_copy.cuh"
 #include "layers_end.cuh"
+#include "layers_attend.cuh"
 
 template <int COUNT> DEVICE void more_registers() {
 #if __CUDA_ARCH__ >= 900
@@ -83,12 +82,14 @@ template <int COUNT> DEVICE void fewer_registers() {
 struct Bringing {
     static constexpr int BATCH = 8, FACTORS = 2; // turns that are asked for together; whose factors are there before the kernel waits
     const Product &product;
+    const Incoming &incoming;
     int warp, lane, own_steps, turns;
     u8 *own;
     float factors[FACTORS][8];
 
-    DEVICE Bringing(const Product &product, int warp, int lane, int own_steps, u8 *own)
-        : product(product), warp(warp), lane(lane), own_steps(own_steps), turns((own_steps + AT_ONCE - 1) / AT_ONCE), own(own) {
+    DEVICE Bringing(const Product &product, const Incoming &incoming, int warp, int lane, int own_steps, u8 *own)
+        : product(product), incoming(incoming), warp(warp), lane(lane), own_steps(own_steps), turns((own_steps + AT_ONCE - 1) / AT_ONCE),
+          own(own) {
 #pragma unroll
         for (int i = 0; i < FACTORS; i++) read_factors(i, factors[i]);
         for (int turn = FACTORS; turn < turns && product.norm; turn++) {
@@ -106,10 +107,10 @@ struct Bringing {
         if (exists) load<8>(product.norm + column(turn), to);
     }
 
-    // Eight columns; what lies beyond the row becomes zeros. Other multiprocessors wrote them, so L1 must not be asked.
+    // Eight columns; what lies beyond the row becomes zeros.
     DEVICE uint4 read(const bf16 *row, int turn) const {
         uint4 raw = make_uint4(0, 0, 0, 0);
-        if (turn < turns && column(turn) < product.columns) raw = __ldcg(reinterpret_cast<const uint4 *>(row + column(turn)));
+        if (row && turn < turns && column(turn) < product.columns) raw = load_words(row + column(turn));
         return raw;
     }
 
@@ -126,8 +127,7 @@ struct Bringing {
     // Brings turns of a token, up to BATCH from `base` on, and adds up their squares.
     DEVICE void bring_batch(const bf16 *row, int token, int base, float &squares) const {
         uint4 raw[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) raw[i] = read(row, base + i);
+        read_words(raw, incoming.wait, [&](int i) { return read(row, base + i); });
         if (TURNS_TOGETHER == 1) {
             bring_each(raw, token, base, squares);
         } else {
@@ -177,7 +177,7 @@ struct Bringing {
         if (turns == 0 && lane < TOKENS) all_squares[lane] = 0.0f;
 #pragma unroll 1
         for (int token = 0; token < product.rows && turns > 0; token++) {
-            const bf16 *row = product.input + token * size_t(product.input_stride);
+            const bf16 *row = incoming.row(token);
             float squares = 0.0f;
 #pragma unroll 1
             for (int base = 0; base < turns; base += BATCH) bring_batch(row, token, base, squares);
@@ -187,13 +187,6 @@ struct Bringing {
         __syncwarp();
     }
 };
-
-// Waits until the operations before this one have ended everywhere: all warps that multiply.
-DEVICE void wait_for_operation(const Launch &launch, const Operation &own, int number) {
-    if (number == 0) wait_for_previous();
-    if (number > 0 && threadIdx.x == 0) launch.grid.wait(own), launch.handover.pass(number);
-    work_barrier();
-}
 
 // Multiplies a warp's steps of COUNT rounds.
 template <int COUNT>
@@ -233,23 +226,6 @@ DEVICE void multiply_unit(const Round &round, const Input &input, const Ring &ri
     place.next(ring.slots);
 }
 
-DEVICE void attend(const Operation &own, const Launch &launch, const Pieces &pieces, int number) {
-    const decoding::Call call = {own.input, own.output, own.keys, own.values, nullptr, nullptr, nullptr, pieces.items, pieces.counts,
-                                 pieces.page_table, pieces.partials, pieces.counters, own.input_stride, own.output_stride, pieces.page_stride,
-                                 launch.inputs.kv_heads, 0, pieces.scale, pieces.softcap};
-    decoding::attend(call, *reinterpret_cast<decoding::Shared *>(launch.room.input()), [&] { wait_for_operation(launch, own, number); });
-    DECODE_BARRIER();
-    if (threadIdx.x == 0) launch.grid.arrive();
-}
-
-DEVICE void attend_or_wait(const Operation &own, const Launch &launch, const Pieces &pieces, int number, int warp) {
-    if (warp < DECODE_WARPS) {
-        attend(own, launch, pieces, number);
-    } else {
-        wait_for_operation(launch, own, number);
-    }
-}
-
 // A multiplying warp; six of them attend, too.
 DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pieces, int warp, int lane) {
     const Room &room = launch.room;
@@ -260,17 +236,18 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
     const u32 step_bytes = rows * INPUT_BYTES;
     Place place = {0, 0};
     Turn turn = {0};
+    wait_for_previous();
+    const Handed handed = launch.find();
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
-        if (own.kind == ATTEND) {
-            attend_or_wait(own, launch, pieces, number, warp);
-            continue;
-        }
+        if (own.kind == ATTEND) attend_or_wait(own, launch, handed, pieces, warp);
+        if (own.kind == ATTEND || first_unit(own) >= own.units) continue;
+        const Incoming incoming(own, handed);
         const Product product = product_of(own, rows);
         const int steps = steps_of(own), own_steps = max((steps - warp + WARPS - 1) / WARPS, 0), rounds = (steps + WARPS - 1) / WARPS;
         u8 *own_input = room.input() + warp * rounds * step_bytes;
-        const Bringing bringing(product, warp, lane, own_steps, own_input);
-        wait_for_operation(launch, own, number);
+        const Bringing bringing(product, incoming, warp, lane, own_steps, own_input);
+        work_barrier(); // nobody needs the input of the operation before this one
         bringing.bring(room.squares() + warp * TOKENS);
         const u32 resident = u32(__cvta_generic_to_shared(own_input));
         const int units = own.units;
@@ -288,13 +265,14 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
 #include "layers_group.cuh"
 
 // operations: (count) records; count must be of whole layers, the first of them begins with queries, keys and values. rope_rows, slots: (rows);
-// items, counts, page_table, partials, piece_counters: as attention_decode.cu; counters: two words that are 0 before and after. Launch:
-// cooperative, as many blocks as multiprocessors, ALL_WARPS warps; dynamic shared memory: RING_AT, ring_slots rounds, and the longest input or
-// decoding::Shared. rows: 1 or 2; columns are a multiple of a step.
+// items, counts, page_table, partials, piece_counters: as attention_decode.cu; counters: which set of words is next, and a count that is 0
+// before and after; words: two sets of set_bytes each, the next one full of NOT_THERE, as it is left. Launch: cooperative, as many blocks as
+// multiprocessors, ALL_WARPS warps; dynamic shared memory: RING_AT, ring_slots rounds, and the longest input or decoding::Shared. rows: 1 or 2;
+// columns are a multiple of a step.
 BOUNDED_KERNEL(ALL_WARPS *WARP, 1)
 layers(const Operation *operations, const int *rope_rows, const int *slots, const Item *items, const int *counts, const int *page_table,
-       float *partials, int *piece_counters, u32 *counters, int count, int rows, int heads, int kv_heads, int all_slots, int page_stride,
-       int ring_slots, float scale, float softcap) {
+       float *partials, int *piece_counters, u32 *counters, u8 *words, int set_bytes, int count, int rows, int heads, int kv_heads,
+       int all_slots, int page_stride, int ring_slots, float scale, float softcap) {
     extern __shared__ uint4 dynamic[];
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const Room room = {reinterpret_cast<u8 *>(dynamic), ring_slots};
@@ -302,7 +280,7 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     const Launch launch = {room,
                            {base + RING_AT, base + RING_BARRIERS_AT, ring_slots},
                            {base + SUM_BARRIERS_AT},
-                           {counters},
+                           {words, counters, u32(set_bytes)},
                            {rope_rows, slots, rows, heads, kv_heads, all_slots}};
     launch.ring.begin_barriers(thread, ALL_WARPS * WARP);
     if (thread == 0) launch.handover.begin();
@@ -319,14 +297,14 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     } else {
         fewer_registers<OTHER_REGISTERS>();
         if (warp < WARPS + COPIERS) {
-            copy_weights(program, launch.ring, launch.handover, pieces, rows, kv_heads, warp - WARPS, lane);
+            copy_weights(program, launch.ring, pieces, rows, kv_heads, warp - WARPS, lane);
         } else {
             finish_units(program, launch, warp - WARPS - COPIERS, lane);
         }
     }
-    // Whoever comes last, of the warps that wait for others or are waited for, leaves the counts as they were.
+    // Whoever comes last, of the warps that read which set is used, or wait for those that do, tells the next launch.
     if ((warp > 0 && warp < WARPS + COPIERS) || lane > 0) return;
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counters + 1) : "memory");
-    if (before == gridDim.x * (1 + FINISHERS) - 1) counters[0] = 0, counters[1] = 0;
+    if (before == gridDim.x * (1 + FINISHERS) - 1) counters[0] ^= 1, counters[1] = 0;
 }

@@ -9,12 +9,14 @@ struct Operation {
     bf16 *output;
     KEY_TYPE *keys;
     VALUE_TYPE *values;
-    const float2 *table;
+    union {
+        const float2 *table;
+        const bf16 *before; // of ADDED: what it is added to
+    };
     int kind, input_stride, output_stride, weight_rows, columns;
     int units, rotation; // units of 16 weight rows; the first of them belongs to the block of this number
     float add, epsilon;
-    int before; // how many blocks have had a part in the operations before this one, all of them counted
-    int nothing[2];
+    int flags, before_stride, nothing;
 };
 static_assert(sizeof(Operation) == 128, "a word for each lane");
 
@@ -50,10 +52,24 @@ DEVICE int first_unit(const Operation &own) {
     return number < 0 ? number + int(gridDim.x) : number;
 }
 
+// The input rows of a product: those that do not exist are zeros; words of others may not be there yet.
+struct Incoming {
+    const bf16 *begin;
+    int stride;
+    u32 exist;
+    bool wait;
+
+    DEVICE Incoming(const Operation &own, const Handed &handed)
+        : begin(handed.at(own.input, own.flags & PLAIN_INPUT)), stride(own.input_stride),
+          exist(own.flags & FROM_ATTENTION ? handed.attended : ALL_LANES), wait(!(own.flags & PLAIN_INPUT)) {}
+
+    DEVICE const bf16 *row(int token) const { return exist >> token & 1 ? begin + token * size_t(stride) : nullptr; }
+};
+
 DEVICE int steps_of(const Operation &own) { return (own.columns + STEP - 1) / STEP; }
 
 DEVICE Product product_of(const Operation &own, int rows) {
-    return {own.input, own.weight, own.scales, own.minima, own.norm, own.input_stride, rows, own.weight_rows, own.columns, own.units,
+    return {nullptr, own.weight, own.scales, own.minima, own.norm, own.input_stride, rows, own.weight_rows, own.columns, own.units,
             Division(own).second};
 }
 
@@ -110,45 +126,15 @@ struct Turn {
     DEVICE u32 parity() const { return unit / TURNS_AHEAD % 2; }
 };
 
-// Barriers of the sums that the multiplying warps leave to the finishing ones, and the number of the operation that may read what others wrote.
+// Barriers of the sums that the multiplying warps leave to the finishing ones.
 struct Handover {
     u32 barriers;
 
     DEVICE u32 full(const Turn &turn) const { return barriers + turn.slot() * 16; }
     DEVICE u32 empty(const Turn &turn) const { return full(turn) + 8; }
-    DEVICE u32 passed() const { return barriers + TURNS_AHEAD * 16; }
-    DEVICE u32 ended() const { return passed() + 4; }
 
     DEVICE void begin() const {
         constexpr int LEAVE = BY_GROUPS ? WARPS : THREADS; // sums: a thread of each warp, or all
         for (int i = 0; i < TURNS_AHEAD; i++) begin_barrier(barriers + i * 16, LEAVE), begin_barrier(barriers + i * 16 + 8, WARP);
-        asm volatile("st.shared.u32 [%0], 0;" ::"r"(passed()) : "memory");
-        asm volatile("st.shared.u32 [%0], 0;" ::"r"(ended()) : "memory");
-    }
-
-    // Whether this was the last of so many times that an operation's units were ended by a warp.
-    DEVICE bool end(int times) const {
-        u32 before;
-        asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(ended()) : "memory");
-        if (before != u32(times) - 1) return false;
-        asm volatile("st.relaxed.cta.shared.u32 [%0], 0;" ::"r"(ended()) : "memory");
-        return true;
-    }
-
-    // Whether this operation has begun to read.
-    DEVICE bool has_passed(int number) const {
-        int found;
-        asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(found) : "r"(passed()) : "memory");
-        return found >= number;
-    }
-
-    DEVICE void pass(int number) const { asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(passed()), "r"(number) : "memory"); }
-
-    // Waits until this operation has begun to read.
-    DEVICE void follow(int number) const {
-        int found;
-        do {
-            asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(found) : "r"(passed()) : "memory");
-        } while (found < number);
     }
 };

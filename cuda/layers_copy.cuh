@@ -127,11 +127,8 @@ struct FirstPages {
 };
 
 // A copying warp, of COPIERS: its part of all rounds of all products, as soon as there is room and no more than PACED rounds are under way:
-// asked for at once, the whole ring would be a queue in which whatever others read waits. While the operation waits for other blocks, fewer
-// (SLOW): a release of what a block has written waits for all copies that the multiprocessor has under way, 1.2 to 3.8 us for 4 rounds of
-// E4M3 weights on an H100.
-DEVICE void copy_weights(Program program, const Ring &ring, const Handover &handover, const Pieces &pieces, int rows, int kv_heads, int copier,
-                         int lane) {
+// asked for at once, the whole ring would be a queue in which whatever others read waits.
+DEVICE void copy_weights(Program program, const Ring &ring, const Pieces &pieces, int rows, int kv_heads, int copier, int lane) {
     const u64 policy = streaming_policy();
     Place place = {0, 0}, behind = {0, 0};
     int started = 0;
@@ -158,13 +155,7 @@ DEVICE void copy_weights(Program program, const Ring &ring, const Handover &hand
 #pragma unroll 1
             for (int step = 0; step < steps; step += WARPS) {
                 const int count = min(steps - step, WARPS);
-                if (SLOW < PACED) {
-                    for (const int pace = handover.has_passed(number) ? PACED : SLOW; started >= pace; started--) {
-                        rest_for_phase(ring.full(behind), behind.parity);
-                        behind.next(ring.slots);
-                    }
-                    started++;
-                } else if (started == PACED) { // the loop would cost 70B of E4M3 6 % of its time
+                if (started == PACED) { // a loop would cost 70B of E4M3 6 % of its time
                     rest_for_phase(ring.full(behind), behind.parity);
                     behind.next(ring.slots);
                 } else {

@@ -1,34 +1,18 @@
 // How cuda/layers.cu ends units of products, and tells the other blocks.
 
-// What has ended: a count that grows until the end, by one for each block and operation that it has a part in.
-struct Grid {
-    u32 *count;
-
-    DEVICE void arrive() const { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
-
-    // Waits until the operations before this one have ended everywhere; one thread.
-    DEVICE void wait(const Operation &own) const {
-        const u32 wanted = own.before;
-        u32 found;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-        } while (int(found - wanted) < 0);
-    }
-};
-
 // The step, as far as products need it.
 struct Inputs {
     const int *rope_rows, *slots;
     int rows, heads, kv_heads, all_slots;
 };
 
-constexpr int SUM_STRIDE = 3, MOST_SLOTS = 64; // of up to 2 rows
+constexpr int MOST_ROWS = 2, SUM_STRIDE = 3, MOST_SLOTS = 64; // rows of a step; sums of them are apart by so many
 
 // Where things are in a block's shared memory, as far as that is known before: squares that each warp added up (WARPS, TOKENS), sums
 // (TURNS_AHEAD, WARPS, 16, SUM_STRIDE), each warp's operation, barriers of the sums and of the ring; then the ring, and behind it the input,
 // or what the warps of attention found.
 constexpr int SUMS_AT = WARPS * TOKENS * 4, OPERATIONS_AT = SUMS_AT + TURNS_AHEAD * WARPS * 16 * SUM_STRIDE * 4;
-constexpr int SUM_BARRIERS_AT = OPERATIONS_AT + ALL_WARPS * 128, RING_BARRIERS_AT = SUM_BARRIERS_AT + (TURNS_AHEAD + 1) * 16;
+constexpr int SUM_BARRIERS_AT = OPERATIONS_AT + ALL_WARPS * 128, RING_BARRIERS_AT = SUM_BARRIERS_AT + TURNS_AHEAD * 16;
 constexpr int RING_AT = (RING_BARRIERS_AT + MOST_SLOTS * 16 + 127) / 128 * 128; // else copies of E4M3 weights take a tenth longer
 
 struct Room {
@@ -46,18 +30,20 @@ struct Last {
     float scales[2], biases[2];
     float2 angle;
     float before;
-    int rope_row, slot;
+    int rope_row;
 };
 
 // How an operation ends.
 struct End {
     const Operation &own;
     const Inputs &inputs;
+    const Handed &handed;
     Division division;
     int thread, each, token, place;
 
-    DEVICE End(const Operation &own, const Inputs &inputs, int thread)
-        : own(own), inputs(inputs), division(own), thread(thread), each(own.kind == ADDED ? 16 : 8), token(thread / each), place(thread % each) {}
+    DEVICE End(const Operation &own, const Inputs &inputs, const Handed &handed, int thread)
+        : own(own), inputs(inputs), handed(handed), division(own), thread(thread), each(own.kind == ADDED ? 16 : 8), token(thread / each),
+          place(thread % each) {}
 
     DEVICE bool works() const { return token < inputs.rows; }
 
@@ -67,15 +53,21 @@ struct End {
         const Ending first(own.scales, own.bias, column), second(own.scales, own.bias, own.kind == ADDED ? column : column + division.second);
         last.scales[0] = first.scale, last.biases[0] = first.bias, last.scales[1] = second.scale, last.biases[1] = second.bias;
         last.before = 0.0f;
-        if (own.kind == ADDED) {
-            const bf16 *at = own.output + size_t(token) * own.output_stride + column;
-            u16 bits;
-            asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(at));
-            last.before = to_float(bf16{bits});
-        }
+        if (own.kind == ADDED) last.before = before(column);
         if (own.kind == QKV && unit / UNITS_OF_HEAD < inputs.heads + inputs.kv_heads) {
             last.angle = own.table[size_t(last.rope_row) * HALF + column % HEAD_DIM];
         }
+    }
+
+    // What the result of a column is added to.
+    DEVICE float before(int column) const {
+        const bool is_plain = own.flags & PLAIN_BEFORE;
+        const bf16 *at = handed.at(own.before, is_plain) + size_t(token) * own.before_stride + column / 2 * 2;
+        u32 word;
+        do {
+            word = load_word(at);
+        } while (word == NOT_THERE && !is_plain);
+        return column % 2 ? high_bf16(word) : low_bf16(word);
     }
 
     // The sum of all warps for one of the 16 rows of the unit, the first of a pair or the second.
@@ -86,25 +78,27 @@ struct End {
         return fmaf(sum * factor, last.scales[second], last.biases[second]);
     }
 
+    // Ends a unit: lanes of neighbouring columns store both of them in one word. All lanes call this.
     DEVICE void finish(const float *sums, float factor, int stride, int unit, const Last &last) const {
-        if (!works()) return;
         const int column = division.first_row(unit) + place;
+        float a = 0.0f, b = 0.0f;
+        if (works()) a = sum_of(sums, factor, stride, place, last, 0);
+        if (works() && own.kind != ADDED) b = sum_of(sums, factor, stride, place + 8, last, 1);
         if (own.kind == ADDED) {
-            if (column >= own.weight_rows) return;
-            const float result = sum_of(sums, factor, stride, place, last, 0);
-            own.output[size_t(token) * own.output_stride + column] = from_float<bf16>(fmaf(own.add, result, last.before));
-            return;
+            a = fmaf(own.add, a, last.before);
+        } else if (own.kind == GATED_PAIR) {
+            a = activate(a) * b;
+        } else {
+            const bool turns = unit / UNITS_OF_HEAD < inputs.heads + inputs.kv_heads;
+            const float2 angle = turns ? last.angle : make_float2(1.0f, 0.0f);
+            const float first = a * angle.x - b * angle.y;
+            b = b * angle.x + a * angle.y, a = first;
         }
-        const float a = sum_of(sums, factor, stride, place, last, 0), b = sum_of(sums, factor, stride, place + 8, last, 1);
-        if (own.kind == GATED_PAIR) {
-            own.output[size_t(token) * own.output_stride + column] = from_float<bf16>(activate(a) * b);
-            return;
-        }
-        const int head = unit / UNITS_OF_HEAD, dim = column % HEAD_DIM;
-        const Outputs places = {own.output, own.keys, own.values, own.output_stride, inputs.heads, inputs.kv_heads, inputs.all_slots};
-        const float2 angle = head < inputs.heads + inputs.kv_heads ? last.angle : make_float2(1.0f, 0.0f);
-        places.store(token, last.slot, head, dim, a * angle.x - b * angle.y);
-        places.store(token, last.slot, head, dim + HALF, b * angle.x + a * angle.y);
+        const bool is_odd = place % 2, stores = works() && (!is_odd || own.kind == QKV);
+        const float other = __shfl_xor_sync(ALL_LANES, is_odd || own.kind != QKV ? a : b, 1);
+        const u32 word = is_odd ? pack_bf16(other, b) : pack_bf16(a, other);
+        bf16 *to = handed.at(own.output, own.flags & PLAIN_OUTPUT) + size_t(token) * own.output_stride + column;
+        if (stores) store_word(is_odd ? to + HALF - 1 : to, word);
     }
 };
 
@@ -122,8 +116,18 @@ struct Launch {
     Room room;
     Ring ring;
     Handover handover;
-    Grid grid;
+    Sets sets;
     Inputs inputs;
+
+    // The rows of this launch, once the launch before this one has ended.
+    DEVICE Handed find() const {
+        u32 attended = 0;
+#pragma unroll
+        for (int token = 0; token < MOST_ROWS; token++) {
+            if (token < inputs.rows && u32(inputs.slots[token]) < u32(inputs.all_slots)) attended |= 1 << token;
+        }
+        return {sets.own(), attended};
+    }
 };
 
 // A finishing warp. They take units in turn, so that what their ends need is there in time.
@@ -131,18 +135,18 @@ DEVICE void finish_units(Program program, const Launch &launch, int warp, int la
     const Room &room = launch.room;
     const int step = gridDim.x;
     wait_for_previous();
+    const Handed handed = launch.find();
     Turn turn = {0};
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
+        if (warp == 0) launch.sets.clear(handed, number, program.count, lane);
         if (own.kind == ATTEND) continue;
-        const End end(own, launch.inputs, lane);
-        Last last = {{}, {}, make_float2(1.0f, 0.0f), 0.0f, 0, -1};
-        if (own.kind == QKV && end.works()) last.rope_row = launch.inputs.rope_rows[end.token], last.slot = launch.inputs.slots[end.token];
+        const End end(own, launch.inputs, handed, lane);
+        Last last = {{}, {}, make_float2(1.0f, 0.0f), 0.0f, 0};
+        if (own.kind == QKV && end.works()) last.rope_row = launch.inputs.rope_rows[end.token];
         const int units = own.units;
         int unit = first_unit(own);
-        const int times = (units - unit + step - 1) / step;
         for (; unit < units && int(turn.unit % FINISHERS) != warp; unit += step) turn.unit++;
-        if (own.kind == ADDED && unit < units) launch.handover.follow(number - 1);
         if (unit < units) end.begin(unit, last);
         float factor = 0.0f;
 #pragma unroll 1
@@ -152,7 +156,6 @@ DEVICE void finish_units(Program program, const Launch &launch, int warp, int la
             end.finish(room.sums(turn.slot()), factor, SUM_STRIDE, unit, last);
             __syncwarp();
             arrive(launch.handover.empty(turn));
-            if (lane == 0 && launch.handover.end(times)) launch.grid.arrive();
             do {
                 turn.unit++, unit += step;
             } while (unit < units && int(turn.unit % FINISHERS) != warp);

@@ -58,11 +58,13 @@ DEVICE u32 take_piece(u32 &first, u32 &second) {
 template <bool NORMED> struct GroupBringing {
     static constexpr int PIECES = !IN_PIECES ? 1 : NORMED ? 3 : 2, BATCH = 8 / RUNS; // stretches that are asked for together
     const Product &product;
+    const Incoming &incoming;
     const Lying &to;
     int warp, lane;
     float factors[RUNS][8]; // of the warp's first stretch, which are there before the kernel waits
 
-    DEVICE GroupBringing(const Product &product, const Lying &to, int warp, int lane) : product(product), to(to), warp(warp), lane(lane) {
+    DEVICE GroupBringing(const Product &product, const Incoming &incoming, const Lying &to, int warp, int lane)
+        : product(product), incoming(incoming), to(to), warp(warp), lane(lane) {
         if (!NORMED) return;
         read_factors(warp);
         for (int stretch = warp + WARPS; stretch < to.stretches; stretch += WARPS) {
@@ -84,10 +86,10 @@ template <bool NORMED> struct GroupBringing {
         }
     }
 
-    // What lies beyond the row becomes zeros. Other multiprocessors wrote it, so L1 must not be asked.
+    // What lies beyond the row becomes zeros.
     DEVICE uint4 read(const bf16 *row, int stretch, int run) const {
         uint4 raw = make_uint4(0, 0, 0, 0);
-        if (column(stretch, run) < product.columns) raw = __ldcg(reinterpret_cast<const uint4 *>(row + column(stretch, run)));
+        if (row && column(stretch, run) < product.columns) raw = load_words(row + column(stretch, run));
         return raw;
     }
 
@@ -95,21 +97,10 @@ template <bool NORMED> struct GroupBringing {
     DEVICE void put_plain(uint4 (&raw)[RUNS], int stretch, u8 *row, float &squares) const {
 #pragma unroll
         for (int run = 0; run < RUNS; run++) {
-            if (NORMED) normalise_words(raw[run], factors[run], squares);
+            if (NORMED) normalise(raw[run], factors[run], squares);
             const u32 place = column(stretch, run) * 2;
             if (place < to.pitch) *reinterpret_cast<uint4 *>(row + place) = raw[run];
         }
-    }
-
-    DEVICE static void normalise_words(uint4 &raw, const float (&factors)[8], float &squares) {
-        u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float a = low_bf16(words[i]), b = high_bf16(words[i]);
-            squares = fmaf(b, b, fmaf(a, a, squares));
-            words[i] = pack_bf16(a * factors[2 * i], b * factors[2 * i + 1]);
-        }
-        raw = make_uint4(words[0], words[1], words[2], words[3]);
     }
 
     // Writes a stretch of a token in pieces, and its unit.
@@ -144,14 +135,15 @@ template <bool NORMED> struct GroupBringing {
 
     // Brings a token, and returns the sum of the lane's squares.
     DEVICE float bring_token(int token) {
-        const bf16 *from = product.input + token * size_t(product.input_stride);
+        const bf16 *from = incoming.row(token);
         u8 *row = to.begin + token * PIECES * to.pitch;
         float squares = 0.0f;
 #pragma unroll 1
         for (int base = warp; base < to.stretches; base += BATCH * WARPS) {
-            uint4 raw[BATCH][RUNS];
+            uint4 all[BATCH * RUNS], raw[BATCH][RUNS];
+            read_words(all, incoming.wait, [&](int i) { return read(from, base + i / RUNS * WARPS, i % RUNS); });
 #pragma unroll
-            for (int i = 0; i < BATCH * RUNS; i++) raw[i / RUNS][i % RUNS] = read(from, base + i / RUNS * WARPS, i % RUNS);
+            for (int i = 0; i < BATCH * RUNS; i++) raw[i / RUNS][i % RUNS] = all[i];
             const int end = min(to.stretches, base + BATCH * WARPS);
 #pragma unroll 1
             for (int stretch = base; stretch < end; stretch += WARPS) { // short: what does not fit the instruction cache is slow
@@ -292,11 +284,12 @@ template <bool NORMED> struct GroupProducts {
 };
 
 template <bool NORMED>
-DEVICE void multiply_operation(const Operation &own, const Launch &launch, int number, int warp, int lane, Place &place, Turn &turn) {
+DEVICE void multiply_operation(const Operation &own, const Launch &launch, const Handed &handed, int warp, int lane, Place &place, Turn &turn) {
     const Product product = product_of(own, TOKENS);
+    const Incoming incoming(own, handed);
     const Lying input(product, launch.room.input(), GroupBringing<NORMED>::PIECES);
-    GroupBringing<NORMED> bringing(product, input, warp, lane);
-    wait_for_operation(launch, own, number);
+    GroupBringing<NORMED> bringing(product, incoming, input, warp, lane);
+    work_barrier(); // nobody needs the input of the operation before this one
     bringing.bring(launch.room.squares() + warp * TOKENS);
     GroupProducts<NORMED> products(launch, input, warp, lane, steps_of(own));
     const int units = own.units;
@@ -311,14 +304,18 @@ DEVICE void multiply_operation(const Operation &own, const Launch &launch, int n
 DEVICE void multiply_by_groups(Program program, const Launch &launch, const Pieces &pieces, int warp, int lane) {
     Place place = {0, 0};
     Turn turn = {0};
+    wait_for_previous();
+    const Handed handed = launch.find();
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
         if (own.kind == ATTEND) {
-            attend_or_wait(own, launch, pieces, number, warp);
+            attend_or_wait(own, launch, handed, pieces, warp);
+        } else if (first_unit(own) >= own.units) {
+            continue;
         } else if (own.norm) {
-            multiply_operation<true>(own, launch, number, warp, lane, place, turn);
+            multiply_operation<true>(own, launch, handed, warp, lane, place, turn);
         } else {
-            multiply_operation<false>(own, launch, number, warp, lane, place, turn);
+            multiply_operation<false>(own, launch, handed, warp, lane, place, turn);
         }
     }
 }

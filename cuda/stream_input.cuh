@@ -5,18 +5,6 @@ constexpr bool IS_PREPARED = false;
 
 typedef Sums Accumulator[2];
 
-// Eight input values of a token times the norm's factors, and their squares added up.
-DEVICE void normalise(uint4 &values, const float (&factors)[8], float &squares) {
-    u32 words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float a = low_bf16(words[i]), b = high_bf16(words[i]);
-        squares = fmaf(b, b, fmaf(a, a, squares));
-        words[i] = pack_bf16(a * factors[2 * i], b * factors[2 * i + 1]);
-    }
-    values = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Where 8 columns of a token lie in a slot: what four lanes read together is neighbours, and two tokens take different banks.
 DEVICE int input_place(int token, int eight) {
     return token * STEP * 2 + eight / 8 * 128 + (eight / 4 % 2 ^ token % 2) * 64 + eight % 4 * 16;

@@ -15,10 +15,10 @@ from test_packing import KINDS, put, random_parts
 from test_rows import activate, normal
 
 from infer.gpu import layers
-from infer.gpu.arrays import KvLayer, RopeTable, StepInputs, Weight
+from infer.gpu.arrays import KvLayer, RopeTable, Rows, StepInputs, Weight
 from infer.gpu.attention import AttentionPlan, PlanSize
 from infer.gpu.launch import DEPENDENT
-from infer.gpu.layers import COUNTER_BYTES, Layer, Stack
+from infer.gpu.layers import MOST_LAYER_ROWS, NOT_THERE, Layer, Stack, handed_rows, set_bytes, words_at
 from infer.gpu.warp_group import CAPABILITY
 
 LAYERS = 3
@@ -32,7 +32,8 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the kernel where it can run, be it faster or not."""
     if device().kernels.capability < DEPENDENT:
         pytest.skip("the kernel needs compute capability 9.0")
-    monkeypatch.setattr(layers, "pays", lambda _: True)
+    monkeypatch.setattr(layers, "pays", lambda *_: True)
+    monkeypatch.setattr(layers, "most_rows", lambda _: MOST_LAYER_ROWS)
 
 
 @dataclass
@@ -77,14 +78,20 @@ class Case:
     """Layers of random weights, and sequences of one row or two."""
 
     def __init__(
-        self, model: Model, kind: str, sequences: list[tuple[int, int]], has_bias: bool = False, layers: int = LAYERS
+        self,
+        model: Model,
+        kind: str,
+        sequences: list[tuple[int, int]],
+        has_bias: bool = False,
+        layers: int = LAYERS,
+        padding: int = 0,
     ) -> None:
-        self.gpu, self.model, self.kind, rows = device(), model, kind, sum(count for _, count in sequences)
+        self.gpu, self.model, self.kind, rows = device(), model, kind, sum(count for _, count in sequences) + padding
         self.is_near = self.gpu.kernels.capability == CAPABILITY and kind not in KINDS
         self.pages = sum(-(-(first + count) // PAGE_TOKENS) for first, count in sequences)
-        self.inputs: StepInputs = self.gpu.inputs(sequences, pages=self.pages)
+        self.inputs: StepInputs = self.gpu.inputs(sequences, padding, self.pages)
         longest = max(first + count for first, count in sequences)
-        size = PlanSize(rows, len(sequences), longest, model.heads, model.kv_heads, model.head_dim)
+        size = PlanSize(rows, len(sequences) + padding, longest, model.heads, model.kv_heads, model.head_dim)
         self.plan = AttentionPlan(self.gpu.zeros(size.plan_bytes), self.gpu.zeros(size.scratch_bytes), size, 0, True)
         self.start = to_bits(normal(rows, model.hidden), "bf16")
         angles = normal(longest, model.head_dim // 2)
@@ -150,6 +157,21 @@ class Case:
                 layer.hidden, layer.inner, layer.hidden, gate_up, down, "silu", layer.norms[1], EPSILON, 0.5, *scratch
             )
 
+    def stacked(self, stack: Stack, enqueue: Any = None) -> dict[str, np.ndarray]:
+        """Return what all buffers, those that the kernel has of its own, and pages hold after it has run."""
+        found = self.result(enqueue or (lambda: run(self, stack)))
+        next_set, *counts = map(int, self.gpu.ints(stack.pointer, 4))
+        assert not any(counts)
+        begin, size = stack.pointer + words_at(self.layers), set_bytes(self.layers)
+        assert (self.gpu.ints(begin + next_set * size, size, np.uint8) == NOT_THERE).all()
+        own = handed_rows(self.layers[-1], len(self.layers) - 1)._asdict()
+        places = {"queries": "qkv", "attended": "attended", "middle": "middle", "inner": "inner"}
+        for name, place in places.items():
+            shape = found["hidden" if name == "middle" else name].shape
+            pointer = begin + (1 - next_set) * size + own[place].place
+            found[name] = self.gpu.read(Rows(pointer, *shape, own[place].stride, "bf16"))
+        return found
+
     def result(self, enqueue: Any) -> dict[str, np.ndarray]:
         """Return what all buffers and pages hold after running from the same start."""
         layer, gpu = self.layers[0], self.gpu
@@ -174,10 +196,9 @@ def check(case: Case) -> None:
     """Compare what the kernel leaves with what the operations leave, twice."""
     expected, stack = case.result(case.one_by_one), case.stack()
     assert np.isfinite(expected["hidden"]).all() and abs(expected["hidden"]).max() > 0
-    for _ in range(2):  # the second time finds the counts that the first one left
-        found = case.result(lambda: run(case, stack))
+    for _ in range(3):  # either set of rows, and one that was cleared
+        found = case.stacked(stack)
         assert {name: differences(case, found[name], expected[name]) for name in expected} == dict.fromkeys(expected, 0)
-    assert not case.gpu.ints(stack.pointer, COUNTER_BYTES // 4).any()
 
 
 def differences(case: Case, found: np.ndarray, expected: np.ndarray) -> float:
@@ -203,20 +224,39 @@ def test_layers(model: Model, kind: str, sequences: list[tuple[int, int]]) -> No
 
 
 @pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])
+@pytest.mark.parametrize("sequences", [[(15, 2)], [(511, 2)], [(510, 2)]], ids=str)
+def test_rows_of_a_sequence_in_pieces_of_their_own(kind: str, sequences: list[tuple[int, int]]) -> None:
+    """Eight heads share keys: each row is a piece, and sees the key of the row before it, maybe in another page or chunk."""
+    check(Case(WIDE, kind, sequences))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])
+def test_padded_rows(kind: str) -> None:
+    case = Case(WIDE, kind, [(40, 1)], padding=1)
+    expected, stack = case.result(case.one_by_one), case.stack()
+    for _ in range(3):
+        assert differences(case, case.stacked(stack)["hidden"][0], expected["hidden"][0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])
 def test_biases(kind: str) -> None:
     check(Case(SMALL, kind, [(40, 1)], has_bias=True))
 
 
-def test_graphs_replay() -> None:
-    case = Case(WIDE, "e4m3", [(300, 1)])
-    expected, stack = case.result(case.one_by_one), case.stack()
+@pytest.mark.parametrize("kind", ["e4m3", "int4"])
+def test_graphs_replay_between_launches_of_other_sizes(kind: str) -> None:
+    case = Case(WIDE, kind, [(300, 1), (40, 1)])
+    both, one = case.inputs, replace(case.inputs, rows=1, sequences=1)
+    expected, stack = case.result(case.one_by_one)["hidden"], case.stack()
     with case.gpu.stream:
         case.gpu.stream.begin_capture()
         run(case, stack)
         graph = case.gpu.stream.end_capture()
-    for _ in range(3):
-        found = case.result(lambda: graph.launch(case.gpu.stream))
-        assert differences(case, found["hidden"], expected["hidden"]) == 0
+    for launches in ("graph", "graph", "one", "graph", "one", "one", "both", "graph", "both", "one", "graph"):
+        case.inputs = one if launches == "one" else both
+        found = case.stacked(stack, (lambda: graph.launch(case.gpu.stream)) if launches == "graph" else None)["hidden"]
+        rows = case.inputs.rows
+        assert differences(case, found[:rows], expected[:rows]) == 0, launches
 
 
 def normed(values: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -236,9 +276,12 @@ def errors(case: Case, found: dict[str, np.ndarray]) -> dict[str, float]:
     angles = case.table[case.gpu.ints(case.inputs.positions, len(start))].astype(np.float64)[:, None]
     cos, sin = angles[..., 0], angles[..., 1]
     queries = np.stack([first * cos - second * sin, second * cos + first * sin], 2).reshape(len(start), -1)
-    middle = rounded(start + found["attended"] @ attention.T, "bf16")
+    exact = start + found["attended"] @ attention.T
+    found = {"middle": rounded(exact, "bf16"), **found}  # the operations one by one leave none
+    middle = found["middle"]
     gate, up = np.split(normed(middle, case.norms[0, 1]) @ gate_up.T, 2, -1)
     expected = {"inner": activate("silu", gate) * up, "hidden": middle + 0.5 * (found["inner"] @ down.T), "queries": queries}
+    expected["middle"] = exact
     return {name: error(found[name][:, : values.shape[1]], values) for name, values in expected.items()}
 
 
@@ -248,7 +291,7 @@ def test_products_are_as_near_as_one_by_one(model: Model, kind: str) -> None:
     case = Case(model, kind, [(31, 1), (40, 1)], layers=1)
     stack = case.stack()
     alone = errors(case, case.result(case.one_by_one))
-    found = errors(case, case.result(lambda: run(case, stack)))
+    found = errors(case, case.stacked(stack))
     assert all(found[name] < 1.2 * alone[name] + 1e-5 for name in alone), (found, alone)
 
 
@@ -256,9 +299,9 @@ def test_products_are_as_near_as_one_by_one(model: Model, kind: str) -> None:
 def test_a_row_alone(kind: str) -> None:
     case = Case(WIDE, kind, [(31, 1), (40, 1)])
     stack = case.stack()
-    both = case.result(lambda: run(case, stack))["hidden"]
+    both = case.stacked(stack)["hidden"]
     case.inputs = replace(case.inputs, rows=1, sequences=1)
-    alone = case.result(lambda: run(case, stack))["hidden"]
+    alone = case.stacked(stack)["hidden"]
     assert (both[0] == alone[0]).all()
 
 

@@ -25,21 +25,24 @@ if TYPE_CHECKING:
 MOST_LAYER_ROWS = 2
 """Most rows of a step whose layers are one kernel: beyond, the input leaves too little room for weights that come ahead."""
 
-LAYER_TYPES = ("e4m3", "int4")
-"""Types of weights whose layers this is faster for: bfloat16 ones come at memory speed anyway."""
+WIDTHS = {"bf16": range(2048, 4096), "e4m3": range(2048, 1 << 16), "int4": range(2048, 1 << 16)}
+"""Widths of rows whose layers this is faster for, by the type of weights: wider ones of bfloat16 come at memory speed anyway."""
+
+ONE_ROW = "bf16"
+"""The type of weights that this is faster for where there is one row: two were not measured."""
 
 LEAST_SLOTS = 8
 """Fewest rounds of weights that there must be room for."""
 
-LEAST_WIDTH = 4096
-"""Least width of rows whose layers this is faster for."""
-
 QKV, ATTEND, ADDED, GATED_PAIR = range(4)  # as in cuda/layers.cuh
-RECORD = struct.Struct("=10Q7i2fi8x")  # Operation there
+PLAIN_INPUT, PLAIN_OUTPUT, PLAIN_BEFORE, FROM_ATTENTION = 1, 2, 4, 8  # as in cuda/layers_words.cuh
+RECORD = struct.Struct("=10Q7i2f2i4x")  # Operation in cuda/layers.cuh
 COUNTER_BYTES = 256
-"""Bytes before the records that are zero before and after each launch."""
+"""Bytes before the records: which set of rows is next, and counts that are zero before and after each launch."""
+NOT_THERE = 0xFF
+"""Each byte of a word that is not there yet (cuda/layers_words.cuh)."""
 LAYER_WARPS = 12
-FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + LAYER_WARPS * RECORD.size + 5 * 16 + 64 * 16
+FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + LAYER_WARPS * RECORD.size + 4 * 16 + 64 * 16
 """Of a block's shared memory: sums, operations, and barriers of those and of at most MOST_SLOTS rounds of weights."""
 MOST_SLOTS = 64
 ROUND_BYTES, GROUP_ROUND_BYTES = 16896, 16384
@@ -108,19 +111,19 @@ class LayerOperations(ScaledOperations):
 
         if not self._can_stack(layers):
             return None
-        blocks, records, units, before = self.kernels.multiprocessors, [], 0, 0
-        for layer in layers:
-            for operation in _operations(layer):
+        blocks, records, units = self.kernels.multiprocessors, [], 0
+        for number, layer in enumerate(layers):
+            for operation in _operations(layer, number, number + 1 == len(layers)):
                 count = operation.weight.rows // 16 if operation.weight else 0
-                records.append(_record(layer, operation, count, units % blocks, before))
+                records.append(_record(layer, operation, count, units % blocks))
                 units += count
-                before += min(count, blocks) if operation.weight else blocks
-        return np.frombuffer(bytes(COUNTER_BYTES) + b"".join(records), np.uint8)
+        words = bytes([NOT_THERE]) * (2 * set_bytes(layers))
+        return np.frombuffer((bytes(COUNTER_BYTES) + b"".join(records)).ljust(words_at(layers), b"\0") + words, np.uint8)
 
     def layers(self, inputs: StepInputs, plan: AttentionPlan, stack: Stack) -> bool:
         """Run all layers of a stack, if this kernel takes the step; return whether it did."""
         layer = stack.layers[0]
-        takes = 0 < inputs.rows <= MOST_LAYER_ROWS and plan.only_decode and not plan.plain and plan.size.length <= LONG
+        takes = 0 < inputs.rows <= most_rows(layer) and plan.only_decode and not plan.plain and plan.size.length <= LONG
         if not takes or plan.window or self._refuses_layers:
             return False
         room = self._room(inputs.rows, layer)
@@ -133,7 +136,8 @@ class LayerOperations(ScaledOperations):
         kernel = self.kernels.get("layers.cu", "layers", **macros)
         lists = (plan.items, plan.pointer, inputs.page_table, plan.scratch + plan.size.counter_bytes, plan.scratch)
         shape = (5 * len(stack.layers), inputs.rows, layer.heads, pages.kv_heads, pages.pages * PAGE_TOKENS, inputs.page_stride)
-        pointers = (stack.pointer + COUNTER_BYTES, inputs.rope_rows, inputs.slots, *lists, stack.pointer)
+        words = (stack.pointer + words_at(stack.layers), set_bytes(stack.layers))
+        pointers = (stack.pointer + COUNTER_BYTES, inputs.rope_rows, inputs.slots, *lists, stack.pointer, *words)
         arguments = (*pointers, *shape, room.slots, stack.attention_scale, stack.softcap)
         try:
             kernel(self.stream, (self.kernels.multiprocessors,), LAYER_WARPS * 32, arguments, room.shared, cooperative=True)
@@ -148,7 +152,12 @@ class LayerOperations(ScaledOperations):
             return False
         first = layers[0]
         alike = all(_shape(layer) == _shape(first) for layer in layers)
-        return alike and pays(first) and all(map(_can_run, layers)) and self._room(1, first).slots >= LEAST_SLOTS
+        return (
+            alike
+            and pays(first, self._has_groups(first.weights[0]))
+            and all(map(_can_run, layers))
+            and self._room(1, first).slots >= LEAST_SLOTS
+        )
 
     def _room(self, rows: int, layer: Layer) -> _Room:
         """Divide the shared memory of a block, as cuda/layers.cu does."""
@@ -179,44 +188,90 @@ def _lying_bytes(weight: Weight, is_normed: bool) -> int:
     return pitch if weight.type == "bf16" else pitch * (3 if is_normed else 2) + 4 * ceil_of(weight.columns, STRETCH)
 
 
-def pays(layer: Layer) -> bool:
-    """Return whether this is faster than the operations one by one."""
-    return layer.weights[0].type in LAYER_TYPES and layer.hidden.width >= LEAST_WIDTH
+def pays(layer: Layer, has_groups: bool) -> bool:
+    """Return whether this is faster than the operations one by one; ``has_groups``: warp groups multiply the weights."""
+    kind = layer.weights[0].type
+    return layer.hidden.width in WIDTHS.get(kind, ()) and (kind != "bf16" or has_groups)
+
+
+def most_rows(layer: Layer) -> int:
+    """Return the most rows of a step for which this is faster."""
+    return 1 if layer.weights[0].type == ONE_ROW else MOST_LAYER_ROWS
+
+
+class Row(NamedTuple):
+    """Where rows lie: at a pointer, or at a place in the set of rows of a launch."""
+
+    place: int
+    stride: int
+    is_plain: bool = False
+
+
+class HandedRows(NamedTuple):
+    """Rows of a layer that its operations hand over, of MOST_LAYER_ROWS each."""
+
+    qkv: Row
+    attended: Row
+    middle: Row
+    inner: Row
+    hidden: Row
+
+
+def handed_rows(layer: Layer, number: int) -> HandedRows:
+    """Return where a layer's rows lie in a set."""
+    qkv, attention, _, down = layer.weights
+    widths = (qkv.rows, attention.columns, attention.rows, down.columns, down.rows)
+    starts = [sum(widths[:index]) + number * sum(widths) for index in range(len(widths))]
+    return HandedRows(*(Row(2 * MOST_LAYER_ROWS * start, width) for start, width in zip(starts, widths, strict=True)))
+
+
+def set_bytes(layers: Sequence[Layer]) -> int:
+    """Return the bytes of a set of rows, those of all layers."""
+    return handed_rows(layers[0], len(layers)).qkv.place
+
+
+def words_at(layers: Sequence[Layer]) -> int:
+    """Return where a stack's sets of rows begin, behind the records."""
+    return ceil_of(COUNTER_BYTES + 5 * len(layers) * RECORD.size, 128) * 128
 
 
 class _Operation(NamedTuple):
-    """An operation of a layer, and what its result is multiplied by."""
+    """An operation of a layer, and what its result is multiplied by and added to."""
 
     kind: int
     weight: Weight | None
     norm: int
     epsilon: float
-    source: Rows
-    output: Rows
-    scale: float
+    source: Row
+    output: Row
+    scale: float = 1.0
+    before: Row = Row(0, 0)
 
 
-def _operations(layer: Layer) -> tuple[_Operation, ...]:
+def _operations(layer: Layer, number: int, is_last: bool) -> tuple[_Operation, ...]:
     qkv, attention, gate_up, down = layer.weights
+    own, outside = handed_rows(layer, number), Row(layer.hidden.pointer, layer.hidden.stride, True)
+    source, hidden = handed_rows(layer, number - 1).hidden if number else outside, outside if is_last else own.hidden
     return (
-        _Operation(QKV, qkv, layer.norms[0], layer.epsilons[0], layer.hidden, layer.qkv, 1.0),
-        _Operation(ATTEND, None, 0, 0.0, layer.queries, layer.attended, 1.0),
-        _Operation(ADDED, attention, 0, 0.0, layer.attended, layer.hidden, layer.scales[0]),
-        _Operation(GATED_PAIR, gate_up, layer.norms[1], layer.epsilons[1], layer.hidden, layer.inner, 1.0),
-        _Operation(ADDED, down, 0, 0.0, layer.inner, layer.hidden, layer.scales[1]),
+        _Operation(QKV, qkv, layer.norms[0], layer.epsilons[0], source, own.qkv),
+        _Operation(ATTEND, None, 0, 0.0, own.qkv, own.attended),
+        _Operation(ADDED, attention, 0, 0.0, own.attended, own.middle, layer.scales[0], source),
+        _Operation(GATED_PAIR, gate_up, layer.norms[1], layer.epsilons[1], own.middle, own.inner),
+        _Operation(ADDED, down, 0, 0.0, own.inner, hidden, layer.scales[1], own.middle),
     )
 
 
-def _record(layer: Layer, operation: _Operation, units: int, rotation: int, before: int) -> bytes:
+def _record(layer: Layer, operation: _Operation, units: int, rotation: int) -> bytes:
     """Return an operation as the kernel reads it."""
-    kind, weight, norm, epsilon, source, output, scale = operation
-    attends = kind in (QKV, ATTEND)
+    kind, weight, norm, epsilon, source, output, scale, before = operation
     pointers = (weight.pointer, weight.scales, weight.minima, weight.bias) if weight else (0, 0, 0, 0)
-    pages = (layer.pages.keys, layer.pages.values) if attends else (0, 0)
-    table = layer.table.pointer if attends else 0
+    pages = (layer.pages.keys, layer.pages.values) if kind == ATTEND else (0, 0)
+    table = layer.table.pointer if kind == QKV else before.place
     shape = (weight.rows, weight.columns) if weight else (0, 0)
-    numbers = (kind, source.stride, output.stride, *shape, units, rotation, scale, epsilon, before)
-    return RECORD.pack(*pointers, norm, source.pointer, output.pointer, *pages, table, *numbers)
+    flags = PLAIN_INPUT * source.is_plain + PLAIN_OUTPUT * output.is_plain + PLAIN_BEFORE * before.is_plain
+    flags += FROM_ATTENTION * (weight is layer.weights[1])
+    numbers = (kind, source.stride, output.stride, *shape, units, rotation, scale, epsilon, flags, before.stride)
+    return RECORD.pack(*pointers, norm, source.place, output.place, *pages, table, *numbers)
 
 
 def _shape(layer: Layer) -> tuple[object, ...]:

@@ -1,0 +1,70 @@
+// How cuda/layers.cu attends: with the queries, keys and values that the operation before hands over.
+
+// How attention finds this step's queries, keys and values: QKV hands them over. Who attends to a chunk stores the new ones of its pages.
+struct Fresh {
+    const Operation &own;
+    const Launch &launch;
+    const bf16 *rows; // queries, keys and values of all heads
+
+    DEVICE void begin() const { work_barrier(); }
+    DEVICE uint4 read(const bf16 *from) const { return load_words(from); }
+    template <class Read> DEVICE void check(uint4 (&words)[QUERY_READS], Read read) const { wait_for_words(words, read); }
+
+    // Where in a page of this piece a row's token is stored, and in which; whether it is.
+    DEVICE bool find(const decoding::Work &work, int row, int &slot) const {
+        const int position = work.item.first_position + row - work.item.first_row, page = position / PAGE_TOKENS;
+        if (row >= work.item.first_row + work.item.rows || position < 0 || page < work.begin || page >= work.end) return false;
+        slot = launch.inputs.slots[row];
+        return u32(slot) < u32(launch.inputs.all_slots) && slot == work.pages.table[page] * PAGE_TOKENS + position % PAGE_TOKENS;
+    }
+
+    // Stores what is new in a piece's pages: a warp a row.
+    DEVICE void prepare(const decoding::Work &work) const {
+        const Inputs &inputs = launch.inputs;
+        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        bool stores = false;
+        for (int row = 0; row < inputs.rows; row++) {
+            int slot;
+            if (!find(work, row, slot)) continue;
+            stores = true;
+            if (warp == row) store(work, slot, row, lane);
+        }
+        if (stores) DECODE_BARRIER();
+    }
+
+    DEVICE void store(const decoding::Work &work, int slot, int row, int lane) const {
+        constexpr int EIGHTS_OF_HEAD = HEAD_DIM / 8;
+        const int kv_head = work.pages.kv_head, kv_heads = launch.inputs.kv_heads, head = launch.inputs.heads + kv_head;
+        const size_t page = page_index(slot / PAGE_TOKENS, kv_head, kv_heads);
+        const bf16 *from = rows + size_t(row) * own.input_stride + head * HEAD_DIM;
+        for (int i = lane; i < 2 * EIGHTS_OF_HEAD; i += WARP) {
+            const bool is_value = i >= EIGHTS_OF_HEAD;
+            const int dim = i % EIGHTS_OF_HEAD * 8, place = slot % PAGE_TOKENS;
+            uint4 words;
+            do {
+                words = load_words(from + (is_value ? kv_heads * HEAD_DIM : 0) + dim);
+            } while (!are_there(words));
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const bf16 one = {u16(word_of(words, k / 2) >> k % 2 * 16)};
+                if (is_value) {
+                    own.values[page + value_offset<VALUE_TYPE>(place, dim + k)] = one;
+                } else {
+                    own.keys[page + key_offset<KEY_TYPE>(place, dim + k)] = one;
+                }
+            }
+        }
+    }
+};
+
+DEVICE void attend_or_wait(const Operation &own, const Launch &launch, const Handed &handed, const Pieces &pieces, int warp) {
+    const Fresh fresh = {own, launch, handed.at(own.input, false)};
+    if (warp >= DECODE_WARPS) {
+        fresh.begin();
+        return;
+    }
+    const decoding::Call call = {fresh.rows, handed.at(own.output, false), own.keys, own.values, nullptr, nullptr, nullptr, pieces.items,
+                                 pieces.counts, pieces.page_table, pieces.partials, pieces.counters, own.input_stride, own.output_stride,
+                                 pieces.page_stride, launch.inputs.kv_heads, 0, pieces.scale, pieces.softcap};
+    decoding::attend(call, *reinterpret_cast<decoding::Shared *>(launch.room.input()), fresh);
+}
