@@ -121,8 +121,11 @@ pub fn attention(
     let next = AtomicUsize::new(0);
     context.pool.run(slots, |slot| {
         let mut workspace = workspaces[slot].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        while let Some(item) = plan.items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            call.compute(item, &mut workspace);
+        let take = || next.fetch_add(1, Ordering::Relaxed);
+        let mut place = take();
+        while let Some(item) = plan.items.get(place) {
+            call.compute(item, plan.items.get(place + slots), &mut workspace);
+            place = take();
         }
     });
     if partial_rows > 0 {
@@ -146,8 +149,9 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn compute(&self, item: &Item, workspace: &mut Workspace) {
-        self.context.isa.dispatch(Tile::new(self, item, workspace));
+    /// Computes an item. `next` is the one that this thread is likely to take then.
+    fn compute(&self, item: &Item, next: Option<&Item>, workspace: &mut Workspace) {
+        self.context.isa.dispatch(Tile::new(self, item, next, workspace));
     }
 }
 
