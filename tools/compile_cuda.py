@@ -105,8 +105,10 @@ VARIANTS: dict[str, list[Macros]] = {
         choices(**ANY, RESIDENT=[0, 1], EPILOGUE=[1]) + choices(EPILOGUE=[2], PAIRED=[1], TOKENS=[1, 8], DEPTH=[5], **NORMED), 4
     ),
     "linear_warp_group.cu": choices(**GROUPED, TOKENS=[32, 64], GROUPS=[1, 2], STEP_BYTES=[256], OUTPUT=["bf16", "float"])
-    + choices(**GROUPED, TOKENS=[32, 64], GROUPS=[2], TILES=[2], STEP_BYTES=[128], STAGES=[5])
-    + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], TILES=[1, 2], STEP_BYTES=[128], EPILOGUE=[2], PAIRED=[1]),
+    + choices(**GROUPED, TOKENS=[64], GROUPS=[1], ROWS=[48], STEP_BYTES=[256], STAGES=[7])
+    + choices(**GROUPED, TOKENS=[64], GROUPS=[2], ROWS=[40], STEP_BYTES=[256], STAGES=[5])
+    + choices(**GROUPED, TOKENS=[32, 64, 96], GROUPS=[2], ROWS=[112, 128], STEP_BYTES=[128], STAGES=[5])
+    + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], ROWS=[112, 128], STAGES=[5], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
     "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]

@@ -87,7 +87,7 @@ def test_gated(rows: int, shape: tuple[int, int], name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [40, 96, 128])
-@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("splits", range(1, warp_group.MOST_SPLITS + 1))
 @pytest.mark.parametrize("shape", warp_group.SHAPES)
 def test_divisions(shape: warp_group.Shape, splits: int, rows: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any division gives the product, though some have more blocks than there are steps."""

@@ -28,14 +28,17 @@ MODEL_ROWS = 64
 
 CAPABILITY = 90  # compute capability: the only one with these matrix instructions
 TILE_ROWS = 64  # weight rows of a warp group's tile
-NEIGHBOUR_BYTES = 19 << 10  # of shared memory that are left to what else runs on the multiprocessor
+NEIGHBOUR_BYTES = 16 << 10  # of shared memory that are left to what else runs on the multiprocessor
 MOST_STAGES = 12
+SHORT_SPAN = 128
 PACED_BYTES = 64 << 10
 """Of weights that a block asks for at a time at first: what is asked for later, by other kernels too, waits behind it."""
-# Microseconds on an H100, fitted to 150 divisions of 8 weights:
-READ_COST = 0.35e-6  # of a byte of weights, for all blocks together
-BLOCK_COSTS = (14e-6, 10e-6, 10e-6)  # of a byte of weights and input of one block, by SHAPES
-SPLIT_COST = 0.5  # of a block of a cluster, for adding up their sums
+MOST_SPLITS = 2
+"""Blocks that share the columns: of clusters of 4, a GPU with 132 multiprocessors has 30, so 12 of these have nothing to do."""
+# Microseconds on an H200, fitted to 44 divisions of 8 weights with MODEL_ROWS rows:
+READ_COST = 0.17e-6  # of a byte of weights, for all blocks together
+BLOCK_COST = 8e-6  # of a byte of weights and input of one block
+SPLIT_COST = 1.5  # of two blocks that add their sums
 WAVE_COST = 2.0  # of blocks that find no multiprocessor at first
 
 
@@ -44,15 +47,15 @@ class Shape(NamedTuple):
 
     groups: int
     """Warp groups."""
-    tiles: int
-    """Tiles of weight rows of each."""
+    group_rows: int
+    """Weight rows of each."""
     span: int
     """Bytes of each row."""
 
     @property
     def rows(self) -> int:
         """Weight rows of a block."""
-        return self.groups * self.tiles * TILE_ROWS
+        return self.groups * self.group_rows
 
     @property
     def threads(self) -> int:
@@ -60,9 +63,17 @@ class Shape(NamedTuple):
         return 160 * self.groups + 64
 
 
-SHAPES = (Shape(1, 1, 256), Shape(2, 1, 256), Shape(2, 2, 128))
-GATED_SHAPES = tuple(shape for shape in SHAPES if shape.groups == 2)
-"""Those that have gates, and what they are gates of."""
+SHAPES = (
+    Shape(1, 48, 256),
+    Shape(1, 64, 256),
+    Shape(2, 40, 256),
+    Shape(2, 64, 256),
+    Shape(2, 112, 128),
+    Shape(2, 128, 128),
+)
+"""Whole tiles, and such that the weights of Llama are 128 blocks, or 256."""
+GATED_SHAPES = tuple(shape for shape in SHAPES if shape.group_rows > TILE_ROWS)
+"""Those of two tiles: one has gates, and the other what they are gates of."""
 
 
 class Division(NamedTuple):
@@ -82,29 +93,34 @@ def divide(rows: int, row_bytes: int, clusters: tuple[int, ...], shapes: tuple[S
     def cost(division: Division) -> float:
         shape, splits = division
         units, at_once = ceil_of(rows, shape.rows), clusters[splits - 1]
-        own = ceil_of(ceil_of(row_bytes, shape.span), splits) * shape.span
-        least = (shape.rows + MODEL_ROWS) * own * BLOCK_COSTS[SHAPES.index(shape)]
-        whole, rest = divmod(units, at_once)
-        waves = [at_once] * whole + [rest] * (rest > 0)
-        time = sum(max(least, count * splits * shape.rows * own * READ_COST) for count in waves)
-        return time + WAVE_COST * (len(waves) - 1) + SPLIT_COST * splits * (splits > 1)
+        own = (shape.rows + MODEL_ROWS) * ceil_of(ceil_of(row_bytes, shape.span), splits) * shape.span
+        waves = ceil_of(units, at_once)
+        time = units * shape.rows * row_bytes * READ_COST + waves * own * BLOCK_COST
+        return time + WAVE_COST * (waves - 1) + SPLIT_COST * (splits - 1)
 
-    divisions = (Division(shape, splits) for shape in shapes for splits, count in enumerate(clusters, 1) if count > 0)
+    sizes = [splits for splits, count in enumerate(clusters[:MOST_SPLITS], 1) if count > 0]
+    divisions = (Division(shape, splits) for shape in shapes for splits in sizes)
     return min(divisions, key=cost)
 
 
-def stages_of(shape: Shape, tokens: int, shared_limit: int) -> int:
+def stages_of(shape: Shape, tokens: int, splits: int, shared_limit: int) -> int:
     """Return the stages of the ring, as many as fit."""
-    return min(MOST_STAGES, (shared_limit - NEIGHBOUR_BYTES - ALIGNED) // _stage_bytes(shape, tokens))
+    room = shared_limit - NEIGHBOUR_BYTES - ALIGNED - _exchanged_bytes(shape, tokens, splits)
+    return min(MOST_STAGES, room // _stage_bytes(shape, tokens))
 
 
-def shared_bytes(shape: Shape, tokens: int, stages: int) -> int:
-    """Return the bytes of dynamic shared memory: for the ring, or the sums."""
-    return ALIGNED + max(stages * _stage_bytes(shape, tokens), tokens * (shape.rows + 4) * 4)
+def shared_bytes(shape: Shape, tokens: int, splits: int, stages: int) -> int:
+    """Return the bytes of dynamic shared memory: for the ring, and for what comes from the other block."""
+    return ALIGNED + stages * _stage_bytes(shape, tokens) + _exchanged_bytes(shape, tokens, splits)
 
 
 def _stage_bytes(shape: Shape, tokens: int) -> int:
     return (shape.rows + tokens) * shape.span
+
+
+def _exchanged_bytes(shape: Shape, tokens: int, splits: int) -> int:
+    """Sums of half of the tokens, of all rows of the tiles."""
+    return (splits - 1) * shape.groups * ceil_of(shape.group_rows, TILE_ROWS) * TILE_ROWS * (tokens // 2) * 4
 
 
 class WarpGroupOperations(ManyOperations):
@@ -142,7 +158,9 @@ class WarpGroupOperations(ManyOperations):
         is_gated, tokens = epilogue == GATED, many_tokens(source.rows)
         shapes = GATED_SHAPES if is_gated else SHAPES
         shape, splits = divide(weight.rows, weight.row_bytes, self._clusters(), shapes)
-        stages = stages_of(shape, tokens, self.kernels.shared_limit)
+        if splits > 1 and tokens > MODEL_ROWS:
+            shape = shape._replace(span=SHORT_SPAN)  # long steps and what is exchanged leave no room for three stages
+        stages = stages_of(shape, tokens, splits, self.kernels.shared_limit)
         kernel = self.kernels.get(
             "linear_warp_group.cu",
             "linear_warp_group",
@@ -150,7 +168,7 @@ class WarpGroupOperations(ManyOperations):
             OUTPUT=c_type(output.dtype),
             TOKENS=tokens,
             GROUPS=shape.groups,
-            TILES=shape.tiles,
+            ROWS=shape.group_rows,
             STEP_BYTES=shape.span,
             STAGES=stages,
             PACE=min(stages, max(2, PACED_BYTES // (shape.rows * shape.span))),
@@ -161,5 +179,5 @@ class WarpGroupOperations(ManyOperations):
         pointers = (source.pointer, scales, weight.pointer, weight.scales, weight.bias, output.pointer)
         sizes = (source.stride, output.stride, source.rows, weight.rows, weight.columns, splits)
         arguments = (*pointers, *sizes, add if epilogue == ADD else 1.0, float(epilogue == ADD))
-        blocks, shared = ceil_of(weight.rows, shape.rows) * splits, shared_bytes(shape, tokens, stages)
+        blocks, shared = ceil_of(weight.rows, shape.rows) * splits, shared_bytes(shape, tokens, splits, stages)
         kernel(self.stream, (blocks,), shape.threads, arguments, shared, splits)

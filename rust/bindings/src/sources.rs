@@ -68,6 +68,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "stream_plain.cuh",
     "stream_prepared.cuh",
     "warp_group.cuh",
+    "warp_group_end.cuh",
     "warp_group_shared.cuh",
     "weights.cuh",
 ];
