@@ -16,7 +16,7 @@ namespace decoding {
 
 constexpr int STRIDE = HEAD_DIM + 8;                 // of partial results in shared memory
 constexpr int PARTIAL = HEAD_DIM + 4;                // in global memory: the sums, the greatest score, the sum of weights, two of nothing
-constexpr int MOST_ROWS = 8;                         // of a sequence that is decoded
+constexpr int MOST_ROWS = 8;                         // of a sequence that is decoded: DECODE_ROWS in attention.py
 constexpr int PREFETCHED = 4;                        // pages of a warp that are brought to L2 before the kernel waits
 
 struct Shared {

@@ -172,9 +172,10 @@ struct Bringing {
         }
     }
 
-    // Brings all rows, and leaves the squares of each.
+    // Brings all rows, and leaves the squares of each where there is a norm: a product without may begin before the finishing warps have read
+    // those of the one before it.
     DEVICE void bring(float *all_squares) const {
-        if (turns == 0 && lane < TOKENS) all_squares[lane] = 0.0f;
+        if (turns == 0 && lane < TOKENS && product.norm) all_squares[lane] = 0.0f;
 #pragma unroll 1
         for (int token = 0; token < product.rows && turns > 0; token++) {
             const bf16 *row = incoming.row(token);
@@ -182,7 +183,7 @@ struct Bringing {
 #pragma unroll 1
             for (int base = 0; base < turns; base += BATCH) bring_batch(row, token, base, squares);
             squares = warp_sum(squares);
-            if (lane == 0) all_squares[token] = squares;
+            if (lane == 0 && product.norm) all_squares[token] = squares;
         }
         __syncwarp();
     }

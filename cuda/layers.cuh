@@ -5,7 +5,7 @@ struct Operation {
     const WEIGHT *weight;
     const Scale *scales, *minima;
     const float *bias, *norm; // either may be null
-    const bf16 *input;
+    const bf16 *input; // this, output and before: places in a set of rows, unless a flag says that they are pointers
     bf16 *output;
     KEY_TYPE *keys;
     VALUE_TYPE *values;

@@ -193,7 +193,7 @@ class Case:
 
 
 def check(case: Case) -> None:
-    """Compare what the kernel leaves with what the operations leave, twice."""
+    """Compare what the kernel leaves with what the operations leave, three times."""
     expected, stack = case.result(case.one_by_one), case.stack()
     assert np.isfinite(expected["hidden"]).all() and abs(expected["hidden"]).max() > 0
     for _ in range(3):  # either set of rows, and one that was cleared
@@ -228,6 +228,14 @@ def test_layers(model: Model, kind: str, sequences: list[tuple[int, int]]) -> No
 def test_rows_of_a_sequence_in_pieces_of_their_own(kind: str, sequences: list[tuple[int, int]]) -> None:
     """Eight heads share keys: each row is a piece, and sees the key of the row before it, maybe in another page or chunk."""
     check(Case(WIDE, kind, sequences))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])
+def test_rows_that_are_not_numbers_end(kind: str) -> None:
+    """A row of words that look as if they were not there yet makes a row of NaN, and nobody waits for ever."""
+    case = Case(WIDE, kind, [(40, 1)])
+    case.start[:] = 0xFFFF
+    assert np.isnan(case.stacked(case.stack())["hidden"]).all()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])

@@ -17,7 +17,7 @@ CHUNK_PAGES = 32
 """Pages whose scores are weighed together when decoding, at least: more where a step reads many (cuda/attention_plan.cu)."""
 
 DECODE_ROWS = 8
-"""Most rows of a sequence that are decoded; beyond, its rows are prefilled."""
+"""Most rows of a sequence that are decoded; beyond, its rows are prefilled. MOST_ROWS in cuda/attention_decode.cuh."""
 
 PREFILL_PAGES = 2
 PREFILL_ROWS = 128  # packed rows of a tile, as in cuda/attention_prefill.cu and attention_warp_group.cu

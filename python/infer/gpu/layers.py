@@ -84,7 +84,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Neighbouring layers, and where their records are on the device, behind COUNTER_BYTES of zeros."""
+    """Neighbouring layers, and where COUNTER_BYTES, their records and both sets of rows are on the device."""
 
     layers: tuple[Layer, ...]
     pointer: int
@@ -106,7 +106,7 @@ class LayerOperations(ScaledOperations):
     _refuses_layers = False
 
     def layer_records(self, layers: Sequence[Layer]) -> NDArray[np.uint8] | None:
-        """Return what a `Stack` of these keeps on the device, its zeros included; None where their steps run one by one."""
+        """Return what a `Stack` of these keeps on the device, before the first launch; None where their steps run one by one."""
         import numpy as np
 
         if not self._can_stack(layers):

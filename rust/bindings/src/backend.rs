@@ -153,7 +153,7 @@ impl Backend {
                     };
                     allocated.map_err(|error| error.to_string())?;
                 }
-                let device = CpuDevice { model: *model, draft };
+                let device = CpuDevice { model: *model, draft, draft_logits: Vec::new() };
                 Ok((Driver::start(config, device, tier, clock).map_err(failed)?, None))
             }
             Self::Outside(_) => {

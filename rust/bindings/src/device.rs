@@ -10,6 +10,8 @@ use crate::tokenizer::TextModel;
 pub struct CpuDevice {
     pub model: CpuModel,
     pub draft: Option<CpuModel>,
+    /// Logits of `draft`: `logits` is memory of `model`.
+    pub draft_logits: Vec<f32>,
 }
 
 impl CpuDevice {
@@ -27,7 +29,7 @@ impl core::Device for CpuDevice {
     fn forward(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.copy_pages(batch)?;
         if let Some(draft) = &mut self.draft {
-            compute(draft, &batch.not_drafted(), logits)?;
+            compute(draft, &batch.not_drafted(), &mut Vec::new())?; // there are none
         }
         compute(&mut self.model, batch, logits)
     }
@@ -35,7 +37,10 @@ impl core::Device for CpuDevice {
     fn draft(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.copy_pages(batch)?;
         let draft = self.draft.as_mut().ok_or("this engine has no draft model")?;
-        compute(draft, batch, logits)
+        compute(draft, batch, &mut self.draft_logits)?;
+        logits.clear();
+        logits.extend_from_slice(&self.draft_logits);
+        Ok(())
     }
 
     fn export_page(&mut self, page: core::PageRef, bytes: &mut Vec<u8>) -> Result<(), String> {

@@ -33,7 +33,7 @@ impl Memory {
             // Grown to what is needed and never zeroed: every step writes all of the columns that a later one reads.
             if values.len() < size {
                 values.resize(size, 0.0);
-            } else if logits && values.capacity() > 4 * size.max(1 << 16) {
+            } else if logits && rows > 0 && values.capacity() > 4 * size.max(1 << 16) {
                 values.truncate(size);
                 values.shrink_to_fit(); // a long prompt's logits are not kept for ever
             }

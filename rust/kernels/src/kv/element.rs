@@ -270,6 +270,7 @@ impl Element for E4m3 {
 mod tests {
     use super::*;
     use crate::simd::{Isa, Kernel};
+    use std::marker::PhantomData;
 
     struct Load<'a, E>(&'a [E; LANES]);
 
@@ -298,7 +299,7 @@ mod tests {
         }
     }
 
-    struct Round<'a, E>(&'a [f32], std::marker::PhantomData<E>);
+    struct Round<'a, E>(&'a [f32], PhantomData<E>);
 
     impl<E: Element> Kernel for Round<'_, E> {
         type Output = Vec<f32>;
@@ -312,15 +313,25 @@ mod tests {
 
     #[test]
     fn instruction_sets_round_as_the_oracle_does() {
-        let values: Vec<f32> = (0..83).map(|i| ((i * 37 % 101) as f32 - 50.0) * 1.7e-3).collect();
-        for isa in Isa::available() {
-            for length in [0, 1, 16, 31, 83] {
-                for element in
-                    [KvElement::F32, KvElement::F16, KvElement::Bf16, KvElement::Int8, KvElement::E4m3]
-                {
+        let mut values: Vec<f32> = (0..83).map(|i| ((i * 37 % 101) as f32 - 50.0) * 1.7e-3).collect();
+        let specials =
+            [65519.0, 65520.0, 1e-8, 1e-40, f32::MAX, -0.0, 1.0 + 0.5f32.powi(11), 1.0 + 0.5f32.powi(8)];
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let elements = [KvElement::F32, KvElement::F16, KvElement::Bf16, KvElement::Int8, KvElement::E4m3];
+        for last in [&specials[..], &[f32::INFINITY, f32::NEG_INFINITY], &[f32::NAN]] {
+            values.extend(last);
+            for (isa, length) in
+                Isa::available().into_iter().flat_map(|isa| [0, 1, 16, 31, values.len()].map(|n| (isa, n)))
+            {
+                for element in elements {
                     let values = &values[..length];
-                    let found = with_element!(element, E => isa.dispatch(Round::<E>(values, std::marker::PhantomData)));
-                    assert_eq!(found, element.stored_value_ref(values), "{} {element:?}", isa.name());
+                    let found = with_element!(element, E => isa.dispatch(Round::<E>(values, PhantomData)));
+                    assert_eq!(
+                        bits(&found),
+                        bits(&element.stored_value_ref(values)),
+                        "{} {element:?}",
+                        isa.name()
+                    );
                 }
             }
         }

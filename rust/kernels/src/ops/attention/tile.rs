@@ -14,7 +14,7 @@ const BLOCK_ROWS: usize = 8;
 
 /// How many pages ahead keys and values are fetched. 1 to 4 do about equally well; 8 pages of one head no longer fit the L1 cache
 /// beside those in use.
-const FETCH_PAGES: usize = 2;
+const FETCH_PAGES: usize = 6;
 
 /// Working memory of one thread. Row `r` is query row `r / group` with head `r % group` of the task.
 #[derive(Debug, Default)]
