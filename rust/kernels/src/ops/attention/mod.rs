@@ -121,11 +121,8 @@ pub fn attention(
     let next = AtomicUsize::new(0);
     context.pool.run(slots, |slot| {
         let mut workspace = workspaces[slot].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let take = || next.fetch_add(1, Ordering::Relaxed);
-        let mut place = take();
-        while let Some(item) = plan.items.get(place) {
-            call.compute(item, plan.items.get(place + slots), &mut workspace);
-            place = take();
+        while let Some(item) = plan.items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            call.compute(item, &mut workspace);
         }
     });
     if partial_rows > 0 {
@@ -149,9 +146,8 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Computes an item. `next` is the one that this thread is likely to take then.
-    fn compute(&self, item: &Item, next: Option<&Item>, workspace: &mut Workspace) {
-        self.context.isa.dispatch(Tile::new(self, item, next, workspace));
+    fn compute(&self, item: &Item, workspace: &mut Workspace) {
+        self.context.isa.dispatch(Tile::new(self, item, workspace));
     }
 }
 

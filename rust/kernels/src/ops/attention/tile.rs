@@ -14,7 +14,7 @@ const BLOCK_ROWS: usize = 8;
 
 /// How many pages ahead keys and values are fetched. 1 to 4 do about equally well; 8 pages of one head no longer fit the L1 cache
 /// beside those in use.
-const FETCH_PAGES: usize = 6;
+const FETCH_PAGES: usize = 2;
 
 /// Working memory of one thread. Row `r` is query row `r / group` with head `r % group` of the task.
 #[derive(Debug, Default)]
@@ -52,39 +52,10 @@ impl Workspace {
     }
 }
 
-impl Call<'_> {
-    /// What an item's query row `token` sees of a chunk, counted from the chunk's first position; possibly empty.
-    fn visible(&self, item: &Item, token: usize, chunk: usize) -> Range<usize> {
-        let position = self.sequences[item.sequence].first_position + item.rows.start + token;
-        let first = chunk * CHUNK_TOKENS;
-        let begin = self.attention.first_visible(position).max(first) - first;
-        let end = (position + 1).clamp(first, first + CHUNK_TOKENS) - first;
-        begin.min(end)..end
-    }
-
-    /// The chunk's pages that any of its rows sees.
-    fn visible_pages(&self, item: &Item, chunk: usize) -> Range<usize> {
-        let last = item.rows.len() - 1;
-        let (first, last) = (self.visible(item, 0, chunk), self.visible(item, last, chunk));
-        first.start / PAGE_TOKENS..last.end.div_ceil(PAGE_TOKENS)
-    }
-
-    /// Keys and values of one page of a chunk.
-    fn page(&self, item: &Item, chunk: usize, page: usize) -> (*const u8, *const u8) {
-        let number = self.sequences[item.sequence].pages[chunk * CHUNK_PAGES + page];
-        (
-            self.cache.keys(self.layer, number, item.kv_head),
-            self.cache.values(self.layer, number, item.kv_head),
-        )
-    }
-}
-
 /// Computes an [`Item`].
 pub(super) struct Tile<'a> {
     call: &'a Call<'a>,
     item: &'a Item,
-    /// Whose keys are fetched when all of this item's are.
-    next: Option<&'a Item>,
     workspace: &'a mut Workspace,
     group: usize,
     head_dim: usize,
@@ -95,16 +66,11 @@ pub(super) struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
-    pub fn new(
-        call: &'a Call<'a>,
-        item: &'a Item,
-        next: Option<&'a Item>,
-        workspace: &'a mut Workspace,
-    ) -> Tile<'a> {
+    pub fn new(call: &'a Call<'a>, item: &'a Item, workspace: &'a mut Workspace) -> Tile<'a> {
         let head_dim = call.attention.head_dim;
         let stride = head_dim.next_multiple_of(LANES);
         let KvLayer { keys, values, .. } = call.cache.layer(call.layer);
-        Tile { call, item, next, workspace, group: call.attention.group(), head_dim, stride, keys, values }
+        Tile { call, item, workspace, group: call.attention.group(), head_dim, stride, keys, values }
     }
 
     fn rows(&self) -> usize {
@@ -128,12 +94,17 @@ impl<'a> Tile<'a> {
 
     /// What the item's query row `token` sees of a chunk, counted from the chunk's first position; possibly empty.
     fn visible(&self, token: usize, chunk: usize) -> Range<usize> {
-        self.call.visible(self.item, token, chunk)
+        let position = self.call.sequences[self.item.sequence].first_position + self.item.rows.start + token;
+        let first = chunk * CHUNK_TOKENS;
+        let begin = self.call.attention.first_visible(position).max(first) - first;
+        let end = (position + 1).clamp(first, first + CHUNK_TOKENS) - first;
+        begin.min(end)..end
     }
 
     /// The chunk's pages that any row sees.
     fn visible_pages(&self, chunk: usize) -> Range<usize> {
-        self.call.visible_pages(self.item, chunk)
+        let last = self.item.rows.len() - 1;
+        self.visible(0, chunk).start / PAGE_TOKENS..self.visible(last, chunk).end.div_ceil(PAGE_TOKENS)
     }
 
     /// Where keys and values of the chunk's visible pages lie.
@@ -141,24 +112,28 @@ impl<'a> Tile<'a> {
         let visible = self.visible_pages(chunk);
         let mut pages = ChunkPages::EMPTY;
         for page in visible.clone() {
-            (pages.keys[page], pages.values[page]) = self.call.page(self.item, chunk, page);
+            (pages.keys[page], pages.values[page]) = self.page(chunk, page);
         }
-        // What comes next, in the order of use: the keys, the values, the next chunk's keys, or the next item's.
+        // What comes next, in the order of use: the keys, the values, the next chunk's keys.
         let next = visible.len().min(FETCH_PAGES);
         let (start, turn) = (visible.start, visible.end - next);
         pages.after_keys[start..turn].copy_from_slice(&pages.keys[start + next..visible.end]);
         pages.after_keys[turn..visible.end].copy_from_slice(&pages.values[start..start + next]);
         pages.after_values[start..turn].copy_from_slice(&pages.values[start + next..visible.end]);
-        let following = match chunk + 1 < self.item.chunks.end {
-            true => Some((self.item, chunk + 1)),
-            false => self.next.map(|next| (next, next.chunks.start)),
-        };
-        if let Some((item, chunk)) = following {
-            for (page, following) in (turn..visible.end).zip(self.call.visible_pages(item, chunk)) {
-                pages.after_values[page] = self.call.page(item, chunk, following).0;
+        if chunk + 1 < self.item.chunks.end {
+            let following = self.visible_pages(chunk + 1);
+            for (page, following) in (turn..visible.end).zip(following) {
+                pages.after_values[page] = self.page(chunk + 1, following).0;
             }
         }
         pages
+    }
+
+    /// Keys and values of one page of a chunk.
+    fn page(&self, chunk: usize, page: usize) -> (*const u8, *const u8) {
+        let Call { cache, layer, .. } = *self.call;
+        let number = self.call.sequences[self.item.sequence].pages[chunk * CHUNK_PAGES + page];
+        (cache.keys(layer, number, self.item.kv_head), cache.values(layer, number, self.item.kv_head))
     }
 
     /// Scores, weights and weighted values of one chunk, into the workspace's `chunk` and `partials`.
