@@ -89,7 +89,7 @@ def test_priorities_overtake() -> None:
     with LLM(threads=2, max_num_seqs=1) as llm:
 
         def run(name: str, priority: int) -> None:
-            llm.generate(name, SamplingParams(max_tokens=120, ignore_eos=True), priority=priority)
+            llm.generate(name, SamplingParams(max_tokens=700 if name == "late" else 20, ignore_eos=True), priority=priority)
             ended.append(name)
 
         threads = [threading.Thread(target=run, args=(name, level)) for name, level in (("late", 3), ("later", 3), ("soon", -1))]
