@@ -225,8 +225,8 @@ impl Shared {
 
     /// Computes tasks until none is left: a thread's own from the first on, then others' from the last on.
     fn compute(&self, job: Job, thread: usize) {
-        let (others, own) = self.shares.split_at(thread);
-        for (place, share) in own.iter().chain(others).enumerate() {
+        let (before, from_own) = self.shares.split_at(thread);
+        for (place, share) in from_own.iter().chain(before).enumerate() {
             while let Some(task) = share.claim(place == 0) {
                 // SAFETY: the run is open or this worker is joined, so the closure lives.
                 let body = unsafe { &*job.body };

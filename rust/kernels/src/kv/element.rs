@@ -154,7 +154,7 @@ impl Element for f16 {
 
     #[inline(always)]
     fn round<S: Simd>(simd: S, from: &[f32], to: &mut [f16]) -> f32 {
-        round_words(from, to.reinterpret_cast_mut(), |values, to| simd.store_f16(simd.load(values), to))
+        round_words(simd, from, to.reinterpret_cast_mut(), |values, to| simd.store_f16(values, to))
     }
 
     fn decode(self) -> f32 {
@@ -178,7 +178,7 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn round<S: Simd>(simd: S, from: &[f32], to: &mut [bf16]) -> f32 {
-        round_words(from, to.reinterpret_cast_mut(), |values, to| simd.store_bf16(simd.load(values), to))
+        round_words(simd, from, to.reinterpret_cast_mut(), |values, to| simd.store_bf16(values, to))
     }
 
     fn decode(self) -> f32 {
@@ -192,15 +192,19 @@ impl Element for bf16 {
     }
 }
 
-/// Sixteen numbers after the other as words; the last ones may be fewer.
+/// Rounds numbers to words, sixteen at a time; the scale is 1.
 #[inline(always)]
-fn round_words(from: &[f32], to: &mut [u16], store: impl Fn(&[f32; LANES], &mut [u16; LANES])) -> f32 {
+fn round_words<S: Simd>(
+    simd: S,
+    from: &[f32],
+    to: &mut [u16],
+    store: impl Fn(S::F32, &mut [u16; LANES]),
+) -> f32 {
     let ((from, last), (to, last_to)) = (from.as_chunks(), to.as_chunks_mut());
-    from.iter().zip(to).for_each(|(from, to)| store(from, to));
+    from.iter().zip(to).for_each(|(from, to)| store(simd.load(from), to));
     if !last.is_empty() {
-        let (mut values, mut words) = ([0.0; LANES], [0; LANES]);
-        values[..last.len()].copy_from_slice(last);
-        store(&values, &mut words);
+        let mut words = [0; LANES];
+        store(simd.load_partial(last), &mut words);
         last_to.copy_from_slice(&words[..last.len()]);
     }
     1.0

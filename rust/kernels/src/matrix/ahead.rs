@@ -3,8 +3,9 @@
 use crate::simd::Simd;
 
 /// How far ahead of the weights being used others are asked for, in bytes. The hardware alone does not overlap
-/// memory and arithmetic. (Half as far costs 8 rows of 4 bits 5 to 10 %, a quarter 20; twice as far gains nothing more.) Only the first of several full tiles asks: for the others weights are in a cache, and asking takes the place of
-/// loads, which are what is scarce (`FETCH`; whole prompts on Zen 5: 3 to 4 % of Q4_0, Q8_0 and Q4_K_M).
+/// memory and arithmetic. (Half as far costs 8 rows of 4 bits 5 to 10 %, a quarter 20; twice as far gains nothing more.) Only the
+/// first of several full tiles asks: for the others weights are in a cache, and asking takes the place of loads, which are what is
+/// scarce (`FETCH`; whole prompts on Zen 5: 3 to 4 % of Q4_0, Q8_0 and Q4_K_M).
 pub(super) const AHEAD: usize = 8192;
 
 /// The panel after the one that is being multiplied. The first tile of rows takes a panel from memory, and the others find it in
