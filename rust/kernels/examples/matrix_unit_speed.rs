@@ -52,7 +52,7 @@ fn matrices(pool: &Pool, format: Format, rows: usize, columns: usize) -> Vec<Pac
         let bytes = format.row_bytes(columns).expect("whole blocks");
         row.extend((0..bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x3b));
     }
-    let pack = || PackedMatrix::pack(pool, format, columns, &vec![&row[..]; rows]).expect("memory");
+    let pack = || PackedMatrix::pack(pool, format, columns, &vec![&row[..]; rows], &()).expect("memory");
     let first = pack();
     let count = BYTES / first.bytes();
     std::iter::once(first).chain((0..count).map(|_| pack())).collect()

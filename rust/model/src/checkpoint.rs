@@ -191,7 +191,7 @@ impl Checkpoint {
     }
 
     /// The file that these bytes of some tensor lie in, and where.
-    fn place(&self, bytes: &[u8]) -> Option<(&FileBytes, Range<usize>)> {
+    pub(crate) fn place(&self, bytes: &[u8]) -> Option<(&FileBytes, Range<usize>)> {
         let first = bytes.as_ptr().addr();
         let start = |file: &FileBytes| file.bytes().as_ptr().addr();
         let within = |file: &&FileBytes| (start(file)..start(file) + file.bytes().len()).contains(&first);

@@ -62,6 +62,17 @@ impl FileBytes {
         Cow::Borrowed(&self.bytes()[part])
     }
 
+    /// Maps the pages of a part at once: one by one, as they are touched, they cost three times as much, and nothing can be asked for
+    /// ahead that is not mapped. What cannot be read is met when it is touched.
+    pub fn map(&self, part: &Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Self::Mapped { map, .. } = self {
+            let _ = map.advise_range(memmap2::Advice::PopulateRead, part.start, part.len());
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = part;
+    }
+
     /// Lets go of the memory that a part of a mapping takes; a later look reads it from the file again.
     pub fn release(&self, part: &Range<usize>) {
         #[cfg(unix)]

@@ -45,6 +45,7 @@ mod program;
 mod quantization;
 mod reading;
 mod rope;
+mod row_pages;
 mod scaled;
 mod spec;
 mod step;

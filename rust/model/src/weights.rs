@@ -179,10 +179,11 @@ impl<'a> Loader<'a> {
         }
         let target = self.target(key.parts[0].role, format);
         let packed = match target == format {
-            true => PackedMatrix::pack(&context.pool, format, key.columns, &rows)?,
+            true => PackedMatrix::pack(&context.pool, format, key.columns, &rows, self.checkpoint)?,
             false => {
                 let of_tensor = |error| unroundable(&sources[0].table, target, error);
-                PackedMatrix::round(context, format, target, key.columns, &rows).map_err(of_tensor)?
+                PackedMatrix::round(context, format, target, key.columns, &rows, self.checkpoint)
+                    .map_err(of_tensor)?
             }
         };
         for source in &sources {

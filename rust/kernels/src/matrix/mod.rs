@@ -36,6 +36,7 @@ pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
 pub(crate) use output::Output;
+pub use pack::RowHolder;
 pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
 pub use round::round_rows;
 pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS};
@@ -146,7 +147,7 @@ pub struct PackedMatrix {
 
 impl PackedMatrix {
     /// Packs a matrix of `columns` columns whose rows, each encoded in `format`, lie anywhere: callers may permute
-    /// rows and concatenate matrices.
+    /// rows and concatenate matrices. `holder` is told of each piece of them; `()` where they are in memory anyway.
     ///
     /// # Errors
     /// When `columns` is no whole number of blocks, a row has another number of bytes than that takes, or memory is
@@ -156,10 +157,11 @@ impl PackedMatrix {
         format: Format,
         columns: usize,
         rows: &[&[u8]],
+        holder: &dyn RowHolder,
     ) -> Result<PackedMatrix, KernelError> {
         pack::check(format, columns, rows)?;
         let mut matrix = PackedMatrix::empty(format, columns, rows.len())?;
-        pack::fill(pool, &mut matrix, rows, None);
+        pack::fill(pool, &mut matrix, rows, None, holder);
         Ok(matrix)
     }
 

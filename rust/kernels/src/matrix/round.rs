@@ -5,7 +5,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::PackedMatrix;
+use super::{PackedMatrix, RowHolder};
 use crate::quant::quantize_with;
 use crate::simd::LANES;
 use crate::{Context, Format, Isa, KernelError, dequantize};
@@ -84,11 +84,12 @@ impl PackedMatrix {
         to: Format,
         columns: usize,
         rows: &[&[u8]],
+        holder: &dyn RowHolder,
     ) -> Result<PackedMatrix, KernelError> {
         super::pack::check(from, columns, rows)?;
         let rounding = WeightRounding::new(context, from, to, columns)?;
         let mut matrix = PackedMatrix::empty(to, columns, rows.len())?;
-        super::pack::fill(&context.pool, &mut matrix, rows, Some(&rounding));
+        super::pack::fill(&context.pool, &mut matrix, rows, Some(&rounding), holder);
         rounding.check()?;
         Ok(matrix)
     }
@@ -146,10 +147,10 @@ mod tests {
             for to in Format::ALL.iter().copied().filter(|to| to.is_writable() && !to.is_float()) {
                 for threads in [1, 3] {
                     let context = Context::new(threads).expect("threads");
-                    let direct = PackedMatrix::round(&context, from, to, columns, &rows).expect("packs");
+                    let direct = PackedMatrix::round(&context, from, to, columns, &rows, &()).expect("packs");
                     let bytes = round_rows(&context, from, to, columns, &rows).expect("rounds");
                     let rounded: Vec<&[u8]> = bytes.chunks(to.row_bytes(columns).expect("whole")).collect();
-                    let later = PackedMatrix::pack(&context.pool, to, columns, &rounded).expect("packs");
+                    let later = PackedMatrix::pack(&context.pool, to, columns, &rounded, &()).expect("packs");
                     assert_eq!(direct.format(), to);
                     assert!(unpacked(&direct) == unpacked(&later), "{from:?} {to:?}");
                     // The oracle: one row, without threads and vectors.
@@ -170,7 +171,8 @@ mod tests {
             values[300] = wrong;
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             let rows: Vec<&[u8]> = bytes.chunks(128 * 4).collect();
-            let error = PackedMatrix::round(&context, Format::F32, Format::Q8_0, 128, &rows).unwrap_err();
+            let error =
+                PackedMatrix::round(&context, Format::F32, Format::Q8_0, 128, &rows, &()).unwrap_err();
             assert!(error.to_string().contains("not finite"), "{error}");
             let error = round_rows(&context, Format::F32, Format::INT4_G128, 128, &rows).unwrap_err();
             assert!(error.to_string().contains("INT4_G128"), "{error}");

@@ -60,7 +60,7 @@ mod tests {
             for columns in if block == 1 { [32, 96, 37] } else { [block, 3 * block, 4 * block] } {
                 let rows = sample_rows(format, 35, columns);
                 let slices: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
-                let matrix = PackedMatrix::pack(&pool, format, columns, &slices).expect("packs");
+                let matrix = PackedMatrix::pack(&pool, format, columns, &slices, &()).expect("packs");
                 for (row, bytes) in rows.iter().enumerate() {
                     let (mut found, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
                     matrix.unpack_row(row, &mut found);

@@ -37,6 +37,22 @@ pub use tiles::{MatrixUnit, TILE_ROWS, TileShape, TileSums};
 /// Lanes of a virtual vector.
 pub const LANES: usize = 16;
 
+/// Asks for the cache line at `address`, which need not be valid, into a larger cache than the nearest one: outside of kernels, where no
+/// instruction set is chosen.
+#[inline(always)]
+pub(crate) fn prefetch_later(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every such processor has the instruction, which does nothing that can be seen, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(address.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    neon::prefetch(address);
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
+}
+
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {

@@ -431,10 +431,16 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        // SAFETY: a prefetch does nothing that can be seen, whatever the address.
-        unsafe {
-            asm!("prfm pldl1keep, [{address}]", address = in(reg) address.addr(),
-                options(nomem, nostack, preserves_flags));
-        }
+        prefetch(address);
+    }
+}
+
+/// Asks for a cache line, without a token: every aarch64 machine has the instruction.
+#[inline(always)]
+pub(super) fn prefetch(address: *const u8) {
+    // SAFETY: a prefetch does nothing that can be seen, whatever the address.
+    unsafe {
+        asm!("prfm pldl1keep, [{address}]", address = in(reg) address.addr(),
+            options(nomem, nostack, preserves_flags));
     }
 }

@@ -21,6 +21,7 @@ pub(super) use scales::{load_drops, load_scales, load_units, record_of};
 pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;
+use super::pack::ask_ahead;
 use crate::quant::{Blocks, Codes, Group, Grouped, Scales};
 use crate::simd::LANES;
 
@@ -158,6 +159,7 @@ fn pack_blocks<const UPPER: usize, const KIND: usize>(
         weights.chunks_mut(STRETCH * line).zip(scales.chunks_mut(STRETCH / span * record)).enumerate();
     for (stretch, (weights, scales)) in stretches {
         for (lane, row) in rows.iter().enumerate() {
+            ask_ahead(row, stretch * stretch_bytes, stretch_bytes);
             let bytes = &row[stretch * stretch_bytes..];
             let bytes = &bytes[..stretch_bytes.min(bytes.len())];
             let count = bytes.len() / blocks.bytes * blocks.len / GROUP;

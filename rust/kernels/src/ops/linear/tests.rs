@@ -30,7 +30,8 @@ impl Weight {
         precision: Precision,
         with_bias: bool,
     ) -> Vec<Vec<f32>> {
-        let matrix = PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices()).unwrap();
+        let matrix =
+            PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices(), &()).unwrap();
         let (count, width, stride) = (inputs.len() / self.columns, self.rows.len(), self.rows.len() + 3);
         let spread: Vec<f32> =
             inputs.chunks(self.columns).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
@@ -53,7 +54,8 @@ impl Weight {
 
     /// The same in a way that the instruction set need not take, from rows without gaps.
     fn compute_by(&self, way: Way, context: &Context, inputs: &[f32]) -> Vec<Vec<f32>> {
-        let matrix = PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices()).unwrap();
+        let matrix =
+            PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices(), &()).unwrap();
         let (count, width) = (inputs.len() / self.columns, self.rows.len());
         let mut out = vec![0.0; count * width];
         let input = Rows::new(inputs, count, self.columns, self.columns);
@@ -112,7 +114,7 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
 /// How a matrix unit multiplies a format, and the instruction set whose oracle has the same bits.
 fn tiled_way(format: Format) -> Option<(Way, Isa)> {
     let pool = Pool::new(1).unwrap();
-    let layout = PackedMatrix::pack(&pool, format, 256, &[]).unwrap().layout();
+    let layout = PackedMatrix::pack(&pool, format, 256, &[], &()).unwrap().layout();
     match (layout.rounding(), format) {
         (Some(rounding), _) => Some((Way::ByteTiles(rounding), Isa::Scalar)),
         (None, Format::Bf16) => Some((Way::BfloatTiles, Isa::Amx)),
@@ -314,7 +316,7 @@ fn a_scratch_serves_any_sequence_of_shapes() {
     let mut scratch = Scratch::default();
     for (format, columns, count) in [(Format::Q8_0, 320, 9), (Format::F32, 33, 3), (Format::Q8_0, 64, 2)] {
         let weight = Weight::new(format, 24, columns);
-        let matrix = PackedMatrix::pack(&context.pool, format, columns, &weight.slices()).unwrap();
+        let matrix = PackedMatrix::pack(&context.pool, format, columns, &weight.slices(), &()).unwrap();
         let inputs = sample_values(count * columns);
         let mut out = vec![0.0; count * 24];
         let (input, output) =
@@ -327,10 +329,10 @@ fn a_scratch_serves_any_sequence_of_shapes() {
 #[test]
 fn packing_refuses_wrong_sizes() {
     let pool = Pool::new(1).unwrap();
-    let error = PackedMatrix::pack(&pool, Format::Q4_0, 48, &[]).unwrap_err();
+    let error = PackedMatrix::pack(&pool, Format::Q4_0, 48, &[], &()).unwrap_err();
     assert!(matches!(error, KernelError::Size { actual: 48, .. }), "{error}");
-    let error = PackedMatrix::pack(&pool, Format::F16, 3, &[&[0; 6], &[0; 5]]).unwrap_err();
+    let error = PackedMatrix::pack(&pool, Format::F16, 3, &[&[0; 6], &[0; 5]], &()).unwrap_err();
     assert_eq!(error.to_string(), "size of a row is 5, expected 6 bytes for 3 columns of F16");
-    let empty = PackedMatrix::pack(&pool, Format::F16, 3, &[]).unwrap();
+    let empty = PackedMatrix::pack(&pool, Format::F16, 3, &[], &()).unwrap();
     assert_eq!((empty.rows(), empty.columns(), empty.format()), (0, 3, Format::F16));
 }
