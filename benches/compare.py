@@ -6,11 +6,12 @@ FOLDER holds llama.cpp's `llama-bench` and `llama-batched-bench`. What is measur
 decode after 128 and 4,096 tokens, decode of 1 to 32 sequences at once (tokens of all together, each after 128), the time from
 the program's start to its first token with the file in the system's page cache ("load") and with the file on the disk alone, as
 after the computer's start ("cold_load"), and its peak memory (before the start, memory was taken and given back, so that neither
-program waits for a virtual machine's host to supply it). Programs alternate test by test, so a machine that slows down slows
-both; of the rounds the better one counts, for both alike, since noise on a shared machine only ever takes away. A way of
-rounding that GGUF lacks is measured with ``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading,
-beside llama.cpp on the nearest file that it has (``--peer-model``). Each file's result is
-written to ``benches/results/<model>-<date>.json`` with the commands, the commit and the machine.
+program waits for a virtual machine's host to supply it); "python_load" is the start beside that of llama.cpp's Python package.
+Programs alternate test by test, so a machine that slows down slows both; of the rounds the better one counts, for both alike,
+since noise on a shared machine only ever takes away. A way of rounding that GGUF lacks is measured with
+``--quantization int4-g128`` on a file of floats, which `infer` rounds while loading, beside llama.cpp on the nearest file that it
+has (``--peer-model``). Each file's result is written to ``benches/results/<model>-<date>.json`` with the commands, the commit and
+the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 GENERATED = 32
 SPEED = "tokens per second"
 # Where less is better.
-COSTS = {"load": "seconds", "cold_load": "seconds", "memory": "MiB"}
+COSTS = {"load": "seconds", "cold_load": "seconds", "memory": "MiB", "python_load": "seconds"}
 
 FIRST_TOKEN = """
 import sys
@@ -46,6 +47,14 @@ llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or Non
 llm.generate([[1]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
 """
 
+# The same by llama.cpp's Python package.
+PEER_FIRST_TOKEN = """
+import sys
+from llama_cpp import Llama
+llm = Llama(sys.argv[1], n_threads=int(sys.argv[2]), n_threads_batch=int(sys.argv[2]), verbose=False)
+llm.eval([1])
+llm.sample(temp=0.0)
+"""
 
 # A process of its own: what a parent held counts as its children's peak memory.
 READY_MEMORY = """
@@ -74,6 +83,7 @@ class Programs:
 
     def __init__(self, arguments: argparse.Namespace, model: Path) -> None:
         self.python = shlex.split(arguments.python)
+        self.peer_python = shlex.split(arguments.peer_python)
         self.llama_cpp: Path = arguments.llama_cpp
         self.model = str(model)
         self.peer_model = str(arguments.peer_model or model)
@@ -163,7 +173,7 @@ class Programs:
             "llama.cpp": (self.peer_model, peer),
         }
         room = 2 * max(Path(path).stat().st_size for path, _ in programs.values())
-        found: dict[str, dict[str, float]] = {cost: {} for cost in COSTS}
+        found: dict[str, dict[str, float]] = {cost: {} for cost in ("load", "cold_load", "memory")}
         for name, (path, command) in programs.items():
             for load, is_cold in (("cold_load", True), ("load", False)):  # the first one leaves the file in memory
                 ready_memory(room)
@@ -172,6 +182,11 @@ class Programs:
                 _, costs = self.run("start", name, command)
                 found[load][name] = costs["load"]
             found["memory"][name] = costs["memory"]
+        if self.peer_python:
+            ready_memory(room)
+            command = [*self.peer_python, "-c", PEER_FIRST_TOKEN, self.peer_model, self.threads]
+            _, costs = self.run("python_start", "llama.cpp", command)
+            found["python_load"] = {"infer": found["load"]["infer"], "llama.cpp": costs["load"]}
         return found
 
 
@@ -251,6 +266,9 @@ def main() -> None:
     parser.add_argument("--packed-cache", type=Path, help="the folder where infer keeps packed weights, for the start")
     parser.add_argument("--peer-model", type=Path, help="the file that llama.cpp takes in the model's place")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-bench and llama-batched-bench")
+    parser.add_argument(
+        "--peer-python", default="", help="a Python that has llama_cpp: its start is measured too, as python_load"
+    )
     parser.add_argument("--python", default=sys.executable, help="the Python that has infer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeat", type=int, default=2, help="repetitions inside one run; the median counts")
