@@ -44,6 +44,33 @@ KERNEL add_gated(T *destination, const T *source, const GATE *gate, int destinat
     store<V>(destination, sum);
 }
 
+// destination = beta * destination + alpha * (the sum of `count` parts, one after the other as wide as the rows, + bias). The parts are floats.
+KERNEL add_parts(T *destination, const float *parts, const float *bias, int stride, int width, int count, float alpha, float beta) {
+    let_next_start();
+    if (column() >= width) return;
+    destination += size_t(blockIdx.y) * stride + column(), parts += size_t(blockIdx.y) * width + column();
+    float sum[V], more[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) more[i] = bias ? bias[column() + i] : 0.0f;
+    wait_for_previous();
+    load<V>(parts, sum);
+#pragma unroll 4
+    for (int part = 1; part < count; part++) {
+        float own[V];
+        load<V>(parts + size_t(part) * gridDim.y * width, own);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum[i] += own[i];
+    }
+#pragma unroll
+    for (int i = 0; i < V; i++) sum[i] = alpha * (sum[i] + more[i]);
+    if (beta != 0.0f) {
+        load<V>(destination, more);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum[i] = fmaf(beta, more[i], sum[i]);
+    }
+    store<V>(destination, sum);
+}
+
 // rows *= factor.
 KERNEL scale(T *rows, int stride, int width, float factor) {
     let_next_start();

@@ -87,6 +87,7 @@ CUDA_TWINS = {
     "linear_rope": "rust/kernels/src/ops/linear.rs",
     "linear_stream": "rust/kernels/src/ops/linear.rs",
     "linear_warp_group": "rust/kernels/src/ops/linear.rs",
+    "linear_wide": "rust/kernels/src/ops/linear.rs",
     "logprobs": "rust/engine/src/logprobs.rs",
     "pack": "rust/kernels/src/quant/fit.rs",
     "random": "rust/model/src/dummy.rs",

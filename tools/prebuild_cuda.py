@@ -17,16 +17,17 @@ from functools import cache
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from compile_cuda import ARCHITECTURES, ROOT
 
 from infer._core import DeviceModel, kernel_sources
-from infer.gpu import linear, prebuilt
+from infer.gpu import linear, prebuilt, wide
 from infer.gpu.attention import DECODE_ROWS
 from infer.gpu.executor import FULL, GREEDY, SAMPLED, Launch
 from infer.gpu.kernels import expand
-from infer.gpu.launch import signatures
+from infer.gpu.launch import MAP_BYTES, signatures
 from infer.gpu.memory import Plan
 from infer.gpu.operations import Operations
 from infer.gpu.worker import _Loaded
@@ -58,7 +59,7 @@ CARDS = {
 }
 """Multiprocessors of the usual card of an architecture, and the shared memory that a block may have, bytes."""
 
-ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 40, 64, 96, 128, 192, 256, 512, 2048)
+ROWS = (1, 2, 3, 4, 8, 13, 16, 24, 32, 40, 64, 96, 128, 160, 192, 224, 256, 512, 2048)
 """Numbers of rows between which different kernels are chosen."""
 
 Variant = tuple[str, tuple[str, ...]]
@@ -78,7 +79,15 @@ class NoKernel:
     def __init__(self, multiprocessors: int, name: str, codes: str) -> None:
         self._multiprocessors, self._name, self._codes = multiprocessors, name, codes
 
-    def __call__(self, stream: int, grid: tuple[int, ...], threads: int, arguments: tuple[int | float, ...], *more: int) -> None:
+    def __call__(
+        self,
+        stream: int,
+        grid: tuple[int, ...],
+        threads: int,
+        arguments: tuple[int | float | bytes, ...],
+        *more: int,
+        cooperative: bool = False,
+    ) -> None:
         """Launch nothing, but see that the arguments are the kernel's."""
         pairs = zip(arguments, self._codes, strict=False)
         if len(arguments) != len(self._codes) or any(isinstance(one, float) and code != "f" for one, code in pairs):
@@ -139,16 +148,18 @@ class NoDevice:
 
 def variants(folder: Path, architecture: str, quantization: str | None, kv_type: str) -> set[Variant]:
     """Return the kernels that a model's configuration needs."""
+    no_map = mock.patch.object(wide, "tensor_map", lambda *_: bytes(MAP_BYTES))  # the driver makes them
+    with mock.patch.object(linear, "Blas", NoBlas), no_map:
+        return _variants(folder, architecture, quantization, kv_type)
+
+
+def _variants(folder: Path, architecture: str, quantization: str | None, kv_type: str) -> set[Variant]:
     recorder, device = Recorder(architecture), NoDevice()
-    before, linear.Blas = linear.Blas, NoBlas  # type: ignore[assignment,misc]
-    try:
-        operations = Operations(recorder, 0, 1 << 20, 288 << 20)  # type: ignore[arg-type]
-    finally:
-        linear.Blas = before  # type: ignore[misc]
+    operations = Operations(recorder, 0, 1 << 20, 288 << 20)  # type: ignore[arg-type]
     rounded = quantization == "fp8"
     options: dict[str, Any] = {"kv_cache_dtype": kv_type, "load_format": "dummy"}
     model = DeviceModel(folder, backend="prebuild", quantization=None if rounded else quantization, **options)
-    settings = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
+    settings = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 2048, "speculation": None}
     loaded = _Loaded(device, operations, model, settings, rounded, False)  # type: ignore[arg-type]
     executor = loaded.executor
     executor.allocate_pages(1024, 4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from infer.gpu import wide
 from infer.gpu.many import many_tokens
 from infer.gpu.warp_group import MODEL_ROWS, MOST_SPLITS, SHAPES, SHORT_SPAN, Division, Shape, divide, shared_bytes, stages_of
 
@@ -44,3 +45,29 @@ def test_shared_memory(shape: Shape, rows: int, splits: int) -> None:
     assert stages >= 3
     assert shared_bytes(shape, tokens, splits, stages) + 4096 <= SHARED_LIMIT
     assert shape.threads <= 1024
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "steps", "expected"),
+    [
+        (256, 6144, 32, (2, 1)),
+        (256, 4096, 32, (2, 2)),
+        (256, 28672, 32, (1, 1)),
+        (256, 4096, 112, (2, 2)),
+        (192, 4096, 112, (1, 4)),
+        (128, 8192, 224, (1, 2)),
+        (256, 10240, 64, (1, 1)),
+        (256, 57344, 64, (2, 1)),
+        (192, 57344, 64, (1, 1)),
+    ],
+)
+def test_many_rows(rows: int, outputs: int, steps: int, expected: tuple[int, int]) -> None:
+    assert wide.divide(rows, outputs, steps, 132) == expected
+
+
+@pytest.mark.parametrize("rows", range(wide.LEAST_WIDE, wide.MOST_WIDE + 1, 31))
+@pytest.mark.parametrize("steps", [1, 5, 17, 112, 225])
+def test_no_part_is_empty(rows: int, steps: int) -> None:
+    token_blocks, splits = wide.divide(rows, 4096, steps, 132)
+    assert (splits - 1) * -(-steps // splits) < steps
+    assert (token_blocks - 1) * wide.tokens_of(rows, token_blocks) < rows <= token_blocks * wide.tokens_of(rows, token_blocks)

@@ -25,6 +25,7 @@ def takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this GPU has no matrix instructions of warp groups")
     monkeypatch.setattr("infer.gpu.warp_group.MOST_ROWS", dict.fromkeys(KINDS, (128, 128)))
     monkeypatch.setattr("infer.gpu.linear.MOST_GATED", 128)
+    monkeypatch.setattr("infer.gpu.wide.is_faster", lambda *_: False)
 
 
 @cache

@@ -24,7 +24,8 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 REGISTERS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS
 SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 SIGNATURE = re.compile(r"^(?:KERNEL|BOUNDED_KERNEL\([^\n]*\))\s+(\w+)\(([^)]*)\)", re.MULTILINE)
-CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q"}
+CODES = {"int": "i", "float": "f", "u32": "I", "u64": "Q", "TensorMap": "T"}
+MAP_BYTES = 128
 
 
 class _Attribute(ctypes.Structure):
@@ -65,7 +66,7 @@ def check(status: int, what: str) -> None:
 
 
 def signatures(source: str) -> dict[str, str]:
-    """Return the kernels of a source with the types of their parameters: P pointer, i int, f float, I u32, Q u64."""
+    """Return the kernels of a source with the types of their parameters: P pointer, i int, f float, I u32, Q u64, T map."""
     return {match[1]: "".join(map(_code, match[2].split(","))) for match in SIGNATURE.finditer(source)}
 
 
@@ -99,7 +100,7 @@ class Kernel:
         stream: int,
         grid: tuple[int, ...],
         threads: int,
-        arguments: tuple[int | float, ...],
+        arguments: tuple[int | float | bytes, ...],
         shared: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
@@ -148,9 +149,9 @@ def _layout(codes: str) -> tuple[struct.Struct, list[int]]:
     """Return how arguments are packed, each at a multiple of its size, and where each begins."""
     form, offsets, end = "=", [], 0
     for code in codes:
-        size = 8 if code in "PQ" else 4
+        size = MAP_BYTES if code == "T" else 8 if code in "PQ" else 4
         padding = -end % size
-        form += "x" * padding + ("Q" if code == "P" else code)
+        form += "x" * padding + {"P": "Q", "T": f"{MAP_BYTES}s"}.get(code, code)
         offsets.append(end + padding)
         end += padding + size
     return struct.Struct(form), offsets

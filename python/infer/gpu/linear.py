@@ -1,8 +1,8 @@
 """Products of rows with weight matrices: which kernel runs, and how it is launched.
 
 Few rows stream the weights through one kernel (cuda/linear_stream.cu), with what surrounds the product fused in, and more through
-others (cuda/linear_many.cu, cuda/linear_warp_group.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape or
-alignment, the plain kernel (cuda/linear.cu).
+others (linear_many.cu, linear_warp_group.cu, linear_wide.cu); beyond, cuBLASLt multiplies; what none takes, for its type, shape
+or alignment, the plain kernel (cuda/linear.cu).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from infer.gpu.stream import (
     stream_shape,
     stream_tokens,
 )
-from infer.gpu.warp_group import MOST_GATED, WarpGroupOperations
+from infer.gpu.warp_group import MOST_GATED
+from infer.gpu.wide import WideOperations
 
 if TYPE_CHECKING:
     from infer.gpu.kernels import Kernels
@@ -74,7 +75,7 @@ class _Launch(NamedTuple):
     """Whether all of the input is kept in shared memory."""
 
 
-class LinearOperations(WarpGroupOperations):
+class LinearOperations(WideOperations):
     """Matrix products, enqueued on one stream. ``workspace`` is device memory that no one else uses on this stream.
 
     cuBLASLt has the first BLAS_BYTES of it; in the rest, weights are unpacked for many rows, as many at a time as fit, or
@@ -323,7 +324,7 @@ class LinearOperations(WarpGroupOperations):
         return Rows(self._space + scales_bytes, source.rows, source.width, source.width, "e4m3")
 
     def _can_scale(self, source: Rows, output: Rows, weight: Weight) -> bool:
-        """Return whether E4M3 weights are multiplied by rows rounded to E4M3, by linear_warp_group.cu or cuBLASLt."""
+        """Return whether E4M3 weights are multiplied by rows rounded to E4M3, by warp groups or cuBLASLt."""
         rounded = self._rounded(source)
         fits = rounded.pointer + source.rows * source.width <= self._space + self._space_bytes
         known = weight.type == "e4m3" and source.dtype == "bf16" and weight.group in (0, weight.columns)

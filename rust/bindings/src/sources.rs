@@ -48,6 +48,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "linear_stream.cuh",
     "linear_warp_group.cu",
     "linear_warp_group.cuh",
+    "linear_wide.cu",
     "logprobs.cu",
     "many_weights.cuh",
     "mma.cuh",
@@ -71,6 +72,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "warp_group_end.cuh",
     "warp_group_shared.cuh",
     "weights.cuh",
+    "wide_product.cuh",
 ];
 
 /// The sources of the GPU kernels, by file name.
