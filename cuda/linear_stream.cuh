@@ -45,18 +45,7 @@ constexpr int TURNS = TOKENS > 8 ? 1 : 2;               // units whose sums are 
 static_assert(RESIDENT || !NORM, "only resident rows are normalised");
 static_assert(TILES == 1 && OUTPUTS * TOKENS <= THREADS, "a thread ends one output of a unit");
 
-// Eight input values of a token times the norm's factors, and their squares added up.
-DEVICE void normalise(uint4 &values, const float (&factors)[8], float &squares) {
-    u32 words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float a = low_bf16(words[i]), b = high_bf16(words[i]);
-        squares = fmaf(b, b, fmaf(a, a, squares));
-        words[i] = pack_bf16(a * factors[2 * i], b * factors[2 * i + 1]);
-    }
-    values = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
+#include "normed.cuh"
 #if PACKED == 4 || IS_E4M3
 #include "stream_prepared.cuh"
 #endif
@@ -220,7 +209,7 @@ DEVICE float norm_scale(const Memory &memory, int token, int columns, float epsi
     float square = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) square += memory.squares()[warp * TOKENS + token];
-    return rsqrtf(square * (1.0f / columns) + epsilon);
+    return norm_factor(square, columns, epsilon);
 }
 
 // What ends an output, besides sums: read early, since it comes from far.

@@ -4,14 +4,6 @@
 
 constexpr int ARGMAX_THREADS = 256;
 
-constexpr u64 NO_NUMBER = ~0ull;
-
-// A logit's key; NaN and +inf win against everything.
-DEVICE u64 logit_key(float value, int id) { return value < INFINITE ? key_of(ordered(value), id) : NO_NUMBER; }
-
-// Whether a row's largest key is that of a finite logit: minus infinity, and nothing at all, are below.
-DEVICE bool is_finite(u64 best) { return best != NO_NUMBER && likelihood_of(best) > ordered(-INFINITE); }
-
 struct Best {
     u64 key;
     u32 arrived, unused;

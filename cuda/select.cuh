@@ -5,10 +5,10 @@
 // parts of the range, and goes on with the part in which the cut falls. One block of THREADS threads works on a row.
 #pragma once
 #include "common.cuh"
+#include "keys.cuh"
 
 constexpr int THREADS = 1024; // also the tokens that are held in shared memory once so few are left, and the parts of a range
 constexpr int WARPS = THREADS / WARP;
-constexpr int ID_BITS = 20;
 
 // e to a power of at most 0: the very bits of `exp` in rust/engine/src/vector.rs, so no operation may be fused.
 DEVICE float exp_exact(float x) {
@@ -27,16 +27,6 @@ DEVICE float exp_exact(float x) {
     return x < -87.0f ? 0.0f : __fmul_rn(series, __uint_as_float(exponent << 23));
 }
 
-// A number that is larger for larger floats; both zeros have the same.
-DEVICE u32 ordered(float value) {
-    const u32 bits = __float_as_uint(value + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-DEVICE u64 key_of(u32 likelihood, int id) { return u64(likelihood) << ID_BITS | u32((1 << ID_BITS) - 1 - id); }
-DEVICE int id_of(u64 key) { return (1 << ID_BITS) - 1 - int(key & ((1 << ID_BITS) - 1)); }
-DEVICE u32 likelihood_of(u64 key) { return u32(key >> ID_BITS); }
-
 // Shared memory of a block.
 struct Work {
     double sums[WARPS];
@@ -46,12 +36,6 @@ struct Work {
     double left;
     int first, digit, above, here;
 };
-
-DEVICE double warp_sum(double value) {
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
-    return value;
-}
 
 // Sums of `value` over this lane and those before it.
 DEVICE double running_sum(double value) {

@@ -93,6 +93,8 @@ CUDA_TWINS = {
     "random": "rust/model/src/dummy.rs",
     "rows": "rust/model/src/interpreter.rs",
     "sampler": "rust/engine/src/sampler.rs",
+    "screen": "rust/engine/src/sampler.rs",
+    "screen_rough": "rust/kernels/src/ops/linear.rs",
 }
 
 

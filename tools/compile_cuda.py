@@ -64,6 +64,7 @@ PACKED = [
     {"WEIGHT": "u8", "PACKED": 8, "STEPS": 1, "HALVES": 1},
 ]
 """Layouts of packed weights."""
+SCREENED: Macros = {"WEIGHT": "u8", "PACKED": 8, "WEIGHT_GROUP": 128}
 
 
 def packed(variants: list[Macros], bits: int = 0) -> list[Macros]:
@@ -122,6 +123,8 @@ VARIANTS: dict[str, list[Macros]] = {
     "rope.cu": choices(INFER_F32=[None, 1], INTERLEAVED=[0, 1]),
     "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(VECTOR=[8])),
     "sampler.cu": ONE,
+    "screen.cu": [SCREENED],
+    "screen_rough.cu": [{**SCREENED, "TOKENS": 8, "RESIDENT": 1, "DEPTH": 5, "NORM": norm} for norm in (0, 1)],
 }
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from infer.gpu.arrays import StepInputs
+    from infer.gpu.arrays import StepInputs, Weight
     from infer.gpu.attention import AttentionPlan
 
 
@@ -28,6 +28,10 @@ class NumpyLayers:
     def layer_records(self, layers: Sequence[Layer]) -> NDArray[np.uint8] | None:
         """See `LayerOperations`: nothing but zeros is kept."""
         return np.zeros(COUNTER_BYTES, np.uint8)
+
+    def can_screen(self, head: Weight) -> bool:
+        """None are here."""
+        return False
 
     def layers(self, inputs: StepInputs, plan: AttentionPlan, stack: Stack) -> bool:
         """See `LayerOperations`."""

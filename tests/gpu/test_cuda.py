@@ -93,7 +93,7 @@ def test_graphs_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) 
         self._device.synchronize()
         outcome = original(self, work)
         size, kind = Size(*self.launcher.size(work)), work.draw_kind if any(work.drawn) else None
-        if work.logit_rows and self._graphs.get((size, kind)) is not None:
+        if work.logit_rows and self._graphs.get((size, kind, False)) is not None:
             replayed, eager = (np.empty((work.logit_rows, self._host_logits.shape[1]), np.float32) for _ in range(2))
             pointer = self._executor.logits(work.logit_rows).pointer
             self._device.download(replayed, pointer)

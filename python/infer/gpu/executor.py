@@ -17,6 +17,7 @@ from infer.gpu.fused import FusedSteps, fuse
 from infer.gpu.layers import Layer, Stack
 from infer.gpu.memory import Buffers, KvPages
 from infer.gpu.operations import ARGMAX_BYTES
+from infer.gpu.screen import Normed, Watch, screen_of
 from infer.gpu.stacked import layers_of, stack_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from infer._core import DeviceModel
     from infer.gpu.arrays import Draws, StepInputs
     from infer.gpu.device import Device
+    from infer.gpu.screen import Screen
     from infer.gpu.weights import Weights
 
     Place = tuple[int, int, int]
@@ -49,6 +51,8 @@ class Launch:
     """No sequence has more rows than decode attention takes, now or when the launch is replayed."""
     plain: bool = False
     """There are more pieces of attention than the plan has room for: the kernel that needs no plan computes it."""
+    is_screened: bool = False
+    """All rows are drawn greedily, and nobody wants logits: the head is read as far as it matters only."""
 
 
 class AttentionPlans:
@@ -113,6 +117,8 @@ class Executor(FusedSteps):
         self._steps = [(getattr(self, kind), fields) for kind, fields in steps]
         self._stacked = stack_of(steps)
         self._stack: Stack | None = None
+        self._screen = self._make_screen()
+        self._watch = Watch(device, self._screen) if self._screen is not None else None
         self._body = next(place for place, (kind, _) in enumerate(steps) if kind == "select")
         self._choices = device.allocate(logit_rows * 4)
         self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
@@ -168,7 +174,10 @@ class Executor(FusedSteps):
     def choose(self, launch: Launch) -> None:
         """Enqueue the choice of each wanted row's token, after `forward`."""
         logits = self.logits(launch.logit_rows)
-        if launch.draw_kind == GREEDY:
+        if launch.is_screened:
+            source, norm = self._before_head(launch.logit_rows)
+            self._operations.choose_screened(source, logits, self._screen, norm, self._choices)
+        elif launch.draw_kind == GREEDY:
             self._operations.argmax(logits, self._choices, self._scratch)
         else:
             self._operations.sample(logits, launch.draws, self._choices, launch.draw_kind == FULL)
@@ -186,7 +195,7 @@ class Executor(FusedSteps):
         for plan in self._attention.values():
             self._operations.attention_plan(launch.inputs, plan)
         # What follows `select` is for logits only.
-        steps = self._steps if launch.logit_rows else self._steps[: self._body]
+        steps = self._steps[: -1 if launch.is_screened else None] if launch.logit_rows else self._steps[: self._body]
         place = 0
         while place < len(steps):
             if place == self._stacked.start and self._run_stack(launch):
@@ -195,6 +204,34 @@ class Executor(FusedSteps):
             step, fields = steps[place]
             step(launch, **fields)
             place += 1
+
+    def _make_screen(self) -> Screen | None:
+        """Return a screen before the head, if that is the last step."""
+        step, fields = self._steps[-1]
+        if step not in (self.linear, self.norm_linear) or fields["output"] != self._logits:
+            return None
+        return screen_of(self._device, self._operations, self._weights.matrices[fields["weight"]])
+
+    def screens(self, rows: int) -> bool:
+        """Return whether greedy draws of so many rows need no logits, and are faster without."""
+        if self._watch is None or rows == 0 or not self._watch.pays(rows):
+            return False
+        source, norm = self._before_head(rows)
+        return bool(self._operations.screens(source, self.logits(rows), self._screen, norm))
+
+    def watch_screen(self) -> None:
+        """Enqueue what lets `screens` know whether the screen pays."""
+        if self._watch is not None:
+            self._watch.look()
+
+    def _before_head(self, rows: int) -> tuple[Rows, Normed | None]:
+        """Return the input of the last step, which is the head, and the norm that is part of it."""
+        fields = self._steps[-1][1]
+        source = self._buffers.rows(fields["input"], rows)
+        if "norm" not in fields:
+            return source, None
+        pointer = self._weights.vectors[fields["norm"]][0]
+        return source, Normed(pointer, fields["epsilon"])
 
     def layer(self, qkv: dict[str, Any], attend: dict[str, Any], added: dict[str, Any], gated: dict[str, Any]) -> Layer:
         """Return the layer that these steps' fields describe, with buffers of one row."""

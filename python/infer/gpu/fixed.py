@@ -37,6 +37,10 @@ class FixedOperations(Operations):
     def layer_records(self, layers: Sequence[Layer]) -> None:
         """See `Operations`: steps run one by one."""
 
+    def can_screen(self, head: Weight) -> bool:
+        """See `Operations`: the greatest of sums in another order might be another one."""
+        return False
+
     def linear(self, source: Rows, output: Rows, weight: Weight) -> None:
         """See `Operations`."""
         for own, target in _blocks(source, output):

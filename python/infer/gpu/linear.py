@@ -63,7 +63,7 @@ WARPS = 8  # of the plain kernel
 PREPARED_COLUMNS = 256  # of a warp
 
 
-class _Launch(NamedTuple):
+class StreamLaunch(NamedTuple):
     """How a streaming product runs."""
 
     macros: dict[str, int | str]
@@ -240,7 +240,7 @@ class LinearOperations(WideOperations):
         shape = (source.stride, output.stride, source.rows, weight.rows, weight.columns)
         self._launch_stream(kernel, launch, (*pointers, *shape, add, epsilon))
 
-    def _streamed_rows(self, source: Rows, weight: Weight, launch: _Launch) -> int:
+    def _streamed_rows(self, source: Rows, weight: Weight, launch: StreamLaunch) -> int:
         """Return where a streaming product reads its rows: prepared, where it does not do that itself."""
         if weight.type not in PREPARED_BYTES or launch.is_resident:
             return source.pointer
@@ -249,7 +249,7 @@ class LinearOperations(WideOperations):
         kernel(self.stream, (ceil_of(weight.columns, PREPARED_COLUMNS * WARPS), source.rows), WARPS * 32, arguments)
         return self._space
 
-    def _launch_stream(self, kernel: Kernel, launch: _Launch, arguments: tuple[int | float, ...]) -> None:
+    def _launch_stream(self, kernel: Kernel, launch: StreamLaunch, arguments: tuple[int | float, ...]) -> None:
         """Launch a streaming product."""
         kernel(self.stream, (launch.blocks,), launch.threads or half_threads(kernel.registers), arguments, launch.shared)
         self._streamed += 1
@@ -271,8 +271,8 @@ class LinearOperations(WideOperations):
         """Return whether the streaming kernels normalise input rows themselves: every block does it anew, so few of them."""
         return source.rows <= 8 and self._launch(source.rows, epilogue, True, weight).is_resident
 
-    def _launch(self, rows: int, epilogue: int, has_norm: bool, weight: Weight) -> _Launch:
-        """Choose how a streaming product runs."""
+    def _launch(self, rows: int, epilogue: int, has_norm: bool, weight: Weight, more: int = 0) -> StreamLaunch:
+        """Choose how a streaming product runs; with ``more`` bytes of shared memory, rows are resident."""
         blocks, limit = min(-(-weight.rows // 16), self.kernels.multiprocessors), self.kernels.shared_limit
         macros: dict[str, int | str] = {
             "TOKENS": stream_tokens(rows, weight),
@@ -282,9 +282,10 @@ class LinearOperations(WideOperations):
         macros |= {**weight.macros, "GROUPED": int(0 < weight.group < weight.columns and not weight.is_packed)}
         is_dependent = self.kernels.capability >= DEPENDENT
         takes_registers = is_dependent and self._streamed % 2 == 1
-        shape = stream_shape(rows, weight, stream_rooms(limit, is_dependent, takes_registers), has_norm)
+        rooms = tuple(room - more for room in stream_rooms(limit, is_dependent, takes_registers))
+        shape = stream_shape(rows, weight, rooms, has_norm or more > 0)
         macros |= {"RESIDENT": int(shape.is_resident), "DEPTH": shape.depth}
-        return _Launch(macros, blocks, 0 if takes_registers else STREAM_WARPS * 32, shape.shared, shape.is_resident)
+        return StreamLaunch(macros, blocks, 0 if takes_registers else STREAM_WARPS * 32, shape.shared + more, shape.is_resident)
 
     def _linear_plainly(self, source: Rows, output: Rows, weight: Weight, add: float) -> None:
         v = vector(weight.columns, source) if weight.pointer % 16 == 0 else 1

@@ -9,6 +9,7 @@ from infer.gpu.arrays import MOST_BRANCHES
 from infer.gpu.experts import ExpertOperations
 from infer.gpu.layers import LayerOperations
 from infer.gpu.packing import PackOperations
+from infer.gpu.screen import ScreenOperations
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import Draws, Rows, StepInputs
@@ -24,7 +25,7 @@ ARGMAX_BYTES = 16
 """Bytes of scratch that argmax needs for each row."""
 
 
-class Operations(LayerOperations, ExpertOperations, PackOperations):
+class Operations(LayerOperations, ScreenOperations, ExpertOperations, PackOperations):
     """Operations on one device and stream. They only enqueue, allocate nothing, and may be captured into a graph.
 
     ``workspace`` is device memory for products, used by one operation after the other.

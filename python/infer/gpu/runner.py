@@ -107,7 +107,7 @@ class Runner:
         self._host_logits = device.pinned((logit_rows, vocabulary), "float32")
         self._outcomes = [_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE)]
         self._host = self._outcomes[0]
-        self._graphs: dict[tuple[Size, int | None], Graph | None] = {}
+        self._graphs: dict[tuple[Size, int | None, bool], Graph | None] = {}
         self._prompt_graphs = 0
         pieces = None if deterministic else executor.plans.size.items
         limits = (rows, sequences, logit_rows, pieces, CHUNK_PAGES, DECODE_ROWS, graphs)
@@ -147,7 +147,10 @@ class Runner:
         if kind != GREEDY:
             self._plan.send_draws(work, size.wanted)
         self._plan.send(work, size.rows, size.sequences)
-        self._compute(size, kind if any(drawn) else None)
+        is_screened = kind == GREEDY and all(drawn) and self._executor.screens(size.wanted)
+        self._compute(size, kind if any(drawn) else None, is_screened)
+        if is_screened:
+            self._executor.watch_screen()
         return self._collect(drawn, kind)
 
     def _collect(self, drawn: list[bool], kind: int) -> Outcome:
@@ -169,42 +172,47 @@ class Runner:
             self._device.download(outcome.logprobs, self._plan.draws.told)
         return outcome
 
-    def _compute(self, size: Size, kind: int | None) -> None:
+    def _compute(self, size: Size, kind: int | None, is_screened: bool) -> None:
         """Enqueue a step of a padded size, and the choice of tokens unless ``kind`` is None."""
 
         def run() -> None:
-            launch = self._launch(size, kind)
+            launch = self._launch(size, kind, is_screened)
             self._executor.forward(launch)
             if kind is not None:
                 self._executor.choose(launch)
 
-        key = size, kind
+        key = size, kind, is_screened
         if (graph := self._graphs.get(key)) is not None:
             graph()
+            if is_screened:
+                self._hand_over(size, kind, graph)
             return
         is_time = size.is_captured and self._is_time(size, key in self._graphs)
         if is_time and size.only_decode:
-            self._capture(size, kind, run)()
+            self._capture(*key, run)()
             return
         run()
         if is_time:
-            self._capture(size, kind, run)
+            self._capture(*key, run)
         elif size.is_captured:
             self._graphs[key] = None
 
-    def _capture(self, size: Size, kind: int | None, run: Callable[[], None]) -> Graph:
+    def _capture(self, size: Size, kind: int | None, is_screened: bool, run: Callable[[], None]) -> Graph:
         """Make a graph of what ``run`` enqueues."""
-        graph = self._graphs[size, kind] = self._device.capture(run)
-        self._hand_over(size, kind, graph)
+        graph = self._graphs[size, kind, is_screened] = self._device.capture(run)
+        # The core launches steps whose rows are all drawn. Screened ones it gets when they come the third time: then the first is
+        # done, so that it is known whether the screen pays.
+        if kind != GREEDY or not self._executor.screens(size.wanted):
+            self._hand_over(size, kind, graph)
         return graph
 
     def _hand_over(self, size: Size, kind: int | None, graph: Graph) -> None:
         """Have the core launch a graph from now on."""
         self.launcher.add(size, kind, graph.ptr, graph)
 
-    def _launch(self, size: Size, kind: int | None) -> Launch:
+    def _launch(self, size: Size, kind: int | None, is_screened: bool = False) -> Launch:
         inputs, wanted = self._plan.inputs(size.rows, size.sequences), self._plan.logit_rows(size.rows)
-        known = (self._plan.draws, GREEDY if kind is None else kind, size.only_decode, size.is_plain)
+        known = (self._plan.draws, GREEDY if kind is None else kind, size.only_decode, size.is_plain, is_screened)
         return Launch(inputs, size.rows, size.wanted, wanted, *known)
 
     def _is_time(self, size: Size, is_known: bool) -> bool:

@@ -1,0 +1,211 @@
+// Greedy decoding with half of the head's bytes: a copy of the head in 8 bits (the rough one) gives approximate logits of all tokens, and only
+// those tokens that can be the greatest after all are computed with the head itself. What is chosen is what the streaming product and
+// `argmax` would choose, by proof. (Pruning by Cauchy and Schwarz: LEMP, Teflioudi et al., 2015; screening for softmax: L2S, Chen et al., 2019.)
+//
+// For token j with weights w, rough weights w', input x (as the product reads it: with a norm, times its factors and rounded to bfloat16),
+// S = ||x|| f, where f is what sums are multiplied by after the norm, and e = ||w - w'||: in real numbers, x w' f and x w f differ by at most
+// e S. Computed ones differ by at most margin = b S, b = e + gamma (||w|| + e), where gamma covers both products' rounding:
+//   a matrix instruction adds 16 products to a sum, perhaps in two halves; cut off at 2^-23 of the greatest term each time, that is an error of at
+//   most 20 * 2^-23 of sum |w x| <= ||w|| ||x||, where a sum stands for all terms of its chain. The streaming product of bfloat16 has chains of
+//   2 ceil(n / 512) for n columns, screen_rough of 2 (32 columns), and adds those up in float, ceil(n / 1024) + 4 of them. Warps' sums, scales and
+//   f are fewer than 40 roundings more, and the two f differ by fewer than n / 512 + 10. Together less than (n / 8 + 128) * 2^-23.
+//   linear_many.cu, for more rows, has chains of up to n / 16, and rounds rough weights with their scales to bfloat16: (3 n / 2 + 256) * 2^-23,
+//   and an e of its own.
+// S is rounded up by 1e-4, more than sums of squares lose. Rows so small that squares vanish, or so great that products could be infinite, have
+// no screen: all tokens are computed. So it is, too, for tokens and rows with what is no number: comparisons with it leave nobody out.
+//
+// With L the greatest (approximate logit - margin), some token's logit is at least L; whoever has an approximate logit + margin < L is less than
+// that one, and strictly. A candidate's logit has the bits that linear_stream gives it: the same matrix instructions on the same columns in the same
+// order. All tokens may be candidates (a row of zeros): that gives the same result, but an H200 takes 450 to 700 us for each row (128,256 x
+// 4,096) where the whole head takes 230 to 260 for all of them; whoever calls this sees counts, and gives a screen up that leaves so many.
+#include "screen.cuh"
+#include "weights.cuh"
+
+// bounds (2, rows) float: b of each token for screen_rough and for linear_many. exact (rows, columns); rough and scales as weights.cuh says.
+// Launch: ceil(rows / 8) blocks, SCREENERS threads.
+KERNEL screen_bounds(const bf16 *exact, const u8 *rough, const f16 *scales, float *bounds, int rows, int columns) {
+    let_next_start();
+    wait_for_previous();
+    const int row = blockIdx.x * SCREEN_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    const Matrix matrix = {rough, scales, nullptr, columns, WEIGHT_GROUP};
+    double squares = 0.0, errors[2] = {};
+    for (int column = lane * 8; column < columns; column += WARP * 8) {
+        float own[8], integers[8];
+        load<8>(exact + size_t(row) * columns + column, own);
+        const Eight eight = matrix.fetch(row, column);
+        const float scale = to_float(f16{u16(eight.scale)}), coarse = to_float(from_float<bf16>(scale));
+        unpack(eight.words, integers);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const double value = own[i], error = value - double(scale) * double(integers[i]);
+            const double other = value - double(to_float(from_float<bf16>(coarse * integers[i])));
+            squares += value * value, errors[0] += error * error, errors[1] += other * other;
+        }
+    }
+    squares = warp_sum(squares), errors[0] = warp_sum(errors[0]), errors[1] = warp_sum(errors[1]);
+    if (lane > 0) return;
+    const double gammas[2] = {(columns * 0.125 + 128.0) * 0x1p-23, (columns * 1.5 + 256.0) * 0x1p-23};
+    for (int i = 0; i < 2; i++) {
+        const double error = sqrt(errors[i]), bound = error + gammas[i] * (sqrt(squares) + error);
+        bounds[size_t(i) * rows + row] = __double2float_ru(bound * (1.0 + 1e-9));
+    }
+}
+
+constexpr int LOWER_FOURS = 4; // that a thread reads at once
+
+// Finds L and S of each row, where screen_rough does not. logits (rows, width) are the rough head's of input (rows, columns), bounds (width) as
+// above, all aligned to 16 bytes; found (rows) is as screen_exact leaves it. Launch: grid (parts, rows), SCREENERS threads.
+KERNEL screen_lower(const float *logits, const float *bounds, const bf16 *input, Found *found, int stride, int width, int input_stride,
+                    int columns) {
+    __shared__ float greatest[SCREEN_WARPS];
+    __shared__ float2 parts[SCREEN_WARPS];
+    let_next_start();
+    const int fours = width / 4, threads = gridDim.x * SCREENERS, thread = blockIdx.x * SCREENERS + threadIdx.x;
+    if (thread < fours && threadIdx.x % 8 == 0) prefetch_line(bounds + thread * 4);
+    wait_for_previous();
+    logits += size_t(blockIdx.y) * stride;
+    const bf16 *own_input = input + size_t(blockIdx.y) * input_stride;
+    const float2 row = measure(own_input, nullptr, nullptr, columns, 0.0f, parts, [] { __syncthreads(); });
+    float best = -INFINITE;
+    const auto take = [&](float logit, float bound) {
+        const float margin = margin_of(bound, row.x), lower = logit - margin;
+        if (margin < GREATEST && lower > best && lower < INFINITE) best = lower;
+    };
+    for (int begin = thread; begin < fours; begin += LOWER_FOURS * threads) {
+        float4 values[LOWER_FOURS], own[LOWER_FOURS];
+#pragma unroll
+        for (int i = 0; i < LOWER_FOURS; i++) {
+            const int at = min(begin + i * threads, fours - 1);
+            values[i] = reinterpret_cast<const float4 *>(logits)[at], own[i] = reinterpret_cast<const float4 *>(bounds)[at];
+        }
+#pragma unroll
+        for (int i = 0; i < LOWER_FOURS; i++) {
+            take(values[i].x, own[i].x), take(values[i].y, own[i].y), take(values[i].z, own[i].z), take(values[i].w, own[i].w);
+        }
+    }
+    best = warp_max(best);
+    if (threadIdx.x % WARP == 0) greatest[threadIdx.x / WARP] = best;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < SCREEN_WARPS; i++) best = fmaxf(best, greatest[i]);
+    Found *own = found + blockIdx.y;
+    if (best > -INFINITE) atomicMax(&own->lower, ordered(best));
+    if (blockIdx.x == 0) own->length = row.x, own->factor = row.y;
+}
+
+// What `ordered` was made of; minus infinity for 0.
+DEVICE float disordered(u32 number) {
+    return number == 0 ? -INFINITE : __uint_as_float(number & 0x80000000u ? number ^ 0x80000000u : ~number);
+}
+
+// Multiplies a warp's steps of 16 rows of the head, g (upper) and g + 8 (lower) of each lane, by an input row: all columns of a matrix
+// instruction are that row.
+DEVICE void multiply_rows(const bf16 *upper, const bf16 *lower, const bf16 *input, int columns, int warp, int t, float (&sums)[2][4]) {
+    constexpr int AHEAD = 4;
+    for (int first = warp * SPAN + t * 8; first < columns; first += AHEAD * SCREEN_WARPS * SPAN) {
+        uint4 a[2 * AHEAD][2], b[2 * AHEAD];
+#pragma unroll
+        for (int i = 0; i < 2 * AHEAD; i++) {
+            const int column = first + i / 2 * (SCREEN_WARPS * SPAN) + i % 2 * (SPAN / 2);
+            a[i][0] = a[i][1] = b[i] = make_uint4(0, 0, 0, 0);
+            if (column >= columns) continue;
+            a[i][0] = *reinterpret_cast<const uint4 *>(upper + column), a[i][1] = *reinterpret_cast<const uint4 *>(lower + column);
+            b[i] = *reinterpret_cast<const uint4 *>(input + column);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * AHEAD; i++) {
+            const uint4 &one = a[i / 2][0], &other = a[i / 2][1], &row = b[i / 2];
+            const int low = i % 2 * 2, high = low + 1;
+            mma(sums[i % 2], word_of(one, low), word_of(other, low), word_of(one, high), word_of(other, high), word_of(row, low),
+                word_of(row, high));
+        }
+    }
+}
+
+constexpr int EXACT_FOURS = 2;                       // that a thread reads at once
+constexpr int STRETCH = EXACT_FOURS * SCREENERS * 4; // tokens that a block looks at, at once
+constexpr int MOST_CANDIDATES = 2 * STRETCH;         // that are kept until they are computed
+
+// The greatest logit of `count` candidates: a thread has some of the keys.
+DEVICE u64 compute(const u32 *candidates, int count, const bf16 *weight, const bf16 *input, float factor, int columns) {
+    __shared__ float sums[2][SCREEN_WARPS][16];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    u64 best = 0;
+    for (int first = 0, turn = 0; first < count; first += 16, turn ^= 1) {
+        const u32 upper = candidates[min(first + g, count - 1)], lower = candidates[min(first + g + 8, count - 1)];
+        float own[2][4] = {};
+        multiply_rows(weight + size_t(upper) * columns, weight + size_t(lower) * columns, input, columns, warp, t, own);
+        if (t == 0) sums[turn][warp][g] = own[0][0] + own[1][0], sums[turn][warp][g + 8] = own[0][2] + own[1][2];
+        __syncthreads();
+        if (threadIdx.x >= 16 || first + int(threadIdx.x) >= count) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SCREEN_WARPS; i++) sum += sums[turn][i][threadIdx.x];
+        best = max(best, logit_key(sum * factor, candidates[first + threadIdx.x]));
+    }
+    return best;
+}
+
+// chosen[row] as argmax has it, of weight (width, columns) times input (rows, columns): as it is, or as screen_rough left it; logits (rows, width)
+// of that and bounds (width) are aligned to 16 bytes. Launch: grid (parts, rows), SCREENERS threads.
+BOUNDED_KERNEL(SCREENERS, 2)
+screen_exact(const float *logits, const float *bounds, const bf16 *weight, const bf16 *input, Found *found, int *chosen, int stride, int width,
+             int input_stride, int columns) {
+    __shared__ u32 candidates[MOST_CANDIDATES];
+    __shared__ int count;
+    let_next_start();
+    const int fours = width / 4, each = (fours + gridDim.x - 1) / gridDim.x, end = min(int(blockIdx.x + 1) * each, fours);
+    if (threadIdx.x == 0) count = 0;
+    if (threadIdx.x % 8 == 0 && int(blockIdx.x) * each + int(threadIdx.x) < end) prefetch_line(bounds + (blockIdx.x * each + threadIdx.x) * 4);
+    wait_for_previous();
+    __syncthreads();
+    Found *row = found + blockIdx.y;
+    logits += size_t(blockIdx.y) * stride, input += size_t(blockIdx.y) * input_stride;
+    const float lower = disordered(row->lower), length = row->length, factor = row->factor;
+    const auto look = [&](float logit, float bound, int id) {
+        const float margin = margin_of(bound, length);
+        if (margin < GREATEST && logit + margin < lower) return;
+        candidates[atomicAdd(&count, 1)] = id;
+    };
+    u64 best = 0;
+    u32 counted = 0;
+    for (int begin = blockIdx.x * each; begin < end; begin += EXACT_FOURS * SCREENERS) {
+        float4 values[EXACT_FOURS], own[EXACT_FOURS];
+#pragma unroll
+        for (int i = 0; i < EXACT_FOURS; i++) {
+            const int at = min(begin + i * SCREENERS + int(threadIdx.x), end - 1);
+            values[i] = reinterpret_cast<const float4 *>(logits)[at], own[i] = reinterpret_cast<const float4 *>(bounds)[at];
+        }
+#pragma unroll
+        for (int i = 0; i < EXACT_FOURS; i++) {
+            const int at = begin + i * SCREENERS + threadIdx.x, id = at * 4;
+            if (at >= end) continue;
+            look(values[i].x, own[i].x, id), look(values[i].y, own[i].y, id + 1);
+            look(values[i].z, own[i].z, id + 2), look(values[i].w, own[i].w, id + 3);
+        }
+        __syncthreads();
+        const int found_here = count;
+        const bool is_last = begin + EXACT_FOURS * SCREENERS >= end;
+        if (found_here == 0 || (!is_last && found_here <= MOST_CANDIDATES - STRETCH)) {
+            __syncthreads();
+            continue;
+        }
+        best = max(best, compute(candidates, found_here, weight, input, factor, columns));
+        counted += found_here;
+        __syncthreads();
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+    }
+    if (threadIdx.x >= WARP) return; // the keys are in the first 16 threads
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
+    if (threadIdx.x > 0) return;
+    if (counted) atomicMax(&row->key, best), atomicAdd(&row->counted, u64(counted));
+    __threadfence();
+    if (atomicAdd(&row->arrived, 1u) < gridDim.x - 1) return;
+    __threadfence();
+    best = atomicExch(&row->key, 0ull);
+    row->arrived = row->lower = 0, row->times++;
+    chosen[blockIdx.y] = is_finite(best) ? id_of(best) : -1;
+}
