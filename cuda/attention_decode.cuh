@@ -208,8 +208,6 @@ struct Call {
 
 // What attend() needs of a launch of its own: all is there once the kernel before this one has ended.
 struct AfterPrevious {
-    static constexpr bool TAKES_LATE = false; // whether the next piece is looked at late, which takes fewer registers
-
     DEVICE int first(const Call &call, Work &work) const {
         const int end = call.counts[0] * call.kv_heads;
         if (int(blockIdx.x) < end) work.take(call.items, blockIdx.x, call.page_table, call.page_stride, call.window), work.prefetch();
@@ -239,10 +237,7 @@ template <class Source> DEVICE void attend(const Call &call, Shared &shared, con
     for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
         number += gridDim.x;
-        const auto take = [&] {
-            if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
-        };
-        if (!Source::TAKES_LATE) take();
+        if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
         const int kv_head = work.pages.kv_head;
         const Score score = {call.scale, call.softcap, call.window, work.item.first_position};
         u32 query[PARTS][HEAD_DIM / 8];
@@ -267,7 +262,6 @@ template <class Source> DEVICE void attend(const Call &call, Shared &shared, con
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
         run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
-        if (Source::TAKES_LATE) take();
         // The next piece's first page is read while the results of this one are merged.
         if (number < work_end) source.prepare(next), next.read(page);
         publish(own, warp, g, t, shared);

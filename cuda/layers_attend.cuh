@@ -28,8 +28,7 @@ static_assert(WARPS - DECODE_WARPS >= MOST_ROWS, "a warp for each row that does 
 
 // How attention finds this step's queries, keys and values: QKV hands them over. Who attends to a chunk stores the new ones of its pages.
 struct Fresh {
-    static constexpr bool TAKES_LATE = true;
-        const Operation &own;
+    const Operation &own;
     const Launch &launch;
     const bf16 *rows; // queries, keys and values of all heads
 

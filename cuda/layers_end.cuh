@@ -8,7 +8,7 @@ struct Inputs {
 
 constexpr int MOST_ROWS = 2, SUM_STRIDE = 3, MOST_SLOTS = 64; // rows of a step; sums of them are apart by so many
 
-constexpr int FIRST_BYTES = 128;
+constexpr int FIRST_BYTES = 80;
 
 // A warp's first piece of attention, as Work has it; where its row's new keys and values are stored, or -1.
 struct First {
