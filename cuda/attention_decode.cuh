@@ -208,28 +208,32 @@ struct Call {
 
 // What attend() needs of a launch of its own: all is there once the kernel before this one has ended.
 struct AfterPrevious {
+    DEVICE int first(const Call &call, Work &work) const {
+        const int end = call.counts[0] * call.kv_heads;
+        if (int(blockIdx.x) < end) work.take(call.items, blockIdx.x, call.page_table, call.page_stride, call.window), work.prefetch();
+        return end;
+    }
+
     DEVICE void begin() const { wait_for_previous(); }
     DEVICE void prepare(const Work &) const {}
+    DEVICE void first_is_prepared() const {}
     DEVICE uint4 read(const bf16 *from) const { return *reinterpret_cast<const uint4 *>(from); }
     template <class Read> DEVICE void check(uint4 (&)[QUERY_READS], Read) const {}
 };
 
-// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this. `source` waits before anything of this step is read
-// (begin), sees to a piece's new keys and values (prepare), reads queries, and checks what was read.
+// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this. `source` knows the first piece (first), waits before
+// anything of this step is read (begin), waits for the first piece's new keys and values (first_is_prepared), sees to those of the others
+// (prepare), reads queries, and checks what was read.
 template <class Source> DEVICE void attend(const Call &call, Shared &shared, const Source &source) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    const int work_end = call.counts[0] * call.kv_heads;
     Work next = {{}, {reinterpret_cast<const u8 *>(call.keys), reinterpret_cast<const u8 *>(call.values), call.key_scales, call.value_scales,
                       call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0, 0};
     Page page;
     Pending pending = {};
     int number = blockIdx.x;
-    if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
-    if (number < work_end) next.prefetch();
+    const int work_end = source.first(call, next);
     if (number < work_end && next.is_old()) next.read(page);
     source.begin();
-    if (number < work_end) source.prepare(next);
-    if (number < work_end && !next.is_old()) next.read(page);
     for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
         number += gridDim.x;
@@ -249,6 +253,10 @@ template <class Source> DEVICE void attend(const Call &call, Shared &shared, con
             for (int i = 0; i < QUERY_READS; i++) words[i] = read(i);
             source.check(words, read);
             query_operand(words, query[part]);
+        }
+        if (own_number == int(blockIdx.x)) {
+            source.first_is_prepared();
+            if (!work.is_old()) work.read(page);
         }
         Running own = {};
 #pragma unroll

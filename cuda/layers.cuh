@@ -73,23 +73,28 @@ DEVICE Product product_of(const Operation &own, int rows) {
             Division(own).second};
 }
 
-// The operations one after the other, each brought to a warp's own place in shared memory a word a lane, before it is needed.
+// The operations one after the other, each copied to one of a warp's two places in shared memory, a word a lane, before it is needed.
 struct Program {
     const u32 *words;
-    Operation *own;
+    Operation *places;
     int count, lane;
-    u32 next;
 
-    DEVICE Program(const Operation *operations, int count, Operation *own, int lane)
-        : words(reinterpret_cast<const u32 *>(operations)), own(own), count(count), lane(lane), next(words[lane]) {}
+    DEVICE Program(const Operation *operations, int count, Operation *places, int lane)
+        : words(reinterpret_cast<const u32 *>(operations)), places(places), count(count), lane(lane) {
+        bring(0);
+    }
+
+    DEVICE void bring(int number) const {
+        const u32 to = u32(__cvta_generic_to_shared(places + number % 2)) + lane * 4;
+        if (number < count) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(words + number * WARP + lane) : "memory");
+    }
 
     // The operation of this number; they must be asked for in order.
-    DEVICE const Operation &take(int number) {
+    DEVICE const Operation &take(int number) const {
+        asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
-        reinterpret_cast<u32 *>(own)[lane] = next;
-        __syncwarp();
-        if (number + 1 < count) next = words[(number + 1) * WARP + lane];
-        return *own;
+        bring(number + 1);
+        return places[number % 2];
     }
 };
 

@@ -8,11 +8,27 @@ struct Inputs {
 
 constexpr int MOST_ROWS = 2, SUM_STRIDE = 3, MOST_SLOTS = 64; // rows of a step; sums of them are apart by so many
 
+constexpr int FIRST_BYTES = 80;
+
+// A warp's first piece of attention, as Work has it; where its row's new keys and values are stored, or -1.
+struct First {
+    Item item;
+    int begin, number, end, entry, second, work_end, slot;
+    const int *table;
+
+    DEVICE void take(decoding::Work &work, int kv_heads) const {
+        work.item = item, work.begin = begin, work.number = number, work.end = end, work.first = entry, work.second = second;
+        work.index = blockIdx.x / kv_heads, work.pages.kv_head = blockIdx.x % kv_heads, work.pages.table = table;
+    }
+};
+static_assert(sizeof(First) <= FIRST_BYTES, "a warp has a place of so many bytes");
+
 // Where things are in a block's shared memory, as far as that is known before: squares that each warp added up (WARPS, TOKENS), sums
-// (TURNS_AHEAD, WARPS, 16, SUM_STRIDE), each warp's operation, barriers of the sums and of the ring; then the ring, and behind it the input,
-// or what the warps of attention found.
+// (TURNS_AHEAD, WARPS, 16, SUM_STRIDE), each warp's two operations, first pieces of attention, barriers of the sums and of the ring; then the
+// ring, and behind it the input, or what the warps of attention found.
 constexpr int SUMS_AT = WARPS * TOKENS * 4, OPERATIONS_AT = SUMS_AT + TURNS_AHEAD * WARPS * 16 * SUM_STRIDE * 4;
-constexpr int SUM_BARRIERS_AT = OPERATIONS_AT + ALL_WARPS * 128, RING_BARRIERS_AT = SUM_BARRIERS_AT + TURNS_AHEAD * 16;
+constexpr int FIRSTS_AT = OPERATIONS_AT + ALL_WARPS * 2 * 128;
+constexpr int SUM_BARRIERS_AT = FIRSTS_AT + WARPS * FIRST_BYTES, RING_BARRIERS_AT = SUM_BARRIERS_AT + TURNS_AHEAD * 16;
 constexpr int RING_AT = (RING_BARRIERS_AT + MOST_SLOTS * 16 + 127) / 128 * 128; // else copies of E4M3 weights take a tenth longer
 
 struct Room {
@@ -21,7 +37,8 @@ struct Room {
 
     DEVICE float *squares() const { return reinterpret_cast<float *>(begin); }
     DEVICE float *sums(int turn) const { return reinterpret_cast<float *>(begin + SUMS_AT) + turn * (WARPS * 16 * SUM_STRIDE); }
-    DEVICE Operation *operation(int warp) const { return reinterpret_cast<Operation *>(begin + OPERATIONS_AT) + warp; }
+    DEVICE Operation *operation(int warp) const { return reinterpret_cast<Operation *>(begin + OPERATIONS_AT) + 2 * warp; }
+    DEVICE First &first(int warp) const { return *reinterpret_cast<First *>(begin + FIRSTS_AT + warp * FIRST_BYTES); }
     DEVICE u8 *input() const { return begin + RING_AT + slots * Round::BYTES; }
 };
 

@@ -306,6 +306,7 @@ DEVICE void multiply_by_groups(Program program, const Launch &launch, const Piec
     Turn turn = {0};
     wait_for_previous();
     const Handed handed = launch.find();
+    find_first(launch, pieces, warp, threadIdx.x % WARP);
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
         if (own.kind == ATTEND) {

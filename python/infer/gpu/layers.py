@@ -42,8 +42,8 @@ COUNTER_BYTES = 256
 NOT_THERE = 0xFF
 """Each byte of a word that is not there yet (cuda/layers_words.cuh)."""
 LAYER_WARPS = 12
-FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + LAYER_WARPS * RECORD.size + 4 * 16 + 64 * 16
-"""Of a block's shared memory: sums, operations, and barriers of those and of at most MOST_SLOTS rounds of weights."""
+FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + 2 * LAYER_WARPS * RECORD.size + STREAM_WARPS * 80 + 4 * 16 + 64 * 16
+"""Of a block's shared memory: sums, operations, first pieces of attention, barriers of sums and of at most MOST_SLOTS rounds."""
 MOST_SLOTS = 64
 ROUND_BYTES, GROUP_ROUND_BYTES = 16896, 16384
 """Of weights that are not packed, in shared memory: as warps read them, and as warp groups do."""
