@@ -48,7 +48,15 @@ SHAPES = {
     "llama-70b": (8192, 80, 64, 8, 28672, 128, False),
 }
 UNWRITTEN = ("llama-70b",)  # of 141 GB
-WEIGHT_BYTES = {None: (2, 2), "fp8": (1, 2), "int8": (1.0625, 1.0625), "int4": (0.5625, 1.0625), "int4-g128": (0.515625, 1.0625)}
+SCREEN_BYTES = 1 + 2 / 128
+"""Of a weight of a bfloat16 head, which greedy steps of few rows read as a copy in 8 bits (cuda/screen.cu)."""
+WEIGHT_BYTES = {
+    None: (2, SCREEN_BYTES),
+    "fp8": (1, SCREEN_BYTES),
+    "int8": (1.0625, 1.0625),
+    "int4": (0.5625, 1.0625),
+    "int4-g128": (0.515625, 1.0625),
+}
 """Bytes of a weight, scales included: of the layers' matrices, and of the head."""
 POOL = 1 << 24  # values that weights are cut from
 

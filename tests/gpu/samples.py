@@ -34,9 +34,9 @@ def kinds() -> list[SamplingParams]:
     return [SamplingParams(**{"max_tokens": 12, "ignore_eos": True, "seed": seed, **own}) for seed, own in enumerate(options)]
 
 
-def choices(llm: LLM) -> list[tuple[list[int], Any]]:
-    """Tokens and log-probabilities of `kinds`, all at once."""
-    params = kinds()
+def choices(llm: LLM, params: list[SamplingParams] | None = None) -> list[tuple[list[int], Any]]:
+    """Tokens and log-probabilities of requests, of all `kinds` if not told otherwise, all at once."""
+    params = kinds() if params is None else params
     outputs = llm.generate([PROMPTS[1]] * len(params), params)
     return [(list(output.outputs[0].token_ids), output.outputs[0].logprobs) for output in outputs]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from device import Device, device, rounded
-from samples import PROMPTS, choices, same_choices
+from samples import PROMPTS, choices, kinds, same_choices
 
 from infer import LLM, SamplingParams
 from infer.gpu import screen as module
@@ -288,7 +288,8 @@ def test_mixed_requests_and_logits_for_the_caller(start: Any, screened: list[int
             monkeypatch.setattr(Executor, "screens", lambda *_: False)
         own: list[Any] = [tokens(llm, PROMPTS[:1], GREEDY), llm.logits([1, 2, 3, 4, 5]).tolist()]
         own.append(tokens(llm, PROMPTS, [GREEDY, SamplingParams(max_tokens=40, temperature=0.8, seed=3), GREEDY]))
-        own.append(choices(llm))
+        # One after the other: how prompts that come together are shared out among steps is a matter of time.
+        own.append([choice for params in kinds() for choice in choices(llm, [params])])
         found.append(own)
         assert bool(screened) == has_screen
         screened.clear()
