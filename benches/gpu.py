@@ -142,11 +142,13 @@ def write_model(folder: Path, shape: str) -> None:
                 left -= count
 
 
-def step_bytes(shape: str, context: int, quantization: str | None) -> float:
+def step_bytes(shape: str, context: int, quantization: str | None, deterministic: bool = False) -> float:
     """Bytes that a decoding step of one sequence must read: weights, the head and keys and values of its context (2 each)."""
     _, layers, _, kv_heads, _, head_dim, tied = SHAPES[shape]
     sizes = {name: int(np.prod(sizes)) for name, sizes in tensors(shape) if tied or "embed" not in name}
     layer, head = WEIGHT_BYTES[quantization]
+    if deterministic and head == SCREEN_BYTES:
+        head = 2  # no screen then
     weights = sum(size * (layer if "layers" in name else head) for name, size in sizes.items())
     return weights + 2 * context * layers * 2 * kv_heads * head_dim
 
@@ -185,11 +187,11 @@ def timed(llm: LLM, energy: Energy, dice: random.Random, count: int, tokens: int
     return seconds, energy.joules() - joules
 
 
-def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict[str, Any]:
+def measure(llm: LLM, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All loads on one model."""
     dice, energy = random.Random(7), Energy()
 
-    def median(count: int, tokens: int, generated: int, times: int = rounds) -> tuple[float, float]:
+    def median(count: int, tokens: int, generated: int, times: int = arguments.rounds) -> tuple[float, float]:
         for _ in range(2):  # a size's first step compiles what it needs, the second is captured
             timed(llm, energy, dice, count, tokens, generated)
         runs = [timed(llm, energy, dice, count, tokens, generated) for _ in range(times)]
@@ -203,7 +205,7 @@ def measure(llm: LLM, shape: str, rounds: int, quantization: str | None) -> dict
         "batch_1": {
             "inter_token_latency_ms": itl * 1e3,
             "tokens_per_second": 1 / itl,
-            "read_tb_per_second": step_bytes(shape, 256, quantization) / itl / 1e12,
+            "read_tb_per_second": step_bytes(shape, 256, arguments.quantization, arguments.deterministic) / itl / 1e12,
             "joules_per_token": joules / 256,
         },
         "first_token_2048_ms": first * 1e3,
@@ -254,7 +256,7 @@ def run(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, An
         answered = time.perf_counter()
         if arguments.busy:
             return measure_busy(llm, arguments.rounds)
-        results = measure(llm, shape, arguments.rounds, arguments.quantization)
+        results = measure(llm, shape, arguments)
         results["start"] = {"ready_seconds": ready - start, "first_token_seconds": answered - start}
         results["kv_cache_tokens"] = llm._engine.kv_cache_tokens
     return results
