@@ -44,9 +44,9 @@ thread = threading.Thread(target=send)
 thread.start()
 try:
     WAIT
-    print("was not interrupted")
+    print("was not interrupted", flush=True)
 except KeyboardInterrupt:
-    print(time.monotonic() - sent[0])
+    print(time.monotonic() - sent[0], flush=True)
 thread.join()
 os._exit(0)
 """

@@ -72,6 +72,7 @@ pub(super) fn fill(
     });
 }
 
+/// Writes one panel, which was zeros.
 fn fill_panel(
     layout: Layout,
     rows: &[&[u8]],
@@ -166,6 +167,63 @@ fn pack_int4(rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
             let low = |first: u32, second: u32| first & 0x0f0f_0f0f | (second & 0x0f0f_0f0f) << 4;
             let high = |first: u32, second: u32| first >> 4 & 0x0f0f_0f0f | second & 0xf0f0_f0f0;
             write_words([low(a, b), low(c, d), high(a, b), high(c, d)], lane, weights);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Context;
+    use crate::quant::sample_rows;
+    use std::sync::PoisonError;
+
+    /// Every row it was told of, at the begin and at the end.
+    #[derive(Default)]
+    struct Recorder(Mutex<[Vec<usize>; 2]>);
+
+    impl Recorder {
+        fn keep(&self, which: usize, rows: &[&[u8]]) {
+            let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            seen[which].extend(rows.iter().map(|row| row.as_ptr().addr()));
+        }
+    }
+
+    impl RowHolder for Recorder {
+        fn begin(&self, rows: &[&[u8]]) {
+            self.keep(0, rows);
+        }
+        fn end(&self, rows: &[&[u8]]) {
+            self.keep(1, rows);
+        }
+    }
+
+    #[test]
+    fn a_holder_is_told_of_each_row_once_and_pieces_change_nothing() {
+        let columns = 4096;
+        for (format, to) in [(Format::Q8_0, None), (Format::F32, None), (Format::F32, Some(Format::Q4_0))] {
+            let rows = sample_rows(format, 333, columns); // more than a piece of floats
+            let rows: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
+            let pack = |threads: usize, holder: &dyn RowHolder| {
+                let context = Context::new(threads).expect("threads");
+                match to {
+                    None => PackedMatrix::pack(&context.pool, format, columns, &rows, holder),
+                    Some(to) => PackedMatrix::round(&context, format, to, columns, &rows, holder),
+                }
+                .expect("packs")
+            };
+            let mut addresses: Vec<usize> = rows.iter().map(|row| row.as_ptr().addr()).collect();
+            addresses.sort_unstable();
+            let alone = pack(1, &());
+            for threads in [1, 3] {
+                let recorder = Recorder::default();
+                let matrix = pack(threads, &recorder);
+                assert!(matrix.parts() == alone.parts(), "{format:?}");
+                for mut seen in recorder.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                    seen.sort_unstable();
+                    assert_eq!(seen, addresses, "{format:?}, {threads} threads");
+                }
+            }
         }
     }
 }
