@@ -101,12 +101,12 @@ def test_divisions(shape: warp_group.Shape, splits: int, rows: int, kind: str, m
     assert error(gpu.read(output), multiplied_rows(gpu, source, kind) @ exact.T + bias) < SUMS[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_do_not_depend_on_company(kind: str) -> None:
-    gpu, x = device(), normal(128, 4096)
+def check_company(kind: str, whole_rows: int, parts: list[tuple[int, int]]) -> None:
+    """Products of all rows and of parts of them, first row and count, have the same bits."""
+    gpu, x = device(), normal(whole_rows, 4096)
     weight, _, _ = weight_of(2048, 4096, kind)
     found: list[tuple[int, list[np.ndarray]]] = []
-    for first, count in ((0, 128), (0, 64), (0, 80), (3, 17), (36, 28)):
+    for first, count in [(0, whole_rows), *parts]:
         source, output = gpu.rows(x[first : first + count], "bf16"), gpu.blank(count, 2048, "f32")
         inner = gpu.blank(count, 1024, "bf16")
         gpu.ops.linear(source, output, weight)
@@ -118,14 +118,24 @@ def test_rows_do_not_depend_on_company(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_that_are_not_finite_stay_in_their_rows(kind: str) -> None:
-    gpu, x = device(), normal(20, 512)
+def test_rows_do_not_depend_on_company(kind: str) -> None:
+    check_company(kind, 128, [(0, 64), (0, 80), (3, 17), (36, 28)])
+
+
+def check_not_finite(kind: str, rows: int) -> None:
+    """A number that is not finite changes no other row."""
+    gpu, x = device(), normal(rows, 512)
     weight, _, _ = weight_of(256, 512, kind)
     results = []
     for value in (1.0, np.nan):
         x[7, 100] = value
-        output = gpu.blank(20, 256, "f32")
+        output = gpu.blank(rows, 256, "f32")
         gpu.ops.linear(gpu.rows(x, "bf16"), output, weight)
         results.append(np.delete(gpu.read(output), 7, axis=0))
     assert np.isfinite(results[0]).all()
     assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_stay_in_their_rows(kind: str) -> None:
+    check_not_finite(kind, 20)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from device import device, error, rounded
 from test_rows import activate, normal
-from test_warp_group import KINDS, multiplied_rows, weight_of
+from test_warp_group import KINDS, check_company, check_not_finite, multiplied_rows, weight_of
 
 from infer.gpu import wide
 from infer.gpu.operations import Operations
@@ -88,29 +88,9 @@ def test_divisions(token_blocks: int, splits: int, rows: int, columns: int, kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_company_but_for_the_division(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infer.gpu.wide.divide", lambda *_: wide.Division(1, 2))
-    gpu, x = device(), normal(256, 4096)
-    weight, _, _ = weight_of(2048, 4096, kind)
-    found: list[tuple[int, list[np.ndarray]]] = []
-    for first, count in ((0, 256), (0, 129), (0, 200), (3, 177), (36, 150)):
-        source, output = gpu.rows(x[first : first + count], "bf16"), gpu.blank(count, 2048, "f32")
-        inner = gpu.blank(count, 1024, "bf16")
-        gpu.ops.linear(source, output, weight)
-        gpu.ops.linear_gated(source, inner, weight, "silu", gpu.blank(count, 2048, "bf16"))
-        found.append((first, [gpu.read(output), gpu.read(inner)]))
-    for first, results in found[1:]:
-        for result, whole in zip(results, found[0][1], strict=True):
-            assert (result == whole[first : first + len(result)]).all()
+    check_company(kind, 256, [(0, 129), (0, 200), (3, 177), (36, 150)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_that_are_not_finite_stay_in_their_rows(kind: str) -> None:
-    gpu, x = device(), normal(150, 512)
-    weight, _, _ = weight_of(256, 512, kind)
-    results = []
-    for value in (1.0, np.nan):
-        x[7, 100] = value
-        output = gpu.blank(150, 256, "f32")
-        gpu.ops.linear(gpu.rows(x, "bf16"), output, weight)
-        results.append(np.delete(gpu.read(output), 7, axis=0))
-    assert np.isfinite(results[0]).all()
-    assert (results[0] == results[1]).all()
+    check_not_finite(kind, 150)

@@ -108,6 +108,7 @@ class Runner:
         self._outcomes = [_PinnedOutcome(device, logit_rows) for _ in range(STEPS_AT_ONCE)]
         self._host = self._outcomes[0]
         self._graphs: dict[tuple[Size, int | None, bool], Graph | None] = {}
+        self._handed: dict[tuple[Size, int | None], Graph] = {}
         self._prompt_graphs = 0
         pieces = None if deterministic else executor.plans.size.items
         limits = (rows, sequences, logit_rows, pieces, CHUNK_PAGES, DECODE_ROWS, graphs)
@@ -207,8 +208,10 @@ class Runner:
         return graph
 
     def _hand_over(self, size: Size, kind: int | None, graph: Graph) -> None:
-        """Have the core launch a graph from now on."""
-        self.launcher.add(size, kind, graph.ptr, graph)
+        """Have the core launch a graph from now on, unless it does."""
+        if self._handed.get((size, kind)) is not graph:
+            self._handed[size, kind] = graph
+            self.launcher.add(size, kind, graph.ptr, graph)
 
     def _launch(self, size: Size, kind: int | None, is_screened: bool = False) -> Launch:
         inputs, wanted = self._plan.inputs(size.rows, size.sequences), self._plan.logit_rows(size.rows)

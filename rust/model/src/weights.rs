@@ -186,6 +186,7 @@ impl<'a> Loader<'a> {
                     .map_err(of_tensor)?
             }
         };
+        // What pieces shared, or was too scattered to be let go of by them.
         for source in &sources {
             if let Cow::Borrowed(bytes) = source.table.bytes {
                 self.checkpoint.release(bytes);

@@ -391,7 +391,7 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
     }
     #[inline(always)]
     fn prefetch_later(self, address: *const u8) {
-        hardware!(_mm_prefetch::<_MM_HINT_T1>(address.cast()))
+        super::prefetch_later(address);
     }
 
     #[inline(always)]
