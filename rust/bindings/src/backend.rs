@@ -114,7 +114,11 @@ impl Backend {
     /// Where pages are, and how much is free there.
     pub fn budget(&self) -> Budget {
         match self {
-            Self::Cpu { .. } => Budget::Host(free_memory()),
+            Self::Cpu { model, draft } => {
+                let unpacked =
+                    model.unpacked_bytes() + draft.as_ref().map_or(0, |draft| draft.unpacked_bytes());
+                Budget::Host(free_memory().map(|free| free.saturating_sub(unpacked as u64)))
+            }
             Self::Outside(outside) => Budget::Device(outside.free),
         }
     }

@@ -34,6 +34,12 @@ impl core::Device for CpuDevice {
         compute(&mut self.model, batch, logits)
     }
 
+    fn prepare(&mut self) -> bool {
+        // What is wrong is told by the next step.
+        let mut models = [Some(&mut self.model), self.draft.as_mut()].into_iter().flatten();
+        models.any(|model| model.prepare().unwrap_or(false))
+    }
+
     fn draft(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.copy_pages(batch)?;
         let draft = self.draft.as_mut().ok_or("this engine has no draft model")?;

@@ -40,6 +40,11 @@ pub trait Device: Send {
         Err("this device does not work ahead".to_owned())
     }
 
+    /// Does a part of what was put off when the model was loaded; false when there is nothing left. Asked for while nothing else is to be done.
+    fn prepare(&mut self) -> bool {
+        false
+    }
+
     /// Watts that the device took lately while it computed, if it knows.
     fn watts(&self) -> Option<f64> {
         None

@@ -62,7 +62,7 @@ impl<D: Device> Worker<D> {
 
     /// Steps until the engine is closed.
     fn serve(&mut self) {
-        let mut busy = false;
+        let mut busy = true; // the device may have something to prepare
         while let Some(commands) = self.receive(busy) {
             for command in commands {
                 self.obey(command);
@@ -72,7 +72,7 @@ impl<D: Device> Worker<D> {
             self.deliver();
             if !busy {
                 let saves = self.core.take_saves(SAVES_WHEN_IDLE);
-                busy = self.save(saves);
+                busy = self.save(saves) || self.device.prepare();
             }
         }
         self.finish_steps();

@@ -316,6 +316,34 @@ fn waiting_times_out_and_an_idle_engine_sleeps() {
 }
 
 #[test]
+fn a_device_prepares_while_nothing_else_is_to_be_done() {
+    struct Unprepared(FakeDevice, Sender<&'static str>, usize);
+    impl Device for Unprepared {
+        fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), String> {
+            let _ = self.1.send("step");
+            std::thread::sleep(Duration::from_millis(1));
+            self.0.compute(batch, logits)
+        }
+        fn prepare(&mut self) -> bool {
+            let _ = self.1.send("prepare");
+            self.2 = self.2.saturating_sub(1);
+            self.2 > 0
+        }
+    }
+    let config = config(64, 4);
+    let (sender, told) = channel();
+    let driver = start(config.clone(), Unprepared(FakeDevice::new(&config), sender, 3));
+    for _ in 0..3 {
+        assert_eq!(told.recv_timeout(SOON.unwrap()), Ok("prepare"), "without being asked for anything");
+    }
+    drain(&submit(&driver, &[1, 2], params(4)).unwrap());
+    driver.close();
+    let after: Vec<_> = told.iter().collect();
+    assert_eq!(&after[..4], ["step"; 4]);
+    assert!(after[4..].iter().all(|what| *what == "prepare") && after.len() < 10, "it sleeps: {after:?}");
+}
+
+#[test]
 fn metrics_tell_times_and_counts() {
     let config = config(64, 4);
     let device = FakeDevice::new(&config);

@@ -24,11 +24,11 @@ fn main() {
         list(at, default).iter().map(|text| text.parse().expect("a number")).collect()
     };
     for threads in numbers(0, "2") {
-        let pool = Pool::shared(threads).expect("threads");
+        let context = Context::new(threads).expect("threads");
         for format in list(2, "BF16,Q8_0,Q4_0,Q4_K,Q6_K") {
             let format = Format::from_name(&format).expect("a format");
             for (rows, columns) in SHAPES {
-                let weights = matrices(&pool, format, rows, columns);
+                let weights = matrices(&context, format, rows, columns);
                 for count in numbers(1, "1,8,16,512") {
                     for isa in list(3, "avx512bf16,amx") {
                         let isa = Isa::from_name(&isa).expect("an instruction set");
@@ -42,7 +42,7 @@ fn main() {
 }
 
 /// Copies of a matrix whose rows are all the same.
-fn matrices(pool: &Pool, format: Format, rows: usize, columns: usize) -> Vec<PackedMatrix> {
+fn matrices(context: &Context, format: Format, rows: usize, columns: usize) -> Vec<PackedMatrix> {
     let values: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
     let mut row = Vec::new();
     if format.is_writable() {
@@ -52,7 +52,7 @@ fn matrices(pool: &Pool, format: Format, rows: usize, columns: usize) -> Vec<Pac
         let bytes = format.row_bytes(columns).expect("whole blocks");
         row.extend((0..bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x3b));
     }
-    let pack = || PackedMatrix::pack(pool, format, columns, &vec![&row[..]; rows], &()).expect("memory");
+    let pack = || PackedMatrix::pack(context, format, columns, &vec![&row[..]; rows], &()).expect("memory");
     let first = pack();
     let count = BYTES / first.bytes();
     std::iter::once(first).chain((0..count).map(|_| pack())).collect()

@@ -2,7 +2,7 @@
 
 #![allow(clippy::print_stdout)]
 
-use infer_kernels::{Format, PackedMatrix, Pool};
+use infer_kernels::{Context, Format, PackedMatrix};
 use std::time::Instant;
 
 fn main() {
@@ -23,11 +23,11 @@ fn main() {
         let slices: Vec<&[u8]> = bytes.chunks(width).collect();
         print!("{:10}", format.name());
         for threads in [1, 2] {
-            let pool = Pool::new(threads).unwrap();
+            let context = Context::new(threads).unwrap();
             let mut best = f64::MAX;
             for _ in 0..5 {
                 let start = Instant::now();
-                let matrix = PackedMatrix::pack(&pool, format, columns, &slices, &()).unwrap();
+                let matrix = PackedMatrix::pack(&context, format, columns, &slices, &()).unwrap();
                 best = best.min(start.elapsed().as_secs_f64());
                 drop(matrix);
             }

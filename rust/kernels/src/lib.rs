@@ -23,7 +23,7 @@ pub use context::Context;
 pub use cores::default_threads;
 pub use error::KernelError;
 pub use kv::*;
-pub use matrix::{PackedMatrix, RowHolder, round_rows};
+pub use matrix::{PackedMatrix, RowHolder, RowSource, Windows, round_rows};
 pub use ops::*;
 pub use pool::Pool;
 pub use quant::{Format, PackedFormat, dequantize, quantize, quantize_with};

@@ -200,6 +200,11 @@ impl Checkpoint {
         Some((file, offset..offset + bytes.len()))
     }
 
+    /// Its files.
+    pub(crate) fn files(&self) -> &[FileBytes] {
+        &self.files
+    }
+
     /// Length and time of the last change of each file.
     pub(crate) fn stamps(&self) -> Vec<(usize, Option<SystemTime>)> {
         self.files.iter().map(|file| (file.bytes().len(), file.modified())).collect()

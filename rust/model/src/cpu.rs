@@ -1,6 +1,7 @@
 //! The CPU backend: a checkpoint packed for this machine, its KV cache, and the forward pass.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use infer_kernels::{Context, KvCache, KvLayer, Precision, default_threads};
 
@@ -39,10 +40,13 @@ pub struct CpuModel {
     memory: Memory,
     fingerprint: [u8; 32],
     packed_cache: CacheNews,
+    /// How long the last step that was computed with weights not packed took; none before the first one.
+    step_time: Option<Duration>,
 }
 
 impl CpuModel {
-    /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts: no file stays mapped.
+    /// Loads a model folder or `.gguf` file. Weights are copied into compute layouts, at once or, where a mapped file has them as they
+    /// are, while the model is used: see [`CpuModel::prepare`]. No file stays mapped.
     ///
     /// # Errors
     /// Whatever is wrong with the checkpoint, rounding where it is quantized already, types for layers that it has not, or `INFER_ISA` naming an instruction set that this machine lacks.
@@ -71,7 +75,15 @@ impl CpuModel {
             &kv_layers,
             interpreter.context.isa.name(),
         );
-        Ok(Self { interpreter, kv_layers, cache: None, memory: Memory::default(), fingerprint, packed_cache })
+        Ok(Self {
+            interpreter,
+            kv_layers,
+            cache: None,
+            memory: Memory::default(),
+            fingerprint,
+            packed_cache,
+            step_time: None,
+        })
     }
 
     /// What came of the folder for packed weights, and what is to be told of it.
@@ -97,6 +109,21 @@ impl CpuModel {
     /// Bytes of all weights in memory.
     pub fn weight_bytes(&self) -> usize {
         self.interpreter.weight_bytes()
+    }
+
+    /// Bytes of weights whose memory is not taken yet: see [`CpuModel::prepare`].
+    pub fn unpacked_bytes(&self) -> usize {
+        self.interpreter.late_bytes()
+    }
+
+    /// Packs some of the weights that were not packed while the model was loaded; false when there are none left. Steps compute the same
+    /// without, slower: the first one packs nothing, the others a part each.
+    ///
+    /// # Errors
+    /// A file that was changed, or cannot be read.
+    pub fn prepare(&mut self) -> Result<bool, ModelError> {
+        self.interpreter.pack_late(Duration::ZERO)?;
+        Ok(self.interpreter.is_late())
     }
 
     /// Bytes of one page of the KV cache, all layers together.
@@ -176,8 +203,23 @@ impl CpuModel {
     /// (logit_rows, vocabulary), into `logits`.
     ///
     /// # Errors
-    /// A batch that does not fit the model or the cache.
+    /// A batch that does not fit the model or the cache, or a file that was changed before all weights were read.
     pub fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+        if !self.interpreter.is_late() {
+            return self.compute(batch, logits);
+        }
+        let packed = self.step_time.map_or(Ok(()), |span| self.interpreter.pack_late(span));
+        let begun = Instant::now();
+        let outcome = packed.and_then(|()| self.compute(batch, logits));
+        self.step_time = Some(begun.elapsed());
+        let outcome = outcome.and_then(|()| self.interpreter.check_late());
+        if outcome.is_err() {
+            logits.clear();
+        }
+        outcome
+    }
+
+    fn compute(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Self { interpreter, cache, memory, .. } = self;
         let Some(cache) = cache.as_mut() else {
             logits.clear();

@@ -15,6 +15,14 @@ pub enum ModelError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A file could not be read, or was changed, while weights were still read from it.
+    #[error("{path}: {reason} before all of its weights were read; load the model again", path = path.display())]
+    Unread {
+        /// The file or folder.
+        path: PathBuf,
+        /// What happened to it.
+        reason: String,
+    },
     /// A container is malformed.
     #[error("{path}: {source}", path = path.display())]
     Format {

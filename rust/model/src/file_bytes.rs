@@ -1,13 +1,14 @@
 //! The bytes of a checkpoint's file.
 //!
-//! Files are mapped for loading only: all weights are packed into memory of our own, so a file that is replaced or cut
-//! short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
+//! Files are mapped for loading only: all weights are packed into memory of our own, or read (`late.rs`) until they are, so a file
+//! that is replaced or cut short later cannot raise SIGBUS in the middle of a request. With `mmap: false` files are read instead.
 
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::ModelError;
@@ -15,8 +16,8 @@ use crate::ModelError;
 /// What a file holds.
 #[derive(Debug)]
 pub(crate) enum FileBytes {
-    Mapped { map: memmap2::Mmap, file: File },
-    Read { bytes: Vec<u8>, file: File },
+    Mapped { map: memmap2::Mmap, file: Arc<File> },
+    Read { bytes: Vec<u8>, file: Arc<File> },
 }
 
 impl FileBytes {
@@ -27,12 +28,12 @@ impl FileBytes {
         if !mmap {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).map_err(io)?;
-            return Ok(Self::Read { bytes, file });
+            return Ok(Self::Read { bytes, file: Arc::new(file) });
         }
         // SAFETY: the mapping is private to the load; see the head of this file for what happens to changed files.
         #[allow(unsafe_code)]
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-        Ok(Self::Mapped { map, file })
+        Ok(Self::Mapped { map, file: Arc::new(file) })
     }
 
     /// All of it.
@@ -40,6 +41,14 @@ impl FileBytes {
         match self {
             Self::Mapped { map, .. } => map,
             Self::Read { bytes, .. } => bytes,
+        }
+    }
+
+    /// The file, if it is mapped, and systems can read anywhere in it.
+    pub fn mapped(&self) -> Option<&Arc<File>> {
+        match self {
+            Self::Mapped { file, .. } if cfg!(unix) => Some(file),
+            Self::Mapped { .. } | Self::Read { .. } => None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! A packed program and its steps: one `match` arm per kind of step.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use infer_kernels::{
     Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
@@ -13,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
 use crate::kv::KvCaches;
+use crate::late::{LateFiles, LateWeights};
 use crate::loading::{CacheNews, LookupTable, Weights};
 use crate::memory::Memory;
 use crate::rope::RopeTable;
@@ -31,6 +33,7 @@ pub(crate) struct Interpreter {
     vectors: Vec<Vector>,
     embedding: LookupTable,
     positions: Option<LookupTable>,
+    late: Option<LateWeights>,
 }
 
 impl Interpreter {
@@ -47,7 +50,10 @@ impl Interpreter {
             Precision::Exact => Format::F32,
             Precision::Auto => Format::Bf16,
         };
+        let files = LateFiles::new(checkpoint);
         let loader = Loader::new(checkpoint, quantization, floats);
+        // What is kept in a folder is packed at once.
+        let loader = if packed_cache_dir.is_none() { loader.late(&files) } else { loader };
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;
@@ -61,14 +67,71 @@ impl Interpreter {
         };
         loader.check_all_read()?;
         let ropes = spec.ropes.iter().map(RopeTable::new).collect();
-        let own = Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions };
+        let late = LateWeights::of(
+            files,
+            &matrices,
+            embedding.is_late() || positions.as_ref().is_some_and(LookupTable::is_late),
+        );
+        let own =
+            Self { spec, program, context, ropes, precision, matrices, vectors, embedding, positions, late };
         Ok((own, news))
     }
 
     /// Bytes of all weights in memory.
     pub fn weight_bytes(&self) -> usize {
         let matrices: usize = self.matrices.iter().flatten().map(|matrix| matrix.packed.bytes()).sum();
-        matrices + self.embedding.bytes() + self.positions.as_ref().map_or(0, LookupTable::bytes)
+        matrices + self.tables().map(LookupTable::bytes).sum::<usize>()
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &LookupTable> {
+        std::iter::once(&self.embedding).chain(&self.positions)
+    }
+
+    /// Bytes of weights that are not packed yet.
+    pub fn late_bytes(&self) -> usize {
+        let matrices = self.matrices.iter().flatten().filter(|matrix| matrix.packed.is_late());
+        let tables = self.tables().filter(|table| table.is_late());
+        matrices.map(|matrix| matrix.packed.bytes()).chain(tables.map(LookupTable::bytes)).sum()
+    }
+
+    /// Whether there are any.
+    pub fn is_late(&self) -> bool {
+        self.late.is_some()
+    }
+
+    /// Packs weights for so long, a matrix at least.
+    ///
+    /// # Errors
+    /// A file that could not be read.
+    pub fn pack_late(&mut self, span: Duration) -> Result<(), ModelError> {
+        let Some(late) = &mut self.late else { return Ok(()) };
+        let begun = Instant::now();
+        while let Some(index) = late.left.pop() {
+            if let Some(matrix) = &mut self.matrices[index] {
+                matrix.packed.pack_late(&self.context);
+            }
+            if begun.elapsed() >= span {
+                break;
+            }
+        }
+        let done = late.left.is_empty();
+        if done {
+            let tables = std::iter::once(&mut self.embedding).chain(&mut self.positions);
+            tables.for_each(|table| table.read_late(&self.context.pool));
+        }
+        late.files.check()?;
+        if done {
+            self.late = None;
+        }
+        Ok(())
+    }
+
+    /// Whether what was read of the files up to now can be believed.
+    ///
+    /// # Errors
+    /// A file that could not be read.
+    pub fn check_late(&self) -> Result<(), ModelError> {
+        self.late.as_ref().map_or(Ok(()), |late| late.files.check())
     }
 
     /// Computes a batch, up to the logits of the wanted rows in `memory`.

@@ -6,6 +6,7 @@
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
 //! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
 //! * `folder.rs`, `checkpoint.rs`, `table.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
+//! * `late.rs`: weights that are packed when there is time.
 //! * `blueprint.rs`, `reading.rs`: program and weights for backends outside of this crate.
 //! * `methods.rs`, `packed.rs`, `scaled.rs`: integers or 8-bit floats and scales that a folder stores apart. `quantization.rs`: ways of rounding.
 //! * `export/`: a checkpoint as a quantized file or folder.
@@ -33,6 +34,7 @@ mod folder;
 mod gguf;
 mod interpreter;
 mod kv;
+mod late;
 mod layers;
 mod loading;
 mod memory;

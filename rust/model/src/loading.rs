@@ -3,9 +3,11 @@
 use std::cmp::Reverse;
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use infer_kernels::{Context, Format, PackedMatrix, Precision, dequantize};
+use infer_kernels::{Context, Format, PackedMatrix, Pool, Precision, RowSource, dequantize};
 
+use crate::late::LateRows;
 use crate::packed_cache::{PackedCache, PackedCacheUse, Unusable};
 use crate::program::MatrixKey;
 use crate::step::Role;
@@ -16,6 +18,8 @@ use crate::{ModelError, ModelSpec, Program, fingerprint};
 pub(crate) enum LookupTable {
     /// As the checkpoint stores them.
     Stored { format: Format, row_bytes: usize, bytes: Vec<u8> },
+    /// The same, still in its file.
+    Late { format: Format, rows: usize, source: LateRows },
     /// The rows of a matrix that is multiplied as well: a tied head.
     Packed { matrix: usize },
 }
@@ -26,6 +30,11 @@ impl LookupTable {
         match self {
             Self::Stored { format, row_bytes, bytes } => {
                 dequantize(*format, &bytes[row * row_bytes..(row + 1) * row_bytes], out);
+            }
+            Self::Late { format, source, .. } => {
+                let mut bytes = vec![0; source.row_bytes()];
+                source.read(row..row + 1, &mut bytes);
+                dequantize(*format, &bytes, out);
             }
             Self::Packed { matrix } => {
                 if let Some(matrix) = &matrices[*matrix] {
@@ -39,10 +48,35 @@ impl LookupTable {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Stored { bytes, .. } => bytes.len(),
+            Self::Late { rows, source, .. } => rows * source.row_bytes(),
             Self::Packed { .. } => 0,
         }
     }
+
+    /// Whether it is still in its file.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. })
+    }
+
+    /// Reads it if it is.
+    pub fn read_late(&mut self, pool: &Pool) {
+        let Self::Late { format, rows, source } = self else { return };
+        let row_bytes = source.row_bytes();
+        let mut bytes = vec![0; *rows * row_bytes];
+        let count = (PIECE / row_bytes.max(1)).max(1);
+        let pieces: Vec<_> = bytes.chunks_mut((count * row_bytes).max(1)).map(Mutex::new).collect();
+        pool.run(pieces.len(), |index| {
+            let mut piece = pieces[index].lock().unwrap_or_else(PoisonError::into_inner);
+            let first = index * count;
+            source.read(first..first + piece.len() / row_bytes, &mut piece);
+        });
+        drop(pieces);
+        *self = Self::Stored { format: *format, row_bytes, bytes };
+    }
 }
+
+/// Bytes of a table that a thread reads at a time.
+const PIECE: usize = 1 << 20;
 
 /// The weights that are packed, and the embedding.
 pub(crate) struct Weights {
@@ -87,7 +121,7 @@ impl Weights {
             true => Ok(None),
             false => loader.matrix(key, context).map(Some),
         };
-        // The largest first: while it is packed it is in memory twice, beside nothing else.
+        // The largest first: while it is packed it may be in memory twice, beside nothing else.
         let mut order: Vec<usize> = (0..program.matrices.len()).collect();
         order.sort_by_key(|&index| Reverse(program.matrices[index].weights()));
         let mut matrices: Vec<Option<Matrix>> = program.matrices.iter().map(|_| None).collect();
@@ -124,7 +158,8 @@ impl Weights {
         let matrices = self.matrices.iter().flatten().flat_map(|matrix| matrix.packed.parts());
         let table = match &self.embedding {
             LookupTable::Stored { bytes, .. } => Some(bytes.as_slice()),
-            LookupTable::Packed { .. } => None,
+            // What is kept is not put off.
+            LookupTable::Late { .. } | LookupTable::Packed { .. } => None,
         };
         matrices.chain(table).collect()
     }
@@ -134,14 +169,14 @@ impl Weights {
         let matrices = self.matrices.iter_mut().flatten().flat_map(|matrix| matrix.packed.parts_mut());
         let table = match &mut self.embedding {
             LookupTable::Stored { bytes, .. } => Some(bytes.as_mut_slice()),
-            LookupTable::Packed { .. } => None,
+            LookupTable::Late { .. } | LookupTable::Packed { .. } => None,
         };
         matrices.chain(table).collect()
     }
 }
 
 impl LookupTable {
-    /// Reads a table, rounded if that is wished for.
+    /// Reads a table, rounded if that is wished for, or finds out how to do that later.
     pub fn load(
         loader: &Loader<'_>,
         context: &Context,
@@ -150,6 +185,13 @@ impl LookupTable {
     ) -> Result<LookupTable, ModelError> {
         let table = loader.table(role, rows, context)?;
         let row_bytes = table.row_bytes();
+        if let Some(source) = loader.late_table(&table) {
+            return Ok(LookupTable::Late {
+                format: table.format,
+                rows: table.bytes.len() / row_bytes,
+                source,
+            });
+        }
         Ok(LookupTable::Stored { format: table.format, row_bytes, bytes: table.bytes.into_owned() })
     }
 

@@ -6,11 +6,13 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use infer_kernels::{Context, Format, PackedMatrix, round_rows};
 
 pub(crate) use crate::biases::joined_bias;
 use crate::checkpoint::{Checkpoint, Tensor};
+use crate::late::{LateFiles, LateRows};
 use crate::names::Names;
 use crate::program::{MatrixKey, VectorKey};
 use crate::quantization::PLAIN_ENDS;
@@ -60,6 +62,8 @@ pub(crate) struct Loader<'a> {
     /// What embedding and head are rounded to, if not to what the quantization says.
     ends: Option<Format>,
     floats: Format,
+    /// Matrices that can be are packed later.
+    late: Option<Arc<LateFiles>>,
 }
 
 impl<'a> Loader<'a> {
@@ -71,12 +75,17 @@ impl<'a> Loader<'a> {
     ) -> Self {
         let read = RefCell::default();
         let (spec, names) = (&checkpoint.spec, checkpoint.names);
-        Self { checkpoint, read, spec, names, quantization, ends: None, floats }
+        Self { checkpoint, read, spec, names, quantization, ends: None, floats, late: None }
     }
 
     /// The same for an executor outside, whose embedding and head get [`PLAIN_ENDS`].
     pub fn outside(self) -> Self {
         Self { ends: Some(PLAIN_ENDS), ..self }
+    }
+
+    /// The same, which puts off what can be packed later.
+    pub fn late(self, files: &Arc<LateFiles>) -> Self {
+        Self { late: Some(Arc::clone(files)), ..self }
     }
 
     /// The format of 8-bit floats with scales, where they are multiplied plainly.
@@ -157,7 +166,7 @@ impl<'a> Loader<'a> {
         format(left).is_some_and(|own| Some(own) == format(right))
     }
 
-    /// Packs a matrix of one or more parts.
+    /// Packs a matrix of one or more parts, or finds out how to do that later.
     pub fn matrix(&self, key: &MatrixKey, context: &Context) -> Result<Matrix, ModelError> {
         let sources = self.sources(key)?;
         let format = sources[0].table.format;
@@ -169,6 +178,12 @@ impl<'a> Loader<'a> {
                 known: "one type for gate and up".to_owned(),
             });
         }
+        let target = self.target(key.parts[0].role, format);
+        if let Some(files) = self.late.as_ref().filter(|_| target == format)
+            && let Some(packed) = files.matrix(self.checkpoint, key, &sources)?
+        {
+            return Ok(Matrix { packed, bias: joined_bias(&sources) });
+        }
         let decoded: Vec<_> = sources.iter().map(|source| source.decoded(&context.pool)).collect();
         let mut rows: Vec<&[u8]> = Vec::with_capacity(key.rows.iter().sum());
         for (source, decoded) in sources.iter().zip(&decoded) {
@@ -177,9 +192,8 @@ impl<'a> Loader<'a> {
                 None => rows.extend(source.rows()),
             }
         }
-        let target = self.target(key.parts[0].role, format);
         let packed = match target == format {
-            true => PackedMatrix::pack(&context.pool, format, key.columns, &rows, self.checkpoint)?,
+            true => PackedMatrix::pack(&context, format, key.columns, &rows, self.checkpoint)?,
             false => {
                 let of_tensor = |error| unroundable(&sources[0].table, target, error);
                 PackedMatrix::round(context, format, target, key.columns, &rows, self.checkpoint)
@@ -193,6 +207,11 @@ impl<'a> Loader<'a> {
             }
         }
         Ok(Matrix { packed, bias: joined_bias(&sources) })
+    }
+
+    /// A table's rows in their file, where they may be read later.
+    pub fn late_table(&self, table: &Table<'_>) -> Option<LateRows> {
+        self.late.as_ref()?.table(self.checkpoint, table)
     }
 
     /// Where the parts of a matrix are.

@@ -1,7 +1,7 @@
 //! Memory for weights: zeroed, aligned to cache lines, in huge pages where the system offers them.
 //!
-//! Large buffers are mapped, not allocated: `alloc_zeroed` with an alignment writes its zeros at once, from one thread
-//! and into small pages, before anybody can advise large ones.
+//! Large buffers are mapped, not allocated: an allocator may write its zeros at once, from one thread and into small pages,
+//! before anybody can advise large ones.
 
 use crate::KernelError;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -21,7 +21,10 @@ pub(crate) struct Buffer {
 
 #[derive(Debug)]
 enum Origin {
-    Allocated(Layout),
+    Allocated {
+        start: NonNull<u8>,
+        layout: Layout,
+    },
     #[cfg(unix)]
     Mapped {
         start: NonNull<u8>,
@@ -45,10 +48,14 @@ impl Buffer {
     }
 
     fn allocate(len: usize) -> Option<Buffer> {
-        let layout = Layout::from_size_align(len.max(1), CACHE_LINE).ok()?;
+        // Aligned by hand: asked for aligned zeros, allocators write them even into pages that are zeros already.
+        let layout = Layout::array::<u8>(len.checked_add(CACHE_LINE)?).ok()?;
         // SAFETY: the size is not 0.
-        let data = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Buffer { data, len, origin: Origin::Allocated(layout) })
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let skip = start.as_ptr().addr().wrapping_neg() % CACHE_LINE;
+        // SAFETY: less than a cache line ahead, of which there is one more than needed.
+        let data = unsafe { start.add(skip) };
+        Some(Buffer { data, len, origin: Origin::Allocated { start, layout } })
     }
 
     #[cfg(unix)]
@@ -89,7 +96,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         match self.origin {
             // SAFETY: allocated with this layout.
-            Origin::Allocated(layout) => unsafe { dealloc(self.data.as_ptr(), layout) },
+            Origin::Allocated { start, layout } => unsafe { dealloc(start.as_ptr(), layout) },
             #[cfg(unix)]
             Origin::Mapped { start, len } => {
                 // SAFETY: this is the whole mapping, and nobody borrows it any more.

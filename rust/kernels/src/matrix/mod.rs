@@ -21,6 +21,8 @@ mod buffer;
 mod coded;
 mod float;
 mod integer;
+mod interleave;
+mod late;
 mod output;
 mod pack;
 mod paired;
@@ -35,6 +37,7 @@ pub(crate) use bfloat::BfloatLinear;
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
+pub use late::{RowSource, Windows};
 pub(crate) use output::Output;
 pub use pack::RowHolder;
 pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
@@ -44,8 +47,9 @@ pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS};
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;
 use crate::simd::LANES;
-use crate::{Format, KernelError, Pool};
+use crate::{Context, Format, KernelError};
 use buffer::Buffer;
+use late::Late;
 use std::ops::Range;
 
 #[cfg(not(target_endian = "little"))]
@@ -143,6 +147,8 @@ pub struct PackedMatrix {
     columns: usize,
     weights: Buffer, // (panels, panel_bytes)
     scales: Buffer,  // (panels, groups, 16) of f16 for Int8 and Int4, records for Coded, else nothing
+    first: usize,    // of the panels that it has
+    late: Option<Late>,
 }
 
 impl PackedMatrix {
@@ -153,7 +159,7 @@ impl PackedMatrix {
     /// When `columns` is no whole number of blocks, a row has another number of bytes than that takes, or memory is
     /// refused.
     pub fn pack(
-        pool: &Pool,
+        context: &Context,
         format: Format,
         columns: usize,
         rows: &[&[u8]],
@@ -161,7 +167,7 @@ impl PackedMatrix {
     ) -> Result<PackedMatrix, KernelError> {
         pack::check(format, columns, rows)?;
         let mut matrix = PackedMatrix::empty(format, columns, rows.len())?;
-        pack::fill(pool, &mut matrix, rows, None, holder);
+        pack::fill(context, &mut matrix, rows, None, holder);
         Ok(matrix)
     }
 
@@ -196,6 +202,8 @@ impl PackedMatrix {
             columns,
             weights: Buffer::zeroed(size(layout.group_bytes()), "weights")?,
             scales: Buffer::zeroed(size(layout.scale_bytes()), "weight scales")?,
+            first: 0,
+            late: None,
         })
     }
 
@@ -237,14 +245,14 @@ impl PackedMatrix {
     #[inline]
     pub(crate) fn weights(&self, panels: Range<usize>) -> &[u8] {
         let bytes = self.groups() * self.layout.group_bytes();
-        &self.weights.as_slice()[panels.start * bytes..panels.end * bytes]
+        &self.weights.as_slice()[(panels.start - self.first) * bytes..(panels.end - self.first) * bytes]
     }
 
     /// The scales of a panel in the coded layout.
     #[inline]
     pub(crate) fn scale_bytes(&self, panel: usize) -> &[u8] {
         let bytes = self.groups() * self.layout.scale_bytes();
-        &self.scales.as_slice()[panel * bytes..][..bytes]
+        &self.scales.as_slice()[(panel - self.first) * bytes..][..bytes]
     }
 
     /// The scales of some panels in Int8 or Int4, as f16 bits: (panels, groups, 16).
@@ -253,6 +261,6 @@ impl PackedMatrix {
         let groups = self.groups();
         // SAFETY: any bits are `u16`s, and the buffer is aligned to cache lines.
         let (_, scales, _) = unsafe { self.scales.as_slice().align_to::<[u16; LANES]>() };
-        &scales[panels.start * groups..panels.end * groups]
+        &scales[(panels.start - self.first) * groups..(panels.end - self.first) * groups]
     }
 }

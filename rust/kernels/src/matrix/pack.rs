@@ -1,10 +1,12 @@
 //! From rows as they lie in a file to panels, in parallel, straight into the final buffer.
 
+use super::interleave::InterleavePanel;
 use super::round::WeightRounding;
 use super::{Layout, PackedMatrix, coded};
 use crate::quant::{BlockQ4_0, BlockQ8_0};
 use crate::simd::{LANES, prefetch_later};
-use crate::{Format, KernelError, Pool};
+use crate::{Context, Format, Isa, KernelError};
+use std::ops::Range;
 use std::sync::Mutex;
 
 /// Bytes per row, once everything is proven to fit.
@@ -40,40 +42,82 @@ const PIECES: usize = 4;
 
 /// Writes every panel, its rows rounded first if that is wished for.
 pub(super) fn fill(
-    pool: &Pool,
+    context: &Context,
     matrix: &mut PackedMatrix,
     rows: &[&[u8]],
     rounding: Option<&WeightRounding>,
     holder: &dyn RowHolder,
 ) {
-    let layout = matrix.layout;
-    let panel_bytes = matrix.groups() * layout.group_bytes();
-    let scale_bytes = matrix.groups() * layout.scale_bytes();
-    if panel_bytes == 0 || rows.is_empty() {
-        return;
-    }
-    let fair = rows.len().div_ceil(LANES * PIECES * pool.threads());
-    let panels = (PIECE / (LANES * rows[0].len()).max(1)).clamp(1, fair);
-    let weights = matrix.weights.as_mut_slice().chunks_mut(panels * panel_bytes);
-    let mut scales = matrix.scales.as_mut_slice().chunks_mut((panels * scale_bytes).max(1));
-    // One lock per piece costs nothing beside packing it, and keeps this file free of `unsafe`.
-    let pieces: Vec<_> = (weights.zip(rows.chunks(panels * LANES)))
-        .map(|(weights, rows)| Mutex::new((weights, scales.next().unwrap_or_default(), rows)))
-        .collect();
-    pool.run(pieces.len(), |piece| {
-        let mut piece = pieces[piece].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (weights, scales, rows) = &mut *piece;
+    let row_bytes = rows.first().map_or(0, |row| row.len());
+    fill_by(context, matrix, (rows.len(), row_bytes), rounding, |piece, pack| {
+        let rows = &rows[piece];
         holder.begin(rows);
-        let mut scales = scales.chunks_exact_mut(scale_bytes.max(1));
-        for (weights, rows) in weights.chunks_exact_mut(panel_bytes).zip(rows.chunks(LANES)) {
-            fill_panel(layout, rows, rounding, weights, scales.next().unwrap_or_default());
-        }
+        pack(rows);
         holder.end(rows);
     });
 }
 
+/// The same for `rows`, so many of so many bytes, which `give` hands over: it is called for each piece, by the thread that packs it.
+pub(super) fn fill_by(
+    context: &Context,
+    matrix: &mut PackedMatrix,
+    (rows, row_bytes): (usize, usize),
+    rounding: Option<&WeightRounding>,
+    give: impl Fn(Range<usize>, &mut dyn FnMut(&[&[u8]])) + Sync,
+) {
+    let layout = matrix.layout;
+    let panel_bytes = matrix.groups() * layout.group_bytes();
+    let scale_bytes = matrix.groups() * layout.scale_bytes();
+    if panel_bytes == 0 || rows == 0 {
+        return;
+    }
+    let fair = rows.div_ceil(LANES * PIECES * context.pool.threads());
+    let panels = (PIECE / (LANES * row_bytes).max(1)).clamp(1, fair);
+    let weights = matrix.weights.as_mut_slice().chunks_mut(panels * panel_bytes);
+    let mut scales = matrix.scales.as_mut_slice().chunks_mut((panels * scale_bytes).max(1));
+    // One lock per piece costs nothing beside packing it, and keeps this file free of `unsafe`.
+    let pieces: Vec<_> =
+        weights.map(|weights| Mutex::new((weights, scales.next().unwrap_or_default()))).collect();
+    context.pool.run(pieces.len(), |index| {
+        let mut piece = pieces[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (weights, scales) = &mut *piece;
+        let first = index * panels * LANES;
+        give(first..rows.min(first + panels * LANES), &mut |rows| {
+            fill_each(context.isa, layout, (panel_bytes, scale_bytes), rows, rounding, weights, scales);
+        });
+    });
+}
+
+/// Writes the first `panels` panels of a matrix's memory, which were zeros.
+pub(super) fn fill_panels(isa: Isa, matrix: &mut PackedMatrix, panels: usize, rows: &[&[u8]]) {
+    let groups = matrix.groups();
+    let (panel_bytes, scale_bytes) =
+        (groups * matrix.layout.group_bytes(), groups * matrix.layout.scale_bytes());
+    let weights = &mut matrix.weights.as_mut_slice()[..panels * panel_bytes];
+    let scales = &mut matrix.scales.as_mut_slice()[..panels * scale_bytes];
+    if panel_bytes > 0 {
+        fill_each(isa, matrix.layout, (panel_bytes, scale_bytes), rows, None, weights, scales);
+    }
+}
+
+fn fill_each(
+    isa: Isa,
+    layout: Layout,
+    (panel_bytes, scale_bytes): (usize, usize),
+    rows: &[&[u8]],
+    rounding: Option<&WeightRounding>,
+    weights: &mut [u8],
+    scales: &mut [u8],
+) {
+    let mut scales = scales.chunks_exact_mut(scale_bytes.max(1));
+    for (weights, rows) in weights.chunks_exact_mut(panel_bytes).zip(rows.chunks(LANES)) {
+        fill_panel(isa, layout, rows, rounding, weights, scales.next().unwrap_or_default());
+    }
+}
+
 /// Writes one panel, which was zeros.
 fn fill_panel(
+    isa: Isa,
     layout: Layout,
     rows: &[&[u8]],
     rounding: Option<&WeightRounding>,
@@ -86,13 +130,24 @@ fn fill_panel(
         None => rows.to_vec(),
     };
     let rows = own.as_slice();
+    match (layout, rows.try_into()) {
+        (Layout::Coded(format), _) => coded::pack(isa, format, rows, weights, scales),
+        (_, Ok(rows)) if InterleavePanel::knows(layout) => {
+            isa.dispatch(InterleavePanel { layout, rows, weights, scales });
+        }
+        _ => fill_words(layout, rows, weights, scales),
+    }
+}
+
+/// Writes one panel, which was zeros, word by word: any number of rows.
+pub(super) fn fill_words(layout: Layout, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
     match layout {
         Layout::F32 => interleave::<4>(rows, weights),
         Layout::F16 => interleave::<2>(rows, weights),
         Layout::Bf16 => interleave_pairs(rows, weights),
         Layout::Int8 => pack_int8(rows, weights, scales),
         Layout::Int4 => pack_int4(rows, weights, scales),
-        Layout::Coded(format) => coded::pack(format, rows, weights, scales),
+        Layout::Coded(_) => unreachable!("a layout with a way of its own"),
     }
 }
 
@@ -174,7 +229,6 @@ fn pack_int4(rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Context;
     use crate::quant::sample_rows;
     use std::sync::PoisonError;
 
@@ -207,7 +261,7 @@ mod tests {
             let pack = |threads: usize, holder: &dyn RowHolder| {
                 let context = Context::new(threads).expect("threads");
                 match to {
-                    None => PackedMatrix::pack(&context.pool, format, columns, &rows, holder),
+                    None => PackedMatrix::pack(&context, format, columns, &rows, holder),
                     Some(to) => PackedMatrix::round(&context, format, to, columns, &rows, holder),
                 }
                 .expect("packs")

@@ -89,7 +89,7 @@ impl PackedMatrix {
         super::pack::check(from, columns, rows)?;
         let rounding = WeightRounding::new(context, from, to, columns)?;
         let mut matrix = PackedMatrix::empty(to, columns, rows.len())?;
-        super::pack::fill(&context.pool, &mut matrix, rows, Some(&rounding), holder);
+        super::pack::fill(context, &mut matrix, rows, Some(&rounding), holder);
         rounding.check()?;
         Ok(matrix)
     }
@@ -150,7 +150,7 @@ mod tests {
                     let direct = PackedMatrix::round(&context, from, to, columns, &rows, &()).expect("packs");
                     let bytes = round_rows(&context, from, to, columns, &rows).expect("rounds");
                     let rounded: Vec<&[u8]> = bytes.chunks(to.row_bytes(columns).expect("whole")).collect();
-                    let later = PackedMatrix::pack(&context.pool, to, columns, &rounded, &()).expect("packs");
+                    let later = PackedMatrix::pack(&context, to, columns, &rounded, &()).expect("packs");
                     assert_eq!(direct.format(), to);
                     assert!(unpacked(&direct) == unpacked(&later), "{from:?} {to:?}");
                     // The oracle: one row, without threads and vectors.

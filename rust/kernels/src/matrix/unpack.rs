@@ -17,6 +17,9 @@ impl PackedMatrix {
             self.rows,
             out.len()
         );
+        if let Some(bytes) = self.late_row(row) {
+            return crate::dequantize(self.format, &bytes, out);
+        }
         let (panel, lane) = (row / LANES, row % LANES);
         let weights = self.weights(panel..panel + 1);
         if let Layout::Coded(format) = self.layout {
@@ -50,17 +53,17 @@ impl PackedMatrix {
 #[cfg(test)]
 mod tests {
     use crate::quant::sample_rows;
-    use crate::{Format, PackedMatrix, Pool, dequantize};
+    use crate::{Context, Format, PackedMatrix, dequantize};
 
     #[test]
     fn rows_come_back_bit_for_bit() {
-        let pool = Pool::new(2).expect("threads");
+        let context = Context::new(2).expect("threads");
         for &format in Format::ALL {
             let block = format.block_len();
             for columns in if block == 1 { [32, 96, 37] } else { [block, 3 * block, 4 * block] } {
                 let rows = sample_rows(format, 35, columns);
                 let slices: Vec<&[u8]> = rows.iter().map(Vec::as_slice).collect();
-                let matrix = PackedMatrix::pack(&pool, format, columns, &slices, &()).expect("packs");
+                let matrix = PackedMatrix::pack(&context, format, columns, &slices, &()).expect("packs");
                 for (row, bytes) in rows.iter().enumerate() {
                     let (mut found, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
                     matrix.unpack_row(row, &mut found);

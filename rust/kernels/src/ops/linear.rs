@@ -107,38 +107,38 @@ fn linear_by(
     match way {
         Way::Bytes(rounding) => {
             let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
-            over_panels(context, weight, rows, |panels| match weight.layout() {
+            over_panels(context, weight, rows, |weight, panels| match weight.layout() {
                 Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels }),
                 _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
             });
         }
         Way::PairedBytes(rounding) => {
             let input = memory.quantize(context, input, rounding, Tiles::for_two_panels(rows));
-            over_panels(context, weight, rows, |panels| {
+            over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch(PairedLinear { weight, input, output, panels });
             });
         }
         Way::ByteTiles(rounding) => {
             let input = memory.quantize(context, input, rounding, Tiles::full(rows));
-            over_panels(context, weight, rows, |panels| {
+            over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch_tiles(ByteTiles { weight, input, output, panels });
             });
         }
         Way::Bfloats => {
             let input = memory.pair(context, input);
-            over_panels(context, weight, rows, |panels| {
+            over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch(BfloatLinear { weight, input, output, panels });
             });
         }
         Way::BfloatTiles => {
             let input = memory.pair_lines(context, input);
-            over_panels(context, weight, rows, |panels| {
+            over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch_tiles(BfloatTiles { weight, input, output, panels });
             });
         }
         Way::Floats => {
             let input = memory.interleave(context, input);
-            over_panels(context, weight, rows, |panels| {
+            over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch(FloatLinear { weight, input, output, panels });
             });
         }
@@ -146,7 +146,12 @@ fn linear_by(
 }
 
 /// Hands out chunks of panels: small enough to end together, large enough to stream.
-fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl Fn(Range<usize>) + Sync) {
+fn over_panels(
+    context: &Context,
+    weight: &PackedMatrix,
+    rows: usize,
+    body: impl Fn(&PackedMatrix, Range<usize>) + Sync,
+) {
     let (panels, threads) = (weight.panels(), context.pool.threads());
     let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
     let chunk = match panels / threads {
@@ -159,7 +164,7 @@ fn over_panels(context: &Context, weight: &PackedMatrix, rows: usize, body: impl
         _ => 8,
     };
     context.pool.run(panels.div_ceil(chunk), |task| {
-        body(task * chunk..panels.min((task + 1) * chunk));
+        weight.with_panels(context.isa, task * chunk..panels.min((task + 1) * chunk), &body);
     });
 }
 

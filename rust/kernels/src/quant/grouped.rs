@@ -119,12 +119,29 @@ pub(crate) struct Blocks {
     pub(crate) bytes: usize,
     /// Writes the groups of whole blocks.
     pub(crate) groups: fn(&[u8], &mut [Group]),
+    /// Where the bits of codes are, if they lie as in K-quants of 4, 5 and 6 bits.
+    pub(crate) planes: Option<Planes>,
 }
 
-/// Blocks of so many weights and bytes, from a function that gives the group of an index in a block. It becomes part of one loop: called for
+/// The bits of the eight groups of a block. Each 32 bytes of nibbles hold a group in their low halves and another one in the high ones:
+/// the next group, or with two upper bits the one after that.
+#[derive(Debug)]
+pub(crate) struct Planes {
+    /// Where the nibbles begin.
+    pub(crate) nibbles: usize,
+    /// Where the upper bits begin: 32 bytes with a bit for each of the eight groups, or two times 32 with two bits for each of four.
+    pub(crate) upper: usize,
+    /// Writes scales and minima of a block's groups.
+    pub(crate) scales: fn(&[u8], &mut [Group; 8]),
+}
+
+/// Blocks of so many weights and bytes, from a function that gives the group of an index in a block, and perhaps where [`Planes`] begin. It becomes part of one loop: called for
 /// each group through a pointer, it was what packing waited for.
 macro_rules! blocks {
     ($group:ident, $len:expr, $bytes:expr) => {
+        super::grouped::Blocks { planes: None, ..super::grouped::blocks!($group, $len, $bytes, 0, 0) }
+    };
+    ($group:ident, $len:expr, $bytes:expr, $nibbles:expr, $upper:expr) => {
         super::grouped::Blocks {
             len: $len,
             bytes: $bytes,
@@ -136,6 +153,16 @@ macro_rules! blocks {
                     }
                 }
             },
+            planes: Some(super::grouped::Planes {
+                nibbles: $nibbles,
+                upper: $upper,
+                scales: |block, groups| {
+                    for (index, slot) in groups.iter_mut().enumerate() {
+                        // The codes are not looked at, so compilers leave them out.
+                        *slot = super::grouped::Group { codes: slot.codes, ..$group(block, index) };
+                    }
+                },
+            }),
         }
     };
 }

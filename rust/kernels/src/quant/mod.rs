@@ -37,7 +37,7 @@ mod tq2_0;
 
 use crate::Isa;
 
-pub(crate) use grouped::{Blocks, Codes, GROUP, Group, Grouped, Scales};
+pub(crate) use grouped::{Blocks, Codes, GROUP, Group, Grouped, Planes, Scales};
 pub use packed::PackedFormat;
 pub(crate) use q4_0::BlockQ4_0;
 pub(crate) use q8_0::BlockQ8_0;

@@ -10,12 +10,13 @@ static FORMAT: Grouped = Grouped {
     codes: Codes::Nibbles(0),
     scales: Scales::StepsDrops { halves: false },
     factor: 1.0,
-    blocks: blocks!(group, 256, 144),
+    blocks: blocks!(group, 256, 144, 16, 0),
 };
 
 /// Scale and minimum `index` of 8 in 12 bytes: the first four scales fill 6 bits of 4 bytes, the first four minima those
 /// of the next 4; the others have their low bits in the halves of the last 4 bytes, and their two high bits in what the
 /// first ones left over.
+#[inline(always)]
 pub(super) fn scale_and_minimum(bytes: &[u8], index: usize) -> (i8, i8) {
     let at = index % 4;
     let (scale, minimum) = match index < 4 {
@@ -25,6 +26,7 @@ pub(super) fn scale_and_minimum(bytes: &[u8], index: usize) -> (i8, i8) {
     (scale as i8, minimum as i8)
 }
 
+#[inline(always)]
 fn group(block: &[u8], index: usize) -> Group {
     let (step, drop) = scale_and_minimum(&block[4..], index);
     Group {

@@ -12,9 +12,10 @@ static FORMAT: Grouped = Grouped {
     codes: Codes::Five(0),
     scales: Scales::StepsDrops { halves: false },
     factor: 1.0,
-    blocks: blocks!(group, 256, 176),
+    blocks: blocks!(group, 256, 176, 48, 16),
 };
 
+#[inline(always)]
 fn group(block: &[u8], index: usize) -> Group {
     let (step, drop) = scale_and_minimum(&block[4..], index);
     let fifth = |i: usize| fields(eight_bytes(block, 16 + 8 * i), index, 1);

@@ -21,9 +21,10 @@ static FORMAT: Grouped = Grouped {
     codes: Codes::Six(32),
     scales: Scales::Steps { halves: true },
     factor: 1.0,
-    blocks: blocks!(group, LEN, BYTES),
+    blocks: blocks!(group, LEN, BYTES, 0, 128),
 };
 
+#[inline(always)]
 fn group(block: &[u8], index: usize) -> Group {
     // 64 bytes hold two groups in their low halves and the next two in the high ones.
     let nibbles =

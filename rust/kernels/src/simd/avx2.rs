@@ -40,6 +40,27 @@ impl Avx2 {
         hardware!(inside(self, kernel))
     }
 
+    /// Word `i` of each of eight rows in vector `i`.
+    #[inline(always)]
+    fn transpose_eight(self, rows: &[&[u8; 16]; LANES], first: usize) -> [__m256i; 4] {
+        hardware!({
+            let mut halves = [_mm256_setzero_si256(); 4];
+            for (half, rows) in halves.iter_mut().zip(rows[first..].windows(5)) {
+                let low = _mm256_castsi128_si256(_mm_loadu_si128(rows[0].as_ptr().cast()));
+                *half = _mm256_inserti128_si256::<1>(low, _mm_loadu_si128(rows[4].as_ptr().cast()));
+            }
+            let [a, b, c, d] = halves;
+            let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let (more, most) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            [
+                _mm256_unpacklo_epi64(low, more),
+                _mm256_unpackhi_epi64(low, more),
+                _mm256_unpacklo_epi64(high, most),
+                _mm256_unpackhi_epi64(high, most),
+            ]
+        })
+    }
+
     /// Per 32-bit lane the sum of four products of signed weights, of which the magnitudes are also given, with
     /// activations.
     #[inline(always)]
@@ -274,6 +295,11 @@ impl Simd for Avx2 {
             _mm256_storeu_si256(values.as_mut_ptr().cast(), vector.0);
             _mm256_storeu_si256(values.as_mut_ptr().add(8).cast(), vector.1);
         })
+    }
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; LANES]) -> [I32; 4] {
+        let (low, high) = (self.transpose_eight(&rows, 0), self.transpose_eight(&rows, 8));
+        [(low[0], high[0]), (low[1], high[1]), (low[2], high[2]), (low[3], high[3])]
     }
     #[inline(always)]
     fn store_low_bytes(self, vector: I32, values: &mut [u8; LANES]) {

@@ -58,6 +58,21 @@ impl<const AMX: bool> Avx512<true, AMX> {
     }
 }
 
+impl<const BF16: bool, const AMX: bool> Avx512<BF16, AMX> {
+    /// Rows `first`, `first + 4`, ..., one in each quarter of the register.
+    #[inline(always)]
+    fn every_fourth(self, rows: &[&[u8; 16]; LANES], first: usize) -> __m512i {
+        hardware!({
+            let quarters = _mm512_castsi128_si512(_mm_loadu_si128(rows[first].as_ptr().cast()));
+            let quarters =
+                _mm512_inserti32x4::<1>(quarters, _mm_loadu_si128(rows[first + 4].as_ptr().cast()));
+            let quarters =
+                _mm512_inserti32x4::<2>(quarters, _mm_loadu_si128(rows[first + 8].as_ptr().cast()));
+            _mm512_inserti32x4::<3>(quarters, _mm_loadu_si128(rows[first + 12].as_ptr().cast()))
+        })
+    }
+}
+
 impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
     type F32 = __m512;
     type I32 = __m512i;
@@ -192,6 +207,27 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
     #[inline(always)]
     fn store_i32(self, vector: __m512i, values: &mut [i32; LANES]) {
         hardware!(_mm512_storeu_si512(values.as_mut_ptr().cast(), vector))
+    }
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; LANES]) -> [__m512i; 4] {
+        let rows = [
+            self.every_fourth(&rows, 0),
+            self.every_fourth(&rows, 1),
+            self.every_fourth(&rows, 2),
+            self.every_fourth(&rows, 3),
+        ];
+        hardware!({
+            let (low, high) =
+                (_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+            let (more, most) =
+                (_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+            [
+                _mm512_unpacklo_epi64(low, more),
+                _mm512_unpackhi_epi64(low, more),
+                _mm512_unpacklo_epi64(high, most),
+                _mm512_unpackhi_epi64(high, most),
+            ]
+        })
     }
     #[inline(always)]
     fn store_low_bytes(self, vector: __m512i, values: &mut [u8; LANES]) {

@@ -352,6 +352,31 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_i8(self, values: &[i8; LANES]) -> Self::I32;
     /// Writes sixteen values.
     fn store_i32(self, vector: Self::I32, values: &mut [i32; LANES]);
+    /// Writes 64 bytes.
+    #[inline(always)]
+    fn store_bytes(self, vector: Self::I32, bytes: &mut [u8; 64]) {
+        let mut lanes = [0; LANES];
+        self.store_i32(vector, &mut lanes);
+        for (bytes, lane) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(lanes) {
+            *bytes = lane.to_le_bytes();
+        }
+    }
+    /// Word `i` of each of sixteen rows, a row to a lane, in vector `i`.
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; LANES]) -> [Self::I32; 4] {
+        let mut lanes = [[0; LANES]; 4];
+        for (lane, row) in rows.iter().enumerate() {
+            for (lanes, word) in lanes.iter_mut().zip(row.as_chunks::<4>().0) {
+                lanes[lane] = i32::from_le_bytes(*word);
+            }
+        }
+        [
+            self.load_i32(&lanes[0]),
+            self.load_i32(&lanes[1]),
+            self.load_i32(&lanes[2]),
+            self.load_i32(&lanes[3]),
+        ]
+    }
     /// Writes the low byte of each lane.
     fn store_low_bytes(self, vector: Self::I32, values: &mut [u8; LANES]);
     /// `a + b`, wrapping.

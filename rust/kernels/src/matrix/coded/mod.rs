@@ -11,6 +11,7 @@
 
 mod exact;
 mod kernel;
+mod planes;
 mod scales;
 mod unpack;
 
@@ -22,8 +23,10 @@ pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;
 use super::pack::ask_ahead;
+use crate::Isa;
 use crate::quant::{Blocks, Codes, Group, Grouped, Scales};
 use crate::simd::LANES;
+use planes::PlanePanel;
 
 /// Groups in a record whose units are counted in steps.
 const SPAN: usize = 8;
@@ -100,7 +103,15 @@ const fn upper_bits(codes: Codes) -> usize {
 }
 
 /// Writes a panel, which was zeros; rows that are missing stay so.
-pub(super) fn pack(format: &Grouped, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+pub(super) fn pack(isa: Isa, format: &Grouped, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
+    match (&format.blocks.planes, rows.try_into()) {
+        (Some(planes), Ok(rows)) => isa.dispatch(PlanePanel { format, planes, rows, weights, scales }),
+        _ => pack_rows(format, rows, weights, scales),
+    }
+}
+
+/// The same row by row: any format and number of rows.
+fn pack_rows(format: &Grouped, rows: &[&[u8]], weights: &mut [u8], scales: &mut [u8]) {
     match upper_bits(format.codes) {
         0 => pack_codes::<0>(format, rows, weights, scales),
         1 => pack_codes::<1>(format, rows, weights, scales),

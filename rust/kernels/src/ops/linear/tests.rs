@@ -2,7 +2,12 @@
 
 use super::{Output, Precision, Way, linear, linear_by, linear_ref};
 use crate::quant::{sample_rows, sample_values};
-use crate::{Context, Format, Isa, KernelError, PackedMatrix, Pool, Rows, RowsMut, Scratch};
+use crate::{
+    Context, Format, Isa, KernelError, PackedMatrix, Pool, RowSource, Rows, RowsMut, Scratch, Windows,
+};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 const PRECISIONS: [Precision; 2] = [Precision::Exact, Precision::Auto];
 
@@ -30,8 +35,7 @@ impl Weight {
         precision: Precision,
         with_bias: bool,
     ) -> Vec<Vec<f32>> {
-        let matrix =
-            PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices(), &()).unwrap();
+        let matrix = PackedMatrix::pack(context, self.format, self.columns, &self.slices(), &()).unwrap();
         let (count, width, stride) = (inputs.len() / self.columns, self.rows.len(), self.rows.len() + 3);
         let spread: Vec<f32> =
             inputs.chunks(self.columns).flat_map(|row| row.iter().copied().chain([f32::NAN; 3])).collect();
@@ -54,8 +58,7 @@ impl Weight {
 
     /// The same in a way that the instruction set need not take, from rows without gaps.
     fn compute_by(&self, way: Way, context: &Context, inputs: &[f32]) -> Vec<Vec<f32>> {
-        let matrix =
-            PackedMatrix::pack(&context.pool, self.format, self.columns, &self.slices(), &()).unwrap();
+        let matrix = PackedMatrix::pack(context, self.format, self.columns, &self.slices(), &()).unwrap();
         let (count, width) = (inputs.len() / self.columns, self.rows.len());
         let mut out = vec![0.0; count * width];
         let input = Rows::new(inputs, count, self.columns, self.columns);
@@ -111,10 +114,60 @@ fn every_isa_layout_and_shape_equals_the_oracle() {
     }
 }
 
+/// Rows in memory, for a matrix that is packed later.
+impl RowSource for Weight {
+    fn read(&self, rows: Range<usize>, out: &mut [u8]) {
+        out.copy_from_slice(&self.rows[rows].concat());
+    }
+}
+
+impl fmt::Debug for Weight {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{:?} x {} of {:?}", self.rows.len(), self.columns, self.format)
+    }
+}
+
+#[test]
+fn before_it_is_packed_a_matrix_gives_the_same_bits() {
+    let wide = [(Format::Bf16, 8192), (Format::Q8_0, 8192), (Format::Q6_K, 8192)]; // a panel is a window
+    let each = Format::ALL.iter().map(|&format| (format, 256.max(format.block_len())));
+    for (format, columns) in each.chain(wide) {
+        let weight = Arc::new(Weight::new(format, 85, columns));
+        let inputs = sample_values(40 * columns);
+        for isa in Isa::available() {
+            let (context, windows) = (context(isa, 2), Arc::new(Windows::default()));
+            let source: Arc<dyn RowSource> = Arc::clone(&weight) as _;
+            let mut matrix = PackedMatrix::later(format, columns, 85, source, &windows).unwrap();
+            let packed = PackedMatrix::pack(&context, format, columns, &weight.slices(), &()).unwrap();
+            for count in [1, 3, 40] {
+                for precision in PRECISIONS {
+                    let multiply = |matrix: &PackedMatrix| {
+                        let mut out = vec![0.0_f32; count * 85];
+                        let input = Rows::new(&inputs[..count * columns], count, columns, columns);
+                        let output = RowsMut::new(&mut out, count, 85, 85);
+                        linear(&context, matrix, input, output, None, precision, &mut Scratch::default());
+                        out.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+                    };
+                    assert_eq!(multiply(&matrix), multiply(&packed), "{:?}", (format, isa, count, precision));
+                }
+            }
+            let row = |matrix: &PackedMatrix, row| {
+                let mut values = vec![0.0; columns];
+                matrix.unpack_row(row, &mut values);
+                values
+            };
+            assert_eq!([0, 84].map(|of| row(&matrix, of)), [0, 84].map(|of| row(&packed, of)));
+            assert!(matrix.is_late());
+            matrix.pack_late(&context);
+            assert!(!matrix.is_late() && matrix.parts() == packed.parts(), "{format:?} {isa:?}");
+        }
+    }
+}
+
 /// How a matrix unit multiplies a format, and the instruction set whose oracle has the same bits.
 fn tiled_way(format: Format) -> Option<(Way, Isa)> {
-    let pool = Pool::new(1).unwrap();
-    let layout = PackedMatrix::pack(&pool, format, 256, &[], &()).unwrap().layout();
+    let context = Context::new(1).unwrap();
+    let layout = PackedMatrix::pack(&context, format, 256, &[], &()).unwrap().layout();
     match (layout.rounding(), format) {
         (Some(rounding), _) => Some((Way::ByteTiles(rounding), Isa::Scalar)),
         (None, Format::Bf16) => Some((Way::BfloatTiles, Isa::Amx)),
@@ -316,7 +369,7 @@ fn a_scratch_serves_any_sequence_of_shapes() {
     let mut scratch = Scratch::default();
     for (format, columns, count) in [(Format::Q8_0, 320, 9), (Format::F32, 33, 3), (Format::Q8_0, 64, 2)] {
         let weight = Weight::new(format, 24, columns);
-        let matrix = PackedMatrix::pack(&context.pool, format, columns, &weight.slices(), &()).unwrap();
+        let matrix = PackedMatrix::pack(&context, format, columns, &weight.slices(), &()).unwrap();
         let inputs = sample_values(count * columns);
         let mut out = vec![0.0; count * 24];
         let (input, output) =
@@ -328,11 +381,11 @@ fn a_scratch_serves_any_sequence_of_shapes() {
 
 #[test]
 fn packing_refuses_wrong_sizes() {
-    let pool = Pool::new(1).unwrap();
-    let error = PackedMatrix::pack(&pool, Format::Q4_0, 48, &[], &()).unwrap_err();
+    let context = Context::new(1).unwrap();
+    let error = PackedMatrix::pack(&context, Format::Q4_0, 48, &[], &()).unwrap_err();
     assert!(matches!(error, KernelError::Size { actual: 48, .. }), "{error}");
-    let error = PackedMatrix::pack(&pool, Format::F16, 3, &[&[0; 6], &[0; 5]], &()).unwrap_err();
+    let error = PackedMatrix::pack(&context, Format::F16, 3, &[&[0; 6], &[0; 5]], &()).unwrap_err();
     assert_eq!(error.to_string(), "size of a row is 5, expected 6 bytes for 3 columns of F16");
-    let empty = PackedMatrix::pack(&pool, Format::F16, 3, &[], &()).unwrap();
+    let empty = PackedMatrix::pack(&context, Format::F16, 3, &[], &()).unwrap();
     assert_eq!((empty.rows(), empty.columns(), empty.format()), (0, 3, Format::F16));
 }
