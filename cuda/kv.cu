@@ -186,14 +186,16 @@ template <int COUNT> DEVICE void store_values(const T *from, VALUE_TYPE *page, i
     }
 }
 
-// Stores this block's part of a row's values; each of four rows whose slots are neighbours stores a quarter of them all.
-DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int stride, int row, int rows, int kv_heads, int all_slots) {
+// Waits for the kernels before, and stores a part of a row's values; each of four rows whose slots are neighbours stores a quarter of them all.
+DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int stride, int row, int rows, int kv_heads, int all_slots, int part,
+                      int parts) {
     const int slot = slots[row], lane = threadIdx.x % WARP;
     if (u32(slot) >= u32(all_slots)) return;
     const bool is_four = fills_four(slots, row, slot, rows);
-    const int quarter = slot % 4, step = is_four ? 4 * gridDim.x : gridDim.x; // of pieces of 128 dimensions
+    wait_for_previous();
+    const int quarter = slot % 4, step = is_four ? 4 * parts : parts; // of pieces of 128 dimensions
     const T *from = values + size_t(is_four ? row - quarter : row) * stride;
-    for (int piece = is_four ? blockIdx.x * 4 + quarter : blockIdx.x; piece * 128 < kv_heads * HEAD_DIM; piece += step) {
+    for (int piece = is_four ? part * 4 + quarter : part; piece * 128 < kv_heads * HEAD_DIM; piece += step) {
         const int i = piece * 128 + lane * 4;
         if (i >= kv_heads * HEAD_DIM) continue;
         VALUE_TYPE *page = pages + page_index(slot / PAGE_TOKENS, i / HEAD_DIM, kv_heads);
@@ -206,38 +208,42 @@ DEVICE void store_row(const T *values, VALUE_TYPE *pages, const int *slots, int 
 }
 
 // As rope_write_kv, of rows and weights that are aligned to 16 bytes, with HEAD_DIM / 2 pairs in the table: a block has 4 rows, a warp one of
-// them for queries and keys. What no kernel of a layer writes is read before the wait: at 64 rows that is 0.4 of 3.7 us. Launch: grid (parts of the heads, ceil(rows / WARPS)), WARPS warps.
+// them, queries and keys or values. What no kernel of a layer writes is read before the wait: at 64 rows that is 0.4 of 3.7 us. Launch: grid (parts
+// of queries and keys, and others of values, ceil(rows / WARPS)), WARPS warps.
 KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, const float *query_norm, const float *key_norm,
                          KEY_TYPE *key_pages, VALUE_TYPE *value_pages, const int *slots, int stride, int rows, int heads, int kv_heads,
-                         int all_slots, float epsilon) {
+                         int all_slots, float epsilon, int parts) {
     let_next_start();
     if constexpr (ORDERED<KEY_TYPE> && ORDERED<VALUE_TYPE> && sizeof(KEY_TYPE) == 2 && sizeof(VALUE_TYPE) == 2) {
         const int row = blockIdx.y * WARPS + threadIdx.x / WARP, lane = threadIdx.x % LANES;
+        if (row >= rows) return;
+        if (int(blockIdx.x) >= parts) {
+            store_row(qkv + size_t(heads + kv_heads) * HEAD_DIM, value_pages, slots, stride, row, rows, kv_heads, all_slots, blockIdx.x - parts,
+                      gridDim.x - parts);
+            return;
+        }
         Turn turn;
-        int slot = -1;
-        if (row < rows) slot = slots[row], turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
+        const int slot = slots[row];
+        turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
         wait_for_previous();
-        if (row < rows) {
-            for (int group = blockIdx.x; group * HEADS < heads + kv_heads; group += gridDim.x) {
-                const int head = group * HEADS + threadIdx.x % WARP / LANES;
-                const bool exists = head < heads + kv_heads, is_query = head < heads;
-                T *from = qkv + size_t(row) * stride + (exists ? head : 0) * HEAD_DIM + lane * 8;
-                float first[8], second[8];
-                load<8>(from, first);
-                load<8>(from + HEAD_DIM / 2, second);
-                if (query_norm) normalise_halves(first, second, is_query ? query_norm : key_norm, epsilon, lane);
-                turn.rotate(first, second);
-                if (is_query) {
-                    store<8>(from, first);
-                    store<8>(from + HEAD_DIM / 2, second);
-                } else if (exists && u32(slot) < u32(all_slots)) {
-                    KEY_TYPE *page = key_pages + page_index(slot / PAGE_TOKENS, head - heads, kv_heads);
-                    store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, lane * 8), first);
-                    store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, HEAD_DIM / 2 + lane * 8), second);
-                }
+        for (int group = blockIdx.x; group * HEADS < heads + kv_heads; group += parts) {
+            const int head = group * HEADS + threadIdx.x % WARP / LANES;
+            const bool exists = head < heads + kv_heads, is_query = head < heads;
+            T *from = qkv + size_t(row) * stride + (exists ? head : 0) * HEAD_DIM + lane * 8;
+            float first[8], second[8];
+            load<8>(from, first);
+            load<8>(from + HEAD_DIM / 2, second);
+            if (query_norm) normalise_halves(first, second, is_query ? query_norm : key_norm, epsilon, lane);
+            turn.rotate(first, second);
+            if (is_query) {
+                store<8>(from, first);
+                store<8>(from + HEAD_DIM / 2, second);
+            } else if (exists && u32(slot) < u32(all_slots)) {
+                KEY_TYPE *page = key_pages + page_index(slot / PAGE_TOKENS, head - heads, kv_heads);
+                store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, lane * 8), first);
+                store<8>(page + key_offset<KEY_TYPE>(slot % PAGE_TOKENS, HEAD_DIM / 2 + lane * 8), second);
             }
         }
-        if (row < rows) store_row(qkv + size_t(heads + kv_heads) * HEAD_DIM, value_pages, slots, stride, row, rows, kv_heads, all_slots);
     }
 }
 #endif

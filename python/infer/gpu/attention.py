@@ -27,6 +27,7 @@ GROUP_DIMS = (64, 96, 128, 192, 256)
 ITEM_BYTES, TILE_BYTES, COUNT_BYTES = 32, 16, 16
 DECODE_WARPS = 6
 DECODE_BLOCKS = 2  # per multiprocessor
+ROPE_BLOCKS = 8  # of rope_write_halves, for each multiprocessor, at most
 LONG = 16384
 """Tokens of a sequence from which attention, not products, decides how fast a row is decoded."""
 
@@ -187,11 +188,13 @@ class AttentionOperations(RowOperations):
         """``rope_write_kv`` in vectors; into how many parts a row's heads are divided changes no result."""
         kernel = self.kernels.get("kv.cu", "rope_write_halves", **kv_macros(layer))
         quads = -(-qkv.rows // 4)
-        groups = -(-(heads + layer.kv_heads) * layer.head_dim // 512)
-        parts = min(groups, max(1, 8 * self.kernels.multiprocessors // max(quads, 1)))
+        groups, pieces = -(-(heads + layer.kv_heads) * layer.head_dim // 512), -(-layer.kv_heads * layer.head_dim // 128)
+        most = max(2, ROPE_BLOCKS * self.kernels.multiprocessors // max(quads, 1))
+        parts = min(groups, most * groups // (groups + pieces) or 1)
+        value_parts = min(pieces, most - parts)
         pointers = (qkv.pointer, table.pointer, inputs.rope_rows, query_norm, key_norm, layer.keys, layer.values, inputs.slots)
-        shape = (qkv.stride, qkv.rows, heads, layer.kv_heads, layer.pages * PAGE_TOKENS, epsilon)
-        kernel(self.stream, (parts, quads), 128, (*pointers, *shape))
+        shape = (qkv.stride, qkv.rows, heads, layer.kv_heads, layer.pages * PAGE_TOKENS, epsilon, parts)
+        kernel(self.stream, (parts + value_parts, quads), 128, (*pointers, *shape))
 
     def attention_plan(self, inputs: StepInputs, plan: AttentionPlan) -> None:
         """Make the work lists of a step: once, before all layers, for each distinct window, and before any other operation.
