@@ -9,8 +9,7 @@
 //   most 20 * 2^-23 of sum |w x| <= ||w|| ||x||, where a sum stands for all terms of its chain. The streaming product of bfloat16 has chains of
 //   2 ceil(n / 512) for n columns, screen_rough of 2 (32 columns), and adds those up in float, ceil(n / 1024) + 4 of them. Warps' sums, scales and
 //   f are fewer than 40 roundings more, and the two f differ by fewer than n / 512 + 10. Together less than (n / 8 + 128) * 2^-23.
-//   linear_many.cu, for more rows, has chains of up to n / 16, and rounds rough weights with their scales to bfloat16: (3 n / 2 + 256) * 2^-23,
-//   and an e of its own.
+// screen_many.cu, for more rows, adds what rounding x costs it.
 // S is rounded up by 1e-4, more than sums of squares lose. Rows so small that squares vanish, or so great that products could be infinite, have
 // no screen: all tokens are computed. So it is, too, for tokens and rows with what is no number: comparisons with it leave nobody out.
 //
@@ -21,7 +20,7 @@
 #include "screen.cuh"
 #include "weights.cuh"
 
-// bounds (2, rows) float: b of each token for screen_rough and for linear_many. exact (rows, columns); rough and scales as weights.cuh says.
+// bounds (2, rows) float: b of each token, and ||w|| + e. exact (rows, columns); rough and scales as weights.cuh says.
 // Launch: ceil(rows / 8) blocks, SCREENERS threads.
 KERNEL screen_bounds(const bf16 *exact, const u8 *rough, const f16 *scales, float *bounds, int rows, int columns) {
     let_next_start();
@@ -29,74 +28,23 @@ KERNEL screen_bounds(const bf16 *exact, const u8 *rough, const f16 *scales, floa
     const int row = blockIdx.x * SCREEN_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows) return;
     const Matrix matrix = {rough, scales, nullptr, columns, WEIGHT_GROUP};
-    double squares = 0.0, errors[2] = {};
+    double squares = 0.0, errors = 0.0;
     for (int column = lane * 8; column < columns; column += WARP * 8) {
         float own[8], integers[8];
         load<8>(exact + size_t(row) * columns + column, own);
         const Eight eight = matrix.fetch(row, column);
-        const float scale = to_float(f16{u16(eight.scale)}), coarse = to_float(from_float<bf16>(scale));
+        const double scale = to_float(f16{u16(eight.scale)});
         unpack(eight.words, integers);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const double value = own[i], error = value - double(scale) * double(integers[i]);
-            const double other = value - double(to_float(from_float<bf16>(coarse * integers[i])));
-            squares += value * value, errors[0] += error * error, errors[1] += other * other;
+            const double value = own[i], error = value - scale * double(integers[i]);
+            squares += value * value, errors += error * error;
         }
     }
-    squares = warp_sum(squares), errors[0] = warp_sum(errors[0]), errors[1] = warp_sum(errors[1]);
+    squares = warp_sum(squares), errors = warp_sum(errors);
     if (lane > 0) return;
-    const double gammas[2] = {(columns * 0.125 + 128.0) * 0x1p-23, (columns * 1.5 + 256.0) * 0x1p-23};
-    for (int i = 0; i < 2; i++) {
-        const double error = sqrt(errors[i]), bound = error + gammas[i] * (sqrt(squares) + error);
-        bounds[size_t(i) * rows + row] = __double2float_ru(bound * (1.0 + 1e-9));
-    }
-}
-
-constexpr int LOWER_FOURS = 4; // that a thread reads at once
-
-// Finds L and S of each row, where screen_rough does not. logits (rows, width) are the rough head's of input (rows, columns), bounds (width) as
-// above, all aligned to 16 bytes; found (rows) is as screen_exact leaves it. Launch: grid (parts, rows), SCREENERS threads.
-KERNEL screen_lower(const float *logits, const float *bounds, const bf16 *input, Found *found, int stride, int width, int input_stride,
-                    int columns) {
-    __shared__ float greatest[SCREEN_WARPS];
-    __shared__ float2 parts[SCREEN_WARPS];
-    let_next_start();
-    const int fours = width / 4, threads = gridDim.x * SCREENERS, thread = blockIdx.x * SCREENERS + threadIdx.x;
-    if (thread < fours && threadIdx.x % 8 == 0) prefetch_line(bounds + thread * 4);
-    wait_for_previous();
-    logits += size_t(blockIdx.y) * stride;
-    const bf16 *own_input = input + size_t(blockIdx.y) * input_stride;
-    const float2 row = measure(own_input, nullptr, nullptr, columns, 0.0f, parts, [] { __syncthreads(); });
-    float best = -INFINITE;
-    const auto take = [&](float logit, float bound) {
-        const float margin = margin_of(bound, row.x), lower = logit - margin;
-        if (margin < GREATEST && lower > best && lower < INFINITE) best = lower;
-    };
-    for (int begin = thread; begin < fours; begin += LOWER_FOURS * threads) {
-        float4 values[LOWER_FOURS], own[LOWER_FOURS];
-#pragma unroll
-        for (int i = 0; i < LOWER_FOURS; i++) {
-            const int at = min(begin + i * threads, fours - 1);
-            values[i] = reinterpret_cast<const float4 *>(logits)[at], own[i] = reinterpret_cast<const float4 *>(bounds)[at];
-        }
-#pragma unroll
-        for (int i = 0; i < LOWER_FOURS; i++) {
-            take(values[i].x, own[i].x), take(values[i].y, own[i].y), take(values[i].z, own[i].z), take(values[i].w, own[i].w);
-        }
-    }
-    best = warp_max(best);
-    if (threadIdx.x % WARP == 0) greatest[threadIdx.x / WARP] = best;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int i = 1; i < SCREEN_WARPS; i++) best = fmaxf(best, greatest[i]);
-    Found *own = found + blockIdx.y;
-    if (best > -INFINITE) atomicMax(&own->lower, ordered(best));
-    if (blockIdx.x == 0) own->length = row.x, own->factor = row.y;
-}
-
-// What `ordered` was made of; minus infinity for 0.
-DEVICE float disordered(u32 number) {
-    return number == 0 ? -INFINITE : __uint_as_float(number & 0x80000000u ? number ^ 0x80000000u : ~number);
+    const double error = sqrt(errors), both = sqrt(squares) + error, bound = error + (columns * 0.125 + 128.0) * 0x1p-23 * both;
+    bounds[row] = __double2float_ru(bound * (1.0 + 1e-9)), bounds[rows + row] = __double2float_ru(both * (1.0 + 1e-9));
 }
 
 // Multiplies a warp's steps of 16 rows of the head, g (upper) and g + 8 (lower) of each lane, by an input row: all columns of a matrix
@@ -147,65 +95,138 @@ DEVICE u64 compute(const u32 *candidates, int count, const bf16 *weight, const b
     return best;
 }
 
+// Of a block, in shared memory.
+struct Candidates {
+    u32 *list;
+    int *count;
+
+    DEVICE void add(int id) const { list[atomicAdd(count, 1)] = id; }
+};
+
+// What a block knows of a row that it chooses for.
+struct Chosen {
+    Found *row;
+    const bf16 *weight, *input;
+    int columns;
+    float lower;
+
+    DEVICE Chosen(Found *found, const bf16 *weight, const bf16 *inputs, int input_stride, int columns)
+        : row(found + blockIdx.y), weight(weight), input(inputs + size_t(blockIdx.y) * input_stride), columns(columns), lower(disordered(row->lower)) {}
+
+    // Looks at items of tokens, `step` at a time and not more than STRETCH tokens, and computes those that are candidates: look_at(first item,
+    // candidates) adds them.
+    template <class Look> DEVICE void choose(int begin, int end, int step, const Look &look_at, int *chosen) const {
+        __shared__ u32 candidates[MOST_CANDIDATES];
+        __shared__ int count;
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+        u64 best = 0;
+        u32 counted = 0;
+        for (; begin < end; begin += step) {
+            look_at(begin, Candidates{candidates, &count});
+            __syncthreads();
+            const int found_here = count;
+            if (found_here == 0 || (begin + step < end && found_here <= MOST_CANDIDATES - STRETCH)) {
+                __syncthreads();
+                continue;
+            }
+            best = max(best, compute(candidates, found_here, weight, input, row->factor, columns));
+            counted += found_here;
+            __syncthreads();
+            if (threadIdx.x == 0) count = 0;
+            __syncthreads();
+        }
+        if (threadIdx.x < WARP) tell(best, counted, chosen);
+    }
+
+    // By a warp, whose first 16 lanes have the keys; the last block of a row tells what is chosen.
+    DEVICE void tell(u64 best, u32 counted, int *chosen) const {
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
+        if (threadIdx.x > 0) return;
+        if (counted) atomicMax(&row->key, best), atomicAdd(&row->counted, u64(counted));
+        __threadfence();
+        if (atomicAdd(&row->arrived, 1u) < gridDim.x - 1) return;
+        __threadfence();
+        best = atomicExch(&row->key, 0ull);
+        row->arrived = row->lower = 0, row->times++;
+        chosen[blockIdx.y] = is_finite(best) ? id_of(best) : -1;
+    }
+};
+
 // chosen[row] as argmax has it, of weight (width, columns) times input (rows, columns): as it is, or as screen_rough left it; logits (rows, width)
 // of that and bounds (width) are aligned to 16 bytes. Launch: grid (parts, rows), SCREENERS threads.
 BOUNDED_KERNEL(SCREENERS, 2)
 screen_exact(const float *logits, const float *bounds, const bf16 *weight, const bf16 *input, Found *found, int *chosen, int stride, int width,
              int input_stride, int columns) {
-    __shared__ u32 candidates[MOST_CANDIDATES];
-    __shared__ int count;
     let_next_start();
     const int fours = width / 4, each = (fours + gridDim.x - 1) / gridDim.x, end = min(int(blockIdx.x + 1) * each, fours);
-    if (threadIdx.x == 0) count = 0;
     if (threadIdx.x % 8 == 0 && int(blockIdx.x) * each + int(threadIdx.x) < end) prefetch_line(bounds + (blockIdx.x * each + threadIdx.x) * 4);
     wait_for_previous();
-    __syncthreads();
-    Found *row = found + blockIdx.y;
-    logits += size_t(blockIdx.y) * stride, input += size_t(blockIdx.y) * input_stride;
-    const float lower = disordered(row->lower), length = row->length, factor = row->factor;
-    const auto look = [&](float logit, float bound, int id) {
-        const float margin = margin_of(bound, length);
-        if (margin < GREATEST && logit + margin < lower) return;
-        candidates[atomicAdd(&count, 1)] = id;
-    };
-    u64 best = 0;
-    u32 counted = 0;
-    for (int begin = blockIdx.x * each; begin < end; begin += EXACT_FOURS * SCREENERS) {
-        float4 values[EXACT_FOURS], own[EXACT_FOURS];
+    const Chosen own(found, weight, input, input_stride, columns);
+    const float length = own.row->length;
+    logits += size_t(blockIdx.y) * stride;
+    const auto look_at = [&](int begin, const Candidates &candidates) {
+        const auto look = [&](float logit, float bound, int id) {
+            const float margin = margin_of(bound, length);
+            if (!(margin < GREATEST && logit + margin < own.lower)) candidates.add(id);
+        };
+        float4 values[EXACT_FOURS], bounds_here[EXACT_FOURS];
 #pragma unroll
         for (int i = 0; i < EXACT_FOURS; i++) {
             const int at = min(begin + i * SCREENERS + int(threadIdx.x), end - 1);
-            values[i] = reinterpret_cast<const float4 *>(logits)[at], own[i] = reinterpret_cast<const float4 *>(bounds)[at];
+            values[i] = reinterpret_cast<const float4 *>(logits)[at], bounds_here[i] = reinterpret_cast<const float4 *>(bounds)[at];
         }
 #pragma unroll
         for (int i = 0; i < EXACT_FOURS; i++) {
             const int at = begin + i * SCREENERS + threadIdx.x, id = at * 4;
             if (at >= end) continue;
-            look(values[i].x, own[i].x, id), look(values[i].y, own[i].y, id + 1);
-            look(values[i].z, own[i].z, id + 2), look(values[i].w, own[i].w, id + 3);
+            look(values[i].x, bounds_here[i].x, id), look(values[i].y, bounds_here[i].y, id + 1);
+            look(values[i].z, bounds_here[i].z, id + 2), look(values[i].w, bounds_here[i].w, id + 3);
         }
-        __syncthreads();
-        const int found_here = count;
-        const bool is_last = begin + EXACT_FOURS * SCREENERS >= end;
-        if (found_here == 0 || (!is_last && found_here <= MOST_CANDIDATES - STRETCH)) {
-            __syncthreads();
-            continue;
-        }
-        best = max(best, compute(candidates, found_here, weight, input, factor, columns));
-        counted += found_here;
-        __syncthreads();
-        if (threadIdx.x == 0) count = 0;
-        __syncthreads();
-    }
-    if (threadIdx.x >= WARP) return; // the keys are in the first 16 threads
+    };
+    own.choose(blockIdx.x * each, end, EXACT_FOURS * SCREENERS, look_at, chosen);
+}
+
+constexpr int MOST_SEGMENTS = 2048, AT_ONCE = 8; // sixteens of tokens that a block looks at, and a thread at once
+
+// The same of what screen_many left: uppers (rows, width), aligned to 16 bytes, and greatest (rows, ceil(width / 16)). Launch: in so many parts that
+// none has more than MOST_SEGMENTS.
+BOUNDED_KERNEL(SCREENERS, 2)
+screen_exact_many(const float *uppers, const float *greatest, const bf16 *weight, const bf16 *input, Found *found, int *chosen, int stride,
+                  int width, int input_stride, int columns) {
+    __shared__ u32 hits[MOST_SEGMENTS];
+    __shared__ int count;
+    let_next_start();
+    const int segments = (width + 15) / 16, each = (segments + gridDim.x - 1) / gridDim.x, end = min(int(blockIdx.x + 1) * each, segments);
+    if (threadIdx.x == 0) count = 0;
+    wait_for_previous();
+    __syncthreads();
+    const Chosen own(found, weight, input, input_stride, columns);
+    greatest += size_t(blockIdx.y) * segments, uppers += size_t(blockIdx.y) * stride;
+    for (int begin = blockIdx.x * each + threadIdx.x; begin < end; begin += AT_ONCE * SCREENERS) {
+        float most[AT_ONCE];
 #pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
-    if (threadIdx.x > 0) return;
-    if (counted) atomicMax(&row->key, best), atomicAdd(&row->counted, u64(counted));
-    __threadfence();
-    if (atomicAdd(&row->arrived, 1u) < gridDim.x - 1) return;
-    __threadfence();
-    best = atomicExch(&row->key, 0ull);
-    row->arrived = row->lower = 0, row->times++;
-    chosen[blockIdx.y] = is_finite(best) ? id_of(best) : -1;
+        for (int i = 0; i < AT_ONCE; i++) most[i] = greatest[min(begin + i * SCREENERS, end - 1)];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (begin + i * SCREENERS < end && !(most[i] < own.lower)) hits[atomicAdd(&count, 1)] = begin + i * SCREENERS;
+        }
+    }
+    __syncthreads();
+    const auto look_at = [&](int begin, const Candidates &candidates) { // each thread has half a segment
+        const int item = begin + threadIdx.x;
+        if (item >= 2 * count) return;
+        const int id = hits[item / 2] * 16 + item % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            if (id + i >= width) continue;
+            const float4 values = *reinterpret_cast<const float4 *>(uppers + id + i);
+            if (!(values.x < own.lower)) candidates.add(id + i);
+            if (!(values.y < own.lower)) candidates.add(id + i + 1);
+            if (!(values.z < own.lower)) candidates.add(id + i + 2);
+            if (!(values.w < own.lower)) candidates.add(id + i + 3);
+        }
+    };
+    own.choose(0, 2 * count, SCREENERS, look_at, chosen);
 }

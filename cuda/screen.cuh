@@ -14,6 +14,11 @@ struct Found {
     float length, factor;
 };
 
+// What `ordered` was made of; minus infinity for 0.
+DEVICE float disordered(u32 number) {
+    return number == 0 ? -INFINITE : __uint_as_float(number & 0x80000000u ? number ^ 0x80000000u : ~number);
+}
+
 // By how much a logit may be wrong.
 DEVICE float margin_of(float bound, float length) { return fmaf(bound, length, SMALLEST); }
 

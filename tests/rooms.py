@@ -94,6 +94,7 @@ CUDA_TWINS = {
     "rows": "rust/model/src/interpreter.rs",
     "sampler": "rust/engine/src/sampler.rs",
     "screen": "rust/engine/src/sampler.rs",
+    "screen_many": "rust/kernels/src/ops/linear.rs",
     "screen_rough": "rust/kernels/src/ops/linear.rs",
 }
 

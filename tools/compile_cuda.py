@@ -124,6 +124,7 @@ VARIANTS: dict[str, list[Macros]] = {
     "rows.cu": choices(**BOTH, WEIGHT=["bf16", "f16"]) + packed(choices(VECTOR=[8])),
     "sampler.cu": ONE,
     "screen.cu": [SCREENED],
+    "screen_many.cu": [{**SCREENED, "TOKENS": 32, "STAGES": 5}, {**SCREENED, "TOKENS": 64, "STAGES": 4}],
     "screen_rough.cu": [{**SCREENED, "TOKENS": 8, "RESIDENT": 1, "DEPTH": 5, "NORM": norm} for norm in (0, 1)],
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from infer.gpu.arrays import BLOCK_COLUMNS, Rows, Weight
 from infer.gpu.linear import LinearOperations, StreamLaunch, can_stream
-from infer.gpu.many import STORE
+from infer.gpu.many import ALIGNED, STORE, ceil_of, many_tokens
 from infer.gpu.packing import Packed, PackOperations, Plan, sizes
 from infer.gpu.stream import STREAM_WARPS
 
@@ -22,9 +22,9 @@ ROUGH = Plan(Packed("int8", BLOCK_COLUMNS, False, 0, 0, 0), "bf16")
 LEAST_ROWS = 32768
 """Fewest tokens of a vocabulary for which this pays."""
 FEW_ROWS = 8
-"""Most rows that screen_rough multiplies; those of more are multiplied by linear_many.cu."""
+"""Most rows that screen_rough multiplies; those of more are multiplied by screen_many."""
 MOST_ROWS, CAPABILITY = 64, 90
-"""Most rows of a step for which this pays, and the compute capability for which that was measured with more than FEW_ROWS."""
+"""Most rows of a step for which this pays, and the compute capability that has the instructions for more than FEW_ROWS."""
 MOST_SHARE = 8
 """With more candidates in all rows, on average, than one in so many of the head's rows, it does not."""
 MEMORY_SHARE = 16
@@ -42,6 +42,14 @@ SCREENERS = 256
 SCREEN_PIECE = 1024  # tokens that a block looks at, at least
 SCREEN_BLOCKS = 8  # for each multiprocessor
 LEAST_PARTS = 8
+SEGMENT, MOST_SEGMENTS = 16, 2048
+"""Tokens whose greatest logit screen_many leaves, and how many such a block of screen_exact_many looks at, at most."""
+MANY_BLOCKS = 4  # of screen_exact_many, for each multiprocessor
+MANY_THREADS, UNIT_ROWS = 384, 256  # of a block of screen_many, and rows of the head that it multiplies at a time
+SCALE_BYTES = 512  # of a stage
+STATIC_BYTES = 4096  # of shared memory, that it declares itself, at most
+MOST_STAGES = 5
+MEASURED_ROW = 16  # bytes of `Measured` in cuda/screen_many.cu
 
 
 class Screen(NamedTuple):
@@ -50,7 +58,7 @@ class Screen(NamedTuple):
     head: Weight
     rough: Weight
     bounds: int
-    """f32 (2, rows of the head): by how much logits of the copy may be wrong for rows of length 1, of few rows and of many."""
+    """f32 (2, rows of the head): by how much logits of the copy may be wrong, for each row's length, and for its error's."""
     found: int
     """(MOST_ROWS) of FOUND_BYTES: zero before the first launch."""
     normed: Rows
@@ -88,8 +96,9 @@ class ScreenOperations(LinearOperations, PackOperations):
         if not (0 < source.rows <= MOST_ROWS and aligned):
             return False
         if source.rows > FEW_ROWS:
-            can = all(self._can_be_many(rows, logits, screen.rough) for rows in inputs)
-            return can and self.kernels.capability >= CAPABILITY
+            aligned = all(rows.pointer % 16 == 0 and rows.stride % 8 == 0 and rows.dtype == "bf16" for rows in inputs)
+            fits = self._many_places(source, screen)[-1] <= self._space_bytes
+            return aligned and fits and self.kernels.capability == CAPABILITY
         can = all(can_stream(rows, logits, screen.rough) for rows in inputs)
         return can and self._launch_rough(source.rows, screen.rough, False).is_resident
 
@@ -100,20 +109,19 @@ class ScreenOperations(LinearOperations, PackOperations):
             normed = screen.normed.first(source.rows)
             self.norm(source, normed, "rms", norm.epsilon, norm.weight)
             source, norm = normed, None
-        normed, bounds = screen.normed if norm is not None else source, screen.bounds
-        parts = max(LEAST_PARTS, SCREEN_BLOCKS * self.kernels.multiprocessors // source.rows)
-        grid = (min(parts, -(-logits.width // SCREEN_PIECE)), source.rows)
-        shape = (logits.stride, logits.width, normed.stride, head.columns)
+        normed, blocks = screen.normed if norm is not None else source, self.kernels.multiprocessors
         if source.rows <= FEW_ROWS:
             self._rough(source, logits, screen, norm)
+            parts = min(max(LEAST_PARTS, SCREEN_BLOCKS * blocks // source.rows), ceil_of(logits.width, SCREEN_PIECE))
+            name, known = "screen_exact", screen.bounds
         else:
-            bounds += 4 * head.rows
-            self._many(source, logits, rough, STORE)
-            kernel = self.kernels.get("screen.cu", "screen_lower", **rough.macros)
-            kernel(self.stream, grid, SCREENERS, (logits.pointer, bounds, source.pointer, screen.found, *shape))
-        kernel = self.kernels.get("screen.cu", "screen_exact", **rough.macros)
-        places = (logits.pointer, bounds, head.pointer, normed.pointer, screen.found, chosen)
-        kernel(self.stream, grid, SCREENERS, (*places, *shape))
+            known = self._rough_many(source, logits, screen)
+            parts = max(ceil_of(ceil_of(logits.width, SEGMENT), MOST_SEGMENTS), MANY_BLOCKS * blocks // source.rows)
+            name = "screen_exact_many"
+        kernel = self.kernels.get("screen.cu", name, **rough.macros)
+        places = (logits.pointer, known, head.pointer, normed.pointer, screen.found, chosen)
+        shape = (logits.stride, logits.width, normed.stride, head.columns)
+        kernel(self.stream, (parts, source.rows), SCREENERS, (*places, *shape))
 
     def _rough(self, source: Rows, logits: Rows, screen: Screen, norm: Normed | None) -> None:
         """Approximate logits of few rows, and what is found with them."""
@@ -126,6 +134,32 @@ class ScreenOperations(LinearOperations, PackOperations):
         shape = (source.stride, normed.stride, logits.stride, source.rows, rough.rows, rough.columns)
         arguments = (source.pointer, *weights, normed.pointer, screen.found, logits.pointer, *shape, epsilon)
         self._launch_stream(kernel, launch, arguments)
+
+    def _rough_many(self, source: Rows, logits: Rows, screen: Screen) -> int:
+        """What logits of more rows are at most, and what is found with that; returns where the greatest of segments are."""
+        rough, tokens = screen.rough, many_tokens(source.rows)
+        stage = (UNIT_ROWS + 2 * tokens) * BLOCK_COLUMNS + SCALE_BYTES
+        stages = min(MOST_STAGES, (self.kernels.shared_limit - STATIC_BYTES - ALIGNED) // stage)
+        macros = {**rough.macros, "TOKENS": tokens, "STAGES": stages}
+        digits, measured, greatest, _ = self._many_places(source, screen)
+        kernel = self.kernels.get("screen_many.cu", "screen_digits", **macros)
+        places = (source.pointer, self._space + digits, self._space + measured, screen.found)
+        kernel(self.stream, (tokens,), SCREENERS, (*places, source.stride, source.rows, source.width))
+        kernel = self.kernels.get("screen_many.cu", "screen_many", **macros)
+        weights = (rough.pointer, rough.scales, screen.bounds)
+        outputs = (logits.pointer, self._space + greatest, screen.found)
+        shape = (logits.stride, source.rows, rough.rows, rough.columns)
+        arguments = (self._space + digits, self._space + measured, *weights, *outputs, *shape)
+        blocks = min(self.kernels.multiprocessors, ceil_of(rough.rows, SEGMENT))
+        kernel(self.stream, (blocks,), MANY_THREADS, arguments, ALIGNED + stages * stage)
+        return self._space + greatest
+
+    def _many_places(self, source: Rows, screen: Screen) -> tuple[int, int, int, int]:
+        """Return where in the space rows' digits are, what is known of rows, the greatest of segments, and the end."""
+        tokens = many_tokens(source.rows)
+        measured = 2 * tokens * screen.head.columns
+        greatest = measured + tokens * MEASURED_ROW
+        return 0, measured, greatest, greatest + source.rows * ceil_of(screen.head.rows, SEGMENT) * 4
 
     def _launch_rough(self, rows: int, rough: Weight, has_norm: bool) -> StreamLaunch:
         """Choose how the product with the copy runs: as a streaming product, but with more sums."""
