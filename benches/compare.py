@@ -44,7 +44,7 @@ FIRST_TOKEN = """
 import sys
 from infer import LLM, SamplingParams
 llm = LLM(sys.argv[1], threads=int(sys.argv[2]), quantization=sys.argv[3] or None, packed_cache_dir=sys.argv[4] or None)
-llm.generate([[1]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+llm.generate([[1]], SamplingParams(max_tokens=int(sys.argv[5]), ignore_eos=True, detokenize=False), use_tqdm=False)
 """
 
 # The same by llama.cpp's Python package.
@@ -164,12 +164,13 @@ class Programs:
         return {"infer": report["decode_tokens_per_second"], "llama.cpp": float(json.loads(lines[-1])["speed_tg"])}
 
     def start(self) -> dict[str, dict[str, float]]:
-        """Seconds to the first token, the file in memory and not, and the most memory held."""
+        """Seconds to the first token, the file in memory and not, and the most memory held while more follow."""
         options = [self.model, self.threads, self.quantization, self.packed_cache]
+        infer = [*self.python, "-c", FIRST_TOKEN, *options]
         peer = [str(self.llama_cpp / "llama-bench"), "-m", self.peer_model, "-t", self.threads]
         peer += ["-p", "1", "-n", "0", "-r", "1", "--no-warmup"]
         programs = {
-            "infer": (self.model, [*self.python, "-c", FIRST_TOKEN, *options]),
+            "infer": (self.model, [*infer, "1"]),
             "llama.cpp": (self.peer_model, peer),
         }
         room = 2 * max(Path(path).stat().st_size for path, _ in programs.values())
@@ -182,6 +183,8 @@ class Programs:
                 _, costs = self.run("start", name, command)
                 found[load][name] = costs["load"]
             found["memory"][name] = costs["memory"]
+        # Weights are packed with the tokens after the first one.
+        found["memory"]["infer"] = self.run("memory", "infer", [*infer, str(GENERATED)])[1]["memory"]
         if self.peer_python:
             ready_memory(room)
             command = [*self.peer_python, "-c", PEER_FIRST_TOKEN, self.peer_model, self.threads]

@@ -67,7 +67,6 @@ impl CpuModel {
         let (interpreter, packed_cache) =
             Interpreter::load(checkpoint, quantization, context, options.precision, folder)
                 .map_err(|error| error.at(checkpoint.path()))?;
-        // After the load, which leaves the files' pages in memory.
         let fingerprint = fingerprint::of(
             checkpoint,
             quantization,
