@@ -176,12 +176,14 @@ class Programs:
         room = 2 * max(Path(path).stat().st_size for path, _ in programs.values())
         found: dict[str, dict[str, float]] = {cost: {} for cost in ("load", "cold_load", "memory")}
         for name, (path, command) in programs.items():
-            for load, is_cold in (("cold_load", True), ("load", False)):  # the first one leaves the file in memory
+            # The first one leaves the file in memory, and the second one its pages where they stay.
+            for load in ("cold_load", "", "load"):
                 ready_memory(room)
-                if is_cold:
+                if load == "cold_load":
                     leave_page_cache(Path(path))
                 _, costs = self.run("start", name, command)
-                found[load][name] = costs["load"]
+                if load:
+                    found[load][name] = costs["load"]
             found["memory"][name] = costs["memory"]
         # Weights are packed with the tokens after the first one.
         found["memory"]["infer"] = self.run("memory", "infer", [*infer, str(GENERATED)])[1]["memory"]
