@@ -18,5 +18,5 @@ attention_decode(const bf16 *queries, bf16 *output, const KEY_TYPE *keys, const 
     let_next_start();
     const Call call = {queries, output, keys, values, key_scales, value_scales, sinks, items, counts, page_table, partials, counters,
                        query_stride, output_stride, page_stride, kv_heads, window, scale, softcap};
-    attend(call, shared, AfterPrevious{});
+    attend(call, shared);
 }

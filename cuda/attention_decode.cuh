@@ -48,6 +48,31 @@ DEVICE void add_scaled(float4 &sum, float factor, const float4 &values) {
     sum.z = fmaf(factor, values.z, sum.z), sum.w = fmaf(factor, values.w, sum.w);
 }
 
+// What some pages give to four dimensions of a row: sums by weights, the sum of those, and the greatest score that they are relative to.
+struct Merged {
+    float greatest, total;
+    float4 sums;
+
+    DEVICE void write(bf16 *to, float factor) const {
+        const u32 first = pack_bf16(sums.x * factor, sums.y * factor), second = pack_bf16(sums.z * factor, sums.w * factor);
+        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory"); // layers_words.cuh says why
+    }
+};
+
+// What the warps found, merged in their order.
+DEVICE Merged merge_warps(const Shared &shared, int row, int dim) {
+    Merged all = {LOWEST, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) all.greatest = fmaxf(all.greatest, shared.greatest[warp][row]);
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        const float factor = exp2_fast(shared.greatest[warp][row] - all.greatest);
+        all.total = fmaf(factor, shared.total[warp][row], all.total);
+        add_scaled(all.sums, factor, *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
+    }
+    return all;
+}
+
 // Where results go, and where this block's partial ones lie among those of its tile.
 struct Result {
     bf16 *output;
@@ -57,36 +82,25 @@ struct Result {
 
     DEVICE float *partial(int item, int row) const { return partials + ((size_t(item) * kv_heads + kv_head) * ROWS + row) * PARTIAL; }
 
-    DEVICE void write(const Item &item, int row, int dim, float greatest, float total, const float4 &sums) const {
+    DEVICE void write(const Item &item, int row, int dim, const Merged &found) const {
         const int head = kv_head * GROUP + row % GROUP;
-        float factor = 1.0f;
-        if (sinks) factor = join_sink(sinks[head], greatest, total);
+        float factor = 1.0f, total = found.total;
+        if (sinks) factor = join_sink(sinks[head], found.greatest, total);
         factor /= total;
-        bf16 *to = output + size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim;
-        const u32 first = pack_bf16(sums.x * factor, sums.y * factor), second = pack_bf16(sums.z * factor, sums.w * factor);
-        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory"); // layers_words.cuh says why
+        found.write(output + size_t(item.first_row + row / GROUP) * stride + head * HEAD_DIM + dim, factor);
     }
 
     // Merges the warps' results: into the output if they are all of them, else into the item's partial result.
     DEVICE void merge_warps(const Item &item, const Shared &shared) const {
         for (int i = threadIdx.x * 4; i < item.rows * GROUP * HEAD_DIM; i += THREADS * 4) {
             const int row = i / HEAD_DIM, dim = i % HEAD_DIM;
-            float4 sums = {};
-            float greatest = LOWEST, total = 0.0f;
-#pragma unroll
-            for (int warp = 0; warp < WARPS; warp++) greatest = fmaxf(greatest, shared.greatest[warp][row]);
-#pragma unroll
-            for (int warp = 0; warp < WARPS; warp++) {
-                const float factor = exp2_fast(shared.greatest[warp][row] - greatest);
-                total = fmaf(factor, shared.total[warp][row], total);
-                add_scaled(sums, factor, *reinterpret_cast<const float4 *>(&shared.sums[warp][row][dim]));
-            }
+            const Merged found = decoding::merge_warps(shared, row, dim);
             if (item.chunks == 1) {
-                write(item, row, dim, greatest, total, sums);
+                write(item, row, dim, found);
             } else {
                 float *own = partial(index, row);
-                *reinterpret_cast<float4 *>(own + dim) = sums;
-                if (dim == 0) own[HEAD_DIM] = greatest, own[HEAD_DIM + 1] = total;
+                *reinterpret_cast<float4 *>(own + dim) = found.sums;
+                if (dim == 0) own[HEAD_DIM] = found.greatest, own[HEAD_DIM + 1] = found.total;
             }
         }
     }
@@ -113,7 +127,7 @@ struct Result {
                     const float *one = begin + chunk * step;
                     add_scaled(sums, exp2_fast(__ldcg(one + HEAD_DIM) - greatest), __ldcg(reinterpret_cast<const float4 *>(one + dim)));
                 }
-                write(item, row, dim, greatest, total, sums);
+                write(item, row, dim, {greatest, total, sums});
             }
         }
     }
@@ -206,34 +220,18 @@ struct Call {
     float scale, softcap;
 };
 
-// What attend() needs of a launch of its own: all is there once the kernel before this one has ended.
-struct AfterPrevious {
-    DEVICE int first(const Call &call, Work &work) const {
-        const int end = call.counts[0] * call.kv_heads;
-        if (int(blockIdx.x) < end) work.take(call.items, blockIdx.x, call.page_table, call.page_stride, call.window), work.prefetch();
-        return end;
-    }
-
-    DEVICE void begin() const { wait_for_previous(); }
-    DEVICE void prepare(const Work &) const {}
-    DEVICE void first_is_prepared() const {}
-    DEVICE uint4 read(const bf16 *from) const { return *reinterpret_cast<const uint4 *>(from); }
-    template <class Read> DEVICE void check(uint4 (&)[QUERY_READS], Read) const {}
-};
-
-// Attends to the pieces of this block, every gridDim.x-th one. THREADS threads call this. `source` knows the first piece (first), waits before
-// anything of this step is read (begin), waits for the first piece's new keys and values (first_is_prepared), sees to those of the others
-// (prepare), reads queries, and checks what was read.
-template <class Source> DEVICE void attend(const Call &call, Shared &shared, const Source &source) {
+// Attends to the pieces of this block, every gridDim.x-th one, once the kernel before this one has ended. THREADS threads call this.
+DEVICE void attend(const Call &call, Shared &shared) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     Work next = {{}, {reinterpret_cast<const u8 *>(call.keys), reinterpret_cast<const u8 *>(call.values), call.key_scales, call.value_scales,
                       call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0, 0};
     Page page;
     Pending pending = {};
     int number = blockIdx.x;
-    const int work_end = source.first(call, next);
+    const int work_end = call.counts[0] * call.kv_heads;
+    if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window), next.prefetch();
     if (number < work_end && next.is_old()) next.read(page);
-    source.begin();
+    wait_for_previous();
     for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
         number += gridDim.x;
@@ -245,25 +243,20 @@ template <class Source> DEVICE void attend(const Call &call, Shared &shared, con
         for (int part = 0; part < PARTS; part++) {
             const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
             const bf16 *from = call.queries + size_t(work.item.first_row + row / GROUP) * call.query_stride + head * HEAD_DIM;
-            const auto read = [&](int i) {
-                return row < work.item.rows * GROUP ? source.read(from + query_dim(i, t)) : make_uint4(0, 0, 0, 0);
-            };
             uint4 words[QUERY_READS];
 #pragma unroll
-            for (int i = 0; i < QUERY_READS; i++) words[i] = read(i);
-            source.check(words, read);
+            for (int i = 0; i < QUERY_READS; i++) {
+                words[i] = row < work.item.rows * GROUP ? *reinterpret_cast<const uint4 *>(from + query_dim(i, t)) : make_uint4(0, 0, 0, 0);
+            }
             query_operand(words, query[part]);
         }
-        if (own_number == int(blockIdx.x)) {
-            source.first_is_prepared();
-            if (!work.is_old()) work.read(page);
-        }
+        if (own_number == int(blockIdx.x) && !work.is_old()) work.read(page);
         Running own = {};
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
         run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
         // The next piece's first page is read while the results of this one are merged.
-        if (number < work_end) source.prepare(next), next.read(page);
+        if (number < work_end) next.read(page);
         publish(own, warp, g, t, shared);
         pending.tell(shared);
         DECODE_BARRIER();

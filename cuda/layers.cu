@@ -1,6 +1,7 @@
 // All layers of a step of one or two rows in one kernel: products, attention, and what surrounds them. With weights of 4 bits, and beyond
-// compute capability 9.0, the same bits as from linear_rope.cu, attention_decode.cu and linear_stream.cu one by one; on that, other weights are
-// multiplied by warp groups (layers_group.cuh), which add in another order, the same for a row whether there is a second one or not.
+// compute capability 9.0, the same products, bit for bit, as from linear_rope.cu and linear_stream.cu one by one; on that, other weights are
+// multiplied by warp groups (layers_group.cuh), which add in another order, the same for a row whether there is a second one or not. Attention
+// to more than a page a warp adds in another order than attention_decode.cu (layers_parts.cuh).
 //
 // Between kernels memory idles: the next one's ring of weights is full long before, and its first units wait for the row. Here one block a
 // multiprocessor stays for the whole stack. Two warps copy weights, by the copy engine, and go on with the next product at once, as far as a
@@ -16,10 +17,16 @@
 // Since then a block knows its first piece of attention before the layers begin, and two warps that do not attend store new keys and values while
 // the others read queries. Same call, H200, us of a layer: 8B of 4 bits 41.7, 40.6; 8B E4M3 60.6, 58.6; 1B bfloat16 36.2, 35.2.
 //
-// What brought nothing since: the count beside the words, as a hint when to read them (8B the same, 70B 206 for 202); reading the first of
-// them alone, or with rests in between; three, six or eight rounds under way; two pages of a warp's attention in registers or in shared
-// memory, so that one comes while the other is multiplied (8B 61.3, 4 bits 44.4, as the ring is smaller); scores in two chains; rounds of
-// 2,048 bytes of 8 rows for one warp group, every other one (1B bfloat16 37.1, 70B 199.2; with a ring of 11 it hung).
+// Then attention was divided among blocks (layers_parts.cuh): 8B of 4 bits 40.6, 38.9, and with scales of 128 columns 39.8, 37.9; 8B E4M3
+// 58.9, 57.4; 70B E4M3 201.2, 199.8 (in another call 198.5 both); 1B bfloat16 35.4, 34.6.
+//
+// What brought nothing since: bringing more to L2 while the ring is full (39.9 for 38.9; waiting in a loop that can do it is 0.4 of that);
+// running what comes next on nothing while the row is waited for, in case its instructions are not at hand (40 to 44 for 38.9); asking for
+// attention's row later or by one lane; four turns of the input at once; the count beside the words, as a hint when to read them (8B the
+// same, 70B 206 for 202); reading the first of them alone, or with rests in between; three, six or eight rounds under way; two pages of a
+// warp's attention in registers or in shared memory, so that one comes while the other is multiplied (8B 61.3, 4 bits 44.4, as the ring is
+// smaller); scores in two chains; rounds of 2,048 bytes of 8 rows for one warp group, every other one (1B bfloat16 37.1, 70B 199.2; with a
+// ring of 11 it hung).
 //
 // What limits it: integer instructions (masks, choices, shifts, E4M3 to half) take a scheduler two cycles each, half of all that there are, and
 // two warps of a scheduler wait for each other's chains the other half. So what is computed anew in every step costs (KEEPS), and choices are
@@ -64,6 +71,7 @@ constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;  // steps of the input that 
 
 #include "layers_words.cuh"
 #include "layers.cuh"
+#include "layers_parts.cuh"
 #include "layers_copy.cuh"
 #include "layers_end.cuh"
 #include "layers_attend.cuh"
@@ -185,12 +193,22 @@ struct Bringing {
             float squares = 0.0f;
 #pragma unroll 1
             for (int base = 0; base < turns; base += BATCH) bring_batch(row, token, base, squares);
+            if (!product.norm) continue;
             squares = warp_sum(squares);
-            if (lane == 0 && product.norm) all_squares[token] = squares;
+            if (lane == 0) all_squares[token] = squares;
         }
         __syncwarp();
     }
 };
+
+// Leaves a warp's sums to those who end the unit: of one row, those of quarters, which they add up in the same order.
+DEVICE void leave(Accumulator &sums, float *to, int rows, int stride, int g, int t) {
+#if QUARTERED
+    to[g * stride + t] = sums.quarters[0][0][0], to[(g + 8) * stride + t] = sums.quarters[0][0][2];
+#else
+    publish(sums, to, rows, stride, g, t);
+#endif
+}
 
 // Multiplies a warp's steps of COUNT rounds.
 template <int COUNT>
@@ -245,7 +263,7 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
     find_first(launch, pieces, warp, lane);
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
-        if (own.kind == ATTEND) attend_or_wait(own, launch, handed, pieces, warp);
+        if (own.kind == ATTEND) attend_or_help(own, launch, handed, pieces, handed.launch * program.count + number, warp, lane);
         if (own.kind == ATTEND || first_unit(own) >= own.units) continue;
         const Incoming incoming(own, handed);
         const Product product = product_of(own, rows);
@@ -261,7 +279,7 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
             Accumulator sums = {};
             multiply_unit(round, input, launch.ring, place, own_steps, own_steps < rounds, resident, step_bytes, lane, sums);
             rest_for_phase(launch.handover.empty(turn), turn.parity() ^ 1);
-            publish(sums, room.sums(turn.slot()) + warp * 16 * SUM_STRIDE, rows, SUM_STRIDE, lane / 4, lane % 4);
+            leave(sums, room.sums(turn.slot()) + warp * 16 * SUM_STRIDE, rows, SUM_STRIDE, lane / 4, lane % 4);
             arrive(launch.handover.full(turn));
         }
     }
@@ -276,7 +294,7 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
 // columns are a multiple of a step.
 BOUNDED_KERNEL(ALL_WARPS *WARP, 1)
 layers(const Operation *operations, const int *rope_rows, const int *slots, const Item *items, const int *counts, const int *page_table,
-       float *partials, int *piece_counters, u32 *counters, u8 *words, int set_bytes, int count, int rows, int heads, int kv_heads,
+       u32 *counters, u8 *words, int set_bytes, int count, int rows, int heads, int kv_heads,
        int all_slots, int page_stride, int ring_slots, float scale, float softcap) {
     extern __shared__ uint4 dynamic[];
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
@@ -291,7 +309,7 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     if (thread == 0) launch.handover.begin();
     __syncthreads();
     const Program program(operations, count, room.operation(warp), lane);
-    const Pieces pieces = {items, counts, page_table, partials, piece_counters, page_stride, scale, softcap};
+    const Pieces pieces = {items, counts, page_table, page_stride, scale, softcap};
     if (warp < WARPS) {
         more_registers<WORKING_REGISTERS>();
 #if BY_GROUPS
@@ -311,5 +329,5 @@ layers(const Operation *operations, const int *rope_rows, const int *slots, cons
     if ((warp > 0 && warp < WARPS + COPIERS) || lane > 0) return;
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counters + 1) : "memory");
-    if (before == gridDim.x * (1 + FINISHERS) - 1) counters[0] ^= 1, counters[1] = 0;
+    if (before == gridDim.x * (1 + FINISHERS) - 1) counters[0]++, counters[1] = 0;
 }

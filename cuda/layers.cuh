@@ -20,16 +20,6 @@ struct Operation {
 };
 static_assert(sizeof(Operation) == 128, "a word for each lane");
 
-// What attention needs beside an operation.
-struct Pieces {
-    const Item *items;
-    const int *counts, *page_table;
-    float *partials;
-    int *counters;
-    int page_stride;
-    float scale, softcap;
-};
-
 enum Kind { QKV, ATTEND, ADDED, GATED_PAIR }; // as in layers.py
 
 constexpr int HALF = HEAD_DIM / 2, UNITS_OF_HEAD = HALF / 8;

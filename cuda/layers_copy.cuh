@@ -100,18 +100,18 @@ DEVICE void prefetch_ends(const Operation &own, const Division &division, int un
     if (lane < 2 && own.bias) prefetch_line(own.bias + row);
 }
 
-// The pages of the block's first piece of attention, one a lane, as far as there are so many lanes. They are the same in all layers.
+// The pages of the block's first part of attention, one a lane, as far as there are so many lanes. They are the same in all layers.
 struct FirstPages {
     int count = 0, entry = 0, kv_head = 0;
 
     DEVICE FirstPages() {}
 
-    DEVICE FirstPages(const Pieces &pieces, int kv_heads, int lane) : kv_head(blockIdx.x % kv_heads) {
-        if (int(blockIdx.x) >= pieces.counts[0] * kv_heads) return;
-        const Item item = pieces.items[blockIdx.x / kv_heads];
-        const int begin = item.chunk * item.chunk_pages, end = (item.first_position + item.rows - 1) / PAGE_TOKENS + 1;
-        count = min(end - begin, min(item.chunk_pages, WARP));
-        if (lane < count) entry = pieces.page_table[size_t(item.sequence) * pieces.page_stride + begin + lane];
+    DEVICE FirstPages(const Pieces &pieces, int kv_heads, int lane) {
+        const Portions parts(pieces, kv_heads);
+        if (int(blockIdx.x) >= parts.all()) return;
+        const Portion part = parts[blockIdx.x];
+        kv_head = part.kv_head, count = min(part.end - part.begin, WARP);
+        if (lane < count) entry = pieces.table(part)[part.begin + lane];
     }
 
     // Brings them to L2: they would come behind the weights otherwise.

@@ -6,25 +6,11 @@ struct Inputs {
     int rows, heads, kv_heads, all_slots;
 };
 
-constexpr int MOST_ROWS = 2, SUM_STRIDE = 3, MOST_SLOTS = 64; // rows of a step; sums of them are apart by so many
-
-constexpr int FIRST_BYTES = 80;
-
-// A warp's first piece of attention, as Work has it; where its row's new keys and values are stored, or -1.
-struct First {
-    Item item;
-    int begin, number, end, entry, second, work_end, slot;
-    const int *table;
-
-    DEVICE void take(decoding::Work &work, int kv_heads) const {
-        work.item = item, work.begin = begin, work.number = number, work.end = end, work.first = entry, work.second = second;
-        work.index = blockIdx.x / kv_heads, work.pages.kv_head = blockIdx.x % kv_heads, work.pages.table = table;
-    }
-};
-static_assert(sizeof(First) <= FIRST_BYTES, "a warp has a place of so many bytes");
+#define QUARTERED (PACKED == 4 && TOKENS == 1) // a warp leaves sums of quarters, which those who end a unit add up
+constexpr int SUM_STRIDE = QUARTERED ? 4 : 3, MOST_SLOTS = 64; // sums of a step's rows are apart by so many
 
 // Where things are in a block's shared memory, as far as that is known before: squares that each warp added up (WARPS, TOKENS), sums
-// (TURNS_AHEAD, WARPS, 16, SUM_STRIDE), each warp's two operations, first pieces of attention, barriers of the sums and of the ring; then the
+// (TURNS_AHEAD, WARPS, 16, SUM_STRIDE), each warp's two operations, what it knows of attention, barriers of the sums and of the ring; then the
 // ring, and behind it the input, or what the warps of attention found.
 constexpr int SUMS_AT = WARPS * TOKENS * 4, OPERATIONS_AT = SUMS_AT + TURNS_AHEAD * WARPS * 16 * SUM_STRIDE * 4;
 constexpr int FIRSTS_AT = OPERATIONS_AT + ALL_WARPS * 2 * 128;
@@ -91,7 +77,15 @@ struct End {
     DEVICE float sum_of(const float *sums, float factor, int stride, int row, const Last &last, int second) const {
         float sum = 0.0f;
 #pragma unroll
-        for (int warp = 0; warp < (BY_GROUPS ? 1 : WARPS); warp++) sum += sums[(warp * 16 + row) * stride + token];
+        for (int warp = 0; warp < (BY_GROUPS ? 1 : WARPS); warp++) {
+            const float *own = sums + (warp * 16 + row) * stride;
+            if (QUARTERED) {
+                const float4 quarters = *reinterpret_cast<const float4 *>(own);
+                sum += (quarters.x + quarters.y) + (quarters.z + quarters.w);
+            } else {
+                sum += own[token];
+            }
+        }
         return fmaf(sum * factor, last.scales[second], last.biases[second]);
     }
 
@@ -143,7 +137,8 @@ struct Launch {
         for (int token = 0; token < MOST_ROWS; token++) {
             if (token < inputs.rows && u32(inputs.slots[token]) < u32(inputs.all_slots)) attended |= 1 << token;
         }
-        return {sets.own(), attended};
+        const u32 number = load_word(sets.number);
+        return {sets.at(number), attended, number};
     }
 };
 

@@ -310,7 +310,7 @@ DEVICE void multiply_by_groups(Program program, const Launch &launch, const Piec
     for (int number = 0; number < program.count; number++) {
         const Operation &own = program.take(number);
         if (own.kind == ATTEND) {
-            attend_or_wait(own, launch, handed, pieces, warp);
+            attend_or_help(own, launch, handed, pieces, handed.launch * program.count + number, warp, threadIdx.x % WARP);
         } else if (first_unit(own) >= own.units) {
             continue;
         } else if (own.norm) {

@@ -35,8 +35,8 @@ DEVICE void store_word(bf16 *to, u32 word) { asm volatile("st.relaxed.gpu.global
 
 DEVICE bool are_there(const uint4 &words) { return max(max(words.x, words.y), max(words.z, words.w)) != NOT_THERE; }
 
-// Waits until all words are there; `read` asks for some of them again.
-template <int COUNT, class Read> DEVICE void wait_for_words(uint4 (&words)[COUNT], Read read) {
+// Waits until all of a lane's words are there; `read` asks for some of them again.
+template <int COUNT, class Read> DEVICE void wait_for_own_words(uint4 (&words)[COUNT], Read read) {
     bool misses;
     do {
         misses = false;
@@ -45,6 +45,10 @@ template <int COUNT, class Read> DEVICE void wait_for_words(uint4 (&words)[COUNT
             if (!are_there(words[i])) words[i] = read(i), misses = true;
         }
     } while (misses);
+}
+
+template <int COUNT, class Read> DEVICE void wait_for_words(uint4 (&words)[COUNT], Read read) {
+    wait_for_own_words(words, read);
     __syncwarp();
 }
 
@@ -55,24 +59,24 @@ template <int COUNT, class Read> DEVICE void read_words(uint4 (&words)[COUNT], b
     if (waits) wait_for_words(words, read);
 }
 
-// The rows of a launch, and which of a step's rows attention writes: not those that pad it.
+// The rows of a launch; which of a step's rows attention writes, not those that pad it; the number of the launch.
 struct Handed {
     u8 *begin;
-    u32 attended;
+    u32 attended, launch;
 
     DEVICE bf16 *at(const bf16 *place, bool is_plain) const {
         return is_plain ? const_cast<bf16 *>(place) : reinterpret_cast<bf16 *>(begin + size_t(place));
     }
 };
 
-// Both sets, and the number of the one that this launch uses.
+// Both sets, and the number of this launch, once the one before it has ended.
 struct Sets {
     u8 *begin;
     const u32 *number;
     u32 bytes;
 
-    // Where this launch's rows are, once the launch before this one has ended.
-    DEVICE u8 *own() const { return begin + size_t(load_word(number) & 1) * bytes; }
+    DEVICE u8 *at(u32 launch) const { return begin + size_t(launch & 1) * bytes; }
+    DEVICE u64 *exchange() const { return reinterpret_cast<u64 *>(begin + size_t(2) * bytes); } // layers_parts.cuh
 
     // Clears this block's part of the other set's so-many-th of `count` parts, by a warp.
     DEVICE void clear(const Handed &own, int part, int count, int lane) const {

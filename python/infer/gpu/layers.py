@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MOST_PARTS = 16
+"""Most parts of a sequence's pages, which blocks attend to beside each other (cuda/layers_parts.cuh)."""
+
 MOST_LAYER_ROWS = 2
 """Most rows of a step whose layers are one kernel: beyond, the input leaves too little room for weights that come ahead."""
 
@@ -38,12 +41,12 @@ QKV, ATTEND, ADDED, GATED_PAIR = range(4)  # as in cuda/layers.cuh
 PLAIN_INPUT, PLAIN_OUTPUT, PLAIN_BEFORE, FROM_ATTENTION = 1, 2, 4, 8  # as in cuda/layers_words.cuh
 RECORD = struct.Struct("=10Q7i2f2i4x")  # Operation in cuda/layers.cuh
 COUNTER_BYTES = 256
-"""Bytes before the records: which set of rows is next, and counts that are zero before and after each launch."""
+"""Bytes before the records: the number of the next launch, which tells its set of rows, and counts that are zero between them."""
 NOT_THERE = 0xFF
 """Each byte of a word that is not there yet (cuda/layers_words.cuh)."""
 LAYER_WARPS = 12
-FIXED_BYTES = 4 * STREAM_WARPS * 16 * 3 * 4 + 2 * LAYER_WARPS * RECORD.size + STREAM_WARPS * 80 + 4 * 16 + 64 * 16
-"""Of a block's shared memory: sums, operations, first pieces of attention, barriers of sums and of at most MOST_SLOTS rounds."""
+FIXED_BYTES = 2 * LAYER_WARPS * RECORD.size + STREAM_WARPS * 64 + 4 * 16 + 64 * 16
+"""Of a block's shared memory: operations, what warps know of attention, barriers of sums and of at most MOST_SLOTS rounds."""
 MOST_SLOTS = 64
 ROUND_BYTES, GROUP_ROUND_BYTES = 16896, 16384
 """Of weights that are not packed, in shared memory: as warps read them, and as warp groups do."""
@@ -84,7 +87,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Neighbouring layers, and where COUNTER_BYTES, their records and both sets of rows are on the device."""
+    """Neighbouring layers, and where COUNTER_BYTES, their records, sets of rows and parts of attention are on the device."""
 
     layers: tuple[Layer, ...]
     pointer: int
@@ -117,7 +120,7 @@ class LayerOperations(ScaledOperations):
                 count = operation.weight.rows // 16 if operation.weight else 0
                 records.append(_record(layer, operation, count, units % blocks))
                 units += count
-        words = bytes([NOT_THERE]) * (2 * set_bytes(layers))
+        words = bytes([NOT_THERE]) * (2 * set_bytes(layers) + exchange_bytes(layers[0], blocks))
         return np.frombuffer((bytes(COUNTER_BYTES) + b"".join(records)).ljust(words_at(layers), b"\0") + words, np.uint8)
 
     def layers(self, inputs: StepInputs, plan: AttentionPlan, stack: Stack) -> bool:
@@ -134,7 +137,7 @@ class LayerOperations(ScaledOperations):
         macros |= {"GROUP": layer.heads // pages.kv_heads, "SOFTCAP": int(stack.softcap > 0)}
         macros |= {"ACTIVATION": ACTIVATIONS.index(layer.activation), "DECODE_WARPS": DECODE_WARPS}
         kernel = self.kernels.get("layers.cu", "layers", **macros)
-        lists = (plan.items, plan.pointer, inputs.page_table, plan.scratch + plan.size.counter_bytes, plan.scratch)
+        lists = (plan.items, plan.pointer, inputs.page_table)
         shape = (5 * len(stack.layers), inputs.rows, layer.heads, pages.kv_heads, pages.pages * PAGE_TOKENS, inputs.page_stride)
         words = (stack.pointer + words_at(stack.layers), set_bytes(stack.layers))
         pointers = (stack.pointer + COUNTER_BYTES, inputs.rope_rows, inputs.slots, *lists, stack.pointer, *words)
@@ -162,7 +165,10 @@ class LayerOperations(ScaledOperations):
     def _room(self, rows: int, layer: Layer) -> _Room:
         """Divide the shared memory of a block, as cuda/layers.cu does."""
         weight, pages = layer.weights[0], layer.pages
-        fixed = ceil_of(STREAM_WARPS * self._layer_tokens(rows, weight) * 4 + FIXED_BYTES, 128) * 128
+        tokens = self._layer_tokens(rows, weight)
+        stride = 4 if tokens == 1 and weight.is_packed else 3  # SUM_STRIDE in cuda/layers_end.cuh
+        sums = 4 * STREAM_WARPS * 16 * stride * 4
+        fixed = ceil_of(STREAM_WARPS * tokens * 4 + sums + FIXED_BYTES, 128) * 128
         results = DECODE_WARPS * packed_rows(layer.heads // pages.kv_heads) * (pages.head_dim + 10) * 4 + 16
         if self._has_groups(weight):
             inputs = max(map(_lying_bytes, layer.weights, (True, False, True, False))) * rows
@@ -233,6 +239,12 @@ def set_bytes(layers: Sequence[Layer]) -> int:
 def words_at(layers: Sequence[Layer]) -> int:
     """Return where a stack's sets of rows begin, behind the records."""
     return ceil_of(COUNTER_BYTES + 5 * len(layers) * RECORD.size, 128) * 128
+
+
+def exchange_bytes(layer: Layer, blocks: int) -> int:
+    """Return the bytes of what parts of attention hand over, as in cuda/layers_parts.cuh."""
+    parts = max(1, min(MOST_PARTS, blocks // layer.pages.kv_heads))
+    return 8 * parts * MOST_LAYER_ROWS * layer.heads * (2 + layer.pages.head_dim)
 
 
 class _Operation(NamedTuple):

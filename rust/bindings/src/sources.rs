@@ -40,6 +40,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "layers_copy.cuh",
     "layers_end.cuh",
     "layers_group.cuh",
+    "layers_parts.cuh",
     "layers_words.cuh",
     "linear.cu",
     "linear_many.cu",
