@@ -18,7 +18,9 @@
 // the others read queries. Same call, H200, us of a layer: 8B of 4 bits 41.7, 40.6; 8B E4M3 60.6, 58.6; 1B bfloat16 36.2, 35.2.
 //
 // Then attention was divided among blocks (layers_parts.cuh): 8B of 4 bits 40.6, 38.9, and with scales of 128 columns 39.8, 37.9; 8B E4M3
-// 58.9, 57.4; 70B E4M3 201.2, 199.8 (in another call 198.5 both); 1B bfloat16 35.4, 34.6.
+// 58.9, 57.4; 70B E4M3 201.2, 199.8 (in another call 198.5 both); 1B bfloat16 35.4, 34.6. And a round of 4 bits became two steps of a warp, so
+// that it waits once and arrives once for both, and half as many copies are twice as long: 38.9, 37.1, and with scales of 128 columns 38.1,
+// 35.5. Of those, three and four under way take 37.4 and 38.8: whatever others read waits behind them.
 //
 // What brought nothing since: bringing more to L2 while the ring is full (39.9 for 38.9; waiting in a loop that can do it is 0.4 of that);
 // running what comes next on nothing while the row is waited for, in case its instructions are not at hand (40 to 44 for 38.9); asking for
@@ -65,9 +67,9 @@
 constexpr int COPIERS = 2, FINISHERS = 2, TURNS_AHEAD = 4; // warps; units whose sums are kept
 constexpr int ALL_WARPS = WARPS + COPIERS + FINISHERS;
 constexpr int WORKING_REGISTERS = 208, OTHER_REGISTERS = 88; // of a thread; the kernel begins with 168
-constexpr int PACED = 4;                             // rounds under way
-constexpr int ROUNDS_TOGETHER = PACKED == 4 ? 2 : 1; // rounds that a warp multiplies at once
-constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;  // steps of the input that it prepares at once
+constexpr int STEPS_OF_WARP = PACKED == 4 ? 2 : 1, ROUND_STEPS = STEPS_OF_WARP * WARPS; // of a round: of a warp, which multiplies them at once
+constexpr int PACED = PACKED == 4 ? 2 : 4;                                              // rounds under way
+constexpr int TURNS_TOGETHER = PACKED == 4 ? 2 : 1;                                     // steps of the input that a warp prepares at once
 
 #include "layers_words.cuh"
 #include "layers.cuh"
@@ -210,38 +212,30 @@ DEVICE void leave(Accumulator &sums, float *to, int rows, int stride, int g, int
 #endif
 }
 
-// Multiplies a warp's steps of COUNT rounds.
+// Multiplies COUNT steps of a warp in a round.
 template <int COUNT>
-DEVICE void multiply_rounds(const Round &round, const Input &input, const Ring &ring, Place &place, u32 &resident, u32 input_bytes, int lane,
-                            Accumulator &sums) {
+DEVICE void multiply_round(const Round &round, const Input &input, const Ring &ring, Place &place, u32 resident, u32 input_bytes, int lane,
+                           Accumulator &sums) {
     Step steps[COUNT];
-    u32 empty[COUNT];
+    rest_for_phase(ring.full(place), place.parity);
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        rest_for_phase(ring.full(place), place.parity);
-        round.read(ring.slot(place), steps[i]);
-        empty[i] = ring.empty(place);
-        place.next(ring.slots);
-    }
+    for (int i = 0; i < COUNT; i++) round.read(ring.slot(place), i, steps[i]);
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        if (lane == 0) arrive(empty[i]);
-    }
+    if (lane == 0) arrive(ring.empty(place));
+    place.next(ring.slots);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) multiply(input, steps[i], resident + i * input_bytes, sums);
-    resident += COUNT * input_bytes;
 }
 
-// Multiplies a warp's steps of a unit; the last of its rounds may have none for this warp.
+// Multiplies a warp's steps of a unit; the last of its rounds may have fewer for this warp, or none.
 DEVICE void multiply_unit(const Round &round, const Input &input, const Ring &ring, Place &place, int own_steps, bool is_idle, u32 resident,
                           u32 input_bytes, int lane, Accumulator &sums) {
 #pragma unroll 1
-    for (; own_steps >= ROUNDS_TOGETHER; own_steps -= ROUNDS_TOGETHER) {
-        multiply_rounds<ROUNDS_TOGETHER>(round, input, ring, place, resident, input_bytes, lane, sums);
+    for (; own_steps >= STEPS_OF_WARP; own_steps -= STEPS_OF_WARP) {
+        multiply_round<STEPS_OF_WARP>(round, input, ring, place, resident, input_bytes, lane, sums);
+        resident += STEPS_OF_WARP * input_bytes;
     }
-#pragma unroll 1
-    for (; ROUNDS_TOGETHER > 1 && own_steps > 0; own_steps--) multiply_rounds<1>(round, input, ring, place, resident, input_bytes, lane, sums);
+    if (STEPS_OF_WARP > 1 && own_steps > 0) multiply_round<1>(round, input, ring, place, resident, input_bytes, lane, sums);
     if (!is_idle) return;
     rest_for_phase(ring.full(place), place.parity);
     if (lane == 0) arrive(ring.empty(place));
@@ -267,8 +261,9 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
         if (own.kind == ATTEND || first_unit(own) >= own.units) continue;
         const Incoming incoming(own, handed);
         const Product product = product_of(own, rows);
-        const int steps = steps_of(own), own_steps = max((steps - warp + WARPS - 1) / WARPS, 0), rounds = (steps + WARPS - 1) / WARPS;
-        u8 *own_input = room.input() + warp * rounds * step_bytes;
+        const int steps = steps_of(own), own_steps = max((steps - warp + WARPS - 1) / WARPS, 0), most_steps = (steps + WARPS - 1) / WARPS;
+        const bool is_idle = (own_steps + STEPS_OF_WARP - 1) / STEPS_OF_WARP < (steps + ROUND_STEPS - 1) / ROUND_STEPS;
+        u8 *own_input = room.input() + warp * most_steps * step_bytes;
         const Bringing bringing(product, incoming, warp, lane, own_steps, own_input);
         work_barrier(); // nobody needs the input of the operation before this one
         bringing.bring(room.squares() + warp * TOKENS);
@@ -277,7 +272,7 @@ DEVICE void multiply_all(Program program, const Launch &launch, const Pieces &pi
 #pragma unroll 1
         for (int unit = first_unit(own); unit < units; unit += gridDim.x, turn.unit++) {
             Accumulator sums = {};
-            multiply_unit(round, input, launch.ring, place, own_steps, own_steps < rounds, resident, step_bytes, lane, sums);
+            multiply_unit(round, input, launch.ring, place, own_steps, is_idle, resident, step_bytes, lane, sums);
             rest_for_phase(launch.handover.empty(turn), turn.parity() ^ 1);
             leave(sums, room.sums(turn.slot()) + warp * 16 * SUM_STRIDE, rows, SUM_STRIDE, lane / 4, lane % 4);
             arrive(launch.handover.full(turn));

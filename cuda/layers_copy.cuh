@@ -1,10 +1,12 @@
 // How cuda/layers.cu brings weights to shared memory: by the copy engine, a round at a time, through a ring.
 
-// A round: one step of each multiplying warp, 16 rows of the weight, as the copy engine brings it to shared memory: for packed weights, of each
-// 8 rows, words, scales and minima, where neighbouring steps are neighbours in memory; for others, 16 stretches of 1,024 bytes.
+// A round: STEPS_OF_WARP steps of each multiplying warp, 16 rows of the weight, as the copy engine brings it to shared memory: for packed
+// weights, of each 8 rows, words, scales and minima, where neighbouring steps are neighbours in memory; for others, 16 stretches of 1,024
+// bytes.
 #if PACKED
 struct Round {
-    static constexpr int WORDS = WARPS * BLOCK_BYTES, SCALES = WARPS * 16 * GROUPS, OTHERS = STEPS || MINIMA ? WARPS * 16 * PER_ROW : 0;
+    static constexpr int WORDS = ROUND_STEPS * BLOCK_BYTES, SCALES = ROUND_STEPS * 16 * GROUPS;
+    static constexpr int OTHERS = STEPS || MINIMA ? ROUND_STEPS * 16 * PER_ROW : 0;
     static constexpr int BYTES = 2 * (WORDS + SCALES + OTHERS), COPIES = OTHERS ? 6 : 4; // of both halves
     u32 words, scales, minima; // where a lane reads
 
@@ -16,13 +18,15 @@ struct Round {
         asm volatile("" : "+r"(words), "+r"(scales), "+r"(minima)); // or they are computed anew in every step
     }
 
-    DEVICE void read(u32 slot, Step &step) const {
+    // The warp's step of this number.
+    DEVICE void read(u32 slot, int number, Step &step) const {
+        number *= WARPS;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) step.words[0][half][i] = load_shared(slot + words + half * WORDS + i * 512);
-            Feed<WARPS>::read_row(slot + scales + half * SCALES, step.scales[0][half]);
-            const u32 own = slot + minima + half * OTHERS;
+            for (int i = 0; i < LOADS; i++) step.words[0][half][i] = load_shared(slot + words + half * WORDS + i * 512 + number * BLOCK_BYTES);
+            Feed<WARPS>::read_row(slot + scales + half * SCALES + number * (16 * GROUPS), step.scales[0][half]);
+            const u32 own = slot + minima + half * OTHERS + number * (16 * PER_ROW);
             if (MINIMA && !STEPS) Feed<WARPS>::read_row(own, step.minima[0][half]);
             if (STEPS) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(step.units[0][half]) : "r"(own));
         }
@@ -44,7 +48,7 @@ struct Way {
         at = (part == 0 ? parts[0] : part == 1 ? parts[1] : parts[2]) + block * steps * step_bytes;
     }
 };
-constexpr int STEP_COPIED = Round::BYTES / WARPS; // bytes
+constexpr int STEP_COPIED = Round::BYTES / ROUND_STEPS; // bytes
 #else
 struct Round {
     // Rows are apart so that the lanes that read at once take different banks; warp groups read them as they lie.
@@ -55,7 +59,7 @@ struct Round {
         asm volatile("" : "+r"(from)); // or it is computed anew in every step
     }
 
-    DEVICE void read(u32 slot, Step &step) const {
+    DEVICE void read(u32 slot, int, Step &step) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -153,8 +157,8 @@ DEVICE void copy_weights(Program program, const Ring &ring, const Pieces &pieces
             way.move(product, division.first_row(unit), steps, copier * (Round::COPIES / COPIERS) + lane);
             if (copier > 0) prefetch_ends(own, division, unit, lane);
 #pragma unroll 1
-            for (int step = 0; step < steps; step += WARPS) {
-                const int count = min(steps - step, WARPS);
+            for (int step = 0; step < steps; step += ROUND_STEPS) {
+                const int count = min(steps - step, ROUND_STEPS);
                 if (started == PACED) { // a loop would cost 70B of E4M3 6 % of its time
                     rest_for_phase(ring.full(behind), behind.parity);
                     behind.next(ring.slots);
@@ -167,7 +171,7 @@ DEVICE void copy_weights(Program program, const Ring &ring, const Pieces &pieces
                 __syncwarp();
                 if (lane < Round::COPIES / COPIERS) copy_bulk(ring.slot(place) + way.to, way.at, count * way.step_bytes, ring.full(place), policy);
 #endif
-                way.at += WARPS * way.step_bytes;
+                way.at += ROUND_STEPS * way.step_bytes;
                 place.next(ring.slots);
             }
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from infer._core import InferError
-from infer.gpu.arrays import ACTIVATIONS, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight
+from infer.gpu.arrays import ACTIVATIONS, PACKED_BITS, PAGE_TOKENS, KvLayer, RopeTable, Rows, StepInputs, Weight
 from infer.gpu.attention import DECODE_WARPS, LONG, AttentionPlan, is_fast, kv_macros, packed_rows
 from infer.gpu.launch import DEPENDENT
 from infer.gpu.linear import can_pair, can_rotate, can_stream
@@ -34,8 +34,8 @@ WIDTHS = {"bf16": range(2048, 4096), "e4m3": range(2048, 1 << 16), "int4": range
 ONE_ROW = "bf16"
 """The type of weights that this is faster for where there is one row: two were not measured."""
 
-LEAST_SLOTS = 8
-"""Fewest rounds of weights that there must be room for."""
+LEAST_STEPS = 8
+"""Fewest steps of a warp that there must be room for in the ring of weights."""
 
 QKV, ATTEND, ADDED, GATED_PAIR = range(4)  # as in cuda/layers.cuh
 PLAIN_INPUT, PLAIN_OUTPUT, PLAIN_BEFORE, FROM_ATTENTION = 1, 2, 4, 8  # as in cuda/layers_words.cuh
@@ -97,9 +97,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class _Room:
-    """The shared memory of a block: rounds of weights, and bytes of all."""
+    """The shared memory of a block: rounds of weights, steps of a warp in all of them, and bytes of all."""
 
     slots: int
+    steps: int
     shared: int
 
 
@@ -130,7 +131,7 @@ class LayerOperations(ScaledOperations):
         if not takes or plan.window or self._refuses_layers:
             return False
         room = self._room(inputs.rows, layer)
-        if room.slots < LEAST_SLOTS:
+        if room.steps < LEAST_STEPS:
             return False
         first, pages = layer.weights[0], layer.pages
         macros = {**first.macros, **kv_macros(pages), "TOKENS": self._layer_tokens(inputs.rows, first)}
@@ -159,12 +160,13 @@ class LayerOperations(ScaledOperations):
             alike
             and pays(first, self._has_groups(first.weights[0]))
             and all(map(_can_run, layers))
-            and self._room(1, first).slots >= LEAST_SLOTS
+            and self._room(1, first).steps >= LEAST_STEPS
         )
 
     def _room(self, rows: int, layer: Layer) -> _Room:
         """Divide the shared memory of a block, as cuda/layers.cu does."""
         weight, pages = layer.weights[0], layer.pages
+        steps = 2 if PACKED_BITS.get(weight.type) == 4 else 1  # STEPS_OF_WARP in cuda/layers.cu
         tokens = self._layer_tokens(rows, weight)
         stride = 4 if tokens == 1 and weight.is_packed else 3  # SUM_STRIDE in cuda/layers_end.cuh
         sums = 4 * STREAM_WARPS * 16 * stride * 4
@@ -175,9 +177,9 @@ class LayerOperations(ScaledOperations):
             round_bytes = GROUP_ROUND_BYTES
         else:
             inputs = max(warp_steps(own) * STREAM_WARPS * rows * input_bytes(own) for own in layer.weights)
-            round_bytes = STREAM_WARPS * slot_bytes(weight, rows, True) if weight.is_packed else ROUND_BYTES
+            round_bytes = steps * STREAM_WARPS * slot_bytes(weight, rows, True) if weight.is_packed else ROUND_BYTES
         slots = min(max(0, self.kernels.shared_limit - fixed - max(results, inputs)) // round_bytes, MOST_SLOTS)
-        return _Room(slots, fixed + slots * round_bytes + max(results, inputs))
+        return _Room(slots, slots * steps, fixed + slots * round_bytes + max(results, inputs))
 
     def _has_groups(self, weight: Weight) -> bool:
         """Return whether warp groups multiply the weight."""
