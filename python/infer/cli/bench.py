@@ -40,7 +40,7 @@ def bench(
     generate_tokens: Annotated[int | None, typer.Option(min=2, help="Length of each completion; 128 or what fits.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens that each completion of the decode test follows.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after one to warm up; the median counts.")] = 3,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind, after two to warm up; the median counts.")] = 3,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
@@ -105,7 +105,8 @@ def _length(llm: LLM, option: str, asked: int | None, usual: int, room: int) -> 
 
 
 def _repeat(times: int, run: Callable[[int], float]) -> list[float]:
-    run(0)  # pages touched, threads awake, contexts computed
+    for _ in range(2):
+        run(0)  # pages touched, threads awake, contexts computed; and in the second one weights packed
     return [run(number) for number in range(1, times + 1)]
 
 
