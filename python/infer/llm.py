@@ -72,7 +72,8 @@ class LLM(Generating, Sessions):
     seed
         For requests that bring no seed of their own, and for random weights.
     mmap
-        Map weight files instead of reading them.
+        Map weight files instead of reading them whole. On the CPU their weights are then packed while the model is used, so that
+        the first token need not wait for that; they must not change meanwhile (deleting or replacing them by renaming is fine).
     load_format
         "auto", or "dummy": random weights (a draft model's too), on every device those of `seed`, from `config.json` alone.
     packed_cache_dir

@@ -56,7 +56,7 @@ fn matrix(context: &Context, format: Format, rows: usize, columns: usize) -> Pac
         let bytes = format.row_bytes(columns).expect("whole blocks");
         row.extend((0..bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x3b));
     }
-    PackedMatrix::pack(&context, format, columns, &vec![&row[..]; rows], &()).expect("memory")
+    PackedMatrix::pack(context, format, columns, &vec![&row[..]; rows], &()).expect("memory")
 }
 
 /// Several, together far larger than the caches.

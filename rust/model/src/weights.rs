@@ -193,7 +193,7 @@ impl<'a> Loader<'a> {
             }
         }
         let packed = match target == format {
-            true => PackedMatrix::pack(&context, format, key.columns, &rows, self.checkpoint)?,
+            true => PackedMatrix::pack(context, format, key.columns, &rows, self.checkpoint)?,
             false => {
                 let of_tensor = |error| unroundable(&sources[0].table, target, error);
                 PackedMatrix::round(context, format, target, key.columns, &rows, self.checkpoint)
