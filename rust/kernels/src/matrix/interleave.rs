@@ -1,4 +1,5 @@
-//! Panels of 16 whole rows, packed with vectors: the same bytes as word by word (`pack.rs`), in a fourth of the time.
+//! Panels of 16 whole rows, packed with vectors: the same bytes as word by word (`pack.rs`), and 1.4 (Q8_0, BF16) to 1.8 times (Q4_0) as
+//! fast from memory to fresh memory on one thread (`examples/packing.rs`).
 
 use super::Layout;
 use super::pack::ask_ahead;

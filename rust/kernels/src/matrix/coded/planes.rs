@@ -1,4 +1,4 @@
-//! Panels of 16 whole rows of K-quants of 4, 5 and 6 bits, packed with vectors: the same bytes as row by row, in a third of the time.
+//! Panels of 16 whole rows of K-quants of 4, 5 and 6 bits, packed with vectors: the same bytes as row by row, 1.4 to 1.8 times as fast.
 
 use super::super::pack::ask_ahead;
 use super::{SPAN, record, upper_bits, write_scales};
