@@ -45,7 +45,7 @@ impl InterleavePanel<'_> {
             if part % 4 == 0 {
                 self.rows.iter().for_each(|row| ask_ahead(row, part * 16, 64));
             }
-            let words = simd.transpose_words(blocks::<16>(self.rows, part, 0));
+            let words = simd.transpose_words(sixteen(self.rows, part * 16));
             for (line, words) in lines.as_chunks_mut::<64>().0.iter_mut().zip(words) {
                 simd.store_bytes(words, line);
             }
@@ -63,13 +63,9 @@ impl InterleavePanel<'_> {
         let groups =
             self.weights.as_chunks_mut::<512>().0.iter_mut().zip(self.scales.as_chunks_mut::<32>().0);
         for (group, (weights, scales)) in groups.enumerate() {
-            for (row, scale) in self.rows.iter().zip(scales.as_chunks_mut::<2>().0) {
-                ask_ahead(row, group * 34, 34);
-                let [low, high, ..] = row.as_chunks::<34>().0[group];
-                *scale = [low, high];
-            }
+            begin_blocks::<34>(self.rows, group, scales);
             for (half, lines) in weights.as_chunks_mut::<256>().0.iter_mut().enumerate() {
-                let words = simd.transpose_words(blocks::<34>(self.rows, group, 2 + 16 * half));
+                let words = simd.transpose_words(sixteen(self.rows, group * 34 + 2 + 16 * half));
                 for (line, words) in lines.as_chunks_mut::<64>().0.iter_mut().zip(words) {
                     simd.store_bytes(simd.xor_i32(words, flip), line);
                 }
@@ -79,24 +75,15 @@ impl InterleavePanel<'_> {
 
     #[inline(always)]
     fn int4<S: Simd>(self, simd: S) {
-        let low = simd.splat_i32(0x0f0f_0f0f);
-        let high = simd.splat_i32(0xf0f0_f0f0_u32 as i32);
         let groups =
             self.weights.as_chunks_mut::<256>().0.iter_mut().zip(self.scales.as_chunks_mut::<32>().0);
         for (group, (weights, scales)) in groups.enumerate() {
-            for (row, scale) in self.rows.iter().zip(scales.as_chunks_mut::<2>().0) {
-                ask_ahead(row, group * 18, 18);
-                let [first, second, ..] = row.as_chunks::<18>().0[group];
-                *scale = [first, second];
-            }
+            begin_blocks::<18>(self.rows, group, scales);
             // Weights 0..16 are the low nibbles of the file's bytes, weights 16..32 the high ones.
-            let words = simd.transpose_words(blocks::<18>(self.rows, group, 2));
+            let words = simd.transpose_words(sixteen(self.rows, group * 18 + 2));
             let lines = weights.as_chunks_mut::<64>().0;
             for (pair, words) in words.as_chunks::<2>().0.iter().enumerate() {
-                let lows =
-                    simd.or_i32(simd.and_i32(words[0], low), simd.shift_left(simd.and_i32(words[1], low), 4));
-                let highs = simd
-                    .or_i32(simd.and_i32(simd.shift_right(words[0], 4), low), simd.and_i32(words[1], high));
+                let [lows, highs] = pair_nibbles(simd, words);
                 simd.store_bytes(lows, &mut lines[pair]);
                 simd.store_bytes(highs, &mut lines[2 + pair]);
             }
@@ -104,16 +91,31 @@ impl InterleavePanel<'_> {
     }
 }
 
-/// Sixteen bytes of a block of each row.
+/// Copies the scales at the begin of a block of each row, and asks for the next panel's block.
 #[inline(always)]
-fn blocks<'a, const BLOCK: usize>(
-    rows: &[&'a [u8]; LANES],
-    block: usize,
-    at: usize,
-) -> [&'a [u8; 16]; LANES] {
+fn begin_blocks<const BYTES: usize>(rows: &[&[u8]; LANES], block: usize, scales: &mut [u8; 32]) {
+    for (row, scale) in rows.iter().zip(scales.as_chunks_mut::<2>().0) {
+        ask_ahead(row, block * BYTES, BYTES);
+        scale.copy_from_slice(&row.as_chunks::<BYTES>().0[block][..2]);
+    }
+}
+
+/// The low halves of two vectors' bytes in one, those of the second above those of the first; and the high halves likewise.
+#[inline(always)]
+pub(super) fn pair_nibbles<S: Simd>(simd: S, words: &[S::I32; 2]) -> [S::I32; 2] {
+    let (low, high) = (simd.splat_i32(0x0f0f_0f0f), simd.splat_i32(0xf0f0_f0f0_u32 as i32));
+    [
+        simd.or_i32(simd.and_i32(words[0], low), simd.shift_left(simd.and_i32(words[1], low), 4)),
+        simd.or_i32(simd.and_i32(simd.shift_right(words[0], 4), low), simd.and_i32(words[1], high)),
+    ]
+}
+
+/// Sixteen bytes of each row.
+#[inline(always)]
+pub(super) fn sixteen<'a>(rows: &[&'a [u8]; LANES], at: usize) -> [&'a [u8; 16]; LANES] {
     let mut out = [&[0; 16]; LANES];
     for (out, row) in out.iter_mut().zip(rows) {
-        if let Some(bytes) = row.as_chunks::<BLOCK>().0[block][at..].first_chunk() {
+        if let Some(bytes) = row[at..].first_chunk() {
             *out = bytes;
         }
     }
