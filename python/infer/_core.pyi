@@ -457,12 +457,16 @@ class DeviceModel:
         """The type of weights and activations."""
 
     @property
-    def buffers(self) -> list[tuple[str, int]]:
-        """Name and width of every buffer."""
+    def buffers(self) -> list[tuple[str, int, bool]]:
+        """Name and width of every buffer, and whether it has the rows only whose logits are wanted."""
 
     @property
     def steps(self) -> list[tuple[str, dict[str, Any]]]:
         """Kind and fields of every step (rust/model/src/step.rs); columns of a buffer are (buffer, first column, width)."""
+
+    @property
+    def narrow_steps(self) -> list[tuple[str, dict[str, Any]]]:
+        """The same for steps with prompts: rows are selected before the last layer's end, not behind it."""
 
     @property
     def logits(self) -> tuple[int, int, int]: ...

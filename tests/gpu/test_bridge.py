@@ -65,13 +65,13 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
     """Between the embedding and the head; and rows that are drawn on the device cost the host no logits."""
     from infer.gpu import executor, runner
 
-    kinds: list[str] = []
+    programs: list[list[str]] = []
     taken: list[int] = []
     fuse, collect = executor.fuse, runner.Runner._collect
 
     def fused(*arguments: Any) -> Any:
         steps = fuse(*arguments)
-        kinds.extend(kind for kind, _ in steps)
+        programs.append([kind for kind, _ in steps])
         return steps
 
     def collected(self: Any, *arguments: Any) -> Any:
@@ -90,7 +90,11 @@ def test_a_llama_layer_is_five_kernels(host: HostDevice, monkeypatch: pytest.Mon
         llm.generate("Once", SamplingParams(max_tokens=2, logprobs=40))
         assert any(taken)
     layer = ["norm_qkv", "attend", "linear_add", "norm_gated_add"]
-    assert kinds == ["embed", *layer * layers, "select", "norm_linear"]
+    before, after = ["embed", *layer * (layers - 1)], "norm_linear"
+    assert programs[0] == [*before, *layer, "select", after]
+    # With prompts, what comes after the last attention is for the rows only whose logits are wanted.
+    assert programs[1] == [*before, *layer[:2], "select", "select", *layer[2:], after]
+    assert len(programs) == 2
 
 
 @pytest.mark.parametrize("config", [None, {"method": "ngram", "num_draft_tokens": 12, "prompt_lookup_min": 1}], ids=str)

@@ -113,13 +113,15 @@ class Executor(FusedSteps):
         self._constants = model.constants
         self._buffers = Buffers(device, model, rows, logit_rows)
         self._logits = model.logits
-        steps = fuse(model.steps, weights, self._constants["heads"]) if fused else model.steps
+        steps, narrow = (
+            fuse(each, weights, self._constants["heads"]) if fused else each for each in (model.steps, model.narrow_steps)
+        )
         self._steps = [(getattr(self, kind), fields) for kind, fields in steps]
+        self._narrow_steps = [(getattr(self, kind), fields) for kind, fields in narrow]
         self._stacked = stack_of(steps)
         self._stack: Stack | None = None
         self._screen = self._make_screen()
         self._watch = Watch(device, self._screen) if self._screen is not None else None
-        self._body = next(place for place, (kind, _) in enumerate(steps) if kind == "select")
         self._choices = device.allocate(logit_rows * 4)
         self._scratch = device.allocate(logit_rows * ARGMAX_BYTES)
         device.clear(self._scratch, logit_rows * ARGMAX_BYTES)
@@ -194,11 +196,15 @@ class Executor(FusedSteps):
         self._attention = self.plans.of(launch)
         for plan in self._attention.values():
             self._operations.attention_plan(launch.inputs, plan)
-        # What follows `select` is for logits only.
-        steps = self._steps[: -1 if launch.is_screened else None] if launch.logit_rows else self._steps[: self._body]
+        # Most rows of prompts end at the last layer's keys and values: from its attention on, all is for logits only.
+        steps = self._steps if launch.only_decode else self._narrow_steps
+        if not launch.logit_rows:
+            steps = steps[: max(place for place, (step, _) in enumerate(steps) if step == self.attend)]
+        elif launch.is_screened:
+            steps = steps[:-1]
         place = 0
         while place < len(steps):
-            if place == self._stacked.start and self._run_stack(launch):
+            if launch.only_decode and place == self._stacked.start and self._run_stack(launch):
                 place = self._stacked.stop
                 continue
             step, fields = steps[place]
@@ -358,8 +364,10 @@ class Executor(FusedSteps):
 
     def select(self, launch: Launch, input: Place, output: Place) -> None:
         """Keep only the rows whose logits are wanted."""
-        source = self._rows(launch, input)
+        source = self._buffers.rows(input, launch.inputs.rows)  # all of them, if other columns were selected already, too
         launch.rows = launch.logit_rows
+        # Padding repeats row 0, so all rows that are left are of some sequence.
+        launch.inputs = replace(launch.inputs, row_sequence=launch.wanted)
         self._operations.select(source, launch.wanted, self._rows(launch, output))
 
     def scale(self, launch: Launch, rows: Place, scale: float) -> None:

@@ -33,18 +33,20 @@ STEPS_AT_ONCE = 2  # that the engine begins before it waits for the first
 
 
 class Buffers:
-    """The program's buffers, of one row for each row of the largest step. Logits and routers' scores are f32."""
+    """The program's buffers, of one row for each row of the largest step, or each whose logits it gives.
+
+    Logits and routers' scores are f32.
+    """
 
     def __init__(self, device: Device, model: DeviceModel, rows: int, logit_rows: int) -> None:
         logits = model.logits[0]
         self._buffers: list[Rows] = []
-        for number, (name, width) in enumerate(model.buffers):
+        for number, (name, width, wanted) in enumerate(model.buffers):
             # Neighbouring rows begin at whole 16 bytes, so that kernels may read 8 elements at once.
             dtype, stride = model.element, -(-width // 8) * 8
-            count = rows
+            count = logit_rows if wanted else rows
             if number == logits:
-                dtype, count = "f32", logit_rows
-                stride = width
+                dtype, stride = "f32", width
             elif name == "router":
                 dtype = "f32"
             pointer = device.allocate(count * stride * ELEMENT_BYTES[dtype])

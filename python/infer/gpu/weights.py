@@ -121,7 +121,7 @@ class Weights:
         self._bytes = ELEMENT_BYTES[self.element]
         self.matrices: dict[int, Weight] = {}
         self.stacks: dict[int, Weight] = {}
-        widest = max([columns for rows, columns in model.matrices if rows] + [width for _, width in model.buffers])
+        widest = max([columns for rows, columns in model.matrices if rows] + [width for _, width, _ in model.buffers])
         self._staging = Staging(device, operations, widest * 4 * BLOCK_ROWS)
         self._piece = device.allocate(self._staging.piece_bytes)
         self._refused = device.allocate(4)
@@ -145,7 +145,7 @@ class Weights:
 
     def _roundable(self) -> set[int]:
         """Return the matrices that lose little by being rounded: not the head, nor those that choose experts."""
-        router = next((number for number, (name, _) in enumerate(self._model.buffers) if name == "router"), None)
+        router = next((number for number, (name, *_) in enumerate(self._model.buffers) if name == "router"), None)
         kept = (self._model.logits[0], router)
         linear = (fields for kind, fields in self._model.steps if kind == "linear")
         return {fields["weight"] for fields in linear if fields["output"][0] not in kept}

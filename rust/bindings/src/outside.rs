@@ -79,16 +79,25 @@ impl DeviceModel {
         }
     }
 
-    /// Names and widths of the buffers.
+    /// Names and widths of the buffers, and whether they have the wanted rows only.
     #[getter]
-    fn buffers(&self) -> Vec<(&'static str, usize)> {
-        self.blueprint.program().buffers.iter().map(|buffer| (buffer.name, buffer.width)).collect()
+    fn buffers(&self) -> Vec<(&'static str, usize, bool)> {
+        let buffers = self.blueprint.program().buffers.iter();
+        buffers.map(|buffer| (buffer.name, buffer.width, buffer.wanted)).collect()
     }
 
     /// Kind and fields of every step.
     #[getter]
     fn steps<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyDict>)>> {
         self.blueprint.program().steps.iter().map(|step| fields(py, step)).collect()
+    }
+
+    /// The same with rows selected early.
+    #[getter]
+    fn narrow_steps<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&'static str, Bound<'py, PyDict>)>> {
+        let mut program = self.blueprint.program().clone();
+        program.narrow();
+        program.steps.iter().map(|step| fields(py, step)).collect()
     }
 
     /// The logits' buffer, first column and width.

@@ -1,6 +1,8 @@
 //! What a forward pass is asked to compute.
 
-use infer_kernels::PAGE_TOKENS;
+use std::ops::Range;
+
+use infer_kernels::{AttentionRows, PAGE_TOKENS};
 
 use crate::{ModelError, ModelSpec};
 
@@ -57,6 +59,17 @@ impl BatchSequence<'_> {
         Ok(())
     }
 
+    /// Some of its rows as attention takes them, in the layers that see only a window or in the others.
+    pub(crate) fn attention(&self, rows: Range<usize>, local: bool) -> AttentionRows<'_> {
+        let end = self.first_position + rows.end;
+        AttentionRows {
+            first_row: self.first_row + rows.start,
+            rows: rows.len(),
+            first_position: self.first_position + rows.start,
+            pages: &self.table(local)[..end.div_ceil(PAGE_TOKENS)],
+        }
+    }
+
     /// Its pages in the layers that see only a window, if `local` says so, or in the others.
     pub(crate) fn table(&self, local: bool) -> &[u32] {
         if local { self.local_pages } else { self.pages }
@@ -93,6 +106,19 @@ impl Batch<'_> {
             return bad("logit rows must be ascending rows of the batch".to_owned());
         }
         Ok(())
+    }
+
+    /// Neighbouring rows whose logits are wanted: whose they are, and which of its rows.
+    pub(crate) fn wanted_runs(&self) -> impl Iterator<Item = (&BatchSequence<'_>, Range<usize>)> + '_ {
+        let runs = self.logit_rows.chunk_by(|row, next| row + 1 == *next);
+        runs.flat_map(|run| {
+            let (first, end) = (run[0] as usize, run[0] as usize + run.len());
+            let from = self.sequences.partition_point(|own| own.first_row + own.rows <= first);
+            self.sequences[from..].iter().take_while(move |own| own.first_row < end).map(move |own| {
+                let rows = first.max(own.first_row)..end.min(own.first_row + own.rows);
+                (own, rows.start - own.first_row..rows.end - own.first_row)
+            })
+        })
     }
 
     /// (position, long context) of every row.

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use infer_kernels::{
-    Attention, AttentionRows, Context, Format, Norm, PAGE_TOKENS, Precision, RopeStyle, activation_in_place,
-    add_in_place, attention, gated_activation, linear, norm, norm_in_place, rope_in_place, scale_in_place,
+    Attention, AttentionRows, Context, Format, Norm, Precision, RopeStyle, activation_in_place, add_in_place,
+    attention, gated_activation, linear, norm, norm_in_place, rope_in_place, scale_in_place,
     softcap_in_place,
 };
 
@@ -56,6 +56,7 @@ impl Interpreter {
         let loader = if packed_cache_dir.is_none() { loader.late(&files) } else { loader };
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
+        program.narrow();
         let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;
         let Weights { matrices, embedding } = weights;
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
@@ -147,10 +148,9 @@ impl Interpreter {
             return Ok(());
         }
         memory.prepare(&self.program, &self.ropes, batch);
-        for step in &self.program.steps {
-            if batch.logit_rows.is_empty() && matches!(step, Step::Select { .. }) {
-                break; // the rest is for logits only
-            }
+        // From the last attention on, all is for logits only.
+        let end = if batch.logit_rows.is_empty() { self.program.last_attention() } else { None };
+        for step in &self.program.steps[..end.unwrap_or(self.program.steps.len())] {
             self.step(step, batch, caches, memory);
         }
         Ok(())
@@ -237,7 +237,7 @@ impl Interpreter {
                 let networks = ExpertNetworks { gate_up, down, width, activation, precision };
                 self.experts(&networks, *input, *output, memory);
             }
-            Step::Select { input, output } => memory.select(&self.program, *input, *output, batch.logit_rows),
+            Step::Select { input, output } => memory.select(&self.program, *input, *output, batch),
             Step::Scale { rows, scale } => {
                 scale_in_place(context, memory.rows_mut(*rows, &self.program), *scale);
             }
@@ -313,17 +313,13 @@ impl Interpreter {
         };
         let local = caches.place(layer).local;
         let (cache, index) = caches.layer(layer);
-        let sequences: Vec<AttentionRows<'_>> = batch
-            .sequences
-            .iter()
-            .map(|sequence| AttentionRows {
-                first_row: sequence.first_row,
-                rows: sequence.rows,
-                first_position: sequence.first_position,
-                pages: &sequence.table(local)
-                    [..(sequence.first_position + sequence.rows).div_ceil(PAGE_TOKENS)],
-            })
-            .collect();
+        // Nothing after the last layer's attention reads the other rows.
+        let sequences: Vec<AttentionRows<'_>> = match layer + 1 == spec.layers.len() {
+            true => batch.wanted_runs().map(|(sequence, rows)| sequence.attention(rows, local)).collect(),
+            false => {
+                batch.sequences.iter().map(|sequence| sequence.attention(0..sequence.rows, local)).collect()
+            }
+        };
         memory.map(&self.program, queries, output, |scratch, queries, output| {
             attention(&self.context, &parameters, cache, index, &sequences, queries, output, scratch);
         });

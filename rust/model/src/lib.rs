@@ -4,7 +4,7 @@
 //!
 //! * `arch.rs`: one row per family; `family.rs`: what rows can say. `names.rs`: what its tensors are called.
 //! * `config.rs`, `gguf.rs`, `spec.rs`, `layers.rs`: configuration, of either container, to a checked spec.
-//! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them.
+//! * `step.rs`, `program.rs`: the steps, how they read, and the one function that writes them. `narrow.rs`: the last layer for wanted rows only.
 //! * `folder.rs`, `checkpoint.rs`, `table.rs`, `weights.rs`, `places.rs`: files to tensors to packed weights.
 //! * `late.rs`: weights that are packed when there is time.
 //! * `blueprint.rs`, `reading.rs`: program and weights for backends outside of this crate.
@@ -40,6 +40,7 @@ mod loading;
 mod memory;
 mod methods;
 mod names;
+mod narrow;
 mod packed;
 mod packed_cache;
 mod places;

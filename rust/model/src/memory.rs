@@ -26,14 +26,13 @@ impl Memory {
     /// Sizes the buffers for a batch, and computes slots and rotations of its rows.
     pub fn prepare(&mut self, program: &Program, ropes: &[RopeTable], batch: &Batch<'_>) {
         self.buffers.resize_with(program.buffers.len(), Vec::new);
-        for (index, (buffer, values)) in program.buffers.iter().zip(&mut self.buffers).enumerate() {
-            let logits = index == program.logits.buffer;
-            let rows = if logits { batch.logit_rows.len() } else { batch.tokens.len() };
+        for (buffer, values) in program.buffers.iter().zip(&mut self.buffers) {
+            let rows = if buffer.wanted { batch.logit_rows.len() } else { batch.tokens.len() };
             let size = rows * buffer.width;
             // Grown to what is needed and never zeroed: every step writes all of the columns that a later one reads.
             if values.len() < size {
                 values.resize(size, 0.0);
-            } else if logits && rows > 0 && values.capacity() > 4 * size.max(1 << 16) {
+            } else if buffer.wanted && rows > 0 && values.capacity() > 4 * size.max(1 << 16) {
                 values.truncate(size);
                 values.shrink_to_fit(); // a long prompt's logits are not kept for ever
             }
@@ -105,13 +104,18 @@ impl Memory {
         }
     }
 
-    /// Copies the wanted rows; from here on a batch has only these.
-    pub fn select(&mut self, program: &Program, input: Slice, output: Slice, wanted: &[u32]) {
-        self.map(program, input, output, |_, input, mut output| {
-            for (row, from) in wanted.iter().enumerate() {
-                output.row_mut(row).copy_from_slice(input.row(*from as usize));
-            }
-        });
+    /// Copies the wanted rows of a batch; from here on there are only these.
+    pub fn select(&mut self, program: &Program, input: Slice, output: Slice, batch: &Batch<'_>) {
+        let mut target = std::mem::take(&mut self.buffers[output.buffer]);
+        self.rows = batch.tokens.len(); // of which there are fewer if another buffer's were selected already
+        let source = self.rows(input, program);
+        let stride = program.buffers[output.buffer].width;
+        let wanted = batch.logit_rows;
+        let mut rows = RowsMut::new(&mut target[output.offset..], wanted.len(), output.width, stride);
+        for (row, from) in wanted.iter().enumerate() {
+            rows.row_mut(row).copy_from_slice(source.row(*from as usize));
+        }
+        self.buffers[output.buffer] = target;
         self.rows = wanted.len();
     }
 }

@@ -6,13 +6,17 @@ use crate::family::Positions;
 use crate::spec::{FeedForward, LayerSpec, ModelSpec};
 use crate::step::{Role, Slice, Step, WeightKey};
 
-/// Working memory of a program: one row per token of a batch.
+/// Working memory of a program: one row per token of a batch, or one per row whose logits are wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Buffer {
     /// For people.
     pub name: &'static str,
     /// f32 values per row.
     pub width: usize,
+    /// It has a row for each row whose logits are wanted only.
+    pub wanted: bool,
+    /// The buffer that takes its wanted rows, if they may be needed after [`Step::Select`].
+    pub selected: Option<usize>,
 }
 
 /// Weights that are multiplied as one: outputs of the parts are laid side by side.
@@ -136,7 +140,7 @@ impl<'a> Builder<'a> {
     fn new(spec: &'a ModelSpec) -> Self {
         let mut buffers = Vec::new();
         let mut buffer = |name, width| {
-            buffers.push(Buffer { name, width });
+            buffers.push(Buffer { name, width, wanted: false, selected: None });
             Slice { buffer: buffers.len() - 1, offset: 0, width }
         };
         let queries = spec.heads * spec.head_dim;
@@ -152,6 +156,16 @@ impl<'a> Builder<'a> {
         let router = buffer("router", experts);
         let selected = buffer("selected", spec.hidden);
         let logits = buffer("logits", spec.vocabulary);
+        let pairs = [
+            (hidden, selected),
+            (attended, buffer("selected_attended", queries)),
+            (normed, buffer("selected_normed", spec.hidden)),
+        ];
+        buffers[logits.buffer].wanted = true;
+        for (all, wanted) in pairs {
+            buffers[all.buffer].selected = Some(wanted.buffer);
+            buffers[wanted.buffer].wanted = true;
+        }
         let program =
             Program { buffers, steps: Vec::new(), matrices: Vec::new(), vectors: Vec::new(), logits };
         Self {

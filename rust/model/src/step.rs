@@ -155,7 +155,7 @@ pub enum Step {
         /// The function.
         activation: Activation,
     },
-    /// Keeps only the rows whose logits are wanted.
+    /// Keeps only the rows whose logits are wanted: copies them; all steps but other selections have only these from there on.
     Select {
         /// All rows.
         input: Slice,

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Expected, all_kv_types, exact, golden_folder, is_long, logits};
+use common::{Expected, all_kv_types, exact, golden_cases, golden_folder, is_long, logits};
 use infer_kernels::{KvElement, PAGE_TOKENS, Precision};
 use infer_model::{Batch, BatchSequence, CpuModel, KvTypes, LoadOptions};
 
@@ -118,6 +118,49 @@ fn neighbours_change_no_bit() {
             model.forward(&batch, &mut found).expect("computable");
             assert_eq!(found.len(), text.len() * vocabulary);
             assert_eq!(bits(&found), alone, "{case} {precision:?} {kv_types:?}");
+        }
+    }
+}
+
+/// The last layer's end is computed for wanted rows only: of every family, some of the rows of two sequences, after a part of which
+/// none is wanted.
+#[test]
+fn rows_that_nobody_wants_change_no_bit() {
+    for case in &golden_cases() {
+        let text = Expected::read(case).token_ids;
+        let mut model = CpuModel::load(&golden_folder().join(case), &exact(2)).expect("loads");
+        let vocabulary = model.spec().vocabulary;
+        let long = is_long(&model, text.len());
+        let all = bits(&logits(&mut model, &text, text.len(), long));
+        let (first, pages_each) = (text.len() / 3, text.len().div_ceil(PAGE_TOKENS) as u32);
+        let pages: Vec<Vec<u32>> =
+            (0..2).map(|own| (own * pages_each..(own + 1) * pages_each).collect()).collect();
+        model.allocate_cache(2 * pages_each as usize).expect("memory");
+        let mut compute = |from: usize, to: usize, wanted: &[u32]| {
+            let sequence = |index: usize| BatchSequence {
+                first_row: index * (to - from),
+                rows: to - from,
+                first_position: from,
+                pages: &pages[index],
+                local_pages: &[],
+                long_context: long,
+            };
+            let tokens = [&text[from..to], &text[from..to]].concat();
+            let sequences = [sequence(0), sequence(1)];
+            let mut out = Vec::new();
+            let batch = Batch { tokens: &tokens, sequences: &sequences, logit_rows: wanted };
+            model.forward(&batch, &mut out).expect("computable");
+            bits(&out)
+        };
+        assert!(compute(0, first, &[]).is_empty());
+        let rows = text.len() - first;
+        let end = rows as u32;
+        // One alone, neighbours, neighbours of two sequences, and the last one.
+        for wanted in [&[end - 1][..], &[1, 2, 4], &[0, end - 1, end, end + 1], &[2 * end - 1], &[]] {
+            let found = compute(first, text.len(), wanted);
+            let place = |row: &u32| first + *row as usize % rows;
+            let expected = wanted.iter().flat_map(|row| &all[place(row) * vocabulary..][..vocabulary]);
+            assert!(found.iter().eq(expected), "{case}: rows {wanted:?}");
         }
     }
 }

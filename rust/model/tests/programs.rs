@@ -40,3 +40,33 @@ fn fusion_merges_products_of_one_input_and_keeps_the_rest() {
     let layers = checkpoint.spec.layers.len();
     assert_eq!(plain.steps.len() - fused.steps.len(), 3 * layers);
 }
+
+/// The steps behind the last attention, with rows selected early.
+fn narrow_end(case: &str) -> String {
+    let checkpoint = Checkpoint::open(&golden_folder().join(case), true).expect("opens");
+    let mut program = Program::new(&checkpoint.spec);
+    program.fuse(|_, _| true);
+    program.narrow();
+    let text = program.to_string();
+    let last = text.rfind("\nattend ").expect("attention");
+    text[last + 1..].lines().skip(1).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn rows_are_selected_behind_the_last_attention() {
+    let sequential = "select hidden -> selected\nselect attended -> selected_attended\n\
+        linear selected_attended -> branch Output.1\nadd selected += 1 * branch\n";
+    assert!(narrow_end("llama").starts_with(sequential), "{}", narrow_end("llama"));
+    // Both branches read one norm.
+    let parallel = "select hidden -> selected\nselect normed -> selected_normed\n\
+        select attended -> selected_attended\nlinear selected_attended -> attention_branch Output.3\n\
+        linear selected_normed -> gate_up Gate.3|Up.3\n";
+    assert!(narrow_end("cohere2").starts_with(parallel), "{}", narrow_end("cohere2"));
+    for case in golden_cases() {
+        let end = narrow_end(&case);
+        let (selects, rest): (Vec<_>, Vec<_>) = end.lines().partition(|step| step.starts_with("select "));
+        assert!(selects.len() > 1, "{case}: {selects:?}");
+        let mut words = rest.iter().flat_map(|step| step.split([' ', '[']));
+        assert!(!words.any(|word| ["hidden", "attended"].contains(&word)), "{case}: {rest:?}");
+    }
+}
