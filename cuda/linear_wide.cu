@@ -1,5 +1,6 @@
 // A weight matrix times 97 to 256 input rows, both in bfloat16 or both in E4M3, on the matrix instructions of warp groups (compute capability
-// 9.0): decoding of so many sequences that multiplying takes as long as reading the weights.
+// 9.0): decoding of so many sequences that multiplying takes as long as reading the weights. In bfloat16 also times the rows of prompts, where what is
+// multiplied are gates and what they are gates of: nothing is written but what they make.
 //
 // A block has 128 weight rows, 64 for each of two warp groups, times all tokens: 128 registers of sums a thread. One thread starts copies, by tensor
 // maps, into a ring of STAGES of 128 bytes of each row. Blocks stay, and take one tile after the other; where tiles are few, blocks share the columns,
@@ -33,6 +34,7 @@ static_assert(TOKENS % 32 == 0 && TOKENS >= 128 && TOKENS <= 256, "instructions 
 
 constexpr bool IS_ROUNDED = sizeof(WEIGHT) == 1, IS_FLOAT = sizeof(OUTPUT) == 4;
 constexpr int STEP_BYTES = 128, TILE_ROWS = 128, OUTPUTS = PAIRED ? 64 : 128; // of a block at a time
+constexpr int TOKEN_GROUP = 16; // blocks of tokens that meet all weights together: their rows stay in the L2 cache
 constexpr int COMPUTING = 256, THREADS = COMPUTING + WARP;
 constexpr int WEIGHT_BYTES = TILE_ROWS * STEP_BYTES, STAGE_BYTES = WEIGHT_BYTES + TOKENS * STEP_BYTES;
 constexpr int AT_ONCE = 32, TOKEN_BYTES = PAIRED ? 16 : 48;   // tokens that a warp ends at once, and what lies between them: banks differ
@@ -78,9 +80,9 @@ struct Ring {
     }
 };
 
-// How weight rows, columns and tokens are shared out.
+// How weight rows, columns and tokens are shared out: units of weight rows and columns, each with all tokens, TOKENS at a time.
 struct Division {
-    int steps, splits, tokens; // TOKENS at a time
+    int steps, splits, tokens, units;
 };
 
 // A tile of weight rows, its first token, and the steps of its columns.
@@ -88,9 +90,10 @@ struct Piece {
     int tile, token, split, begin, end;
 
     DEVICE Piece(int number, const Division &all) {
-        const int each = (all.steps + all.splits - 1) / all.splits;
-        token = number % all.tokens * TOKENS, number /= all.tokens;
-        tile = number / all.splits, split = number % all.splits;
+        const int each = (all.steps + all.splits - 1) / all.splits, group = number / (all.units * TOKEN_GROUP);
+        const int some = min(TOKEN_GROUP, all.tokens - group * TOKEN_GROUP), inside = number - group * (all.units * TOKEN_GROUP);
+        token = (group * TOKEN_GROUP + inside % some) * TOKENS;
+        tile = inside / some / all.splits, split = inside / some % all.splits;
         begin = split * each, end = min(begin + each, all.steps);
     }
 };
@@ -221,7 +224,7 @@ DEVICE void store_rounded(const Sums &sums, const Factors &factors, const float 
 }
 #endif
 
-// output = input * weight^T + bias, as linear_warp_group says, of up to 256 rows, TOKENS at a time in `token_blocks`; or, where blocks share the columns, what each of them has of that, in floats,
+// output = input * weight^T + bias, as linear_warp_group says, TOKENS rows at a time in `token_blocks`, of E4M3 up to 256; or, where blocks share the columns, what each of them has of that, in floats,
 // part_stride elements apart. PAIRED: output = activation(the first half of these) * the second half. weights: the matrix as (columns, 8, 2, weight_rows / 16),
 // bytes, in boxes of (128, 8, 2, 8), PAIRED with the second half of the rows as second of 2; inputs: (columns, rows) in boxes of (128, TOKENS); both with
 // pieces of 16 bytes exchanged. steps: of 128 bytes of the columns. outputs: a multiple of 16, PAIRED of 8; in bfloat16 aligned to 16 bytes, their
@@ -240,8 +243,8 @@ linear_wide(const __grid_constant__ TensorMap weights, const __grid_constant__ T
     if (threadIdx.x == 0) ring.begin();
     __syncthreads();
     let_next_start();
-    const Division all = {steps, splits, token_blocks};
-    const int pieces = (outputs + OUTPUTS - 1) / OUTPUTS * splits * token_blocks;
+    const Division all = {steps, splits, token_blocks, (outputs + OUTPUTS - 1) / OUTPUTS * splits};
+    const int pieces = all.units * token_blocks;
     if (warp == COMPUTING / WARP) {
         if (threadIdx.x % WARP == 0) bring_all(ring, weights, inputs, pieces, all);
         return;

@@ -1,4 +1,4 @@
-"""Products of 97 to 256 rows by the matrix instructions of warp groups, against numpy in float64."""
+"""Products of 97 to 256 rows by the matrix instructions of warp groups, and of gates by more, against numpy in float64."""
 
 from __future__ import annotations
 
@@ -55,8 +55,13 @@ def test_linear(rows: int, shape: tuple[int, int], kind: str) -> None:
     assert error(gpu.read(output), before + 0.5 * product) < 4e-3
 
 
-@pytest.mark.parametrize("rows", [129, 256])
-@pytest.mark.parametrize("shape", [(64, 64), (416, 1168), (2048, 1024), (6176, 256), (40960, 128)])
+GATED_SHAPES = [(64, 64), (416, 1168), (2048, 1024), (6176, 256), (40960, 128)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [*((rows, shape) for rows in (129, 256) for shape in GATED_SHAPES), (257, (2048, 1024)), (700, (416, 1168)), (4500, (1040, 192))],
+)
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
 def test_gated(rows: int, shape: tuple[int, int], name: str) -> None:
     gpu, x = device(), normal(rows, shape[1]) / 8

@@ -1,7 +1,8 @@
 """Products of 97 to 256 rows on the matrix instructions of warp groups: cuda/linear_wide.cu.
 
 Weights are in bfloat16, or in E4M3, and then rows are rounded to that. Fewer rows are multiplied by cuda/linear_warp_group.cu,
-more by cuBLASLt, and so are weights that it multiplies as fast.
+more by cuBLASLt, and so are weights that it multiplies as fast. Gates in bfloat16 are multiplied here by any number of rows: that
+spares writing and reading both halves of the product. (In E4M3 the rows of both are rounded afterwards, which takes what it spares.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from infer.gpu.arrays import Weight
 
 LEAST_WIDE, MOST_WIDE = 97, 256
-"""Least and most rows."""
+"""Least and most rows, but for gates in bfloat16; and the most of a block."""
 MOST_NARROW = 128
 """Most rows that linear_warp_group.cu takes."""
 MOST_CLEAR = 224
@@ -29,6 +30,10 @@ LEAST_BYTES = 40 << 20
 """Of weights, whose products are short otherwise."""
 BLAS_TILE, BLAS_BUSY, MULTIPROCESSORS = 128, 0.9, 132
 """Rows and columns of cuBLASLt's tiles of E4M3, and the share of multiprocessors that these keep busy where it is as fast."""
+NARROW, LEAST_LONG = 2048, 320
+"""Columns up to which gates of more than MOST_WIDE rows are always faster here, from so many rows on."""
+LONG_BUSY, MOST_LONG = 0.95, 3072
+"""Wider ones are faster if so many multiprocessors are busy, up to so many rows: with more, power is what limits both."""
 TILE_ROWS = 128  # weight rows of a block
 STEP_BYTES = 128  # of each row
 THREADS = 288
@@ -61,6 +66,9 @@ class Division(NamedTuple):
 def divide(rows: int, outputs: int, steps: int, blocks: int) -> Division:
     """Return the division of a weight that takes the least time, by a rough model; ``blocks`` run at once."""
 
+    if rows > MOST_WIDE:
+        return Division(ceil_of(rows, MOST_WIDE), 1)
+
     def cost(division: Division) -> float:
         token_blocks, splits = division
         waves = ceil_of(ceil_of(outputs, TILE_ROWS) * splits * token_blocks, blocks)
@@ -78,9 +86,13 @@ def tokens_of(rows: int, token_blocks: int) -> int:
 
 
 def is_faster(rows: int, weight: Weight, is_gated: bool) -> bool:
-    """Return whether others take longer, by what was measured on an H200 with the weights of Llama 8B and 70B."""
+    """Return whether others take longer, by what was measured on an H200 with the weights of Llama 1B, 8B and 70B."""
     if rows < LEAST_WIDE or weight.rows * weight.row_bytes < LEAST_BYTES:
         return False
+    if rows > MOST_WIDE:
+        pieces = ceil_of(weight.rows, TILE_ROWS) * ceil_of(rows, MOST_WIDE)
+        is_busy = pieces >= LONG_BUSY * ceil_of(pieces, MULTIPROCESSORS) * MULTIPROCESSORS
+        return rows >= LEAST_LONG if weight.columns <= NARROW else is_busy and rows <= MOST_LONG
     if rows <= MOST_NARROW:
         return weight.type == "e4m3" and weight.columns >= 2 * weight.rows
     if weight.type == "bf16":
@@ -129,12 +141,14 @@ class WideOperations(WarpGroupOperations):
 
     def _is_wide(self, rows: int, output: Rows, weight: Weight, is_gated: bool) -> bool:
         """Return whether the kernel takes the product of so many rows, of the weight's type, and is faster than others."""
-        if not (self.kernels.capability == CAPABILITY and STREAM_ROWS < rows <= MOST_WIDE and output.dtype in ("bf16", "f32")):
+        most = rows if is_gated and weight.type == "bf16" else MOST_WIDE
+        if not (self.kernels.capability == CAPABILITY and STREAM_ROWS < rows <= most and output.dtype in ("bf16", "f32")):
             return False
         known = weight.type == "bf16" or (weight.type == "e4m3" and weight.scales != 0 and weight.group in (0, weight.columns))
         whole = weight.row_bytes % 16 == 0 and weight.rows % 16 == 0 and output.stride % 8 == 0
-        # Sums lie behind rounded rows.
-        fits = self._divide(rows, weight).splits * rows * weight.rows * 4 + rows * (weight.columns + 4) + 512 <= self._space_bytes
+        # Sums lie behind rounded rows; gates have neither.
+        parts = self._divide(rows, weight).splits * rows * weight.rows * 4 + rows * (weight.columns + 4) + 512
+        fits = is_gated or parts <= self._space_bytes
         whole = whole and is_faster(rows, weight, is_gated)
         return fits and known and whole and weight.pointer % 16 == 0 and output.pointer % 16 == 0
 
@@ -191,7 +205,8 @@ class WideOperations(WarpGroupOperations):
         inputs = tensor_map(source.pointer, (weight.row_bytes, source.rows), (stride,), (STEP_BYTES, tokens))
         outputs = weight.rows // 2 if activation else weight.rows
         pointers = (scales, weight.scales, bias, output.pointer)
-        sizes = (output.stride, source.rows * output.stride, source.rows, outputs, ceil_of(weight.row_bytes, STEP_BYTES))
+        part = source.rows * output.stride if division.splits > 1 else 0
+        sizes = (output.stride, part, source.rows, outputs, ceil_of(weight.row_bytes, STEP_BYTES))
         pieces = ceil_of(weight.rows, TILE_ROWS) * division.splits * division.token_blocks
         blocks = min(pieces, self.kernels.multiprocessors)
         shared = ALIGNED + stages * stage + STAGED_BYTES
