@@ -103,7 +103,8 @@ struct RowsAhead {
 // threads as VECTORS * 8 values for each need; with AHEAD any grid, and VECTORS * 32 bytes of dynamic shared memory for each thread.
 KERNEL gated_round(const T *gate, const T *up, e4m3 *output, float *scales, int gate_stride, int up_stride, int width, int rows) {
     extern __shared__ uint4 dynamic[];
-    __shared__ float scratch[WARP];
+    __shared__ alignas(16) u32 scratch[2][WARP];
+    Reductions block(scratch);
     let_next_start();
     wait_for_previous();
     Pairs own;
@@ -128,7 +129,7 @@ KERNEL gated_round(const T *gate, const T *up, e4m3 *output, float *scales, int 
             }
             if (AHEAD) ahead.start(own, i);
         }
-        const float factor = round_factor(block_max(fmaxf(low_bf16(greatest), high_bf16(greatest)), scratch), scales + row);
+        const float factor = round_factor(block, greatest, scales + row);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             if (own.column(i, at)) store_rounded(output + size_t(row) * width + at, own.gates[i], factor);

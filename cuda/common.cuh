@@ -349,3 +349,44 @@ DEVICE float block_max(float value, float *scratch) {
     __syncthreads();
     return warp_max(threadIdx.x % WARP < (blockDim.x + WARP - 1) / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
 }
+
+// The greatest of a number of each lane.
+DEVICE u32 warp_greatest(u32 value) {
+    u32 greatest;
+    asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(greatest) : "r"(value));
+    return greatest;
+}
+
+// Reductions over all threads of a block of whole warps, one after the other: with one barrier each, for they write to (2, 32) words of shared
+// memory in turn, and who gets there has read what is two reductions old.
+struct Reductions {
+    static constexpr int FEW = 8; // warps, whose parts each thread adds up itself
+    u32 (*scratch)[WARP];
+    int turn;
+
+    DEVICE explicit Reductions(u32 (&scratch)[2][WARP]) : scratch(scratch), turn(0) {}
+
+    // Gives all threads the warps' parts, zeros behind them.
+    DEVICE const u32 *share(u32 part) {
+        u32 *parts = scratch[turn];
+        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        turn ^= 1;
+        if (lane == 0) {
+            parts[warp] = part;
+        } else if (warp == 0 && lane >= blockDim.x / WARP) {
+            parts[lane] = 0;
+        }
+        __syncthreads();
+        return parts;
+    }
+
+    // As block_sum adds them, bit for bit.
+    DEVICE float sum(float value) {
+        const u32 *parts = share(__float_as_uint(warp_sum(value)));
+        if (blockDim.x > FEW * WARP) return warp_sum(__uint_as_float(parts[threadIdx.x % WARP]));
+        const float4 low = reinterpret_cast<const float4 *>(parts)[0], high = reinterpret_cast<const float4 *>(parts)[1];
+        return ((low.x + high.x) + (low.z + high.z)) + ((low.y + high.y) + (low.w + high.w));
+    }
+
+    DEVICE u32 greatest(u32 value) { return warp_greatest(share(warp_greatest(value))[threadIdx.x % WARP]); }
+};

@@ -50,4 +50,53 @@ DEVICE u32 greatest_of(const Part<8> &part, u32 greatest) {
     }
     return greatest;
 }
+
+// The greatest magnitude of such a pair.
+DEVICE u32 greater_half(u32 pair) { return max(pair & 0xffff, pair >> 16); }
+
+// What a row is multiplied by, of whose greatest magnitudes each thread of the block, or of several, has some.
+template <class Threads> DEVICE float round_factor(Threads &all, u32 greatest, float *scale) {
+    return round_factor(low_bf16(all.greatest(greater_half(greatest))), scale);
+}
+
+#ifndef SHARES
+#define SHARES 1 // blocks that share a row: a cluster
+#endif
+
+// The greatest number of all threads of the blocks that share a row: each warp sends its own to all of these blocks, and waits for nothing else.
+struct Sharers {
+    u32 barrier, parts; // in shared memory: (SHARES, warps) numbers, 32 at most
+    u32 rank;
+
+    static DEVICE int warps() { return blockDim.x / WARP; }
+
+    // Waits for all blocks to be there; to be called before the kernel waits for those before it.
+    DEVICE void begin() const {
+#if __CUDA_ARCH__ >= 900
+        if (threadIdx.x == 0) {
+            begin_barrier(barrier, 1);
+            arrive_expecting(barrier, SHARES * warps() * 4);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        cluster_barrier(false);
+#endif
+    }
+
+    DEVICE u32 greatest(u32 value) const {
+        value = warp_greatest(value);
+#if __CUDA_ARCH__ >= 900
+        const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        if (lane < SHARES) {
+            asm volatile("{ .reg .u32 place, barrier; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 barrier, %1, %2; "
+                         "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [place], %3, [barrier]; }" ::"r"(
+                             parts + (rank * warps() + warp) * 4),
+                         "r"(barrier), "r"(lane), "r"(value)
+                         : "memory");
+        }
+        wait_for_phase(barrier, 0);
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(parts + min(lane, SHARES * warps() - 1) * 4) : "memory");
+#endif
+        return warp_greatest(value);
+    }
+};
 #endif

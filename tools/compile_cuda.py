@@ -109,13 +109,15 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(**GROUPED, TOKENS=[64], GROUPS=[1], ROWS=[48], STEP_BYTES=[256], STAGES=[7])
     + choices(**GROUPED, TOKENS=[64], GROUPS=[2], ROWS=[40], STEP_BYTES=[256], STAGES=[5])
     + choices(**GROUPED, TOKENS=[32, 64, 96], GROUPS=[2], ROWS=[112, 128], STEP_BYTES=[128], STAGES=[5])
-    + choices(WEIGHT=["bf16"], TOKENS=[32, 64], GROUPS=[2], ROWS=[112, 128], STAGES=[5], EPILOGUE=[2], PAIRED=[1]),
+    + choices(**GROUPED, TOKENS=[32, 64, 96], GROUPS=[2], ROWS=[112, 128], STAGES=[5], EPILOGUE=[2], PAIRED=[1]),
     "linear_wide.cu": choices(**GROUPED, TOKENS=[128], STAGES=[6], OUTPUT=["bf16", "float"])
     + choices(**GROUPED, TOKENS=[192], STAGES=[5], OUTPUT=["bf16", "float"])
     + choices(**GROUPED, TOKENS=[256], STAGES=[4], OUTPUT=["bf16", "float"])
     + choices(**GROUPED, TOKENS=[160, 256], STAGES=[4], OUTPUT=["bf16"], EPILOGUE=[2], PAIRED=[1]),
     "logprobs.cu": ONE,
-    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1]) + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1]),
+    "norm.cu": choices(**BOTH, LAYER_NORM=[0, 1])
+    + choices(VECTOR=[8], LAYER_NORM=[0, 1], AHEAD=[1])
+    + choices(VECTOR=[8], VECTORS=[7], SHARES=[2]),
     "pack.cu": [{**layout, "INFER_F32": 1} for layout in PACKED[:3]]
     + [{**PACKED[index], "FORMAT": number} for number, index in enumerate((2, 0, 3, 1, 4, 5, 6), 1)],
     "pages.cu": ONE,

@@ -23,7 +23,7 @@ def read(codes: int, scales: int, rows: int, width: int) -> tuple[np.ndarray, np
     return gpu.ints(codes, rows * width, np.uint8).reshape(rows, width), gpu.ints(scales, rows, np.float32)
 
 
-@pytest.mark.parametrize("width", [64, 100, 4096, 20000, 33024])
+@pytest.mark.parametrize("width", [64, 100, 4096, 8200, 20000, 28672, 33024])
 @pytest.mark.parametrize("times", [1, 60])
 def test_rows_as_they_are(width: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against numpy: the greatest number becomes 448, and what is no number 0."""

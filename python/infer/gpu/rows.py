@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from infer.gpu.arrays import ACTIVATIONS, ELEMENT_BYTES, Rows, c_type
+from infer.gpu.launch import DEPENDENT
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import StepInputs, Weight
@@ -43,6 +44,9 @@ ROW_THREADS, ROW_BYTES = 768, 128
 shared memory of each."""
 AHEAD_THREADS = 1024
 """Threads that round activations on a multiprocessor, where its blocks take one row after the other."""
+SHARED_WIDTH, SHARED_VECTORS = 8192, 7
+"""Rows with more values are rounded by two blocks each, where there are multiprocessors for both, and vectors of each of their
+threads: blocks so small that they find room beside those of products (cuda/README.md)."""
 MANY_ROWS = 256
 """From so many rows on, an activation's threads take several vectors each."""
 
@@ -139,6 +143,12 @@ class RowOperations:
         if vector(source.width, source) != 8 or held_threads(source.width) > MOST_HELD_THREADS:
             return False
         arguments = (source.pointer, output, scales, source.stride, source.width, source.rows)
+        is_few = 2 * source.rows <= self.kernels.multiprocessors and self.kernels.capability >= DEPENDENT
+        if is_few and source.width > SHARED_WIDTH:
+            threads = -(-source.width // (2 * 8 * SHARED_VECTORS * WARP)) * WARP
+            kernel = self.kernels.get("norm.cu", "round_rows", VECTOR=8, VECTORS=SHARED_VECTORS, SHARES=2)
+            kernel(self.stream, (2 * source.rows,), threads, arguments, 0, 2)
+            return True
         self._over_rows("round_rows", source, held_threads(source.width), arguments)
         return True
 
