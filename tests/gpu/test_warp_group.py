@@ -72,16 +72,17 @@ def test_linear(rows: int, shape: tuple[int, int], kind: str) -> None:
     assert error(gpu.read(output), before + 0.5 * product) < 4e-3
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [17, 64, 128])
 @pytest.mark.parametrize("shape", [(64, 64), (416, 1168), (2048, 1024), (6176, 256)])
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
-def test_gated(rows: int, shape: tuple[int, int], name: str) -> None:
+def test_gated(rows: int, shape: tuple[int, int], name: str, kind: str) -> None:
     gpu, x = device(), normal(rows, shape[1]) / 8
-    weight, exact, bias = weight_of(*shape, "bf16")
+    weight, exact, bias = weight_of(*shape, kind)
     source, width = gpu.rows(x, "bf16"), shape[0] // 2
     output, scratch = gpu.blank(rows, width, "bf16", width + 8), gpu.blank(rows, shape[0], "bf16")
     gpu.ops.linear_gated(source, output, weight, name, scratch)
-    both = rounded(x, "bf16") @ exact.T + bias
+    both = multiplied_rows(gpu, source, kind) @ exact.T + bias
     assert error(gpu.read(output), activate(name, both[:, :width]) * both[:, width:]) < 6e-3
     assert np.isnan(gpu.read(scratch)).all(), "it is one kernel"
 
