@@ -6,7 +6,18 @@ import pytest
 
 from infer.gpu import wide
 from infer.gpu.many import many_tokens
-from infer.gpu.warp_group import MODEL_ROWS, MOST_SPLITS, SHAPES, SHORT_SPAN, Division, Shape, divide, shared_bytes, stages_of
+from infer.gpu.warp_group import (
+    MODEL_ROWS,
+    MOST_SPLITS,
+    NEIGHBOUR_BYTES,
+    SHAPES,
+    SHORT_SPAN,
+    Division,
+    Shape,
+    divide,
+    shared_bytes,
+    stages_of,
+)
 
 CLUSTERS = tuple(132 // size for size in range(1, 9))
 THIN, NARROW, MIDDLE, WIDE, BROAD, WIDEST = SHAPES
@@ -37,11 +48,12 @@ def test_without_clusters() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("splits", [1, MOST_SPLITS])
 @pytest.mark.parametrize("rows", [17, 64, 96, 128])
-def test_shared_memory(shape: Shape, rows: int, splits: int) -> None:
+@pytest.mark.parametrize("kind", NEIGHBOUR_BYTES)
+def test_shared_memory(shape: Shape, rows: int, splits: int, kind: str) -> None:
     tokens = many_tokens(rows)
     if splits > 1 and tokens > MODEL_ROWS:
         shape = shape._replace(span=SHORT_SPAN)
-    stages = stages_of(shape, tokens, splits, SHARED_LIMIT)
+    stages = stages_of(shape, tokens, splits, SHARED_LIMIT, kind)
     assert stages >= 3
     assert shared_bytes(shape, tokens, splits, stages) + 4096 <= SHARED_LIMIT
     assert shape.threads <= 1024
