@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
-from itertools import product
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ GATED_SHAPES = [(64, 64), (416, 1168), (2048, 1024), (6176, 256), (40960, 128)]
 LONG_GATED = [(257, (2048, 1024), "bf16"), (700, (416, 1168), "bf16"), (4500, (1040, 192), "bf16")]
 
 
-@pytest.mark.parametrize(("rows", "shape", "kind"), [*product((129, 256), GATED_SHAPES, KINDS), *LONG_GATED])
+@pytest.mark.parametrize(("rows", "shape", "kind"), [*itertools.product((129, 256), GATED_SHAPES, KINDS), *LONG_GATED])
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
 def test_gated(rows: int, shape: tuple[int, int], name: str, kind: str) -> None:
     gpu, x = device(), normal(rows, shape[1]) / 8
