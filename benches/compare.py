@@ -72,6 +72,13 @@ def ready_memory(size: int) -> None:
     subprocess.run([sys.executable, "-c", READY_MEMORY, str(size)], check=True)
 
 
+def enter_page_cache(path: Path) -> None:
+    """Read a file, so that no program's first run waits for the disk."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+
+
 def leave_page_cache(path: Path) -> None:
     """Make the system forget what it holds of a file in memory."""
     with path.open("rb") as file:
@@ -211,6 +218,8 @@ def tests(programs: Programs) -> dict[str, Callable[[], dict[str, Any]]]:
 def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     """Alternate the two programs on one file; commands, every run, the better of each and the ratio."""
     programs = Programs(arguments, model)
+    for path in {model, Path(programs.peer_model)}:
+        enter_page_cache(path)
     runs: dict[str, list[dict[str, float]]] = {}
     for number in range(arguments.rounds):
         for name, measure in tests(programs).items():

@@ -1,8 +1,8 @@
 """Products of 97 to 256 rows on the matrix instructions of warp groups: cuda/linear_wide.cu.
 
 Weights are in bfloat16, or in E4M3, and then rows are rounded to that. Fewer rows are multiplied by cuda/linear_warp_group.cu,
-more by cuBLASLt, and so are weights that it multiplies as fast. Gates in bfloat16 are multiplied here by any number of rows: that
-spares writing and reading both halves of the product. (In E4M3 the rows of both are rounded afterwards, which takes what it spares.)
+more by cuBLASLt, and so are weights that it multiplies as fast. Gates in bfloat16 are multiplied here by more rows, too, which
+spares writing and reading both halves of the product. (Those of E4M3 are rounded afterwards, which takes what it spares.)
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Division(NamedTuple):
 @lru_cache(maxsize=1024)
 def divide(rows: int, outputs: int, steps: int, blocks: int) -> Division:
     """Return the division of a weight that takes the least time, by a rough model; ``blocks`` run at once."""
-
     if rows > MOST_WIDE:
         return Division(ceil_of(rows, MOST_WIDE), 1)
 
