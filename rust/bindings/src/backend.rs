@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use infer_engine::{Driver, EngineConfig, EngineError, Handover, MonotonicClock, OutsideDevice, Tier};
-use infer_model::{Blueprint, Checkpoint, CpuModel, KvTypes, LoadOptions, ModelSpec, PackedCacheUse};
+use infer_model::{
+    Blueprint, Checkpoint, CpuModel, Fingerprint, KvTypes, LoadOptions, ModelSpec, PackedCacheUse,
+};
 
 use crate::device::CpuDevice;
 use crate::load::{Settings, open};
@@ -16,6 +18,23 @@ pub struct Outside {
     pub model: Arc<Blueprint>,
     pub draft: Option<Arc<Blueprint>>,
     pub free: u64,
+}
+
+/// What pages belong to, found out when they are to leave the process.
+#[derive(Clone)]
+pub struct Namespace {
+    model: Fingerprint,
+    draft: Option<Fingerprint>,
+}
+
+impl Namespace {
+    pub fn get(&self) -> [u8; 32] {
+        let mut namespace = self.model.get();
+        if let Some(guess) = self.draft.as_ref().map(Fingerprint::get) {
+            namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
+        }
+        namespace
+    }
 }
 
 /// Who computes.
@@ -124,19 +143,17 @@ impl Backend {
     }
 
     /// What pages belong to: the models that computed them.
-    pub fn namespace(&self) -> [u8; 32] {
-        let (mut namespace, draft) = match self {
+    pub fn namespace(&self) -> Namespace {
+        let (model, draft) = match self {
             Self::Cpu { model, draft } => {
-                (model.fingerprint(), draft.as_ref().map(|draft| draft.fingerprint()))
+                (model.late_fingerprint(), draft.as_ref().map(|draft| draft.late_fingerprint()))
             }
-            Self::Outside(outside) => {
-                (outside.model.fingerprint(), outside.draft.as_ref().map(|draft| draft.fingerprint()))
-            }
+            Self::Outside(outside) => (
+                outside.model.late_fingerprint(),
+                outside.draft.as_ref().map(|draft| draft.late_fingerprint()),
+            ),
         };
-        if let Some(guess) = draft {
-            namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
-        }
-        namespace
+        Namespace { model, draft }
     }
 
     /// Starts the engine on it; and where an executor outside finds its work.

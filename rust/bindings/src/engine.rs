@@ -9,6 +9,7 @@ use numpy::PyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::backend::Namespace;
 use crate::convert::{Arg, Int};
 use crate::device::text_factory;
 use crate::error::{engine_error, guarded, refusal};
@@ -40,7 +41,7 @@ pub struct Engine {
     info: ModelInfo,
     threads: usize,
     packed_cache: (&'static str, Option<String>),
-    namespace: [u8; 32],
+    namespace: Namespace,
     page_bytes: usize,
     began: Duration,
 }
@@ -260,8 +261,10 @@ impl Engine {
             self.check_sessions("save_session")?;
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
-            let (salt, namespace) = (salt(cache_salt)?, self.namespace);
-            interruptible(py, "infer-session", move || save_session(&driver, &path, &ids, salt, namespace))
+            let (salt, namespace) = (salt(cache_salt)?, self.namespace.clone());
+            interruptible(py, "infer-session", move || {
+                save_session(&driver, &path, &ids, salt, namespace.get())
+            })
         })
     }
 
@@ -277,9 +280,9 @@ impl Engine {
             let driver = self.driver()?;
             self.check_sessions("load_session")?;
             let path = path.get("path", "a path")?;
-            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace, self.page_bytes);
+            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace.clone(), self.page_bytes);
             interruptible(py, "infer-session", move || {
-                load_session(&driver, &path, salt, namespace, page_bytes)
+                load_session(&driver, &path, salt, namespace.get(), page_bytes)
             })
         })
     }

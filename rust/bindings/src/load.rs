@@ -12,7 +12,7 @@ use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use infer_store::{Store, StoreOptions};
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, Outside};
+use crate::backend::{Backend, Namespace, Outside};
 use crate::error::refusal;
 use crate::info::ModelInfo;
 use crate::memory::{CacheLayout, CachePlan, CacheRequest, plan_cache};
@@ -63,7 +63,7 @@ pub struct Loaded {
     pub handover: Option<Arc<Handover>>,
     pub store: Option<Arc<Store>>,
     /// The identity of this model's pages outside this process.
-    pub namespace: [u8; 32],
+    pub namespace: Namespace,
     pub page_bytes: usize,
     pub text: Option<Arc<TextModel>>,
     pub info: ModelInfo,
@@ -114,8 +114,11 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let mut config = engine_config(settings, &plan, layout, backend.spec(), text.as_ref());
     config.validate().map_err(|error| error.to_string())?;
     let (namespace, packed_cache) = (backend.namespace(), backend.packed_cache());
-    let store =
-        settings.offload.as_ref().map(|offload| open_store(offload, namespace, page_bytes)).transpose()?;
+    let store = settings
+        .offload
+        .as_ref()
+        .map(|offload| open_store(offload, namespace.get(), page_bytes))
+        .transpose()?;
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
     let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -8,7 +8,7 @@
 use infer_kernels::{Format, KvCache, KvLayer, Precision};
 
 use crate::checkpoint::Checkpoint;
-use crate::fingerprint;
+use crate::fingerprint::{self, Fingerprint};
 use crate::kv::KvTypes;
 use crate::loading::tied_head;
 use crate::quantization::unsuitable;
@@ -40,7 +40,7 @@ pub struct Blueprint {
     kv_layers: Vec<KvLayer>,
     element: PlainType,
     quantization: Option<&'static Quantization>,
-    fingerprint: [u8; 32],
+    fingerprint: Fingerprint,
 }
 
 impl Blueprint {
@@ -71,6 +71,7 @@ impl Blueprint {
             PlainType::Bf16 => Precision::Auto,
         };
         let fingerprint = fingerprint::of(&checkpoint, quantization, precision, &kv_layers, backend);
+        let _ = fingerprint.get();
         Ok(Self { checkpoint, program, kv_types, kv_layers, element, quantization, fingerprint })
     }
 
@@ -119,7 +120,13 @@ impl Blueprint {
     /// As [`crate::CpuModel::fingerprint`].
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
-        self.fingerprint
+        self.fingerprint.get()
+    }
+
+    /// The same for whoever may never ask for it.
+    #[must_use]
+    pub fn late_fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
     }
 
     /// The matrix of the head, if it is the embedding too.

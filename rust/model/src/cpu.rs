@@ -7,7 +7,7 @@ use infer_kernels::{Context, KvCache, KvLayer, Precision, default_threads};
 
 use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
-use crate::fingerprint;
+use crate::fingerprint::{self, Fingerprint};
 use crate::interpreter::Interpreter;
 use crate::kv::{KvCaches, KvPage, KvTypes, windowed};
 use crate::loading::CacheNews;
@@ -38,7 +38,7 @@ pub struct CpuModel {
     kv_layers: Vec<KvLayer>,
     cache: Option<KvCaches>,
     memory: Memory,
-    fingerprint: [u8; 32],
+    fingerprint: Fingerprint,
     packed_cache: CacheNews,
     /// How long the last step that was computed with weights not packed took; none before the first one.
     step_time: Option<Duration>,
@@ -74,6 +74,9 @@ impl CpuModel {
             &kv_layers,
             interpreter.context.isa.name(),
         );
+        if !interpreter.is_late() {
+            let _ = fingerprint.get();
+        }
         Ok(Self {
             interpreter,
             kv_layers,
@@ -121,7 +124,7 @@ impl CpuModel {
     /// # Errors
     /// A file that was changed, or cannot be read.
     pub fn prepare(&mut self) -> Result<bool, ModelError> {
-        self.interpreter.pack_late(Duration::ZERO)?;
+        self.pack_late(Duration::ZERO)?;
         Ok(self.interpreter.is_late())
     }
 
@@ -169,7 +172,12 @@ impl CpuModel {
     /// An identity of cached keys and values: two models that agree in it compute, bit for bit, the same pages for the same
     /// tokens. See `fingerprint.rs` for what it covers.
     pub fn fingerprint(&self) -> [u8; 32] {
-        self.fingerprint
+        self.fingerprint.get()
+    }
+
+    /// The same for whoever may never ask for it: it is computed when it is, at the latest when the last weight is packed.
+    pub fn late_fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
     }
 
     /// Copies page `from` of the KV cache over page `to`, in every layer.
@@ -207,7 +215,7 @@ impl CpuModel {
         if !self.interpreter.is_late() {
             return self.compute(batch, logits);
         }
-        let packed = self.step_time.map_or(Ok(()), |span| self.interpreter.pack_late(span));
+        let packed = self.step_time.map_or(Ok(()), |span| self.pack_late(span));
         let begun = Instant::now();
         let outcome = packed.and_then(|()| self.compute(batch, logits));
         self.step_time = Some(begun.elapsed());
@@ -216,6 +224,12 @@ impl CpuModel {
             logits.clear();
         }
         outcome
+    }
+
+    fn pack_late(&mut self, span: Duration) -> Result<(), ModelError> {
+        self.interpreter.pack_late(span, || {
+            let _ = self.fingerprint.get();
+        })
     }
 
     fn compute(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {

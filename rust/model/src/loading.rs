@@ -217,7 +217,7 @@ fn identity(loader: &Loader<'_>, program: &Program, context: &Context) -> [u8; 3
     let (checkpoint, quantization) = (loader.checkpoint, loader.quantization());
     let contents = fingerprint::of(checkpoint, quantization, Precision::Auto, &[], context.isa.name());
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&contents);
+    hasher.update(&contents.get());
     hasher.update(&PackedMatrix::LAYOUT_VERSION.to_le_bytes());
     let floats = loader.floats();
     hasher.update(format!("{:?} {floats:?} {:?}", checkpoint.stamps(), program.matrices).as_bytes());

@@ -112,3 +112,24 @@ fn step(model: &mut CpuModel) -> String {
     assert!(logits.is_empty(), "logits of weights that were not read");
     told
 }
+
+/// A fingerprint may be asked for at any time, also when the file is gone after its weights were packed.
+#[test]
+fn a_fingerprint_is_the_same_at_any_time() {
+    let from = golden_folder().join("llama/model.q8_0.gguf");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.gguf");
+    fs::copy(&from, &file).unwrap();
+    let read = LoadOptions { mmap: false, ..exact(2) };
+    let expected = CpuModel::load(&file, &read).unwrap().fingerprint();
+    let early = CpuModel::load(&file, &exact(2)).unwrap();
+    assert!(early.unpacked_bytes() > 0, "nothing was put off");
+    assert_eq!(early.fingerprint(), expected);
+    let mut packed = CpuModel::load(&file, &exact(2)).unwrap();
+    let later = packed.late_fingerprint();
+    while packed.prepare().unwrap() {}
+    File::options().write(true).open(&file).unwrap().set_len(0).unwrap();
+    assert_eq!(packed.fingerprint(), expected);
+    drop(packed);
+    assert_eq!(later.get(), expected);
+}

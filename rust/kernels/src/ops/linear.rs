@@ -11,6 +11,7 @@ use crate::matrix::{
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(test)]
 mod tests;
@@ -163,7 +164,10 @@ fn over_panels(
         _ if context.isa.has_tiles() && rows >= TILED_ROWS => PANELS,
         _ => 8,
     };
+    // Panels that are read from a file are taken in its order: what the system reads ahead is then what any thread needs next.
+    let (late, next) = (weight.is_late(), AtomicUsize::new(0));
     context.pool.run(panels.div_ceil(chunk), |task| {
+        let task = if late { next.fetch_add(1, Ordering::Relaxed) } else { task };
         weight.with_panels(context.isa, task * chunk..panels.min((task + 1) * chunk), &body);
     });
 }
