@@ -353,7 +353,7 @@ DEVICE float block_max(float value, float *scratch) {
 // The greatest of a number of each lane.
 DEVICE u32 warp_greatest(u32 value) {
     u32 greatest;
-    asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(greatest) : "r"(value));
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(greatest) : "r"(value));
     return greatest;
 }
 

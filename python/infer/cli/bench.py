@@ -29,6 +29,7 @@ from infer.cli.common import (
 )
 
 MOST_REST = 10.0  # seconds
+QUIET_SPANS = 3  # one after the other, so that waiting for a disk is not taken for rest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,12 +110,11 @@ def _length(llm: LLM, option: str, asked: int | None, usual: int, room: int) -> 
 
 def _rest() -> None:
     """Wait until this process has nothing to do, as when all weights are packed, or for a while."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < MOST_REST:
+    begin, quiet = time.monotonic(), 0
+    while quiet < QUIET_SPANS and time.monotonic() - begin < MOST_REST:
         used = time.process_time()
         time.sleep(0.05)
-        if time.process_time() - used < 0.01:
-            return
+        quiet = quiet + 1 if time.process_time() - used < 0.005 else 0
 
 
 def _repeat(times: int, run: Callable[[int], float]) -> list[float]:

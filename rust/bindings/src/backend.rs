@@ -28,12 +28,15 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    pub fn get(&self) -> [u8; 32] {
-        let mut namespace = self.model.get();
-        if let Some(guess) = self.draft.as_ref().map(Fingerprint::get) {
+    /// # Errors
+    /// Why that cannot be found out.
+    pub fn get(&self) -> Result<[u8; 32], String> {
+        let get = |own: &Fingerprint| own.get().map_err(|error| error.to_string());
+        let mut namespace = get(&self.model)?;
+        if let Some(guess) = self.draft.as_ref().map(get).transpose()? {
             namespace.iter_mut().zip(guess.iter().cycle().skip(1)).for_each(|(byte, other)| *byte ^= other);
         }
-        namespace
+        Ok(namespace)
     }
 }
 
@@ -146,14 +149,13 @@ impl Backend {
     pub fn namespace(&self) -> Namespace {
         let (model, draft) = match self {
             Self::Cpu { model, draft } => {
-                (model.late_fingerprint(), draft.as_ref().map(|draft| draft.late_fingerprint()))
+                (model.fingerprint(), draft.as_ref().map(|draft| draft.fingerprint()))
             }
-            Self::Outside(outside) => (
-                outside.model.late_fingerprint(),
-                outside.draft.as_ref().map(|draft| draft.late_fingerprint()),
-            ),
+            Self::Outside(outside) => {
+                (outside.model.fingerprint(), outside.draft.as_ref().map(|draft| draft.fingerprint()))
+            }
         };
-        Namespace { model, draft }
+        Namespace { model: model.clone(), draft: draft.cloned() }
     }
 
     /// Starts the engine on it; and where an executor outside finds its work.

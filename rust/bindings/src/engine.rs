@@ -1,7 +1,7 @@
 //! `Engine`: a loaded model and the thread that runs requests on it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use infer_engine::{Driver, RequestKind, SubmitOptions};
@@ -22,7 +22,7 @@ use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
-use crate::running::Running;
+use crate::running::{CLOSED, Running};
 use crate::settings::{
     MAX_THREADS, OffloadArgs, SpeculationArgs, check_prefix_options, read_load_format, read_offload,
     read_packed_cache, read_quantization, read_speculation, salt, seconds, thread_count,
@@ -41,7 +41,8 @@ pub struct Engine {
     info: ModelInfo,
     threads: usize,
     packed_cache: (&'static str, Option<String>),
-    namespace: Namespace,
+    /// None after `close`: what it names may be read from files yet.
+    namespace: Mutex<Option<Namespace>>,
     page_bytes: usize,
     began: Duration,
 }
@@ -261,9 +262,9 @@ impl Engine {
             self.check_sessions("save_session")?;
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
-            let (salt, namespace) = (salt(cache_salt)?, self.namespace.clone());
+            let (salt, namespace) = (salt(cache_salt)?, self.namespace()?);
             interruptible(py, "infer-session", move || {
-                save_session(&driver, &path, &ids, salt, namespace.get())
+                save_session(&driver, &path, &ids, salt, namespace.get()?)
             })
         })
     }
@@ -280,9 +281,9 @@ impl Engine {
             let driver = self.driver()?;
             self.check_sessions("load_session")?;
             let path = path.get("path", "a path")?;
-            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace.clone(), self.page_bytes);
+            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace()?, self.page_bytes);
             interruptible(py, "infer-session", move || {
-                load_session(&driver, &path, salt, namespace.get(), page_bytes)
+                load_session(&driver, &path, salt, namespace.get()?, page_bytes)
             })
         })
     }
@@ -326,7 +327,11 @@ impl Engine {
 
     /// Abort what runs, join the thread, free weights and cache; harmless when repeated.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        guarded(|| self.running.get()?.close(py))
+        guarded(|| {
+            self.running.get()?.close(py)?;
+            *self.named() = None;
+            Ok(())
+        })
     }
 }
 
@@ -339,10 +344,19 @@ impl Engine {
             info: loaded.info,
             threads: loaded.threads,
             packed_cache: loaded.packed_cache,
-            namespace: loaded.namespace,
+            namespace: Mutex::new(Some(loaded.namespace)),
             page_bytes: loaded.page_bytes,
             began: loaded.began,
         }
+    }
+
+    fn named(&self) -> MutexGuard<'_, Option<Namespace>> {
+        self.namespace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this engine's pages belong to.
+    fn namespace(&self) -> PyResult<Namespace> {
+        self.named().clone().ok_or_else(|| refusal(CLOSED))
     }
 
     /// Sessions are what the prefix cache holds.

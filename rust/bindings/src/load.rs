@@ -117,7 +117,7 @@ pub fn load(settings: &Settings) -> Result<Loaded, String> {
     let store = settings
         .offload
         .as_ref()
-        .map(|offload| open_store(offload, namespace.get(), page_bytes))
+        .map(|offload| open_store(offload, namespace.get()?, page_bytes))
         .transpose()?;
     config.digest_key = store.as_ref().map_or_else(random_key, |store| store.secret());
     let tier = store.as_ref().map(|store| Arc::new(StoreTier(Arc::clone(store))) as Arc<dyn Tier>);

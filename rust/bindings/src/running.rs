@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use crate::error::refusal;
 use crate::wait::{interruptible, is_exiting};
 
-const CLOSED: &str = "this LLM is closed";
+pub const CLOSED: &str = "this LLM is closed";
 /// How long closing waits for pages to be written.
 const LAST_WRITES: Duration = Duration::from_secs(10);
 

@@ -71,7 +71,7 @@ impl Blueprint {
             PlainType::Bf16 => Precision::Auto,
         };
         let fingerprint = fingerprint::of(&checkpoint, quantization, precision, &kv_layers, backend);
-        let _ = fingerprint.get();
+        fingerprint.get()?;
         Ok(Self { checkpoint, program, kv_types, kv_layers, element, quantization, fingerprint })
     }
 
@@ -119,14 +119,8 @@ impl Blueprint {
 
     /// As [`crate::CpuModel::fingerprint`].
     #[must_use]
-    pub fn fingerprint(&self) -> [u8; 32] {
-        self.fingerprint.get()
-    }
-
-    /// The same for whoever may never ask for it.
-    #[must_use]
-    pub fn late_fingerprint(&self) -> Fingerprint {
-        self.fingerprint.clone()
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
     /// The matrix of the head, if it is the embedding too.

@@ -75,7 +75,7 @@ impl CpuModel {
             interpreter.context.isa.name(),
         );
         if !interpreter.is_late() {
-            let _ = fingerprint.get();
+            fingerprint.get()?;
         }
         Ok(Self {
             interpreter,
@@ -171,13 +171,9 @@ impl CpuModel {
 
     /// An identity of cached keys and values: two models that agree in it compute, bit for bit, the same pages for the same
     /// tokens. See `fingerprint.rs` for what it covers.
-    pub fn fingerprint(&self) -> [u8; 32] {
-        self.fingerprint.get()
-    }
-
-    /// The same for whoever may never ask for it: it is computed when it is, at the latest when the last weight is packed.
-    pub fn late_fingerprint(&self) -> Fingerprint {
-        self.fingerprint.clone()
+    /// It is computed when it is asked for, at the latest when the last weight is packed.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
     /// Copies page `from` of the KV cache over page `to`, in every layer.
@@ -227,9 +223,7 @@ impl CpuModel {
     }
 
     fn pack_late(&mut self, span: Duration) -> Result<(), ModelError> {
-        self.interpreter.pack_late(span, || {
-            let _ = self.fingerprint.get();
-        })
+        self.interpreter.pack_late(span, || self.fingerprint.get().map(drop))
     }
 
     fn compute(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {

@@ -15,13 +15,15 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use infer_kernels::{BLOCK_PAGES, KvLayer, PAGE_TOKENS, Precision};
 
 use crate::checkpoint::Checkpoint;
-use crate::late::read_at;
-use crate::{ModelSpec, Quantization};
+use crate::late::{is_changed, mapped_files, read_at};
+use crate::{ModelError, ModelSpec, Quantization};
 
 /// Bytes hashed at either end of a tensor.
 const END: usize = 4096;
@@ -39,8 +41,16 @@ pub struct Fingerprint(Arc<Digest>);
 #[derive(Debug)]
 struct Digest {
     /// What is hashed, until it is.
-    parts: Mutex<Vec<Part>>,
+    pending: Mutex<Pending>,
     found: OnceLock<[u8; 32]>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    parts: Vec<Part>,
+    path: PathBuf,
+    /// Mapped files, and when each was changed last before the model was loaded.
+    files: Vec<(Arc<File>, Option<SystemTime>)>,
 }
 
 #[derive(Debug)]
@@ -51,29 +61,43 @@ enum Part {
 }
 
 impl Fingerprint {
-    fn new(parts: Vec<Part>) -> Self {
-        Self(Arc::new(Digest { parts: Mutex::new(parts), found: OnceLock::new() }))
+    /// The digest.
+    ///
+    /// # Errors
+    /// A file that was changed since it was opened, or cannot be read: what is in it now may be another model.
+    pub fn get(&self) -> Result<[u8; 32], ModelError> {
+        let Digest { pending, found } = &*self.0;
+        if let Some(digest) = found.get() {
+            return Ok(*digest);
+        }
+        let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest = match found.get() {
+            Some(digest) => *digest, // by who had the lock before
+            None => pending.digest()?,
+        };
+        (pending.parts, pending.files) = Default::default();
+        Ok(*found.get_or_init(|| digest))
     }
+}
 
-    /// The digest. What cannot be read any more counts as zeros: a model whose files changed before all was read of them computes
-    /// nothing.
-    #[must_use]
-    pub fn get(&self) -> [u8; 32] {
-        *self.0.found.get_or_init(|| {
-            let parts = std::mem::take(&mut *self.0.parts.lock().unwrap_or_else(PoisonError::into_inner));
-            let mut hasher = blake3::Hasher::new();
-            for part in parts {
-                match part {
-                    Part::Bytes(bytes) => hasher.update(&bytes),
-                    Part::Sample(file, place) => {
-                        let mut bytes = vec![0; (place.end - place.start) as usize];
-                        let _ = read_at(&file, &mut bytes, place.start);
-                        hasher.update(&bytes)
-                    }
-                };
-            }
-            hasher.finalize().into()
-        })
+impl Pending {
+    fn digest(&self) -> Result<[u8; 32], ModelError> {
+        let unread = |reason: String| ModelError::Unread { path: self.path.clone(), reason };
+        let mut hasher = blake3::Hasher::new();
+        for part in &self.parts {
+            match part {
+                Part::Bytes(bytes) => hasher.update(bytes),
+                Part::Sample(file, place) => {
+                    let mut bytes = vec![0; (place.end - place.start) as usize];
+                    read_at(file, &mut bytes, place.start).map_err(|error| unread(error.to_string()))?;
+                    hasher.update(&bytes)
+                }
+            };
+        }
+        match is_changed(&self.files) {
+            true => Err(unread("it was changed".to_owned())),
+            false => Ok(hasher.finalize().into()),
+        }
     }
 }
 
@@ -104,7 +128,9 @@ pub(crate) fn of(
             tensor.scaled.iter().for_each(|scaled| parts.contents(checkpoint, scaled.scales));
         }
     }
-    Fingerprint::new(parts.0)
+    let path = checkpoint.path().to_owned();
+    let pending = Pending { parts: parts.0, path, files: mapped_files(checkpoint) };
+    Fingerprint(Arc::new(Digest { pending: Mutex::new(pending), found: OnceLock::new() }))
 }
 
 /// What is hashed, one after the other.

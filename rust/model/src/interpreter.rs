@@ -100,11 +100,15 @@ impl Interpreter {
         self.late.is_some()
     }
 
-    /// Packs weights for so long, a matrix at least. When all are, `last` may read the files before it is found out whether they changed.
+    /// Packs weights for so long, a matrix at least. When all are, `last` may read the files, too.
     ///
     /// # Errors
     /// A file that could not be read.
-    pub fn pack_late(&mut self, span: Duration, last: impl FnOnce()) -> Result<(), ModelError> {
+    pub fn pack_late(
+        &mut self,
+        span: Duration,
+        last: impl FnOnce() -> Result<(), ModelError>,
+    ) -> Result<(), ModelError> {
         let Some(late) = &mut self.late else { return Ok(()) };
         let begun = Instant::now();
         while let Some(index) = late.left.pop() {
@@ -119,7 +123,7 @@ impl Interpreter {
         if done {
             let tables = std::iter::once(&mut self.embedding).chain(&mut self.positions);
             tables.for_each(|table| table.read_late(&self.context.pool));
-            last();
+            last()?;
         }
         late.files.check()?;
         if done {

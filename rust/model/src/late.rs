@@ -33,9 +33,7 @@ pub(crate) struct LateFiles {
 impl LateFiles {
     /// Of a checkpoint whose files are mapped: none are.
     pub fn new(checkpoint: &Checkpoint) -> Arc<LateFiles> {
-        let mapped =
-            checkpoint.files().iter().filter_map(|file| Some((file.mapped()?.clone(), file.modified())));
-        let (path, files) = (checkpoint.path().to_owned(), mapped.collect());
+        let (path, files) = (checkpoint.path().to_owned(), mapped_files(checkpoint));
         let (windows, spare, failed) = Default::default();
         Arc::new(LateFiles { path, files, windows, spare, failed })
     }
@@ -92,8 +90,7 @@ impl LateFiles {
     /// # Errors
     /// A file that could not be read, or was changed since it was opened.
     pub fn check(&self) -> Result<(), ModelError> {
-        let modified = |file: &File| file.metadata().ok().and_then(|metadata| metadata.modified().ok());
-        if self.files.iter().any(|(file, before)| modified(file) != *before) {
+        if is_changed(&self.files) {
             let _ = self.failed.set("it was changed".to_owned()); // what failed first is told
         }
         match self.failed.get() {
@@ -101,6 +98,18 @@ impl LateFiles {
             Some(reason) => Err(ModelError::Unread { path: self.path.clone(), reason: reason.clone() }),
         }
     }
+}
+
+/// A checkpoint's mapped files, and when each was changed last.
+pub(crate) fn mapped_files(checkpoint: &Checkpoint) -> Vec<(Arc<File>, Option<SystemTime>)> {
+    let files = checkpoint.files().iter();
+    files.filter_map(|file| Some((file.mapped()?.clone(), file.modified()))).collect()
+}
+
+/// Whether one of these was changed since.
+pub(crate) fn is_changed(files: &[(Arc<File>, Option<SystemTime>)]) -> bool {
+    let modified = |file: &File| file.metadata().ok().and_then(|metadata| metadata.modified().ok());
+    files.iter().any(|(file, before)| modified(file) != *before)
 }
 
 /// Where a tensor's rows begin in a mapped file, if they are there as they are.

@@ -98,7 +98,7 @@ impl Weights {
         let Some(folder) = folder else {
             return Ok((Self::pack(loader, program, context)?, (PackedCacheUse::Off, None)));
         };
-        let cache = PackedCache::new(folder, &name(loader), identity(loader, program, context));
+        let cache = PackedCache::new(folder, &name(loader), identity(loader, program, context)?);
         let told = |what: &dyn std::fmt::Display| {
             Some(format!("packed_cache_dir: {}: {what}; weights were packed again", cache.path().display()))
         };
@@ -213,15 +213,15 @@ fn name(loader: &Loader<'_>) -> String {
 }
 
 /// A digest of everything that decides what the weights are packed to.
-fn identity(loader: &Loader<'_>, program: &Program, context: &Context) -> [u8; 32] {
+fn identity(loader: &Loader<'_>, program: &Program, context: &Context) -> Result<[u8; 32], ModelError> {
     let (checkpoint, quantization) = (loader.checkpoint, loader.quantization());
     let contents = fingerprint::of(checkpoint, quantization, Precision::Auto, &[], context.isa.name());
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&contents.get());
+    hasher.update(&contents.get()?);
     hasher.update(&PackedMatrix::LAYOUT_VERSION.to_le_bytes());
     let floats = loader.floats();
     hasher.update(format!("{:?} {floats:?} {:?}", checkpoint.stamps(), program.matrices).as_bytes());
-    hasher.finalize().into()
+    Ok(hasher.finalize().into())
 }
 
 /// The matrix of the head, if it is the embedding too.

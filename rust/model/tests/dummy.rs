@@ -85,7 +85,7 @@ fn a_backend_is_told_seeds_and_may_read_the_same_numbers() {
         None,
         "test",
     );
-    assert_ne!(model.fingerprint(), other.unwrap().fingerprint());
+    assert_ne!(model.fingerprint().get().unwrap(), other.unwrap().fingerprint().get().unwrap());
     let gguf = golden_folder().join("llama/model.q8_0.gguf");
     let message = Checkpoint::open_dummy(&gguf, 1).unwrap_err().to_string();
     assert!(message.contains("load_format \"dummy\" needs a folder with config.json"), "{message}");

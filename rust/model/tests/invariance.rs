@@ -123,26 +123,35 @@ fn neighbours_change_no_bit() {
 }
 
 /// The last layer's end is computed for wanted rows only: of every family, some of the rows of two sequences, after a part of which
-/// none is wanted.
+/// none is wanted; and where layers have windows, with a cache of their own, too.
 #[test]
 fn rows_that_nobody_wants_change_no_bit() {
-    for case in &golden_cases() {
+    let mut split_cases = 0;
+    for (case, is_split) in golden_cases().iter().flat_map(|case| [(case, false), (case, true)]) {
         let text = Expected::read(case).token_ids;
         let mut model = CpuModel::load(&golden_folder().join(case), &exact(2)).expect("loads");
+        if is_split && model.local_page_bytes() == 0 {
+            continue;
+        }
         let vocabulary = model.spec().vocabulary;
         let long = is_long(&model, text.len());
         let all = bits(&logits(&mut model, &text, text.len(), long));
         let (first, pages_each) = (text.len() / 3, text.len().div_ceil(PAGE_TOKENS) as u32);
         let pages: Vec<Vec<u32>> =
             (0..2).map(|own| (own * pages_each..(own + 1) * pages_each).collect()).collect();
-        model.allocate_cache(2 * pages_each as usize).expect("memory");
+        let count = 2 * pages_each as usize;
+        match is_split {
+            true => model.allocate_split_cache(count, count).expect("memory"),
+            false => model.allocate_cache(count).expect("memory"),
+        }
+        split_cases += usize::from(is_split);
         let mut compute = |from: usize, to: usize, wanted: &[u32]| {
             let sequence = |index: usize| BatchSequence {
                 first_row: index * (to - from),
                 rows: to - from,
                 first_position: from,
                 pages: &pages[index],
-                local_pages: &[],
+                local_pages: if is_split { &pages[1 - index] } else { &[] },
                 long_context: long,
             };
             let tokens = [&text[from..to], &text[from..to]].concat();
@@ -163,4 +172,5 @@ fn rows_that_nobody_wants_change_no_bit() {
             assert!(found.iter().eq(expected), "{case}: rows {wanted:?}");
         }
     }
+    assert!(split_cases > 0, "no model has windows");
 }

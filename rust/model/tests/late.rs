@@ -121,15 +121,36 @@ fn a_fingerprint_is_the_same_at_any_time() {
     let file = folder.path().join("model.gguf");
     fs::copy(&from, &file).unwrap();
     let read = LoadOptions { mmap: false, ..exact(2) };
-    let expected = CpuModel::load(&file, &read).unwrap().fingerprint();
+    let expected = CpuModel::load(&file, &read).unwrap().fingerprint().get().unwrap();
     let early = CpuModel::load(&file, &exact(2)).unwrap();
     assert!(early.unpacked_bytes() > 0, "nothing was put off");
-    assert_eq!(early.fingerprint(), expected);
+    assert_eq!(early.fingerprint().get().unwrap(), expected);
     let mut packed = CpuModel::load(&file, &exact(2)).unwrap();
-    let later = packed.late_fingerprint();
+    let later = packed.fingerprint().clone();
     while packed.prepare().unwrap() {}
     File::options().write(true).open(&file).unwrap().set_len(0).unwrap();
-    assert_eq!(packed.fingerprint(), expected);
+    assert_eq!(packed.fingerprint().get().unwrap(), expected);
     drop(packed);
-    assert_eq!(later.get(), expected);
+    assert_eq!(later.get().unwrap(), expected);
+}
+
+/// What was computed belongs to the file as it was: one that is another by now gives its name to nothing.
+#[test]
+fn a_changed_file_has_no_fingerprint_until_it_was_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.gguf");
+    fs::copy(golden_folder().join("llama/model.q8_0.gguf"), &file).unwrap();
+    let model = CpuModel::load(&file, &exact(2)).unwrap();
+    let mut bytes = fs::read(&file).unwrap();
+    let end = bytes.len();
+    bytes[end - 64..].fill(1);
+    std::thread::sleep(std::time::Duration::from_millis(20)); // times of change are those of a clock that ticks
+    fs::write(&file, &bytes).unwrap();
+    for _ in 0..2 {
+        let told = model.fingerprint().get().unwrap_err().to_string();
+        assert!(told.contains("it was changed before all of its weights were read"), "{told}");
+    }
+    fs::write(&file, &bytes[..end / 2]).unwrap();
+    let told = model.fingerprint().get().unwrap_err().to_string();
+    assert!(told.contains("model.gguf"), "{told}");
 }
