@@ -60,6 +60,11 @@ class Sessions(Calls):
         -------
         int
             How many tokens the session holds: the last generated one is never computed, so it is not among them.
+
+        Raises
+        ------
+        InferError
+            If the model's file was changed before all of its weights were read: what was computed may be another model's.
         """
         token_ids = Tokenizer(self._tokenizer()).encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.save_session(path, token_ids, cache_salt)

@@ -1,7 +1,7 @@
 //! `Engine`: a loaded model and the thread that runs requests on it.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use infer_engine::{Driver, RequestKind, SubmitOptions};
@@ -9,7 +9,6 @@ use numpy::PyArray2;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::backend::Namespace;
 use crate::convert::{Arg, Int};
 use crate::device::text_factory;
 use crate::error::{engine_error, guarded, refusal};
@@ -22,7 +21,7 @@ use crate::owned::Owned;
 use crate::params::SamplingParams;
 use crate::ready::ReadyQueue;
 use crate::request::{Request, empty_logits, fill};
-use crate::running::{CLOSED, Running};
+use crate::running::Running;
 use crate::settings::{
     MAX_THREADS, OffloadArgs, SpeculationArgs, check_prefix_options, read_load_format, read_offload,
     read_packed_cache, read_quantization, read_speculation, salt, seconds, thread_count,
@@ -41,8 +40,6 @@ pub struct Engine {
     info: ModelInfo,
     threads: usize,
     packed_cache: (&'static str, Option<String>),
-    /// None after `close`: what it names may be read from files yet.
-    namespace: Mutex<Option<Namespace>>,
     page_bytes: usize,
     began: Duration,
 }
@@ -262,7 +259,7 @@ impl Engine {
             self.check_sessions("save_session")?;
             let path = path.get("path", "a path")?;
             let ids = crate::convert::token_ids("token_ids", token_ids)?;
-            let (salt, namespace) = (salt(cache_salt)?, self.namespace()?);
+            let (salt, namespace) = (salt(cache_salt)?, self.running.get()?.namespace()?);
             interruptible(py, "infer-session", move || {
                 save_session(&driver, &path, &ids, salt, namespace.get()?)
             })
@@ -281,7 +278,8 @@ impl Engine {
             let driver = self.driver()?;
             self.check_sessions("load_session")?;
             let path = path.get("path", "a path")?;
-            let (salt, namespace, page_bytes) = (salt(cache_salt)?, self.namespace()?, self.page_bytes);
+            let (salt, namespace, page_bytes) =
+                (salt(cache_salt)?, self.running.get()?.namespace()?, self.page_bytes);
             interruptible(py, "infer-session", move || {
                 load_session(&driver, &path, salt, namespace.get()?, page_bytes)
             })
@@ -327,11 +325,7 @@ impl Engine {
 
     /// Abort what runs, join the thread, free weights and cache; harmless when repeated.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        guarded(|| {
-            self.running.get()?.close(py)?;
-            *self.named() = None;
-            Ok(())
-        })
+        guarded(|| self.running.get()?.close(py))
     }
 }
 
@@ -339,24 +333,14 @@ impl Engine {
     fn from_loaded(loaded: Loaded) -> Self {
         Self {
             config: loaded.driver.config().clone(),
-            running: Owned::new(Running::new(loaded.driver, loaded.store, loaded.handover)),
+            running: Owned::new(Running::new(loaded.driver, loaded.store, loaded.namespace, loaded.handover)),
             text: loaded.text,
             info: loaded.info,
             threads: loaded.threads,
             packed_cache: loaded.packed_cache,
-            namespace: Mutex::new(Some(loaded.namespace)),
             page_bytes: loaded.page_bytes,
             began: loaded.began,
         }
-    }
-
-    fn named(&self) -> MutexGuard<'_, Option<Namespace>> {
-        self.namespace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What this engine's pages belong to.
-    fn namespace(&self) -> PyResult<Namespace> {
-        self.named().clone().ok_or_else(|| refusal(CLOSED))
     }
 
     /// Sessions are what the prefix cache holds.

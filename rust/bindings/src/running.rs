@@ -7,10 +7,11 @@ use infer_engine::{Driver, Handover};
 use infer_store::{Store, StoreStats};
 use pyo3::prelude::*;
 
+use crate::backend::Namespace;
 use crate::error::refusal;
 use crate::wait::{interruptible, is_exiting};
 
-pub const CLOSED: &str = "this LLM is closed";
+const CLOSED: &str = "this LLM is closed";
 /// How long closing waits for pages to be written.
 const LAST_WRITES: Duration = Duration::from_secs(10);
 
@@ -18,16 +19,24 @@ const LAST_WRITES: Duration = Duration::from_secs(10);
 pub struct Running {
     driver: Mutex<Option<Arc<Driver>>>,
     store: Mutex<Option<Arc<Store>>>,
+    /// What pages belong to; it may have files open.
+    namespace: Mutex<Option<Namespace>>,
     /// Where an executor outside finds its work.
     handover: Option<Arc<Handover>>,
     ended: Arc<OnceLock<()>>,
 }
 
 impl Running {
-    pub fn new(driver: Driver, store: Option<Arc<Store>>, handover: Option<Arc<Handover>>) -> Self {
+    pub fn new(
+        driver: Driver,
+        store: Option<Arc<Store>>,
+        namespace: Namespace,
+        handover: Option<Arc<Handover>>,
+    ) -> Self {
         Self {
             driver: Mutex::new(Some(Arc::new(driver))),
             store: Mutex::new(store),
+            namespace: Mutex::new(Some(namespace)),
             handover,
             ended: Arc::default(),
         }
@@ -46,6 +55,14 @@ impl Running {
         self.open_driver().ok_or_else(|| refusal(CLOSED))
     }
 
+    /// What pages belong to.
+    ///
+    /// # Errors
+    /// It is closed.
+    pub fn namespace(&self) -> PyResult<Namespace> {
+        lock(&self.namespace).clone().ok_or_else(|| refusal(CLOSED))
+    }
+
     /// What the disk holds and did, where pages go there.
     pub fn store_stats(&self) -> Option<StoreStats> {
         lock(&self.store).as_ref().map(|store| store.stats())
@@ -59,6 +76,7 @@ impl Running {
     pub fn close(&self, py: Python<'_>) -> PyResult<()> {
         // The lock must be free before the GIL is let go: other threads take it while they hold the GIL.
         let (driver, store) = (lock(&self.driver).take(), lock(&self.store).take());
+        drop(lock(&self.namespace).take());
         let ended = Arc::clone(&self.ended);
         let telling = driver.is_some().then(|| Telling(Arc::clone(&ended)));
         // A step may be in flight, and Ctrl-C need not wait for it.
