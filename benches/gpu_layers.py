@@ -54,7 +54,7 @@ def layer_times(bench: Bench, shape: Shape, kind: str, rows: int) -> dict[str, f
 
     def layer(index: int) -> None:
         cache = caches[index % len(caches)]
-        ops.qkv(inputs, hidden, qkv, weights[index][0], cache, shape.heads, table, norm, 1e-5, normed)
+        ops.qkv(inputs, hidden, qkv, weights[index][0], cache, shape.heads, table, norm, 1e-5, normed, plan)
         attend(index)
         ops.linear_add(attended, hidden, weights[index][1])
         feed_forward(index)

@@ -11,6 +11,7 @@
 #define DECODE_BARRIER() __syncthreads() // of the THREADS threads that call attend()
 #endif
 #include "attention_pages.cuh"
+#include "attention_turn.cuh"
 
 namespace decoding {
 
@@ -172,8 +173,9 @@ struct Work {
     Pages pages;
     int index, begin, number, end;
     int first, second; // where the warp's first pages lie
+    int fresh, rope_row; // with ROTATES: the position of the sequence's first row in this step, and of Ahead
 
-    DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window) {
+    DEVICE void take(const Item *items, int work, const int *page_table, int page_stride, int window, const Turning &turning) {
         index = work / pages.kv_heads;
         item = items[index];
         pages.kv_head = work % pages.kv_heads;
@@ -184,25 +186,70 @@ struct Work {
         // Pages are dealt to warps by their absolute number, so that a window does not change the order of sums.
         number = begin + (int(threadIdx.x) / WARP - begin % WARPS + WARPS) % WARPS;
         first = pages.entry(number, end), second = pages.entry(number + WARPS, end);
+#if ROTATES
+        rope_row = Ahead::rope_row(turning, item.first_row, item.rows);
+        fresh = item.first_position - (item.first_row - turning.first_row[item.sequence]);
+#endif
     }
 
     DEVICE void read(Page &page) const {
         if (number < end) pages.read_keys(page, pages.part_of(first)), pages.read_values(page, pages.part_of(first));
     }
 
-    // Brings a warp's first pages to L2. Otherwise they would come behind the weights that the kernels beside this one copy ahead.
-    DEVICE void prefetch() const {
+    // Where the warp's first pages lie, one for each lane.
+    DEVICE int entries() const {
         const int lane = pages.g * 4 + pages.t;
-        for (int page = number, i = 0; i < PREFETCHED && page < end; page += WARPS, i++) {
-            const size_t index = pages.part_of(pages.entry(page, end));
-            for (int at = lane * 128; at < PAGE_BYTES_OF_KEYS; at += WARP * 128) prefetch_line(pages.keys + index * PAGE_BYTES_OF_KEYS + at);
-            for (int at = lane * 128; at < PAGE_BYTES_OF_VALUES; at += WARP * 128) prefetch_line(pages.values + index * PAGE_BYTES_OF_VALUES + at);
+        return lane < PREFETCHED ? pages.entry(number + lane * WARPS, end) : 0;
+    }
+
+    // Brings them to L2, but for the first one. Otherwise they would come behind the weights that the kernels beside this one copy ahead.
+    DEVICE void prefetch(int entries) const {
+        const int lane = pages.g * 4 + pages.t;
+#pragma unroll
+        for (int i = 1; i < PREFETCHED; i++) {
+            const size_t part = pages.part_of(__shfl_sync(ALL_LANES, entries, i));
+            if (number + i * WARPS >= end) continue;
+            for (int at = lane * 128; at < PAGE_BYTES_OF_KEYS; at += WARP * 128) prefetch_line(pages.keys + part * PAGE_BYTES_OF_KEYS + at);
+            for (int at = lane * 128; at < PAGE_BYTES_OF_VALUES; at += WARP * 128) prefetch_line(pages.values + part * PAGE_BYTES_OF_VALUES + at);
         }
     }
 
     // Whether the first page's tokens are all older than this step's: then it may be read before its keys and values are stored. Rows before
     // the item's first one may be of the same sequence.
-    DEVICE bool is_old() const { return (number + 1) * PAGE_TOKENS <= item.first_position - min(item.first_row, MOST_ROWS - 1); }
+    DEVICE bool is_old() const {
+        return (number + 1) * PAGE_TOKENS <= (ROTATES ? fresh : item.first_position - min(item.first_row, MOST_ROWS - 1));
+    }
+
+#if ROTATES
+    // Stores the new keys and values of a page's tokens that the item's rows see.
+    DEVICE void store_page(int page, const Ahead &ahead, const bf16 *queries, int stride, const Turning &turning) const {
+        const int until = min(item.first_position + item.rows, (page + 1) * PAGE_TOKENS), kv_head = pages.kv_head, kv_heads = pages.kv_heads;
+#pragma unroll 1
+        for (int position = max(fresh, page * PAGE_TOKENS); position < until; position++) {
+            const int own = position - item.first_position, row = item.first_row + own;
+            const bool is_here = own >= 0; // else of a tile before this one
+            const int slot = is_here ? ahead.slots[own] : turning.slots[row];
+            if (u32(slot) >= u32(turning.all_slots)) continue;
+            const bf16 *there = queries + size_t(row) * stride + (kv_heads * GROUP + kv_head) * HEAD_DIM;
+            const bf16 *key = is_here ? ahead.keys[own] : there, *value = is_here ? ahead.values[own] : there + kv_heads * HEAD_DIM;
+            const float2 *turn = is_here ? ahead.turns[own] : turning.turn(turning.rope_rows[row]);
+            const size_t at = page_index(slot / PAGE_TOKENS, kv_head, kv_heads);
+            store_token(key, value, turn, (bf16 *)pages.keys + at, (bf16 *)pages.values + at, slot % PAGE_TOKENS);
+        }
+    }
+
+    DEVICE void ask_for_turns(Ahead &ahead, const Turning &turning) const { ahead.ask_for_turns(turning, rope_row, item.first_row, item.rows); }
+    DEVICE void ask_for_rows(Ahead &ahead, const bf16 *queries, int stride, int kv_heads) const {
+        ahead.ask_for_rows(queries, stride, item.first_row, item.rows, pages.kv_head, kv_heads);
+    }
+
+    // Rotates queries and stores new keys and values, by all threads between two barriers.
+    DEVICE void turn(Ahead &ahead, const bf16 *queries, int stride, const Turning &turning) const {
+        ahead.rotate(item.rows);
+        if (int(threadIdx.x) / WARP < WARPS - 1) return;
+        for (int page = max(begin, fresh / PAGE_TOKENS); page < end; page++) store_page(page, ahead, queries, stride, turning); // two at most
+    }
+#endif
 };
 
 // What one layer's attention reads and writes, as attention_decode.cu says.
@@ -216,53 +263,102 @@ struct Call {
     const int *counts, *page_table;
     float *partials;
     int *counters;
-    int query_stride, output_stride, page_stride, kv_heads, window;
+    int query_stride, output_stride, page_stride, kv_heads, window, most_items;
     float scale, softcap;
+    Turning turning;
 };
+
+// Waits for the kernel before this one, and with ROTATES until what the first piece needs of it is in its place.
+DEVICE void begin(const Call &call, const Work &first, bool exists, Ahead &ahead) {
+#if ROTATES
+    if (exists) first.ask_for_turns(ahead, call.turning);
+    wait_for_previous();
+    if (exists) first.ask_for_rows(ahead, call.queries, call.query_stride, call.kv_heads);
+    end_group();
+    wait_group<0>();
+    DECODE_BARRIER();
+    if (exists) first.turn(ahead, call.queries, call.query_stride, call.turning);
+    DECODE_BARRIER();
+#else
+    wait_for_previous();
+#endif
+}
+
+// The queries of a piece as the operand that meets the keys.
+DEVICE void read_queries(const Call &call, const Work &work, const Ahead &ahead, u32 (&query)[PARTS][HEAD_DIM / 8]) {
+    const int g = work.pages.g, t = work.pages.t;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        uint4 words[QUERY_READS];
+#if ROTATES
+        ahead.query(g, work.item.rows * GROUP, t, words);
+#else
+        const int row = part * 8 + g, head = work.pages.kv_head * GROUP + row % GROUP;
+        const bf16 *from = call.queries + size_t(work.item.first_row + row / GROUP) * call.query_stride + head * HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < QUERY_READS; i++) {
+            words[i] = row < work.item.rows * GROUP ? *reinterpret_cast<const uint4 *>(from + query_dim(i, t)) : make_uint4(0, 0, 0, 0);
+        }
+#endif
+        query_operand(words, query[part]);
+    }
+}
 
 // Attends to the pieces of this block, every gridDim.x-th one, once the kernel before this one has ended. THREADS threads call this.
 DEVICE void attend(const Call &call, Shared &shared) {
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     Work next = {{}, {reinterpret_cast<const u8 *>(call.keys), reinterpret_cast<const u8 *>(call.values), call.key_scales, call.value_scales,
-                      call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0, 0};
+                      call.page_table, 0, call.kv_heads, g, t, streaming_policy()}, 0, 0, 0, 0, 0, 0, 0, 0};
+    const auto take = [&](int work) { next.take(call.items, work, call.page_table, call.page_stride, call.window, call.turning); };
     Page page;
     Pending pending = {};
     int number = blockIdx.x;
     const int work_end = call.counts[0] * call.kv_heads;
-    if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window), next.prefetch();
-    if (number < work_end && next.is_old()) next.read(page);
-    wait_for_previous();
+    // A block does not wait for the count to know whether it has a piece, unless registers are short: one without rows is none.
+    const int first = number / call.kv_heads;
+    const bool has_work = HEAD_DIM > 128 ? number < work_end : first < call.most_items && call.items[first].rows > 0;
+    if (has_work) {
+        take(number);
+        const int entries = next.entries();
+        if (next.is_old()) next.read(page);
+        next.prefetch(entries);
+    }
+    __shared__ Ahead ahead[2]; // of a piece, and of the next one
+    int side = 0;
+    begin(call, next, has_work, ahead[side]);
     for (int own_number = number; own_number < work_end; own_number = number) {
         const Work work = next;
         number += gridDim.x;
-        if (number < work_end) next.take(call.items, number, call.page_table, call.page_stride, call.window);
+        if (number < work_end) take(number);
         const int kv_head = work.pages.kv_head;
         const Score score = {call.scale, call.softcap, call.window, work.item.first_position};
         u32 query[PARTS][HEAD_DIM / 8];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            const int row = part * 8 + g, head = kv_head * GROUP + row % GROUP;
-            const bf16 *from = call.queries + size_t(work.item.first_row + row / GROUP) * call.query_stride + head * HEAD_DIM;
-            uint4 words[QUERY_READS];
-#pragma unroll
-            for (int i = 0; i < QUERY_READS; i++) {
-                words[i] = row < work.item.rows * GROUP ? *reinterpret_cast<const uint4 *>(from + query_dim(i, t)) : make_uint4(0, 0, 0, 0);
-            }
-            query_operand(words, query[part]);
+        read_queries(call, work, ahead[side], query);
+        side ^= 1;
+#if ROTATES
+        if (number < work_end) {
+            next.ask_for_turns(ahead[side], call.turning);
+            next.ask_for_rows(ahead[side], call.queries, call.query_stride, call.kv_heads);
         }
-        if (own_number == int(blockIdx.x) && !work.is_old()) work.read(page);
+        end_group();
+#endif
+        if ((ROTATES || own_number == int(blockIdx.x)) && !work.is_old()) work.read(page);
         Running own = {};
 #pragma unroll
         for (int part = 0; part < PARTS; part++) own.greatest[part][0] = own.greatest[part][1] = LOWEST;
         run_pages(work.pages, query, score, work.item.rows, work.number, work.end, work.second, page, own);
         // The next piece's first page is read while the results of this one are merged.
-        if (number < work_end) next.read(page);
+        if (number < work_end && (!ROTATES || next.is_old())) next.read(page);
         publish(own, warp, g, t, shared);
+        if constexpr (ROTATES) wait_group<0>();
         pending.tell(shared);
         DECODE_BARRIER();
         const Result result = {call.output, call.sinks, call.partials, call.output_stride, work.index, kv_head, call.kv_heads};
         result.merge_warps(work.item, shared);
         pending.merge(shared);
+#if ROTATES
+        if (number < work_end) next.turn(ahead[side], call.queries, call.query_stride, call.turning);
+#endif
         DECODE_BARRIER();
         pending.ask(work.item, result, call.counters);
     }

@@ -187,5 +187,7 @@ KERNEL attention_plan(const int *first_row, const int *positions, Item *items, T
         }
         __syncthreads();
     }
+    // Blocks look at their first piece before they know how many there are.
+    for (int i = min(all_items, most_items) + threadIdx.x; i < min(readers + 1, most_items); i += THREADS) items[i].rows = 0;
     if (threadIdx.x == 0) counts[0] = min(all_items, most_items), counts[1] = min(all_tiles, most_tiles);
 }

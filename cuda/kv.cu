@@ -110,29 +110,6 @@ KERNEL rope_write_kv(T *qkv, const float2 *table, const int *rope_rows, const fl
 constexpr int LANES = HEAD_DIM >= 64 && HEAD_DIM <= 512 && (HEAD_DIM & HEAD_DIM - 1) == 0 ? HEAD_DIM / 16 : 32; // of a head: 8 values of either half
 constexpr int HEADS = WARP / LANES; // of a warp at a time
 
-// A row of the table for one lane's pairs.
-struct Turn {
-    float cosines[8], sines[8];
-
-    DEVICE void read(const float2 *turn, int lane) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float4 two = reinterpret_cast<const float4 *>(turn + lane * 8)[i];
-            cosines[2 * i] = two.x, sines[2 * i] = two.y, cosines[2 * i + 1] = two.z, sines[2 * i + 1] = two.w;
-        }
-    }
-
-    // Both halves' values of these pairs, rotated.
-    DEVICE void rotate(float (&first)[8], float (&second)[8]) const {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float a = first[i], b = second[i];
-            first[i] = a * cosines[i] - b * sines[i];
-            second[i] = b * cosines[i] + a * sines[i];
-        }
-    }
-};
-
 DEVICE void normalise_values(float (&values)[8], const float *weight, float scale) {
     float factors[8];
     load<8>(weight, factors);
@@ -222,7 +199,7 @@ KERNEL rope_write_halves(T *qkv, const float2 *table, const int *rope_rows, cons
                       gridDim.x - parts);
             return;
         }
-        Turn turn;
+        HalfTurn turn;
         const int slot = slots[row];
         turn.read(table + size_t(rope_rows[row]) * (HEAD_DIM / 2), lane);
         wait_for_previous();

@@ -77,7 +77,7 @@ VARIANTS: dict[str, list[Macros]] = {
     + choices(INFER_F32=[None, 1], VECTOR=[8], VECTORS=[4])
     + choices(VECTOR=[8], VECTORS=[4], AHEAD=[1]),
     "attention.cu": choices(INFER_F32=[None, 1], **KINDS),
-    "attention_decode.cu": HEADS,
+    "attention_decode.cu": HEADS + choices(GROUP=[4, 8], HEAD_DIM=[128], ROTATES=[1]),
     "attention_plan.cu": ONE,
     "attention_prefill.cu": HEADS,
     "attention_warp_group.cu": [*choices(GROUP=[4], HEAD_DIM=[64, 128, 256]), {"GROUP": 3, "HEAD_DIM": 96, "SOFTCAP": 1}],

@@ -360,6 +360,7 @@ class NumpyOperations(NumpyPacking, NumpyLayers, NumpyCopies):
         query_norm: int = 0,
         key_norm: int = 0,
         epsilon: float = 0.0,
+        plan: AttentionPlan | None = None,
     ) -> None:
         queries, width = heads * layer.head_dim, layer.kv_heads * layer.head_dim
         keys, values = qkv.part(queries, width), qkv.part(queries + width, width)
@@ -383,6 +384,7 @@ class NumpyOperations(NumpyPacking, NumpyLayers, NumpyCopies):
         norm: int,
         epsilon: float,
         scratch: Rows,
+        plan: AttentionPlan | None = None,
     ) -> None:
         self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
         self.rope_write_kv(inputs, qkv, layer, heads, table)

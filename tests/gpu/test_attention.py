@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from device import PAGE_TOKENS, device, error, from_bits, rounded, to_bits
@@ -212,6 +214,33 @@ def test_rotation_in_vectors(
         own, other = np.nan_to_num(own), np.nan_to_num(other)
         assert (own == other).mean() > (0.99 if has_norm else 0.9995)
         assert error(own, other) < 2e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 2, 128), (8, 2, 128), (4, 1, 128), (32, 8, 128)])
+@pytest.mark.parametrize("window", [0, 1, 20])
+@pytest.mark.parametrize("sequences", [DECODED, [(37 * i, 1) for i in range(40)], [(14, 8), (3, 2), (505, 8), (527, 1)]])
+def test_decode_attention_rotates_and_stores(
+    heads: int, kv_heads: int, dim: int, window: int, sequences: list[tuple[int, int]]
+) -> None:
+    """What attention rotates and stores itself, against the kernel that does it before: the same bits."""
+    case = Case(sequences, heads, kv_heads, dim, "bf16", ("bf16", "bf16"))
+    gpu, inputs, width = case.gpu, case.inputs, (heads + 2 * kv_heads) * dim
+    turns = np.stack([np.cos(angles := normal(1600, dim // 2) * 3), np.sin(angles)], -1).astype(np.float32)
+    table, values, found = RopeTable(gpu.put(turns), dim // 2), normal(inputs.rows, width), []
+    size = case.layer.pages * kv_heads * PAGE_TOKENS * dim
+    plan = case.plan(window, True)
+    pages = case.layer.keys, case.layer.values
+    before = [gpu.ints(pointer, size, np.uint16) for pointer in pages]
+    for own in (None, plan, plan):
+        layer = replace(case.layer, keys=gpu.put(before[0]), values=gpu.put(before[1]))
+        qkv, output = gpu.rows(values, "bf16", width + 8), gpu.blank(inputs.rows, heads * dim, "bf16")
+        gpu.ops.rope_write_kv(inputs, qkv, layer, heads, table, plan=own)
+        gpu.ops.attend(inputs, plan, qkv.part(0, heads * dim), output, layer, dim**-0.5)
+        stored = [gpu.ints(pointer, size, np.uint16) for pointer in (layer.keys, layer.values)]
+        found.append([gpu.ints(output.pointer, inputs.rows * heads * dim, np.uint16), *stored])
+        assert all((one != other).any() for one, other in zip(stored, before, strict=True))
+    for other in found[1:]:
+        assert all((one == two).all() for one, two in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from infer.gpu.arrays import KvLayer, RopeTable, Rows, StepInputs, Weight
+    from infer.gpu.attention import AttentionPlan
     from infer.gpu.layers import Layer
 
 FIXED_ROWS = 128
@@ -107,6 +108,7 @@ class FixedOperations(Operations):
         norm: int,
         epsilon: float,
         scratch: Rows,
+        plan: AttentionPlan | None = None,
     ) -> None:
         """See `Operations`."""
         if norm:

@@ -40,6 +40,7 @@ from infer.gpu.warp_group import MOST_GATED
 from infer.gpu.wide import WideOperations
 
 if TYPE_CHECKING:
+    from infer.gpu.attention import AttentionPlan
     from infer.gpu.kernels import Kernels
     from infer.gpu.launch import Kernel
 
@@ -185,18 +186,19 @@ class LinearOperations(WideOperations):
         norm: int,
         epsilon: float,
         scratch: Rows,
+        plan: AttentionPlan | None = None,
     ) -> None:
         """``rms_norm(source) * weight^T + bias``, queries and keys rotated, keys and values stored.
 
         ``norm`` 0 is none, else its weight (columns); ``scratch`` is as wide as the source. Of ``qkv``, (rows, (heads + 2 *
-        kv_heads) * head_dim), only the queries are defined afterwards.
+        kv_heads) * head_dim), only the queries are defined afterwards, or nothing with a ``plan`` (``rope_write_kv``).
         """
         if not (self._can_stream(source, qkv, weight) and can_rotate(layer, table)):
             if norm:
                 self.norm_linear(source, qkv, weight, norm, epsilon, scratch)
             else:
                 self.linear(source, qkv, weight)
-            self.rope_write_kv(inputs, qkv, layer, heads, table)
+            self.rope_write_kv(inputs, qkv, layer, heads, table, plan=plan)
             return
         if norm and not self._can_normalise(source, weight, GATED):
             self.norm(source, scratch, "rms", epsilon, norm)

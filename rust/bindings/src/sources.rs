@@ -22,6 +22,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "attention_pages.cuh",
     "attention_plan.cu",
     "attention_prefill.cu",
+    "attention_turn.cuh",
     "attention_warp_group.cu",
     "common.cuh",
     "digits.cuh",
