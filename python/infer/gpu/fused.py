@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infer.gpu.arrays import RopeTable, Rows
+    from infer.gpu.attention import AttentionPlan
     from infer.gpu.executor import AttentionPlans, Launch
     from infer.gpu.memory import KvPages
     from infer.gpu.weights import Weights
@@ -237,6 +238,7 @@ class FusedSteps:
     _constants: dict[str, Any]
     pages: KvPages
     plans: AttentionPlans
+    _attention: dict[int, AttentionPlan]
 
     def _rows(self, launch: Launch, place: Place) -> Rows:
         raise AssertionError(f"{type(self).__name__} has buffers")
@@ -347,7 +349,8 @@ class FusedSteps:
         norms = [0 if norm is None else self._weights.vectors[norm][0] for norm in (query_norm, key_norm)]
         rows, pages = self._rows(launch, qkv), self.pages.layers[layer]
         table, heads = self._table(rope, style), self._constants["heads"]
-        self._operations.rope_write_kv(launch.inputs, rows, pages, heads, table, *norms, epsilon)
+        plan = next(iter(self._attention.values()))
+        self._operations.rope_write_kv(launch.inputs, rows, pages, heads, table, *norms, epsilon, plan)
 
     def norm_qkv(
         self,
@@ -366,4 +369,5 @@ class FusedSteps:
         source, rows, scratch = (self._rows(launch, place) for place in (input, qkv, normed))
         matrix, pages, table = self._weights.matrices[weight], self.pages.layers[layer], self._weights.rope(rope, style)
         pointer, heads = self._weights.vectors[norm][0], self._constants["heads"]
-        self._operations.qkv(launch.inputs, source, rows, matrix, pages, heads, table, pointer, epsilon, scratch)
+        plan = next(iter(self._attention.values()))  # all say alike whether anything but decode attention runs
+        self._operations.qkv(launch.inputs, source, rows, matrix, pages, heads, table, pointer, epsilon, scratch, plan)
