@@ -5,6 +5,7 @@ Needs an NVIDIA GPU and CuPy; skipped elsewhere, where `test_bridge.py` tests al
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from golden_table import GOLDEN, TOLERANCE, Golden, differences, goldens, read_s
 from samples import PROMPTS, choices, same_choices, texts
 
 from infer import LLM, SamplingParams
+from infer.gpu import attention
 from infer.gpu.runner import Runner, Size
 
 if TYPE_CHECKING:
@@ -226,6 +228,34 @@ def test_random_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
         expected = llm.logits(tokens)
     with load(tmp_path, **options) as llm:
         assert np.abs(llm.logits(tokens) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_attention_that_rotates_by_itself_changes_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that decode, with and without parts of prompts of few rows beside them."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 2048, "head_dim": 128}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_act": "silu"}
+    more = {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps({**kind, **sizes, **more}), encoding="utf-8")
+    prompts = [{"prompt_token_ids": [(7 * i + j * j) % 2048 for j in range(3 + 5 * i)]} for i in range(30)]
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, detokenize=False)
+    turned: list[bool] = []
+
+    def found(rotates: bool, step: int) -> list[list[int]]:
+        def can(*arguments: Any) -> bool:
+            turned.append(rotates and attention_turns(*arguments))
+            return turned[-1]
+
+        monkeypatch.setattr(attention, "can_attend_turning", can)
+        with load(tmp_path, dtype="auto", load_format="dummy", max_num_seqs=30, max_num_batched_tokens=step) as llm:
+            return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    attention_turns = attention.can_attend_turning
+    for step in (256, 36):
+        before = found(False, step)
+        assert not any(turned)
+        assert found(True, step) == before
+        assert any(turned)
+        turned.clear()
 
 
 def test_blocks_of_many_formats_are_those_of_the_cpu() -> None:

@@ -225,6 +225,7 @@ class AttentionOperations(RowOperations):
 
         It is the one kernel that lets no successor start early, so that whatever comes after may read the step's inputs at once.
         """
+        self._left = None  # by a step that failed
         group = plan.size.heads // plan.size.kv_heads
         kernel = self.kernels.get("attention_plan.cu", "attention_plan", CHUNK_PAGES=CHUNK_PAGES)
         pointers = (inputs.first_row, inputs.positions, plan.items, plan.tiles, plan.pointer)

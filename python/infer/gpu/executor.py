@@ -196,10 +196,11 @@ class Executor(FusedSteps):
         self._attention = self.plans.of(launch)
         for plan in self._attention.values():
             self._operations.attention_plan(launch.inputs, plan)
-        # Most rows of prompts end at the last layer's keys and values: from its attention on, all is for logits only.
+        # Most rows of prompts end at the last layer's keys and values: what comes after its attention, which may store them, is
+        # for logits only.
         steps = self._steps if launch.only_decode else self._narrow_steps
         if not launch.logit_rows:
-            steps = steps[: max(place for place, (step, _) in enumerate(steps) if step == self.attend)]
+            steps = steps[: max(place for place, (step, _) in enumerate(steps, 1) if step == self.attend)]
         elif launch.is_screened:
             steps = steps[:-1]
         place = 0
