@@ -231,31 +231,30 @@ def test_random_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_attention_that_rotates_by_itself_changes_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences that decode, with and without parts of prompts of few rows beside them."""
+    """Thirty sequences of one prompt, all of which decode together from the first token on."""
     sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 2048, "head_dim": 128}
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_act": "silu"}
     more = {"num_hidden_layers": 3, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps({**kind, **sizes, **more}), encoding="utf-8")
-    prompts = [{"prompt_token_ids": [(7 * i + j * j) % 2048 for j in range(3 + 5 * i)]} for i in range(30)]
-    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, detokenize=False)
+    prompt = {"prompt_token_ids": [j * j % 2048 for j in range(45)]}
+    params = SamplingParams(n=30, seed=7, temperature=1.0, max_tokens=100, ignore_eos=True, detokenize=False)
     turned: list[bool] = []
 
-    def found(rotates: bool, step: int) -> list[list[int]]:
+    def found(rotates: bool) -> list[list[int]]:
         def can(*arguments: Any) -> bool:
             turned.append(rotates and attention_turns(*arguments))
             return turned[-1]
 
         monkeypatch.setattr(attention, "can_attend_turning", can)
-        with load(tmp_path, dtype="auto", load_format="dummy", max_num_seqs=30, max_num_batched_tokens=step) as llm:
-            return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        with load(tmp_path, dtype="auto", load_format="dummy", max_num_seqs=30) as llm:
+            return [output.token_ids for output in llm.generate([prompt], params)[0].outputs]
 
     attention_turns = attention.can_attend_turning
-    for step in (256, 36):
-        before = found(False, step)
-        assert not any(turned)
-        assert found(True, step) == before
-        assert any(turned)
-        turned.clear()
+    before = found(False)
+    assert not any(turned)
+    assert len({tuple(tokens) for tokens in before}) == 30
+    assert found(True) == before
+    assert any(turned)
 
 
 def test_blocks_of_many_formats_are_those_of_the_cpu() -> None:
