@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,3 +143,20 @@ def test_a_folder_that_holds_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InferError, match="kv_offload_dir"):
         LLM(kv_offload_dir=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_takes_nothing_holds_nobody_up(tmp_path: Path) -> None:
+    """Pages that cannot be kept are given up at once when the engine closes; it took five seconds."""
+    folder = tmp_path / "kv"
+    llm = LLM(threads=2, kv_offload_dir=folder)
+    shutil.rmtree(folder)
+    llm.generate([PROMPT * 6], SamplingParams(max_tokens=4))
+    began = time.monotonic()
+    llm.close()
+    assert time.monotonic() - began < 3
+
+
+def test_a_bound_that_no_page_fits_under_is_told(tmp_path: Path) -> None:
+    """Not found out by a cache that never keeps anything."""
+    with pytest.raises(InferError, match=r"^kv_offload_max_bytes is 10; expected more than the \d+ bytes that a single page"):
+        LLM(kv_offload_dir=tmp_path / "kv", kv_offload_max_bytes=10)

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use infer_engine::{Driver, EngineConfig, Handover, LocalLayers, PROMPT_ROW_UNIT, Speculation, Tier};
 use infer_kernels::{PAGE_TOKENS, Precision};
 use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
-use infer_store::{Store, StoreOptions};
+use infer_store::{Store, StoreError, StoreOptions};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, Namespace, Outside};
@@ -150,7 +150,10 @@ pub fn open(path: &Path, mmap: bool, dummy: Option<u64>) -> Result<Checkpoint, S
 fn open_store(offload: &Offload, namespace: [u8; 32], page_bytes: usize) -> Result<Arc<Store>, String> {
     let Offload { dir, max_bytes } = offload;
     let options = StoreOptions { dir: dir.clone(), max_bytes: *max_bytes, namespace, page_bytes };
-    Store::open(options).map(Arc::new).map_err(|error| format!("kv_offload_dir: {error}"))
+    Store::open(options).map(Arc::new).map_err(|error| match error {
+        StoreError::Option { field: "max_bytes", .. } => format!("kv_offload_{error}"),
+        error => format!("kv_offload_dir: {error}"),
+    })
 }
 
 /// A key that no other process has: the standard library seeds its hashers from the system's random numbers.

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use infer_engine::{Digest, Driver, Fetched, Tier, TierPage, Wanted};
-use infer_store::{Page, Store, session};
+use infer_engine::{Digest, Driver, Fetched, Offer, Tier, TierPage, Wanted};
+use infer_store::{Page, Put, Store, session};
 
 /// Pages on disk.
 pub struct StoreTier(pub Arc<Store>);
@@ -14,8 +14,13 @@ impl Tier for StoreTier {
         self.0.contains(key)
     }
 
-    fn put(&self, page: TierPage) -> bool {
-        self.0.put(stored(page))
+    fn put(&self, page: TierPage) -> Offer {
+        match self.0.put(stored(page)) {
+            Put::Queued => Offer::Taken,
+            Put::Full => Offer::Full,
+            Put::Paused => Offer::Failing,
+            Put::Known | Put::Unfit => Offer::Unwanted,
+        }
     }
 
     fn fetch(&self, ticket: u64, wanted: Vec<Wanted>) {

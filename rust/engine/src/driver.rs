@@ -80,6 +80,7 @@ impl Driver {
             mailbox: Arc::clone(&mailbox),
             outboxes: HashMap::new(),
             logits: Vec::new(),
+            tier_fails: false,
         };
         let thread =
             std::thread::Builder::new().name("infer-engine".to_owned()).spawn(move || worker.run()).map_err(

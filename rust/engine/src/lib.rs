@@ -101,4 +101,4 @@ pub use crate::session::Adoption;
 pub use crate::speculative::Speculation;
 pub use crate::tables::PageRef;
 pub use crate::text::{TextFactory, TextStep, TokenText};
-pub use crate::tier::{Fetch, Fetched, Save, Tier, TierPage, Wanted};
+pub use crate::tier::{Fetch, Fetched, Offer, Save, Tier, TierPage, Wanted};

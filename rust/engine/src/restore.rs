@@ -27,8 +27,13 @@ impl Core {
 
     /// The tier could not take this page; unless it was forgotten it will be offered again.
     pub fn offer_again(&mut self, save: &Save) {
-        self.counters.saved_pages -= 1;
+        self.not_saved();
         self.cache.offer_again(save);
+    }
+
+    /// A page that was to be saved was not, and will not be.
+    pub fn not_saved(&mut self) {
+        self.counters.saved_pages -= 1;
     }
 
     /// Pages to ask the tier for.

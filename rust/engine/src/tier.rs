@@ -29,6 +29,19 @@ pub struct TierPage {
     pub payload: Vec<u8>,
 }
 
+/// What a tier says to a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offer {
+    /// It will keep it.
+    Taken,
+    /// Earlier pages are still on their way: it has room again in moments.
+    Full,
+    /// It could not keep earlier pages, and rests before it tries again.
+    Failing,
+    /// It has the page already, or can never keep it: there is no use in offering it again.
+    Unwanted,
+}
+
 /// The answer to [`Tier::fetch`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
@@ -42,8 +55,8 @@ pub struct Fetched {
 pub trait Tier: Send + Sync {
     /// Whether a page is there, as far as known without I/O.
     fn contains(&self, key: &Digest) -> bool;
-    /// Takes a page to keep; false when it cannot take one now (the page may be offered again).
-    fn put(&self, page: TierPage) -> bool;
+    /// Takes a page to keep, or says why not.
+    fn put(&self, page: TierPage) -> Offer;
     /// Asks for pages. Every fetch is answered, once, through [`Tier::poll`].
     fn fetch(&self, ticket: u64, wanted: Vec<Wanted>);
     /// Answers that have come.

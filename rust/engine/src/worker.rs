@@ -14,7 +14,7 @@ use crate::event::{EventKind, FinishReason};
 use crate::mailbox::{Command, Mailbox, Status};
 use crate::outbox::Outbox;
 use crate::request::RequestId;
-use crate::tier::{Save, Tier, TierPage};
+use crate::tier::{Offer, Save, Tier, TierPage};
 
 pub(crate) const CLOSED: &str = "the engine is closed";
 
@@ -24,7 +24,9 @@ const SAVES_PER_STEP: usize = 2;
 const SAVES_WHEN_IDLE: usize = 8;
 /// How often an idle engine offers pages again to a tier that could not take them.
 const OFFER_AGAIN: Duration = Duration::from_millis(20);
-/// Offers to a tier that takes nothing, at the end, before what is left is given up: five seconds.
+/// The same where the tier could not keep what it was given: every offer reads pages out of the device.
+const OFFER_AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// Offers to a tier that is full, at the end, before what is left is given up: five seconds.
 const LAST_OFFERS: usize = 250;
 
 /// What lives on the thread.
@@ -36,6 +38,8 @@ pub(crate) struct Worker<D> {
     pub mailbox: Arc<Mailbox>,
     pub outboxes: HashMap<RequestId, Arc<Outbox>>,
     pub logits: Vec<f32>,
+    /// Whether the tier could not keep the last page that it was offered.
+    pub tier_fails: bool,
 }
 
 impl<D: Device> Worker<D> {
@@ -99,7 +103,8 @@ impl<D: Device> Worker<D> {
             if busy || news || !letters.commands.is_empty() {
                 return Some(std::mem::take(&mut letters.commands));
             }
-            let unsaved = self.core.has_unsaved().then_some(OFFER_AGAIN);
+            let pause = if self.tier_fails { OFFER_AFTER_FAILURE } else { OFFER_AGAIN };
+            let unsaved = self.core.has_unsaved().then_some(pause);
             letters = self.mailbox.wait(letters, due.into_iter().chain(unsaved).min());
             if unsaved.is_some() {
                 return Some(std::mem::take(&mut letters.commands));
@@ -219,16 +224,21 @@ impl<D: Device> Worker<D> {
         for save in saves {
             // A page that cannot be read out is not kept: it will be computed again.
             let Ok(page) = self.read_out(&save) else { continue };
-            match self.tier.as_ref().is_some_and(|tier| tier.put(page)) {
-                true => taken = true,
-                false => self.core.offer_again(&save),
+            let offer = self.tier.as_ref().map_or(Offer::Unwanted, |tier| tier.put(page));
+            taken |= offer == Offer::Taken;
+            self.tier_fails = offer == Offer::Failing;
+            match offer {
+                Offer::Taken => {}
+                Offer::Full | Offer::Failing => self.core.offer_again(&save),
+                Offer::Unwanted => self.core.not_saved(),
             }
         }
         taken
     }
 
-    /// Hands everything that is named to the tier, in bounded time.
+    /// Hands everything that is named to the tier, in bounded time; one that fails is not waited for.
     fn save_the_rest(&mut self) {
+        self.tier_fails = false;
         for _ in 0..LAST_OFFERS {
             while self.core.has_unsaved() {
                 let saves = self.core.take_saves(SAVES_WHEN_IDLE);
@@ -236,7 +246,7 @@ impl<D: Device> Worker<D> {
                     break;
                 }
             }
-            if !self.core.has_unsaved() {
+            if !self.core.has_unsaved() || self.tier_fails {
                 return;
             }
             std::thread::sleep(OFFER_AGAIN);

@@ -17,7 +17,7 @@ pub enum StoreError {
         /// What it held.
         value: String,
         /// What would be right.
-        expected: &'static str,
+        expected: String,
     },
     /// The directory holds something else, and nothing may be written or deleted there.
     #[error("dir is {dir:?}, which holds {found} but no page store; name an empty or a new directory")]

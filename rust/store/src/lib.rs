@@ -9,14 +9,14 @@
 //! single operations of the file system, with no log to replay or compact.
 //!
 //! ```
-//! use infer_store::{Page, Store, StoreOptions, Wanted};
+//! use infer_store::{Page, Put, Store, StoreOptions, Wanted};
 //!
 //! let folder = tempfile::tempdir()?;
 //! let dir = folder.path().join("pages");
 //! let options = StoreOptions { dir, max_bytes: 1 << 30, namespace: [1; 32], page_bytes: 5 };
 //! let store = Store::open(options)?;
 //! let page = Page { key: [2; 32], parent: [0; 32], tokens: [3, 4].into(), payload: b"cache".to_vec() };
-//! assert!(store.put(page));
+//! assert_eq!(store.put(page), Put::Queued);
 //! store.fetch(7, vec![Wanted { key: [2; 32], parent: [0; 32], tokens: [3, 4].into() }]);
 //! let fetched = loop {
 //!     if let Some(fetched) = store.poll().pop() {
@@ -56,4 +56,4 @@ mod worker;
 
 pub use error::StoreError;
 pub use page::{Key, Page, Wanted};
-pub use store::{Fetched, Store, StoreOptions, StoreStats, Tuning};
+pub use store::{Fetched, Put, Store, StoreOptions, StoreStats, Tuning};

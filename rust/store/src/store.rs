@@ -50,6 +50,22 @@ impl Default for Tuning {
     }
 }
 
+/// What became of a page that was offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// It will be written unless the disk objects.
+    Queued,
+    /// It is there already, or about to be.
+    Known,
+    /// The queue is full: it has room when earlier pages are written.
+    Full,
+    /// Writing pauses after an error.
+    Paused,
+    /// It can never be written: its payload has not `page_bytes` bytes, it is larger than the cap, or the directory is for
+    /// reading only.
+    Unfit,
+}
+
 /// The answer to one [`Store::fetch`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
@@ -131,34 +147,39 @@ impl Store {
         state.pending.contains_key(&name) || state.index.contains(&name)
     }
 
-    /// Offers a page. True if it will be written unless the disk objects; false if it is there already, or is refused:
-    /// its payload has not `page_bytes` bytes, the queue is full, writing pauses, or the directory is for reading only.
-    pub fn put(&self, page: Page) -> bool {
+    /// Offers a page; what is not known already and not queued counts as refused.
+    pub fn put(&self, page: Page) -> Put {
         if self.is_forked() {
-            return false;
+            return Put::Unfit;
         }
         let name = self.shared.directory.name(&page.key);
         let (options, bytes) = (&self.shared.options, page.payload.len());
         let mut state = self.shared.state();
         if state.pending.contains_key(&name) || state.index.contains(&name) {
-            return false;
+            return Put::Known;
         }
         let fits = bytes == options.page_bytes
             && page.tokens.len() <= MAX_PAGE_TOKENS
             && u64::try_from(file_bytes(page.tokens.len(), bytes)).is_ok_and(|all| all <= options.max_bytes);
         let waiting = state.pending_bytes.saturating_add(bytes);
         let room = state.pending.is_empty() || waiting <= self.shared.tuning.queue_bytes;
-        let open = self.shared.directory.is_writable() && !state.ended && !state.is_paused();
-        if !(fits && room && open) {
+        let open = self.shared.directory.is_writable() && !state.ended;
+        let refusal = match (fits && open, state.is_paused(), room) {
+            (false, ..) => Some(Put::Unfit),
+            (_, true, _) => Some(Put::Paused),
+            (.., false) => Some(Put::Full),
+            _ => None,
+        };
+        if let Some(refusal) = refusal {
             state.stats.refused = state.stats.refused.saturating_add(1);
-            return false;
+            return refusal;
         }
         state.pending.insert(name, Arc::new(page));
         state.pending_bytes = waiting;
         state.queue.push_back(name);
         drop(state);
         self.start();
-        true
+        Put::Queued
     }
 
     /// Asks for pages; [`Store::poll`] will have the answer, which carries `ticket`.
@@ -276,10 +297,16 @@ impl Drop for Store {
 fn check(options: &StoreOptions) -> Result<(), StoreError> {
     if options.page_bytes == 0 || options.page_bytes > MAX_PAGE_BYTES {
         let value = options.page_bytes.to_string();
-        return Err(StoreError::Option { field: "page_bytes", value, expected: "1 to 67108864 bytes" });
+        return Err(StoreError::Option {
+            field: "page_bytes",
+            value,
+            expected: "1 to 67108864 bytes".to_owned(),
+        });
     }
-    if options.max_bytes == 0 {
-        let (value, expected) = (options.max_bytes.to_string(), "at least the size of a page");
+    let least = file_bytes(1, options.page_bytes);
+    if usize::try_from(options.max_bytes).is_ok_and(|most| most < least) {
+        let value = options.max_bytes.to_string();
+        let expected = format!("more than the {least} bytes that a single page takes on disk");
         return Err(StoreError::Option { field: "max_bytes", value, expected });
     }
     Ok(())

@@ -5,12 +5,12 @@ mod common;
 use std::fs;
 
 use common::{FILE_BYTES, PAGE_BYTES, fetch, leftovers, open, options, page, page_files, present, wanted};
-use infer_store::{Page, Store, StoreOptions, Wanted};
+use infer_store::{Page, Put, Store, StoreOptions, Wanted};
 use proptest::prelude::*;
 
 fn fill(store: &Store, numbers: impl Iterator<Item = u64>) {
     for number in numbers {
-        assert!(store.put(page(number)), "page {number} is new and fits");
+        assert_eq!(store.put(page(number)), Put::Queued, "page {number} is new and fits");
     }
     assert!(store.flush(None), "everything was written");
 }
@@ -22,7 +22,7 @@ fn pages_survive_their_store_and_come_back_in_the_order_of_the_questions() {
     let store = open(&options);
     let secret = store.secret();
     fill(&store, 0..20);
-    assert!(!store.put(page(3)), "it is there already");
+    assert_eq!(store.put(page(3)), Put::Known, "it is there already");
     store.close();
 
     let store = open(&options);
@@ -84,11 +84,15 @@ fn what_was_asked_for_must_be_what_is_there() {
 fn what_does_not_fit_is_refused_and_counted() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&StoreOptions { max_bytes: FILE_BYTES - 1, ..options(folder.path()) });
-    assert!(!store.put(page(0)), "one page is more than the cap");
-    assert!(!store.put(Page { payload: vec![0; PAGE_BYTES - 1], ..page(1) }), "a payload of another length");
+    assert_eq!(store.put(page(0)), Put::Unfit, "one page is more than the cap");
+    let short = Page { payload: vec![0; PAGE_BYTES - 1], ..page(1) };
+    assert_eq!(store.put(short), Put::Unfit, "a payload of another length");
     assert_eq!(store.stats().refused, 2);
     let zero = StoreOptions { page_bytes: 0, ..options(folder.path()) };
     assert!(Store::open(zero).err().unwrap().to_string().contains("page_bytes"));
+    let tiny = StoreOptions { max_bytes: 10, ..options(folder.path()) };
+    let error = Store::open(tiny).err().unwrap().to_string();
+    assert!(error.starts_with("max_bytes is 10; expected more than the "), "{error}");
 }
 
 #[test]

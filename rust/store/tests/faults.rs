@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::faulty::{Fault, FaultyDisk, Refusing};
 use common::{FILE_BYTES, leftovers, open, open_on, options, page, present};
-use infer_store::StoreOptions;
+use infer_store::{Put, StoreOptions};
 
 /// A short life of a store: pages are written, evicted, read and written again. Which of them were there at its end.
 fn live(options: &StoreOptions, disk: &FaultyDisk) {
@@ -86,11 +86,11 @@ fn a_directory_for_reading_only() {
     let disk = Refusing { read_only: true, ..Refusing::default() };
     assert!(open_on(&options, Arc::new(disk.clone())).is_err(), "nothing is there");
     let store = open(&options);
-    assert!(store.put(page(0)) && store.flush(None));
+    assert!(store.put(page(0)) == Put::Queued && store.flush(None));
     store.close();
     let store = open_on(&options, Arc::new(disk.clone())).expect("it has all that reading needs");
     assert_eq!(present(&store, 0..2), [0]);
-    assert!(!store.put(page(1)));
+    assert_eq!(store.put(page(1)), Put::Unfit);
     std::fs::write(folder.path().join("infer-store"), "infer page store, version 2\n").unwrap();
     let error = open_on(&options, Arc::new(disk)).err().expect("another version").to_string();
     assert!(error.contains("version 2"), "{error}");
@@ -103,7 +103,7 @@ fn pages_that_could_not_be_read_for_a_while_still_count_for_the_cap() {
     let disk = Refusing::default();
     let store = open_on(&options, Arc::new(disk.clone())).unwrap();
     for number in 0..40 {
-        assert!(store.put(page(number)) && store.flush(None));
+        assert!(store.put(page(number)) == Put::Queued && store.flush(None));
     }
     // Folders that changed a moment ago are listed again anyway.
     let past = std::time::SystemTime::now() - std::time::Duration::from_secs(60);

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use infer_engine::{Digest, Fetched, Tier, TierPage, Wanted};
+use infer_engine::{Digest, Fetched, Offer, Tier, TierPage, Wanted};
 
 use super::mix;
 
@@ -74,17 +74,17 @@ impl Tier for FakeTier {
         self.0.lock().unwrap().pages.contains_key(key)
     }
 
-    fn put(&self, page: TierPage) -> bool {
+    fn put(&self, page: TierPage) -> Offer {
         let mut state = self.0.lock().unwrap();
         if state.faulty() {
-            return false;
+            return Offer::Full;
         }
         state.puts += 1;
         if state.faulty() {
             state.pages.clear(); // somebody emptied the folder
         }
         state.pages.insert(page.name.key, page);
-        true
+        Offer::Taken
     }
 
     fn fetch(&self, ticket: u64, wanted: Vec<Wanted>) {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use infer_engine::{
-    Batch, CacheEvent, Choice, Core, Device, Digest, EngineConfig, Event, EventKind, FinishReason, RequestId,
-    Save, Tier, TierPage,
+    Batch, CacheEvent, Choice, Core, Device, Digest, EngineConfig, Event, EventKind, FinishReason, Offer,
+    RequestId, Save, Tier, TierPage,
 };
 
 use super::tier::FakeTier;
@@ -240,7 +240,7 @@ impl World {
             let mut payload = Vec::new();
             self.device.export_page(save.page, &mut payload).expect("the fake device reads out");
             let tier = self.tier.as_ref().expect("only a tier is given pages");
-            if !tier.put(TierPage { name: save.name.clone(), payload }) {
+            if tier.put(TierPage { name: save.name.clone(), payload }) != Offer::Taken {
                 self.core.offer_again(&save);
             }
         }
