@@ -49,7 +49,12 @@ pub fn write_on(disk: &dyn Disk, path: &Path, namespace: [u8; 32], pages: &[Page
         }
     }
     let failed = |error| StoreError::io("written", path, error);
-    let place = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let existing = path.canonicalize().ok();
+    // Renaming would put a file in the place of a device or a pipe.
+    if existing.as_ref().is_some_and(|place| disk.stat(place).is_ok_and(|found| found.kind == Kind::Other)) {
+        return Err(failed(io::Error::new(ErrorKind::InvalidInput, "not a regular file")));
+    }
+    let place = existing.unwrap_or_else(|| path.to_owned());
     let temporary = temporary(disk, &place).map_err(failed)?;
     let written = write_to(disk, &temporary, namespace, pages).and_then(|()| disk.rename(&temporary, &place));
     if written.is_err() {

@@ -113,6 +113,22 @@ fn folders_and_files_of_others_in_the_place_of_a_session() {
     assert!(read(&path).unwrap_err().contains("start of the file"));
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_no_regular_file_is_not_replaced() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("talk.session");
+    let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = session::write(&path, MODEL, &pages(0..1)).unwrap_err().to_string();
+    assert!(error.ends_with("cannot be written: not a regular file"), "{error}");
+    assert!(fs::metadata(&path).unwrap().file_type().is_socket());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    let dangling = folder.path().join("link");
+    symlink(folder.path().join("nothing"), &dangling).unwrap();
+    session::write(&dangling, MODEL, &pages(0..1)).unwrap();
+}
+
 #[test]
 fn two_writers_of_one_session_leave_one_of_the_two() {
     let folder = tempfile::tempdir().unwrap();
