@@ -7,6 +7,7 @@ Generated tokens come out of the core's own thread; nothing here runs per token 
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from infer.sessions import Sessions
 from infer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
     from types import TracebackType
 
@@ -194,6 +194,7 @@ class LLM(Generating, Sessions):
             self._worker.close_at_exit(self)
         logs.loaded(self._engine)
         self._names = self._engine.tokenizer
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
 
@@ -235,6 +236,8 @@ class LLM(Generating, Sessions):
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """Abort what runs and give the memory back. Harmless when repeated; every other call then raises `InferError`.
 
+        In a forked child it does nothing: what would be given back is the parent's.
+
         Parameters
         ----------
         drain
@@ -242,6 +245,8 @@ class LLM(Generating, Sessions):
         timeout
             Seconds to wait for that; what then still runs is aborted. None waits for all.
         """
+        if self._process != os.getpid():
+            return
         if drain:
             self._engine.drain(timeout)
         if not self._engine.closed:

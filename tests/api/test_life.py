@@ -194,6 +194,24 @@ def test_use_after_fork_is_refused(run_python: Callable[..., subprocess.Complete
     assert done.stdout.split() == ["0", "True"], done.stderr
 
 
+FORKED_BLOCK = """
+import os, sys
+from infer import LLM
+with LLM(threads=1) as llm:
+    child = os.fork()
+    if child == 0:
+        llm.close(drain=True)
+        sys.exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(llm.logits("a")))
+"""
+
+
+def test_a_forked_child_may_leave_the_block(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """`close` there raised, in the place of how the child ended."""
+    done = run_python(FORKED_BLOCK)
+    assert (done.stdout.split(), done.stderr) == (["7", "1"], "")
+
+
 EXITS = {
     "open": "llm = LLM(threads=2); llm.generate('a', P)",
     "streaming": "llm = LLM(threads=2); stream = llm.stream('a', P); next(stream)",
