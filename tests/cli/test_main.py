@@ -72,6 +72,25 @@ def test_unknown_options_are_usage_errors(infer_cli: Cli) -> None:
     assert infer_cli("no-such-command").returncode == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "--version", "info", "info --json", "generate x -n 2", "generate x -n 2 -p n=2", "generate x -n 2 --json", "chat"],
+)
+def test_output_that_cannot_be_written_is_one_line(command: str) -> None:
+    start = [sys.executable, "-m", "infer", *command.split()]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(start, stdout=full, stderr=subprocess.PIPE, input="hi\n", text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: input or output failed: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+@pytest.mark.parametrize("command", ["info", "info --json", "generate x -n 2", "chat", "no-such-command"])
+def test_closed_streams_are_no_mistake(command: str) -> None:
+    shell = f"{sys.executable} -m infer {command} <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, check=False).returncode == (2 if command.startswith("no") else 0)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
 def test_interrupted_and_cut_off(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "infer", "generate", "Once", "-n", "1900", "-p", "ignore_eos=true"]

@@ -23,10 +23,12 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command. A reader that has gone (`infer generate ... | head`) ends it as SIGPIPE would, not as a mistake."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk is noticed here, not at the interpreter's end
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+            _forget_output()
             sys.exit(141)
+        return result
 
 
 app = typer.Typer(
@@ -57,14 +59,31 @@ for _command in COMMANDS:
     app.command(name=_command)(getattr(_module, _command))
 
 
+def _forget_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter does not try once more to write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Put a stream that the caller closed (`infer info >&-`), for which Python has None, in the place of nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 def main() -> None:
     """Run the command line; what a user can get wrong ends in one line on stderr, not in a traceback."""
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that its encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except InferError as error:
         complain(str(error))
+        sys.exit(1)
+    except OSError as error:  # of the streams: what goes wrong with models is an InferError
+        _forget_output()
+        complain(f"input or output failed: {error.strerror or error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
