@@ -72,6 +72,8 @@ def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: A
     method = config.get("method", "draft_model" if "model" in config else None)
     if method is None:
         raise InferError('speculative_config: \'method\' is needed, "ngram" or "draft_model"')
+    if method == "draft_model" and (lookup := sorted(key for key in config if key.startswith("prompt_lookup"))):
+        raise InferError(f'speculative_config: {lookup[0]!r} is for the method "ngram", not for "draft_model"')
     draft = config.get("model")
     if draft is None and method == "draft_model":
         draft = hub.DRAFTS.get(target)

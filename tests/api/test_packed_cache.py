@@ -88,3 +88,5 @@ def test_a_folder_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     assert np.array_equal(logits, expected)
     with pytest.raises(InferError, match="packed_cache_dir must be None or a path"):
         LLM(source, packed_cache_dir=3)  # type: ignore[arg-type]
+    with pytest.raises(InferError, match="packed_cache_dir must be None or a path, got an empty one"):
+        LLM(source, packed_cache_dir="")

@@ -73,6 +73,7 @@ def test_a_perfect_draft_model_is_always_right() -> None:
         ({"method": "ngram", "num_draft_tokens": "many"}, "num_draft_tokens"),
         ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 3}, "prompt_lookup_min must be from 1 to"),
         ({"method": "ngram", "model": str(BUNDLED)}, "must be given for the method"),
+        ({"method": "draft_model", "prompt_lookup_max": 3}, "'prompt_lookup_max' is for the method \"ngram\""),
         ("ngram", "a dictionary is needed"),
     ],
 )

@@ -57,9 +57,18 @@ pub fn read_load_format(format: Arg<String>, seed: u64) -> PyResult<Option<u64>>
     }
 }
 
+/// A folder that need not exist.
+fn folder(name: &str, dir: Arg<PathBuf>) -> PyResult<PathBuf> {
+    let dir = dir.get(name, "None or a path")?;
+    if dir.as_os_str().is_empty() {
+        return Err(refusal(format!("{name} must be None or a path, got an empty one")));
+    }
+    Ok(dir)
+}
+
 /// Where packed weights are kept.
 pub fn read_packed_cache(dir: Option<Arg<PathBuf>>) -> PyResult<Option<PathBuf>> {
-    dir.map(|dir| dir.get("packed_cache_dir", "None or a path")).transpose()
+    dir.map(|dir| folder("packed_cache_dir", dir)).transpose()
 }
 
 /// A tenant's salt.
@@ -69,7 +78,7 @@ pub fn salt(value: Option<Arg<String>>) -> PyResult<Option<Arc<str>>> {
 
 /// Where pages go that memory has no room for.
 pub fn read_offload((dir, max_bytes): OffloadArgs) -> PyResult<Offload> {
-    let dir = dir.get("kv_offload_dir", "None or a path")?;
+    let dir = folder("kv_offload_dir", dir)?;
     let max_bytes = max_bytes.positive("kv_offload_max_bytes")? as u64;
     Ok(Offload { dir, max_bytes })
 }
