@@ -40,6 +40,10 @@ impl core::Device for CpuDevice {
         models.any(|model| model.prepare().unwrap_or(false))
     }
 
+    fn share_out(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.model.context().pool.run(tasks, task);
+    }
+
     fn draft(&mut self, batch: &core::Batch, logits: &mut Vec<f32>) -> Result<(), String> {
         self.copy_pages(batch)?;
         let draft = self.draft.as_mut().ok_or("this engine has no draft model")?;

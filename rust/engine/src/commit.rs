@@ -10,6 +10,7 @@ use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
 use crate::logprobs::{TokenLogprob, token_logprobs};
 use crate::metrics::RequestMetrics;
+use crate::params::SamplingParams;
 use crate::planted::{Bug, planted};
 use crate::request::{RequestId, RequestKind};
 use crate::sampler::{SampleError, check};
@@ -45,6 +46,7 @@ impl Core {
                 choices.len()
             );
             self.in_flight.push_front(flight);
+            self.drawn_rows.clear();
             return self.fail(&message, now);
         }
         // A step that was begun while another was computed had the device for itself only afterwards.
@@ -68,6 +70,7 @@ impl Core {
                 self.commit_rows(work, own, chosen, now);
             }
         }
+        self.drawn_rows.clear();
         self.check_invariants();
     }
 
@@ -151,6 +154,7 @@ impl Core {
         let own = |branch: &Branch| branch.drafts.len() - branch.shared;
         let drafted = sequence.drafts.len() + sequence.branches.iter().map(own).sum::<usize>();
         let drafts = Verified::take(sequence, all_wanted);
+        let mut drawn = self.drawn_rows.remove(&id);
         self.count_drafts(id.request, drafted);
         let (mut chosen, mut path) = (0, 0);
         let mut tokens = Vec::new(); // that were chosen, where there are drafts to compare
@@ -158,12 +162,13 @@ impl Core {
             let place = drafts.row(path, chosen);
             let row = logits.chunks_exact(self.config.vocabulary).nth(place).unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
-            let choice = choices.get_mut(place);
-            let token = self.choose(id, row, choice.as_deref(), now)?;
-            let logprobs = match choice {
-                Some(choice) => choice.logprobs.take(),
-                None => self.logprobs(id, row, token),
+            let chosen_by_device =
+                choices.get_mut(place).map(|choice| (choice.token(), choice.logprobs.take()));
+            let (token, logprobs) = match chosen_by_device.or_else(|| drawn.take()) {
+                Some((token, logprobs)) => (token?, logprobs),
+                None => self.draw_row(id, row)?,
             };
+            self.take_token(id, token, now);
             self.advance(id, if chosen == 0 { work.rows - drafts.chain() } else { 1 });
             if chosen > 0 {
                 self.request_metrics(id).accepted_tokens += 1;
@@ -246,30 +251,25 @@ impl Core {
         Ok(())
     }
 
-    fn choose(
+    /// A row's token, and its log-probabilities if they are wanted.
+    fn draw_row(
         &mut self,
         id: SequenceId,
         logits: &[f32],
-        choice: Option<&Choice>,
-        now: Duration,
-    ) -> Result<u32, SampleError> {
+    ) -> Result<(u32, Option<Vec<TokenLogprob>>), SampleError> {
+        let (request, sequence) = (&self.requests[&id.request], &self.sequences[&id]);
+        let params = request.params().expect("only Generate rows are sampled");
+        let (banned, position) = (request.banned(sequence.tokens.output.len()), self.draw_position(sequence));
+        let token =
+            self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
+        Ok((token, params.logprobs.map(|count| self.sampler.logprobs(logits, token, count))))
+    }
+
+    /// Notes a sequence's new token.
+    fn take_token(&mut self, id: SequenceId, token: u32, now: Duration) {
         let request = self.requests.get_mut(&id.request).expect("a sequence has a request");
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
-        let RequestKind::Generate(params) = &request.kind else {
-            unreachable!("only Generate rows are sampled")
-        };
-        let banned = request.banned(sequence.tokens.output.len());
-        let mut position = sequence.tokens.len() as u64;
-        if planted(Bug::SampleDependsOnStep) {
-            position += self.counters.steps;
-        }
-        let token = match choice {
-            Some(choice) => choice.token()?,
-            None => {
-                self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?
-            }
-        };
-        if params.has_penalties() {
+        if request.params().is_some_and(SamplingParams::has_penalties) {
             *sequence.history.output.entry(token).or_default() += 1;
         }
         sequence.tokens.output.push(token);
@@ -290,13 +290,6 @@ impl Core {
             self.counters.histograms.time_to_first_token.add(waited.as_secs_f64());
             self.trace(id.request, TraceKind::FirstToken, now);
         }
-        Ok(token)
-    }
-
-    /// Log-probabilities of a chosen token, if they are wanted.
-    fn logprobs(&mut self, id: SequenceId, logits: &[f32], token: u32) -> Option<Vec<TokenLogprob>> {
-        let count = self.requests[&id.request].params()?.logprobs?;
-        Some(self.sampler.logprobs(logits, token, count))
     }
 
     /// Reports the new token, starts the request's other completions after their first, and ends the completion if it is time.

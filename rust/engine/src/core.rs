@@ -10,6 +10,7 @@ use crate::config::EngineConfig;
 use crate::costs::Costs;
 use crate::draft_round::DraftRound;
 use crate::draw::Changes;
+use crate::draw_rows::{DrawnRow, Samplers};
 use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::journal::{CacheEvent, TraceEvent, TraceKind};
@@ -56,6 +57,9 @@ pub struct Core {
     pub(crate) next_ticket: u64,
     pub(crate) costs: Costs,
     pub(crate) sampler: Sampler,
+    pub(crate) samplers: Samplers,
+    /// Tokens of the step in flight, from [`Core::draw_rows`].
+    pub(crate) drawn_rows: HashMap<SequenceId, DrawnRow>,
     pub(crate) events: Vec<Event>,
     pub(crate) trace: Vec<TraceEvent>,
     pub(crate) counters: EngineMetrics,
@@ -92,6 +96,8 @@ impl Core {
             next_ticket: 0,
             costs: Costs::default(),
             sampler: Sampler::default(),
+            samplers: Samplers::default(),
+            drawn_rows: HashMap::new(),
             events: Vec::new(),
             trace: Vec::new(),
             counters: EngineMetrics::default(),

@@ -45,6 +45,12 @@ pub trait Device: Send {
         false
     }
 
+    /// Computes tasks 0 to `tasks` - 1, in any order, with as many threads as the device computes with: what is left for the engine after
+    /// a step ([`crate::Core::draw_rows`]).
+    fn share_out(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+
     /// Watts that the device took lately while it computed, if it knows.
     fn watts(&self) -> Option<f64> {
         None

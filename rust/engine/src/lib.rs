@@ -34,6 +34,7 @@ mod draft_round;
 mod draft_tree;
 mod draw;
 mod draw_layout;
+mod draw_rows;
 mod driver;
 mod error;
 mod event;

@@ -190,6 +190,9 @@ impl<D: Device> Worker<D> {
         match outcome {
             Ok(Ok(())) => {
                 let choices = self.device.take_choices();
+                if choices.is_empty() {
+                    self.core.draw_rows(&self.logits, &|tasks, task| self.device.share_out(tasks, task));
+                }
                 self.core.commit_choices(&self.logits, choices, now);
             }
             Ok(Err(message)) => self.core.fail(&message, now),

@@ -204,7 +204,13 @@ impl World {
 
     fn finish(&mut self) {
         match self.outcomes.pop_front().expect("a step in flight has an outcome") {
-            Ok((logits, choices)) => self.core.commit_choices(&logits, choices, self.now),
+            Ok((logits, choices)) => {
+                if choices.is_empty() && self.steps % 2 == 1 {
+                    // In another order than they are committed in.
+                    self.core.draw_rows(&logits, &|tasks, task| (0..tasks).rev().for_each(task));
+                }
+                self.core.commit_choices(&logits, choices, self.now);
+            }
             Err(message) => self.core.fail(&message, self.now),
         }
         self.steps += 1;
