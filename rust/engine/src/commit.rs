@@ -6,6 +6,7 @@ use crate::batch::Scheduled;
 use crate::core::Core;
 use crate::draft_tree::{Branch, Verified};
 use crate::draw::{Changes, Choice};
+use crate::draw_rows::DrawnRows;
 use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
 use crate::logprobs::{TokenLogprob, token_logprobs};
@@ -46,7 +47,7 @@ impl Core {
                 choices.len()
             );
             self.in_flight.push_front(flight);
-            self.drawn_rows.clear();
+            self.drawn = DrawnRows::default();
             return self.fail(&message, now);
         }
         // A step that was begun while another was computed had the device for itself only afterwards.
@@ -70,7 +71,7 @@ impl Core {
                 self.commit_rows(work, own, chosen, now);
             }
         }
-        self.drawn_rows.clear();
+        self.drawn = DrawnRows::default();
         self.check_invariants();
     }
 
@@ -154,7 +155,7 @@ impl Core {
         let own = |branch: &Branch| branch.drafts.len() - branch.shared;
         let drafted = sequence.drafts.len() + sequence.branches.iter().map(own).sum::<usize>();
         let drafts = Verified::take(sequence, all_wanted);
-        let mut drawn = self.drawn_rows.remove(&id);
+        let mut drawn = self.drawn.tokens.remove(&id);
         self.count_drafts(id.request, drafted);
         let (mut chosen, mut path) = (0, 0);
         let mut tokens = Vec::new(); // that were chosen, where there are drafts to compare
@@ -237,14 +238,15 @@ impl Core {
                 EventKind::Logits(logits.to_vec())
             }
             RequestKind::Generate(params) => {
-                logits.chunks_exact(vocabulary).try_for_each(check)?;
-                let count = params.prompt_logprobs.unwrap_or(0);
-                let next = request.prompt[first + 1..].iter();
-                let rows = logits.chunks_exact(vocabulary).zip(next);
-                let scratch = &mut self.sampler.scratch;
-                EventKind::PromptLogprobs(
-                    rows.map(|(row, &token)| token_logprobs(row, token, count, scratch)).collect(),
-                )
+                let told = self.drawn.prompts.remove(&id).unwrap_or_else(|| {
+                    logits.chunks_exact(vocabulary).try_for_each(check)?;
+                    let count = params.prompt_logprobs.unwrap_or(0);
+                    let next = request.prompt[first + 1..].iter();
+                    let rows = logits.chunks_exact(vocabulary).zip(next);
+                    let scratch = &mut self.sampler.scratch;
+                    Ok(rows.map(|(row, &token)| token_logprobs(row, token, count, scratch)).collect())
+                });
+                EventKind::PromptLogprobs(told?)
             }
         };
         self.emit(id.request, kind);

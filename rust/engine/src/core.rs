@@ -10,7 +10,7 @@ use crate::config::EngineConfig;
 use crate::costs::Costs;
 use crate::draft_round::DraftRound;
 use crate::draw::Changes;
-use crate::draw_rows::{DrawnRow, Samplers};
+use crate::draw_rows::{DrawnRows, Samplers};
 use crate::error::{EngineError, refuse};
 use crate::event::{Event, EventKind, Finish, FinishReason};
 use crate::journal::{CacheEvent, TraceEvent, TraceKind};
@@ -58,8 +58,8 @@ pub struct Core {
     pub(crate) costs: Costs,
     pub(crate) sampler: Sampler,
     pub(crate) samplers: Samplers,
-    /// Tokens of the step in flight, from [`Core::draw_rows`].
-    pub(crate) drawn_rows: HashMap<SequenceId, DrawnRow>,
+    /// Of the step in flight, from [`Core::draw_rows`].
+    pub(crate) drawn: DrawnRows,
     pub(crate) events: Vec<Event>,
     pub(crate) trace: Vec<TraceEvent>,
     pub(crate) counters: EngineMetrics,
@@ -97,7 +97,7 @@ impl Core {
             costs: Costs::default(),
             sampler: Sampler::default(),
             samplers: Samplers::default(),
-            drawn_rows: HashMap::new(),
+            drawn: DrawnRows::default(),
             events: Vec::new(),
             trace: Vec::new(),
             counters: EngineMetrics::default(),

@@ -1,15 +1,16 @@
-//! Tokens of a step drawn at once, by as many threads as the device computes with: a row of 128,000 logits takes a thread up to a
+//! Tokens of a step drawn at once, and log-probabilities of prompts, by as many threads as the device computes with: a row of 128,000 logits takes a thread up to a
 //! millisecond (`top_p` of a flat distribution), which with many rows is a large part of a step. A draw depends on its row and its own
 //! sequence alone, so nobody can tell who drew, or when. (Llama 1B in Q4_0, 16 sequences, two threads: 439 tokens a second of 369 with
 //! `top_p`, greedily no difference that can be measured; `benches/sampling.py`.)
 
+use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::core::Core;
 use crate::logprobs::TokenLogprob;
 use crate::params::SamplingParams;
 use crate::planted::{Bug, planted};
-use crate::sampler::{SampleError, Sampler, TokenHistory};
+use crate::sampler::{SampleError, Sampler, TokenHistory, check};
 use crate::sequence::{Sequence, SequenceId};
 
 /// Computes so many tasks, by their numbers, in any order.
@@ -17,6 +18,24 @@ pub type ShareOut<'a> = &'a dyn Fn(usize, &(dyn Fn(usize) + Sync));
 
 /// What was drawn from a row.
 pub(crate) type DrawnRow = (Result<u32, SampleError>, Option<Vec<TokenLogprob>>);
+
+/// The log-probabilities of a prompt's tokens.
+pub(crate) type PromptLogprobs = Result<Vec<Vec<TokenLogprob>>, SampleError>;
+
+/// A row of a prompt, the token behind it, and how many others are wanted.
+struct PromptRow<'a> {
+    id: SequenceId,
+    logits: &'a [f32],
+    token: u32,
+    count: u32,
+}
+
+impl PromptRow<'_> {
+    fn logprobs(&self, sampler: &mut Sampler) -> Result<Vec<TokenLogprob>, SampleError> {
+        check(self.logits)?;
+        Ok(sampler.logprobs(self.logits, self.token, self.count))
+    }
+}
 
 /// A row that gives its sequence one token.
 struct Row<'a> {
@@ -39,37 +58,58 @@ impl Row<'_> {
 }
 
 impl Core {
-    /// Draws tokens from logits that are about to be committed, all of the batch's, where sequences have one row each: what
-    /// [`Core::commit`] would draw, one after the other.
+    /// Draws tokens from logits that are about to be committed, all of the batch's, where sequences have one row each, and computes what
+    /// is wanted of prompts: what [`Core::commit`] would do, one after the other.
     pub fn draw_rows(&mut self, logits: &[f32], share_out: ShareOut<'_>) {
-        self.drawn_rows.clear();
-        let rows = self.single_rows(logits);
-        if rows.len() < 2 {
+        self.drawn = DrawnRows::default();
+        let (rows, prompts) = self.rows(logits);
+        if rows.len() + prompts.len() < 2 {
             return;
         }
-        let outcomes: Vec<OnceLock<DrawnRow>> = rows.iter().map(|_| OnceLock::new()).collect();
+        let drawn: Vec<OnceLock<DrawnRow>> = rows.iter().map(|_| OnceLock::new()).collect();
+        let told: Vec<OnceLock<_>> = prompts.iter().map(|_| OnceLock::new()).collect();
         let samplers = || self.samplers.lock().unwrap_or_else(PoisonError::into_inner);
-        share_out(rows.len(), &|index| {
+        share_out(rows.len() + prompts.len(), &|index| {
             let mut sampler = samplers().pop().unwrap_or_default();
-            outcomes[index].get_or_init(|| rows[index].draw(&mut sampler));
+            match index.checked_sub(rows.len()) {
+                None => drop(drawn[index].set(rows[index].draw(&mut sampler))),
+                Some(index) => drop(told[index].set(prompts[index].logprobs(&mut sampler))),
+            }
             samplers().push(sampler);
         });
-        let ids: Vec<SequenceId> = rows.iter().map(|row| row.id).collect();
-        let drawn = ids.into_iter().zip(outcomes);
-        self.drawn_rows = drawn.filter_map(|(id, outcome)| Some((id, outcome.into_inner()?))).collect();
+        let ids = rows.iter().map(|row| row.id);
+        let tokens = ids.zip(drawn).filter_map(|(id, row)| Some((id, row.into_inner()?))).collect();
+        let mut all: HashMap<SequenceId, PromptLogprobs> = HashMap::new();
+        for (row, outcome) in prompts.iter().zip(told) {
+            let own = all.entry(row.id).or_insert(Ok(Vec::new()));
+            match (outcome.into_inner(), own.as_mut()) {
+                (Some(Ok(logprobs)), Ok(own)) => own.push(logprobs),
+                (Some(Err(error)), Ok(_)) => *own = Err(error),
+                (_, Err(_)) | (None, _) => {}
+            }
+        }
+        self.drawn = DrawnRows { tokens, prompts: all };
     }
 
-    fn single_rows<'a>(&'a self, logits: &'a [f32]) -> Vec<Row<'a>> {
-        let (vocabulary, mut rest, mut rows) = (self.config.vocabulary, logits, Vec::new());
+    fn rows<'a>(&'a self, logits: &'a [f32]) -> (Vec<Row<'a>>, Vec<PromptRow<'a>>) {
+        let (vocabulary, mut rest) = (self.config.vocabulary, logits);
+        let (mut rows, mut prompts) = (Vec::new(), Vec::new());
         for work in self.in_flight.front().into_iter().flat_map(|flight| &flight.scheduled) {
             let Some((own, others)) = rest.split_at_checked(work.logit_rows() * vocabulary) else { break };
             rest = others;
-            let (Some(sequence), 1) = (self.sequences.get(&work.id), work.samples()) else { continue };
-            let request = &self.requests[&work.id.request];
-            if let Some(params) = request.params().filter(|_| sequence.drafts.is_empty()) {
+            let (request, sequence) = (&self.requests.get(&work.id.request), self.sequences.get(&work.id));
+            let (Some(request), Some(sequence)) = (request, sequence) else { continue };
+            let Some(params) = request.params() else { continue };
+            let (prompt, sampled) = own.split_at(work.prompt_rows * vocabulary);
+            let tokens = request.prompt.iter().skip(sequence.delivered + 1);
+            prompts.extend(prompt.chunks_exact(vocabulary).zip(tokens).map(|(logits, &token)| {
+                let count = params.prompt_logprobs.unwrap_or(0);
+                PromptRow { id: work.id, logits, token, count }
+            }));
+            if work.samples() == 1 && sequence.drafts.is_empty() {
                 rows.push(Row {
                     id: work.id,
-                    logits: &own[work.prompt_rows * vocabulary..],
+                    logits: sampled,
                     params,
                     history: &sequence.history,
                     banned: request.banned(sequence.tokens.output.len()),
@@ -78,7 +118,7 @@ impl Core {
                 });
             }
         }
-        rows
+        (rows, prompts)
     }
 
     /// The position that a sequence's next token is drawn for.
@@ -90,3 +130,10 @@ impl Core {
 
 /// Working memory of threads that draw.
 pub(crate) type Samplers = Mutex<Vec<Sampler>>;
+
+/// What was drawn and computed before a step is committed.
+#[derive(Debug, Default)]
+pub(crate) struct DrawnRows {
+    pub tokens: HashMap<SequenceId, DrawnRow>,
+    pub prompts: HashMap<SequenceId, PromptLogprobs>,
+}
