@@ -1,7 +1,7 @@
-//! Tokens of a step drawn at once, and log-probabilities of prompts, by as many threads as the device computes with: a row of 128,000 logits takes a thread up to a
-//! millisecond (`top_p` of a flat distribution), which with many rows is a large part of a step. A draw depends on its row and its own
-//! sequence alone, so nobody can tell who drew, or when. (Llama 1B in Q4_0, 16 sequences, two threads: 439 tokens a second of 369 with
-//! `top_p`, greedily no difference that can be measured; `benches/sampling.py`.)
+//! Tokens of a step drawn at once, and log-probabilities of prompts computed, by as many threads as the device computes with: a row of
+//! 128,000 logits takes a thread up to a millisecond (`top_p` of a flat distribution), which with many rows is a large part of a step.
+//! A draw depends on its row and its own sequence alone, so nobody can tell who drew, or when. (Llama 1B in Q4_0, 16 sequences, two
+//! threads: 439 tokens a second of 369 with `top_p`, greedily no difference that can be measured; `benches/sampling.py`.)
 
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
