@@ -240,6 +240,11 @@ class FusedSteps:
     plans: AttentionPlans
     _attention: dict[int, AttentionPlan]
 
+    @property
+    def _any_plan(self) -> AttentionPlan:
+        """Return one of the step's plans, which say alike whether anything but decode attention runs."""
+        return next(iter(self._attention.values()))
+
     def _rows(self, launch: Launch, place: Place) -> Rows:
         raise AssertionError(f"{type(self).__name__} has buffers")
 
@@ -349,8 +354,7 @@ class FusedSteps:
         norms = [0 if norm is None else self._weights.vectors[norm][0] for norm in (query_norm, key_norm)]
         rows, pages = self._rows(launch, qkv), self.pages.layers[layer]
         table, heads = self._table(rope, style), self._constants["heads"]
-        plan = next(iter(self._attention.values()))
-        self._operations.rope_write_kv(launch.inputs, rows, pages, heads, table, *norms, epsilon, plan)
+        self._operations.rope_write_kv(launch.inputs, rows, pages, heads, table, *norms, epsilon, self._any_plan)
 
     def norm_qkv(
         self,
@@ -369,5 +373,4 @@ class FusedSteps:
         source, rows, scratch = (self._rows(launch, place) for place in (input, qkv, normed))
         matrix, pages, table = self._weights.matrices[weight], self.pages.layers[layer], self._weights.rope(rope, style)
         pointer, heads = self._weights.vectors[norm][0], self._constants["heads"]
-        plan = next(iter(self._attention.values()))  # all say alike whether anything but decode attention runs
-        self._operations.qkv(launch.inputs, source, rows, matrix, pages, heads, table, pointer, epsilon, scratch, plan)
+        self._operations.qkv(launch.inputs, source, rows, matrix, pages, heads, table, pointer, epsilon, scratch, self._any_plan)

@@ -6,15 +6,15 @@ use crate::batch::Scheduled;
 use crate::core::Core;
 use crate::draft_tree::{Branch, Verified};
 use crate::draw::{Changes, Choice};
-use crate::draw_rows::DrawnRows;
+use crate::draw_rows::{DrawnRow, DrawnRows, PromptLogprobs};
 use crate::event::{EventKind, Finish, FinishReason, StopReason};
 use crate::journal::TraceKind;
-use crate::logprobs::{TokenLogprob, token_logprobs};
+use crate::logprobs::TokenLogprob;
 use crate::metrics::RequestMetrics;
 use crate::params::SamplingParams;
 use crate::planted::{Bug, planted};
 use crate::request::{RequestId, RequestKind};
-use crate::sampler::{SampleError, check};
+use crate::sampler::SampleError;
 use crate::sequence::SequenceId;
 use crate::text::TextStep;
 
@@ -163,12 +163,9 @@ impl Core {
             let place = drafts.row(path, chosen);
             let row = logits.chunks_exact(self.config.vocabulary).nth(place).unwrap_or_default();
             // Rows that gave NaN are not named: nobody should find their keys and values.
-            let chosen_by_device =
-                choices.get_mut(place).map(|choice| (choice.token(), choice.logprobs.take()));
-            let (token, logprobs) = match chosen_by_device.or_else(|| drawn.take()) {
-                Some((token, logprobs)) => (token?, logprobs),
-                None => self.draw_row(id, row)?,
-            };
+            let device = choices.get_mut(place).map(|choice| (choice.token(), choice.logprobs.take()));
+            let (token, logprobs) = device.or_else(|| drawn.take()).unwrap_or_else(|| self.draw_row(id, row));
+            let token = token?;
             self.take_token(id, token, now);
             self.advance(id, if chosen == 0 { work.rows - drafts.chain() } else { 1 });
             if chosen > 0 {
@@ -226,45 +223,37 @@ impl Core {
         if logits.is_empty() {
             return Ok(());
         }
-        let vocabulary = self.config.vocabulary;
+        let drawn = self.drawn.prompts.remove(&id);
+        let told = drawn.unwrap_or_else(|| self.prompt_logprobs(id, logits));
         let request = &self.requests[&id.request];
         let sequence = self.sequences.get_mut(&id).expect("a committed sequence exists");
-        let first = sequence.delivered;
-        sequence.delivered += logits.len() / vocabulary;
+        sequence.delivered += logits.len() / self.config.vocabulary;
         let kind = match &request.kind {
             RequestKind::Logits => {
                 sequence.blocked =
                     sequence.delivered < request.prompt.len() && !planted(Bug::BlockedConsumerIsOverrun);
                 EventKind::Logits(logits.to_vec())
             }
-            RequestKind::Generate(params) => {
-                let told = self.drawn.prompts.remove(&id).unwrap_or_else(|| {
-                    logits.chunks_exact(vocabulary).try_for_each(check)?;
-                    let count = params.prompt_logprobs.unwrap_or(0);
-                    let next = request.prompt[first + 1..].iter();
-                    let rows = logits.chunks_exact(vocabulary).zip(next);
-                    let scratch = &mut self.sampler.scratch;
-                    Ok(rows.map(|(row, &token)| token_logprobs(row, token, count, scratch)).collect())
-                });
-                EventKind::PromptLogprobs(told?)
+            RequestKind::Generate(_) => {
+                EventKind::PromptLogprobs(told.into_iter().collect::<Result<_, _>>()?)
             }
         };
         self.emit(id.request, kind);
         Ok(())
     }
 
-    /// A row's token, and its log-probabilities if they are wanted.
-    fn draw_row(
-        &mut self,
-        id: SequenceId,
-        logits: &[f32],
-    ) -> Result<(u32, Option<Vec<TokenLogprob>>), SampleError> {
-        let (request, sequence) = (&self.requests[&id.request], &self.sequences[&id]);
-        let params = request.params().expect("only Generate rows are sampled");
-        let (banned, position) = (request.banned(sequence.tokens.output.len()), self.draw_position(sequence));
-        let token =
-            self.sampler.sample(logits, params, &sequence.history, banned, sequence.seed, position)?;
-        Ok((token, params.logprobs.map(|count| self.sampler.logprobs(logits, token, count))))
+    fn draw_row(&mut self, id: SequenceId, logits: &[f32]) -> DrawnRow {
+        let mut sampler = std::mem::take(&mut self.sampler);
+        let drawn = self.row_of(id, logits).expect("only Generate rows are sampled").draw(&mut sampler);
+        self.sampler = sampler;
+        drawn
+    }
+
+    fn prompt_logprobs(&mut self, id: SequenceId, logits: &[f32]) -> Vec<PromptLogprobs> {
+        let mut sampler = std::mem::take(&mut self.sampler);
+        let told = self.rows_of_prompt(id, logits).iter().map(|row| row.logprobs(&mut sampler)).collect();
+        self.sampler = sampler;
+        told
     }
 
     /// Notes a sequence's new token.

@@ -57,7 +57,7 @@ pub struct Sampler {
     weights: Vec<f32>,
     candidates: Vec<Candidate>,
     cutter: Cutter,
-    pub(crate) scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Sampler {

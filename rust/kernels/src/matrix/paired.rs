@@ -1,9 +1,9 @@
 //! Int8 panels, two at a time, times tiles of many rows. Where a processor multiplies bytes as fast as it loads them (Zen 5 has two of
 //! each in a cycle), one panel waits for its activations: with two, each is loaded once for both. Sums are those of `integer`, bit for bit.
 //! (512 rows of Q8_0 on Zen 5: 10 to 12 % more, a whole prompt 4 to 7 %. Up to 16 rows wait for memory, which gives one stream of weights more
-//! than two; and panels of Int4, whose weights are a quarter of the loads, gained nothing in whole prompts. Alone in
-//! a loop of assembly, from the nearest cache, six rows and two of those take 58 cycles a group where eight rows and one take 44, 0.91 and 0.81 TOP/s of the core's 1.10; but
-//! as a kernel, spans of groups in assembly too, 0.84 and 0.83 with 48 rows, and less than one with 16 rows from memory.)
+//! than two; and panels of Int4, whose weights are a quarter of the loads, gained nothing in whole prompts. Alone in a loop of assembly,
+//! from the nearest cache, six rows and two of those take 58 cycles a group where eight rows and one take 44, 0.91 and 0.81 TOP/s of the
+//! core's 1.10; but as a kernel, spans of groups in assembly too, 0.84 and 0.83 with 48 rows, and less than one with 16 rows from memory.)
 
 use super::activations::IntegerTile;
 use super::ahead::{AHEAD, NextPanel};
