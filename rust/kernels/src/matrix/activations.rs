@@ -28,30 +28,33 @@ pub(crate) struct Tiles {
     full: usize,
     least: usize, // widths of the last tile
     most: usize,
+    side: usize, // groups of a row of bytes that lie side by side, before the next row's
 }
 
 impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
         let full = if isa >= Isa::Avx512 { 8 } else { 4 };
-        Tiles { rows, full, least: 1, most: full }
+        Tiles { rows, full, least: 1, most: full, side: 1 }
     }
 
     /// Tiles of six rows for [`PairedLinear`](super::PairedLinear), so that registers hold the sums of both panels; the last one of four, six
     /// or eight. (A last tile of two rows would take as long as 20 rows.)
     pub(crate) fn for_two_panels(rows: usize) -> Tiles {
-        Tiles { rows, full: 6, least: 4, most: 8 }
+        Tiles { rows, full: 6, least: 4, most: 8, side: 1 }
     }
 
-    /// Tiles for a matrix unit, all of 16 rows.
-    pub(crate) fn full(rows: usize) -> Tiles {
-        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS }
+    /// Tiles for a matrix unit, all of 16 rows: of bytes, one group's after the other's, or `pairs` of them side by side, for a unit that
+    /// adds both.
+    pub(crate) fn full(rows: usize, pairs: bool) -> Tiles {
+        let side = if pairs { 2 } else { 1 };
+        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS, side }
     }
 
     /// Tiles for a matrix unit, all of one width.
     pub(crate) fn alike(rows: usize) -> Tiles {
         let full = rows.next_power_of_two().min(TILE_ROWS);
-        Tiles { rows, full, least: full, most: full }
+        Tiles { rows, full, least: full, most: full, side: 1 }
     }
 
     /// Number of tiles.
@@ -76,6 +79,12 @@ impl Tiles {
             rows if rows > self.full => self.most,
             rows => rows.next_power_of_two().min(self.full).max(self.least),
         }
+    }
+
+    /// Where the bytes of a group and row of a tile lie, in groups.
+    #[inline(always)]
+    fn at(self, tile: usize, group: usize, row: usize) -> usize {
+        (group / self.side * self.width(tile) + row) * self.side + group % self.side
     }
 
     /// Rows of all tiles, those of zeros included.
@@ -175,7 +184,7 @@ pub(crate) struct IntegerTiles<'a> {
     pub(crate) rounding: Rounding,
 }
 
-/// One of them. Everything is (groups, width of the tile).
+/// One of them. Everything is (groups, width of the tile), or bytes (pairs of groups, width, 2).
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// The values: an activation is its byte times its scale.

@@ -120,7 +120,8 @@ fn linear_by(
             });
         }
         Way::ByteTiles(rounding) => {
-            let input = memory.quantize(context, input, rounding, Tiles::full(rows));
+            let input =
+                memory.quantize(context, input, rounding, Tiles::full(rows, weight.layout().shares_scales()));
             over_panels(context, weight, rows, |weight, panels| {
                 isa.dispatch_tiles(ByteTiles { weight, input, output, panels });
             });

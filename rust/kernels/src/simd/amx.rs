@@ -96,16 +96,18 @@ pub(super) unsafe fn release() {
 /// As there, and AMX is available.
 #[inline(always)]
 pub(super) unsafe fn multiply_bytes<const T: usize>(
+    shape: TileShape,
     input: [*const u8; T],
     weights: [*const u8; 2],
+    steps: usize,
     sums: &mut [[TileSums<i32>; T]; 2],
 ) {
     let sums = sums.as_mut_ptr().cast::<u8>();
     // SAFETY: the caller's promise.
     unsafe {
         match T {
-            1 => bytes_one_by_two(input[0], weights, sums),
-            2 => bytes_two_by_two([input[0], input[T - 1]], weights, sums),
+            1 => bytes_one_by_two(shape, input[0], weights, steps, sums),
+            2 => bytes_two_by_two(shape, [input[0], input[T - 1]], weights, steps, sums),
             _ => unreachable!("one tile of input or two"),
         }
     }
@@ -116,26 +118,40 @@ pub(super) unsafe fn multiply_bytes<const T: usize>(
 /// # Safety
 /// As for [`multiply_bytes`].
 #[inline(always)]
-unsafe fn bytes_one_by_two(input: *const u8, weights: [*const u8; 2], sums: *mut u8) {
+unsafe fn bytes_one_by_two(
+    shape: TileShape,
+    input: *const u8,
+    weights: [*const u8; 2],
+    steps: usize,
+    sums: *mut u8,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
-            "tileloadd tmm4, [{input} + {half}*1]",
+            "2:",
+            "tileloadd tmm4, [{input} + {stride}*1]",
             "tileloadd tmm6, [{first} + {line}*1]",
             "tdpbssd tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{second} + {line}*1]",
             "tdpbssd tmm1, tmm4, tmm7",
+            "add {input}, {step}",
+            "add {first}, {step}",
+            "add {second}, {step}",
+            "dec {steps}",
+            "jnz 2b",
             "tilestored [{sums} + {line}*1], tmm0",
             "tilestored [{sums} + {line}*1 + 1024], tmm1",
-            input = in(reg) input,
-            first = in(reg) weights[0],
-            second = in(reg) weights[1],
+            input = inout(reg) input => _,
+            first = inout(reg) weights[0] => _,
+            second = inout(reg) weights[1] => _,
+            steps = inout(reg) steps => _,
             sums = in(reg) sums,
             line = in(reg) LINE,
-            half = in(reg) LINE / 2,
-            options(nostack, preserves_flags)
+            stride = in(reg) shape.input_stride(),
+            step = in(reg) TILE_ROWS * shape.input_stride(),
+            options(nostack)
         );
     }
 }
@@ -145,7 +161,13 @@ unsafe fn bytes_one_by_two(input: *const u8, weights: [*const u8; 2], sums: *mut
 /// # Safety
 /// As for [`multiply_bytes`].
 #[inline(always)]
-unsafe fn bytes_two_by_two(input: [*const u8; 2], weights: [*const u8; 2], sums: *mut u8) {
+unsafe fn bytes_two_by_two(
+    shape: TileShape,
+    input: [*const u8; 2],
+    weights: [*const u8; 2],
+    steps: usize,
+    sums: *mut u8,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
@@ -153,26 +175,35 @@ unsafe fn bytes_two_by_two(input: [*const u8; 2], weights: [*const u8; 2], sums:
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
+            "2:",
             "tileloadd tmm6, [{first} + {line}*1]",
-            "tileloadd tmm4, [{upper} + {half}*1]",
+            "tileloadd tmm4, [{upper} + {stride}*1]",
             "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{lower} + {half}*1]",
+            "tileloadd tmm5, [{lower} + {stride}*1]",
             "tdpbssd tmm1, tmm5, tmm6",
             "tileloadd tmm7, [{second} + {line}*1]",
             "tdpbssd tmm2, tmm4, tmm7",
             "tdpbssd tmm3, tmm5, tmm7",
+            "add {upper}, {step}",
+            "add {lower}, {step}",
+            "add {first}, {step}",
+            "add {second}, {step}",
+            "dec {steps}",
+            "jnz 2b",
             "tilestored [{sums} + {line}*1], tmm0",
             "tilestored [{sums} + {line}*1 + 1024], tmm1",
             "tilestored [{sums} + {line}*1 + 2048], tmm2",
             "tilestored [{sums} + {line}*1 + 3072], tmm3",
-            upper = in(reg) input[0],
-            lower = in(reg) input[1],
-            first = in(reg) weights[0],
-            second = in(reg) weights[1],
+            upper = inout(reg) input[0] => _,
+            lower = inout(reg) input[1] => _,
+            first = inout(reg) weights[0] => _,
+            second = inout(reg) weights[1] => _,
+            steps = inout(reg) steps => _,
             sums = in(reg) sums,
             line = in(reg) LINE,
-            half = in(reg) LINE / 2,
-            options(nostack, preserves_flags)
+            stride = in(reg) shape.input_stride(),
+            step = in(reg) TILE_ROWS * shape.input_stride(),
+            options(nostack)
         );
     }
 }

@@ -448,11 +448,12 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         shape: TileShape,
         input: [*const u8; T],
         weights: [*const u8; 2],
+        steps: usize,
         sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         match AMX {
-            true => hardware!(amx::multiply_bytes::<T>(input, weights, sums)),
-            false => hardware!(tiles::multiply_bytes_ref(shape, input, weights, sums)),
+            true => hardware!(amx::multiply_bytes::<T>(shape, input, weights, steps, sums)),
+            false => hardware!(tiles::multiply_bytes_ref(shape, input, weights, steps, sums)),
         }
     }
     #[inline(always)]

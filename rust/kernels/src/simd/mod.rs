@@ -305,20 +305,21 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Gives the matrix unit back.
     #[inline(always)]
     fn stop_tiles(self) {}
-    /// See [`MatrixUnit::bytes`]: input rows lie 32 bytes apart.
+    /// See [`MatrixUnit::bytes`].
     ///
     /// # Safety
-    /// The matrix unit is prepared for this shape, and so much input and weights can be read.
+    /// The matrix unit is prepared for this shape, and so much input and weights can be read; there is a step.
     #[inline(always)]
     unsafe fn multiply_bytes<const T: usize>(
         self,
         shape: TileShape,
         input: [*const u8; T],
         weights: [*const u8; 2],
+        steps: usize,
         sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         // SAFETY: the caller's promise.
-        unsafe { tiles::multiply_bytes_ref(shape, input, weights, sums) }
+        unsafe { tiles::multiply_bytes_ref(shape, input, weights, steps, sums) }
     }
     /// See [`MatrixUnit::bf16`].
     ///
