@@ -64,7 +64,8 @@ class Sessions(Calls):
         Raises
         ------
         InferError
-            If the model's file was changed before all of its weights were read: what was computed may be another model's.
+            If the model's file was changed before all of its weights were read: what was computed may be another model's; if
+            `path` is there already and not a regular file, or cannot be written.
         """
         token_ids = Tokenizer(self._tokenizer()).encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.save_session(path, token_ids, cache_salt)

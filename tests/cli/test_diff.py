@@ -53,7 +53,11 @@ def test_two_models(infer_cli: Cli) -> None:
 
 
 def test_what_no_way_is(infer_cli: Cli) -> None:
-    for wrong, words in (("devise=cuda", "--first: "), ("device", "--first: 'device' is no NAME=VALUE"), ("device=tpu", "tpu")):
+    for wrong, words in (
+        ("devise=cuda", "--first: 'devise' is no option of LLM; did you mean 'device'?"),
+        ("device", "--first: 'device' is no NAME=VALUE"),
+        ("device=tpu", "tpu"),
+    ):
         done = infer_cli("diff", "--first", wrong)
         assert done.returncode == 1
         assert words in done.stderr and "Traceback" not in done.stderr

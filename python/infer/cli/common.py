@@ -83,10 +83,7 @@ def changed(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
     """Change some fields by their names, as users write them."""
     known = _fields(params)
     for name in changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ";"
-            raise InferError(f"--param: {name!r} is no sampling parameter{meant} known: {', '.join(known)}")
+        check_known(name, known, "--param", "sampling parameter")
     bias = changes.get("logit_bias")
     if isinstance(bias, dict):  # JSON has no keys but strings
         changes = {**changes, "logit_bias": {int(key) if key.isdecimal() else key: value for key, value in bias.items()}}
@@ -94,6 +91,14 @@ def changed(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
         return params.replace(**changes)
     except TypeError as error:  # a value of another type
         raise InferError(f"sampling parameters: {error}") from error
+
+
+def check_known(name: str, known: list[str], option: str, what: str) -> None:
+    """Refuse a name that an option's value cannot have, and say which one may be meant."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ";"
+        raise InferError(f"{option}: {name!r} is no {what}{meant} known: {', '.join(known)}")
 
 
 def _fields(params: SamplingParams) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infer import LLM, InferError, SamplingParams
-from infer.cli.common import JsonOption, MaxTokensOption, ParamOption, parameter, print_json
+from infer.cli.common import JsonOption, MaxTokensOption, ParamOption, check_known, parameter, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +60,10 @@ def diff(
 
 
 def _options(side: str, texts: ParamOption, usual: dict[str, Any]) -> dict[str, Any]:
-    return dict(parameter(text, side, "dtype=float32") for text in texts) if texts else usual
+    options = dict(parameter(text, side, "dtype=float32") for text in texts) if texts else usual
+    for name in options:
+        check_known(name, sorted(inspect.signature(LLM).parameters), side, "option of LLM")
+    return options
 
 
 def _computed(

@@ -57,7 +57,10 @@ impl ByteTiles<'_> {
         let unit = MatrixUnit::new(simd, TileShape { rows: TILE_ROWS, bytes });
         let (weight, input, integers) = (self.weight, self.input, [Integers::new(), Integers::new()]);
         let span = input.rounding.span;
-        debug_assert!(BLOCK.is_multiple_of(span) && (!SHARED || KEPT.is_multiple_of(span)), "{span}");
+        debug_assert!(
+            BLOCK.is_multiple_of(span) && (!SHARED || (span * GROUP).is_multiple_of(PAIR)),
+            "{span}"
+        );
         let kept = Kept { exact: [TileSums::default(); 4 * KEPT], inner: [TileSums::default(); 4] };
         let kernel = Multiply::<S, PARTS, MINIMA, SHARED> { unit, weight, input, span, integers, kept };
         let work = Work { weight, tiles: input.tiles, output: self.output, panels: self.panels };
@@ -266,8 +269,8 @@ impl<const PARTS: usize, const MINIMA: bool> Meeting<'_, PARTS, MINIMA> {
     fn add_shared<S: Simd>(&self, simd: S, part: usize, exact: &TileSums<i32>, sums: &mut TileSums<f32>) {
         let scale = simd.load(&self.integers.scales[part][0]);
         let mut inner = [scale; TILE_ROWS];
-        for t in 0..TILE_ROWS {
-            inner[t] = simd.mul(simd.to_f32(simd.load_i32(&exact.0[t])), scale);
+        for (inner, exact) in inner.iter_mut().zip(&exact.0) {
+            *inner = simd.mul(simd.to_f32(simd.load_i32(exact)), scale);
         }
         self.complete(simd, part, inner, sums);
     }
