@@ -61,8 +61,9 @@ def diff(
 
 def _options(side: str, texts: ParamOption, usual: dict[str, Any]) -> dict[str, Any]:
     options = dict(parameter(text, side, "dtype=float32") for text in texts) if texts else usual
+    known = sorted(inspect.signature(LLM).parameters)
     for name in options:
-        check_known(name, sorted(inspect.signature(LLM).parameters), side, "option of LLM")
+        check_known(name, known, side, "option of LLM")
     return options
 
 

@@ -28,33 +28,32 @@ pub(crate) struct Tiles {
     full: usize,
     least: usize, // widths of the last tile
     most: usize,
-    side: usize, // groups of a row of bytes that lie side by side, before the next row's
+    pairs: bool, // two groups of a row of bytes lie side by side, before the next row's
 }
 
 impl Tiles {
     /// Tiles for `rows` rows, of as many rows as the instruction set's registers can accumulate at once.
     pub(crate) fn new(isa: Isa, rows: usize) -> Tiles {
         let full = if isa >= Isa::Avx512 { 8 } else { 4 };
-        Tiles { rows, full, least: 1, most: full, side: 1 }
+        Tiles { rows, full, least: 1, most: full, pairs: false }
     }
 
     /// Tiles of six rows for [`PairedLinear`](super::PairedLinear), so that registers hold the sums of both panels; the last one of four, six
     /// or eight. (A last tile of two rows would take as long as 20 rows.)
     pub(crate) fn for_two_panels(rows: usize) -> Tiles {
-        Tiles { rows, full: 6, least: 4, most: 8, side: 1 }
+        Tiles { rows, full: 6, least: 4, most: 8, pairs: false }
     }
 
     /// Tiles for a matrix unit, all of 16 rows: of bytes, one group's after the other's, or `pairs` of them side by side, for a unit that
     /// adds both.
     pub(crate) fn full(rows: usize, pairs: bool) -> Tiles {
-        let side = if pairs { 2 } else { 1 };
-        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS, side }
+        Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS, pairs }
     }
 
     /// Tiles for a matrix unit, all of one width.
     pub(crate) fn alike(rows: usize) -> Tiles {
         let full = rows.next_power_of_two().min(TILE_ROWS);
-        Tiles { rows, full, least: full, most: full, side: 1 }
+        Tiles { rows, full, least: full, most: full, pairs: false }
     }
 
     /// Number of tiles.
@@ -81,10 +80,13 @@ impl Tiles {
         }
     }
 
-    /// Where the bytes of a group and row of a tile lie, in groups.
+    /// Where the bytes of a group and row lie in a tile of so many rows, in groups.
     #[inline(always)]
-    fn at(self, tile: usize, group: usize, row: usize) -> usize {
-        (group / self.side * self.width(tile) + row) * self.side + group % self.side
+    fn at(self, width: usize, group: usize, row: usize) -> usize {
+        match self.pairs {
+            true => (group / 2 * width + row) * 2 + group % 2,
+            false => group * width + row,
+        }
     }
 
     /// Rows of all tiles, those of zeros included.
@@ -184,7 +186,7 @@ pub(crate) struct IntegerTiles<'a> {
     pub(crate) rounding: Rounding,
 }
 
-/// One of them. Everything is (groups, width of the tile), or bytes (pairs of groups, width, 2).
+/// One of them. Everything is (groups, width of the tile); bytes of pairs are (pairs of groups, width, 2).
 #[derive(Clone, Copy)]
 pub(crate) struct IntegerTile<'a> {
     /// The values: an activation is its byte times its scale.

@@ -32,7 +32,7 @@ impl Kernel for QuantizeTile<'_> {
                 self.scales[span * width + lane] = scale;
                 for (index, values) in groups.iter().enumerate() {
                     let group = span * self.rounding.span + index;
-                    let at = self.tiles.at(self.tile, group, lane);
+                    let at = self.tiles.at(width, group, lane);
                     let sums = quantize_group(simd, values, inverse, &mut self.bytes[at]);
                     if self.rounding.halves {
                         self.sums(simd, 2 * group, lane, sums.0);
@@ -45,7 +45,7 @@ impl Kernel for QuantizeTile<'_> {
         }
         for lane in rows..width {
             for group in 0..self.bytes.len() / width {
-                self.bytes[self.tiles.at(self.tile, group, lane)] = [0; GROUP];
+                self.bytes[self.tiles.at(width, group, lane)] = [0; GROUP];
             }
             self.scales.iter_mut().skip(lane).step_by(width).for_each(|scale| *scale = 0.0);
             self.offsets.iter_mut().skip(lane).step_by(width).for_each(|offset| *offset = 0);

@@ -57,10 +57,7 @@ impl ByteTiles<'_> {
         let unit = MatrixUnit::new(simd, TileShape { rows: TILE_ROWS, bytes });
         let (weight, input, integers) = (self.weight, self.input, [Integers::new(), Integers::new()]);
         let span = input.rounding.span;
-        debug_assert!(
-            BLOCK.is_multiple_of(span) && (!SHARED || (span * GROUP).is_multiple_of(PAIR)),
-            "{span}"
-        );
+        debug_assert!(BLOCK.is_multiple_of(span) && (!SHARED || (span * GROUP).is_multiple_of(PAIR)));
         let kept = Kept { exact: [TileSums::default(); 4 * KEPT], inner: [TileSums::default(); 4] };
         let kernel = Multiply::<S, PARTS, MINIMA, SHARED> { unit, weight, input, span, integers, kept };
         let work = Work { weight, tiles: input.tiles, output: self.output, panels: self.panels };
