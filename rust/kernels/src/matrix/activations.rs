@@ -50,6 +50,11 @@ impl Tiles {
         Tiles { rows, full: TILE_ROWS, least: TILE_ROWS, most: TILE_ROWS, pairs }
     }
 
+    /// Whether they are [`Tiles::full`].
+    fn are_full(self) -> bool {
+        self.full == TILE_ROWS
+    }
+
     /// Tiles for a matrix unit, all of one width.
     pub(crate) fn alike(rows: usize) -> Tiles {
         let full = rows.next_power_of_two().min(TILE_ROWS);
@@ -87,6 +92,11 @@ impl Tiles {
             true => (group / 2 * width + row) * 2 + group % 2,
             false => group * width + row,
         }
+    }
+
+    /// Groups of bytes of a row: of an odd number side by side the last one has a companion of any bytes.
+    fn byte_groups(self, groups: usize) -> usize {
+        if self.pairs { groups.next_multiple_of(2) } else { groups }
     }
 
     /// Rows of all tiles, those of zeros included.
@@ -176,6 +186,7 @@ pub(crate) struct IntegerTiles<'a> {
     /// How rows are cut.
     pub(crate) tiles: Tiles,
     groups: usize,
+    byte_groups: usize,
     spans: usize,
     gap: usize, // groups of bytes between tiles
     bytes: &'a [[u8; GROUP]],
@@ -193,7 +204,7 @@ pub(crate) struct IntegerTile<'a> {
     pub(crate) bytes: &'a [[u8; GROUP]],
     /// Scales of every row and span of groups: (spans, width).
     pub(crate) scales: &'a [f32],
-    /// Sums of the bytes of every row and group, times what the layout asked for: (groups, parts, width).
+    /// Sums of the bytes of every row and group, times what the layout asked for: (groups, parts, width). Not for a matrix unit.
     pub(crate) offsets: &'a [i32],
     /// Sums of the bytes, if the layout asked for them, else nothing: (groups, parts, width).
     pub(crate) totals: &'a [f32],
@@ -214,7 +225,8 @@ impl<'a> IntegerTiles<'a> {
             Totals::Pairs => pairs = start * parts / 2..(start + len) * parts / 2,
         }
         IntegerTile {
-            bytes: &self.bytes[start + tile * self.gap..][..len],
+            bytes: &self.bytes[self.tiles.first(tile) * self.byte_groups + tile * self.gap..]
+                [..self.tiles.width(tile) * self.byte_groups],
             scales: &self.scales[self.tiles.first(tile) * self.spans..]
                 [..self.tiles.width(tile) * self.spans],
             offsets: &self.offsets[start * parts..][..len * parts],
@@ -284,9 +296,11 @@ impl Activations {
     ) -> IntegerTiles<'_> {
         let groups = input.width() / GROUP;
         let spans = groups.div_ceil(rounding.span);
-        let len = tiles.padded_rows() * groups;
-        let gap = if tiles.full == TILE_ROWS { GAP / GROUP } else { 0 };
-        let all_bytes = self.bytes.at_least((len + tiles.count() * gap) * GROUP).as_chunks_mut().0;
+        let (len, byte_groups) = (tiles.padded_rows() * groups, tiles.byte_groups(groups));
+        let gap = if tiles.are_full() { GAP / GROUP } else { 0 };
+        let all_bytes =
+            self.bytes.at_least((tiles.padded_rows() * byte_groups + tiles.count() * gap) * GROUP);
+        let all_bytes = all_bytes.as_chunks_mut().0;
         let bytes = SharedSlice::new(&mut *all_bytes);
         let scales = SharedSlice::new(at_least(&mut self.scales, tiles.padded_rows() * spans));
         let parts = rounding.parts();
@@ -301,7 +315,9 @@ impl Activations {
         context.pool.run(tiles.count(), |tile| {
             let (start, len) = (tiles.first(tile) * groups, tiles.width(tile) * groups);
             // SAFETY: tiles are disjoint.
-            let bytes = unsafe { bytes.part_mut(start + tile * gap, len) };
+            let bytes = unsafe {
+                bytes.part_mut(tiles.first(tile) * byte_groups + tile * gap, tiles.width(tile) * byte_groups)
+            };
             // SAFETY: the same.
             let scales = unsafe { scales.part_mut(tiles.first(tile) * spans, tiles.width(tile) * spans) };
             // SAFETY: the same.
@@ -319,6 +335,7 @@ impl Activations {
         IntegerTiles {
             tiles,
             groups,
+            byte_groups,
             spans,
             gap,
             bytes: all_bytes,

@@ -223,9 +223,14 @@ impl FloatLinear<'_> {
     ) {
         let groups = self.weight.groups();
         let weights = self.weight.weights(panel..panel + P);
-        let scales = if L::SCALED { self.weight.scales(panel..panel + P) } else { &[] };
+        let mut scales: [&[[u16; LANES]]; P] = [&[]; P];
+        if L::SCALED {
+            for (p, scales) in scales.iter_mut().enumerate() {
+                *scales = self.weight.scales(panel + p);
+            }
+        }
         let mut sums = [[simd.splat(0.0); T]; P];
-        multiply::<S, L, T, P>(simd, weights, scales, groups, self.input.tile(tile), &mut sums);
+        multiply::<S, L, T, P>(simd, weights, &scales, groups, self.input.tile(tile), &mut sums);
         for (p, sums) in sums.iter().enumerate() {
             self.output.store(simd, panel + p, self.input.tiles, tile, sums, true);
         }
@@ -271,20 +276,20 @@ impl FloatLinear<'_> {
         let weights = values[..block.len() * GROUP].as_flattened();
         // SAFETY: any `f32` is four bytes.
         let weights = unsafe { weights.align_to::<u8>() }.1;
-        multiply::<S, F32, T, 1>(simd, weights, &[], block.len(), input, &mut sums);
+        multiply::<S, F32, T, 1>(simd, weights, &[&[]], block.len(), input, &mut sums);
         let last = block.end == self.weight.groups();
         self.output.store(simd, panel, self.input.tiles, tile, &sums[0], last);
     }
 }
 
 /// Adds the products of `groups` groups of columns to `sums`. `weights` is (P, groups, group bytes), `scales`
-/// (P, groups) where the layout has them, `input` (columns, T).
+/// (P, groups, 16) where the layout has them, `input` (columns, T).
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices say which of several arrays' elements meet
 fn multiply<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
     simd: S,
     weights: &[u8],
-    scales: &[[u16; LANES]],
+    scales: &[&[[u16; LANES]]; P],
     groups: usize,
     input: &[f32],
     sums: &mut [[S::F32; T]; P],
@@ -292,13 +297,13 @@ fn multiply<S: Simd, L: FloatLayout, const T: usize, const P: usize>(
     let steps = GROUP / L::COLUMNS;
     let panel_bytes = groups * steps * 64;
     assert!(weights.len() >= P * panel_bytes && input.len() >= groups * GROUP * T);
-    assert!(!L::SCALED || scales.len() >= P * groups);
+    assert!(!L::SCALED || scales.iter().all(|scales| scales.len() >= groups));
     for group in 0..groups {
         let mut scale = [simd.splat(0.0); P];
         if L::SCALED {
             for (p, scale) in scale.iter_mut().enumerate() {
-                *scale = simd.load_f16(&scales[p * groups + group]);
-                simd.prefetch(scales.as_ptr().wrapping_add(p * groups + group + AHEAD / 256).cast());
+                *scale = simd.load_f16(&scales[p][group]);
+                simd.prefetch(scales[p].as_ptr().wrapping_add(group + AHEAD / 256).cast());
             }
         }
         for step in 0..steps {
@@ -337,7 +342,7 @@ impl<L: FloatLayout> BlockLayout for PhantomData<L> {
         let weights = &weight.weights(panel..panel + 1)[block.start * group_bytes..block.end * group_bytes];
         for (group, weights) in weights.chunks_exact(group_bytes).enumerate() {
             let scale = match L::SCALED {
-                true => simd.load_f16(&weight.scales(panel..panel + 1)[block.start + group]),
+                true => simd.load_f16(&weight.scales(panel)[block.start + group]),
                 false => simd.splat(0.0),
             };
             for (step, weights) in weights.chunks_exact(64).enumerate() {

@@ -134,10 +134,11 @@ impl PackedMatrix {
         body: impl Fn(&PackedMatrix, Range<usize>),
     ) {
         let groups = panels.len() * self.groups();
+        let scale_bytes = panels.len() * self.panel_scale_bytes();
         let (weights, scales) = (window.weights.take(), window.scales.take());
         let lacking = |error: KernelError| panic!("{error}"); // as for a `Vec`, there is no going on without it
         let weights = zeroed(weights, groups * self.layout.group_bytes(), "a panel").unwrap_or_else(lacking);
-        let scales = zeroed(scales, groups * self.layout.scale_bytes(), "its scales").unwrap_or_else(lacking);
+        let scales = zeroed(scales, scale_bytes, "its scales").unwrap_or_else(lacking);
         let rows = panels.start * LANES..self.rows.min(panels.end * LANES);
         let bytes = window.read(late, rows);
         let rows: Vec<&[u8]> = bytes.chunks_exact(late.row_bytes.max(1)).collect();

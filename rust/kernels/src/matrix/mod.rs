@@ -10,7 +10,7 @@
 //! | F16 | two columns, one after the other | |
 //! | Bf16 | two columns: low halves the even one, high halves the odd one | |
 //! | Int8 | four columns, offset by 128, a lane's four side by side | a half-precision scale per row and 32 columns |
-//! | Int4 | eight columns, offset by 8: four in the low nibbles, the next four in the high ones | the same |
+//! | Int4 | eight columns, offset by 8: four in the low nibbles, the next four in the high ones | the same, then a unit per row, see `integer` |
 //! | Coded | 32 columns in 256 to 384 bytes, see `coded` | scales and minima as the format has them |
 
 mod activations;
@@ -42,7 +42,7 @@ pub(crate) use output::Output;
 pub use pack::RowHolder;
 pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
 pub use round::round_rows;
-pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS};
+pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS, SpanTiles};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;
@@ -104,11 +104,6 @@ impl Layout {
         }
     }
 
-    /// Whether the groups of a span share their scale.
-    pub(crate) fn shares_scales(self) -> bool {
-        matches!(self, Layout::Coded(format) if format.scales == crate::quant::Scales::Shared)
-    }
-
     /// What units of scales are multiplied with.
     pub(crate) const fn scale_factor(self) -> f32 {
         match self {
@@ -117,12 +112,13 @@ impl Layout {
         }
     }
 
-    /// Bytes of scales per panel and group.
-    const fn scale_bytes(self) -> usize {
+    /// Bytes of a panel's scales, given its groups.
+    fn scale_bytes(self, groups: usize) -> Option<usize> {
         match self {
-            Layout::F32 | Layout::F16 | Layout::Bf16 => 0,
-            Layout::Int8 | Layout::Int4 => LANES * 2,
-            Layout::Coded(format) => coded::scale_bytes(format.scales),
+            Layout::F32 | Layout::F16 | Layout::Bf16 => Some(0),
+            Layout::Int8 => groups.checked_mul(2 * LANES),
+            Layout::Int4 => groups.checked_mul(2 * LANES)?.checked_add(4 * LANES),
+            Layout::Coded(format) => groups.checked_mul(coded::scale_bytes(format.scales)),
         }
     }
 
@@ -146,8 +142,8 @@ pub struct PackedMatrix {
     rows: usize,
     columns: usize,
     weights: Buffer, // (panels, panel_bytes)
-    scales: Buffer,  // (panels, groups, 16) of f16 for Int8 and Int4, records for Coded, else nothing
-    first: usize,    // of the panels that it has
+    scales: Buffer, // of each panel: (groups, 16) of f16 for Int8 and Int4, records for Coded, else nothing; and 16 f32 for Int4
+    first: usize,   // of the panels that it has
     late: Option<Late>,
 }
 
@@ -172,7 +168,7 @@ impl PackedMatrix {
     }
 
     /// The version of the compute layouts: to be raised whenever any of them lays the same weights otherwise.
-    pub const LAYOUT_VERSION: u32 = 1;
+    pub const LAYOUT_VERSION: u32 = 2;
 
     /// What it holds, weights and scales: bytes that the same format, sizes and [`PackedMatrix::LAYOUT_VERSION`] give a meaning.
     pub fn parts(&self) -> [&[u8]; 2] {
@@ -194,14 +190,14 @@ impl PackedMatrix {
         let groups = columns.div_ceil(GROUP);
         // The largest size is refused by the allocation, with its message.
         let size =
-            |bytes| panels.checked_mul(groups).and_then(|n| n.checked_mul(bytes)).unwrap_or(usize::MAX);
+            |panel: Option<usize>| panel.and_then(|bytes| bytes.checked_mul(panels)).unwrap_or(usize::MAX);
         Ok(PackedMatrix {
             format,
             layout,
             rows,
             columns,
-            weights: Buffer::zeroed(size(layout.group_bytes()), "weights")?,
-            scales: Buffer::zeroed(size(layout.scale_bytes()), "weight scales")?,
+            weights: Buffer::zeroed(size(groups.checked_mul(layout.group_bytes())), "weights")?,
+            scales: Buffer::zeroed(size(layout.scale_bytes(groups)), "weight scales")?,
             first: 0,
             late: None,
         })
@@ -248,19 +244,31 @@ impl PackedMatrix {
         &self.weights.as_slice()[(panels.start - self.first) * bytes..(panels.end - self.first) * bytes]
     }
 
-    /// The scales of a panel in the coded layout.
+    /// Bytes of a panel's scales.
+    fn panel_scale_bytes(&self) -> usize {
+        self.layout.scale_bytes(self.groups()).unwrap_or_default() // it was allocated
+    }
+
+    /// The scales of a panel, whatever they are.
     #[inline]
     pub(crate) fn scale_bytes(&self, panel: usize) -> &[u8] {
-        let bytes = self.groups() * self.layout.scale_bytes();
+        let bytes = self.panel_scale_bytes();
         &self.scales.as_slice()[(panel - self.first) * bytes..][..bytes]
     }
 
-    /// The scales of some panels in Int8 or Int4, as f16 bits: (panels, groups, 16).
+    /// The scales of a panel in Int8 or Int4, as f16 bits: (groups, 16).
     #[inline]
-    pub(crate) fn scales(&self, panels: Range<usize>) -> &[[u16; LANES]] {
-        let groups = self.groups();
+    pub(crate) fn scales(&self, panel: usize) -> &[[u16; LANES]] {
         // SAFETY: any bits are `u16`s, and the buffer is aligned to cache lines.
-        let (_, scales, _) = unsafe { self.scales.as_slice().align_to::<[u16; LANES]>() };
-        &scales[(panels.start - self.first) * groups..(panels.end - self.first) * groups]
+        let (_, scales, _) = unsafe { self.scale_bytes(panel).align_to::<[u16; LANES]>() };
+        &scales[..self.groups()]
+    }
+
+    /// What the scales of a panel's rows in Int4 are counted in.
+    #[inline]
+    pub(crate) fn units(&self, panel: usize) -> &[f32; LANES] {
+        let units = &self.scale_bytes(panel)[self.groups() * 2 * LANES..];
+        // SAFETY: any bits are `f32`s, and groups of scales are half lines of an aligned buffer.
+        &unsafe { units.align_to::<[f32; LANES]>() }.1[0]
     }
 }

@@ -1,11 +1,13 @@
 //! From rows as they lie in a file to panels, in parallel, straight into the final buffer.
 
+use super::integer::STEPS;
 use super::interleave::InterleavePanel;
 use super::round::WeightRounding;
 use super::{Layout, PackedMatrix, coded};
 use crate::quant::{BlockQ4_0, BlockQ8_0};
 use crate::simd::{LANES, prefetch_later};
 use crate::{Context, Format, Isa, KernelError};
+use half::f16;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -67,7 +69,7 @@ pub(super) fn fill_by(
 ) {
     let layout = matrix.layout;
     let panel_bytes = matrix.groups() * layout.group_bytes();
-    let scale_bytes = matrix.groups() * layout.scale_bytes();
+    let scale_bytes = matrix.panel_scale_bytes();
     if panel_bytes == 0 || rows == 0 {
         return;
     }
@@ -90,9 +92,8 @@ pub(super) fn fill_by(
 
 /// Writes the first `panels` panels of a matrix's memory, which were zeros.
 pub(super) fn fill_panels(isa: Isa, matrix: &mut PackedMatrix, panels: usize, rows: &[&[u8]]) {
-    let groups = matrix.groups();
-    let (panel_bytes, scale_bytes) =
-        (groups * matrix.layout.group_bytes(), groups * matrix.layout.scale_bytes());
+    let panel_bytes = matrix.groups() * matrix.layout.group_bytes();
+    let scale_bytes = matrix.panel_scale_bytes();
     let weights = &mut matrix.weights.as_mut_slice()[..panels * panel_bytes];
     let scales = &mut matrix.scales.as_mut_slice()[..panels * scale_bytes];
     if panel_bytes > 0 {
@@ -136,6 +137,24 @@ fn fill_panel(
             isa.dispatch(InterleavePanel { layout, rows, weights, scales });
         }
         _ => fill_words(layout, rows, weights, scales),
+    }
+    if matches!(layout, Layout::Int4) {
+        write_units(scales);
+    }
+}
+
+/// Writes what the scales of a panel of Int4 are counted in, after them.
+fn write_units(scales: &mut [u8]) {
+    let Some((scales, units)) = scales.split_last_chunk_mut::<{ 4 * LANES }>() else { return };
+    let mut greatest = [0; LANES];
+    for scales in scales.as_chunks::<{ 2 * LANES }>().0 {
+        for (greatest, scale) in greatest.iter_mut().zip(scales.as_chunks::<2>().0) {
+            // As integers, magnitudes are ordered alike and a NaN is the greatest of all.
+            *greatest = (*greatest).max(u16::from_le_bytes(*scale) & 0x7fff);
+        }
+    }
+    for (unit, greatest) in units.as_chunks_mut::<4>().0.iter_mut().zip(greatest) {
+        *unit = (f16::from_bits(greatest).to_f32() / STEPS).to_le_bytes();
     }
 }
 

@@ -102,7 +102,7 @@ impl<'a> Panels<'a> {
         for p in 0..2 {
             let panel = panels.start + p.min(panels.len() - 1);
             weights[p] = weight.weights(panel..panel + 1).as_chunks().0;
-            scales[p] = &weight.scales(panel..panel + 1)[..weights[p].len()];
+            scales[p] = &weight.scales(panel)[..weights[p].len()];
         }
         Panels { groups: weights[0].len(), weights, scales }
     }

@@ -26,8 +26,7 @@ impl PackedMatrix {
             return coded::unpack_lane(format, weights, self.scale_bytes(panel), lane, out);
         }
         let half = |column: usize| [2 * column, 2 * column + 1].map(|at| weights[at]);
-        let scale =
-            |column: usize| f16::from_bits(self.scales(panel..panel + 1)[column / GROUP][lane]).to_f32();
+        let scale = |column: usize| f16::from_bits(self.scales(panel)[column / GROUP][lane]).to_f32();
         for (column, value) in out.iter_mut().enumerate() {
             *value = match self.layout {
                 Layout::F32 => f32::from_le_bytes(weights.as_chunks().0[column * LANES + lane]),

@@ -7,7 +7,7 @@
 
 use crate::matrix::{
     BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
-    PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, Tiles,
+    PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, SpanTiles, Tiles,
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
@@ -28,10 +28,9 @@ pub enum Precision {
     Auto,
 }
 
-/// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits; and so where halves of
-/// groups have their own scales. Measured at the shapes of a 1B Llama: `examples/matrix_unit_speed.rs`.
+/// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits. Measured at the shapes of a 1B
+/// Llama: `examples/matrix_unit_speed.rs`.
 const TILED_ROWS: usize = 32;
-const TILED_ROWS_OF_HALVES: usize = 64;
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,14 +49,11 @@ impl Way {
             return Way::Floats;
         }
         match layout.rounding() {
-            Some(rounding) => {
-                let least = if rounding.halves { TILED_ROWS_OF_HALVES } else { TILED_ROWS };
-                match layout {
-                    _ if isa.has_tiles() && rows >= least => Way::ByteTiles(rounding),
-                    Layout::Int8 if isa >= Isa::Avx512 && rows >= PAIRED_ROWS => Way::PairedBytes(rounding),
-                    _ => Way::Bytes(rounding),
-                }
-            }
+            Some(rounding) => match layout {
+                _ if isa.has_tiles() && rows >= TILED_ROWS => Way::ByteTiles(rounding),
+                Layout::Int8 if isa >= Isa::Avx512 && rows >= PAIRED_ROWS => Way::PairedBytes(rounding),
+                _ => Way::Bytes(rounding),
+            },
             // Its order of additions differs from other instructions': few rows take this way as well.
             None if isa.has_tiles() && matches!(layout, Layout::Bf16) => Way::BfloatTiles,
             None if isa.has_bf16_dots() && matches!(layout, Layout::Bf16) => Way::Bfloats,
@@ -120,10 +116,11 @@ fn linear_by(
             });
         }
         Way::ByteTiles(rounding) => {
-            let input =
-                memory.quantize(context, input, rounding, Tiles::full(rows, weight.layout().shares_scales()));
-            over_panels(context, weight, rows, |weight, panels| {
-                isa.dispatch_tiles(ByteTiles { weight, input, output, panels });
+            let spans = rounding.span > 1;
+            let input = memory.quantize(context, input, rounding, Tiles::full(rows, spans));
+            over_panels(context, weight, rows, |weight, panels| match spans {
+                true => isa.dispatch_tiles(SpanTiles { weight, input, output, panels }),
+                false => isa.dispatch_tiles(ByteTiles { weight, input, output, panels }),
             });
         }
         Way::Bfloats => {
@@ -231,28 +228,40 @@ fn bf16_tiles_ref(weights: &[f32], input: &[f32]) -> f32 {
     })
 }
 
-/// A row of Q8_0 or Q4_0 times one of rounded activations, each with its scale.
+/// A row of Q8_0 or Q4_0 times one of rounded activations, each with its scale. Where spans share a scale of activations, those of weights
+/// are counted in steps of the greatest one of the row.
 #[cfg(test)]
 fn integer_ref(format: crate::Format, span: usize, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
     let mut weights = vec![0.0; rounded.len()];
     crate::dequantize(format, row, &mut weights);
-    let mut sum = 0.0_f32;
-    for (blocks, (weights, rounded)) in
-        row.chunks(span * format.block_bytes()).zip(weights.chunks(span * 32).zip(rounded.chunks(span * 32)))
-    {
-        let mut inner = 0.0_f32;
-        for (block, (weights, rounded)) in
-            blocks.chunks(format.block_bytes()).zip(weights.chunks(32).zip(rounded.chunks(32)))
-        {
-            let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
-            // Weights divided by their scale are integers again.
-            let exact: f32 =
-                weights.iter().zip(rounded).map(|(weight, value)| (weight / scale).round() * value.0).sum();
-            inner = exact.mul_add(scale, inner);
-        }
-        sum = inner.mul_add(rounded[0].1, sum);
+    let scales: Vec<f32> = row
+        .chunks(format.block_bytes())
+        .map(|block| half::f16::from_le_bytes([block[0], block[1]]).to_f32())
+        .collect();
+    // Weights divided by their scale are integers again.
+    let exact: Vec<i32> = weights
+        .chunks(32)
+        .zip(&scales)
+        .zip(rounded.chunks(32))
+        .map(|((weights, scale), rounded)| {
+            weights.iter().zip(rounded).map(|(weight, value)| (weight / scale).round() * value.0).sum::<f32>()
+                as i32
+        })
+        .collect();
+    if span == 1 {
+        let groups = exact.iter().zip(&scales).zip(rounded.chunks(32));
+        return groups.fold(0.0, |sum: f32, ((&exact, scale), rounded)| {
+            (exact as f32 * scale).mul_add(rounded[0].1, sum)
+        });
     }
-    sum
+    let unit = scales.iter().fold(0.0_f32, |greatest, scale| greatest.max(scale.abs())) / 4064.0;
+    let steps = |scale: f32| (scale * (1.0 / unit)).round_ties_even() as i32;
+    let spans = exact.chunks(span).zip(scales.chunks(span)).zip(rounded.chunks(32 * span));
+    let sum = spans.fold(0.0_f32, |sum, ((exact, scales), rounded)| {
+        let whole: i32 = exact.iter().zip(scales).map(|(exact, &scale)| exact * steps(scale)).sum();
+        (whole as f32).mul_add(rounded[0].1, sum)
+    });
+    sum * unit
 }
 
 /// The same for a format of groups.
@@ -262,41 +271,37 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
     let halves =
         matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
     let parts = if halves { 2 } else { 1 };
-    let minima = grouped.scales.has_minima();
     let mut groups = vec![crate::quant::Group::EMPTY; rounded.len() / 32];
     (grouped.blocks.groups)(row, &mut groups);
     let mut sum = 0.0_f32;
     for (groups, rounded) in groups.chunks(span).zip(rounded.chunks(32 * span)) {
-        let (mut inner, mut whole, mut shared, mut drops) = (0.0_f32, 0.0_f32, 0.0_f32, 0.0_f32);
-        if grouped.scales.has_drops() {
-            for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
-                for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
-                    drops += f32::from(group.drops[part]) * rounded.iter().map(|value| value.0).sum::<f32>();
-                }
-            }
-            inner = drops * -half::f16::from_bits(groups[0].minimum).to_f32();
-        }
+        let (mut inner, mut whole, mut drops) = (0.0_f32, 0_i64, 0_i64);
+        let unit = grouped.unit_of(&groups[0]);
+        let minimum = half::f16::from_bits(groups[0].minimum).to_f32();
         for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
-            let (scales, own_minima) = (grouped.scales_of(group), grouped.minima_of(group));
             for (part, rounded) in rounded.chunks(32 / parts).enumerate() {
-                let integers =
-                    group.codes[part * 32 / parts..].iter().map(|&code| grouped.codes.integer(code));
-                let exact: f32 =
-                    integers.zip(rounded).map(|(weight, value)| f32::from(weight) * value.0).sum();
-                let total: f32 = rounded.iter().map(|value| value.0).sum();
-                if grouped.scales == Scales::Shared {
-                    (whole, shared) = (whole + exact, scales[0]);
-                    continue;
+                let codes = group.codes[part * 32 / parts..].iter();
+                let integers = codes.map(|&code| i64::from(grouped.codes.integer(code)));
+                let exact: i64 = integers.zip(rounded).map(|(weight, value)| weight * value.0 as i64).sum();
+                let total: i64 = rounded.iter().map(|value| value.0 as i64).sum();
+                match grouped.scales {
+                    Scales::Half | Scales::Brain => inner = exact as f32 * unit,
+                    Scales::HalfMinimum => inner = minimum.mul_add(total as f32, exact as f32 * unit),
+                    Scales::Shared => whole += exact,
+                    Scales::Steps { .. } => whole += i64::from(group.steps[part]) * exact,
+                    Scales::StepsDrops { .. } => {
+                        whole += i64::from(group.steps[part]) * exact;
+                        drops += i64::from(group.drops[part]) * total;
+                    }
                 }
-                inner = exact.mul_add(scales[part], inner);
-                inner = if minima && !grouped.scales.has_drops() {
-                    own_minima[part].mul_add(total, inner)
-                } else {
-                    inner
-                };
             }
         }
-        let inner = if grouped.scales == Scales::Shared { whole * shared } else { inner };
+        if span > 1 {
+            inner = whole as f32 * unit;
+        }
+        if grouped.scales.has_drops() {
+            inner = (drops as f32).mul_add(-minimum, inner);
+        }
         sum = inner.mul_add(rounded[0].1, sum);
     }
     sum

@@ -169,13 +169,18 @@ macro_rules! blocks {
 pub(super) use blocks;
 
 impl Grouped {
-    /// The scale of each half of a group.
-    pub(crate) fn scales_of(&self, group: &Group) -> [f32; 2] {
+    /// What a group's scales are counted in, or its scale.
+    pub(crate) fn unit_of(&self, group: &Group) -> f32 {
         let unit = match self.scales {
             Scales::Brain => bf16::from_bits(group.scale).to_f32(),
             _ => f16::from_bits(group.scale).to_f32(),
         };
-        group.steps.map(|step| unit * self.factor * f32::from(step))
+        unit * self.factor
+    }
+
+    /// The scale of each half of a group.
+    pub(crate) fn scales_of(&self, group: &Group) -> [f32; 2] {
+        group.steps.map(|step| self.unit_of(group) * f32::from(step))
     }
 
     /// The minimum of each half of a group, 0 for formats that have none.

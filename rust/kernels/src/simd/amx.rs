@@ -149,8 +149,8 @@ unsafe fn bytes_one_by_two(
             steps = inout(reg) steps => _,
             sums = in(reg) sums,
             line = in(reg) LINE,
-            stride = in(reg) shape.input_stride(),
-            step = in(reg) TILE_ROWS * shape.input_stride(),
+            stride = in(reg) shape.bytes,
+            step = in(reg) shape.rows * shape.bytes,
             options(nostack)
         );
     }
@@ -201,8 +201,8 @@ unsafe fn bytes_two_by_two(
             steps = inout(reg) steps => _,
             sums = in(reg) sums,
             line = in(reg) LINE,
-            stride = in(reg) shape.input_stride(),
-            step = in(reg) TILE_ROWS * shape.input_stride(),
+            stride = in(reg) shape.bytes,
+            step = in(reg) shape.rows * shape.bytes,
             options(nostack)
         );
     }

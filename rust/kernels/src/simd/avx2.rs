@@ -314,6 +314,16 @@ impl Simd for Avx2 {
         hardware!((_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: I32, b: I32, c: I32) -> I32 {
+        let products = hardware!((_mm256_mullo_epi32(a.0, b.0), _mm256_mullo_epi32(a.1, b.1)));
+        self.add_i32(products, c)
+    }
+    #[inline(always)]
+    fn mul_add_i16(self, a: I32, b: I32, c: I32) -> I32 {
+        let products = hardware!((_mm256_madd_epi16(a.0, b.0), _mm256_madd_epi16(a.1, b.1)));
+        self.add_i32(products, c)
+    }
+    #[inline(always)]
     fn sub_i32(self, a: I32, b: I32) -> I32 {
         hardware!((_mm256_sub_epi32(a.0, b.0), _mm256_sub_epi32(a.1, b.1)))
     }

@@ -238,6 +238,14 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         hardware!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        hardware!(_mm512_add_epi32(_mm512_mullo_epi32(a, b), c))
+    }
+    #[inline(always)]
+    fn mul_add_i16(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        hardware!(_mm512_dpwssd_epi32(c, a, b))
+    }
+    #[inline(always)]
     fn sub_i32(self, a: __m512i, b: __m512i) -> __m512i {
         hardware!(_mm512_sub_epi32(a, b))
     }
@@ -377,6 +385,24 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
             return hardware!(_mm512_dpbf16_ps(sums, bf16(weights), bf16(pair)));
         }
         dot_bf16_in_two(self, sums, weights, pair)
+    }
+    #[inline(always)]
+    fn store_bytes(self, vector: __m512i, bytes: &mut [u8; 64]) {
+        hardware!(_mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector));
+    }
+    #[inline(always)]
+    fn scale_bytes(self, bytes: __m512i, scales: __m512i) -> [__m512i; 2] {
+        hardware!({
+            let low_halves = _mm512_and_si512(scales, _mm512_set1_epi32(0xffff));
+            let scales = _mm512_or_si512(low_halves, _mm512_slli_epi32::<16>(scales));
+            let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
+            let even = _mm512_mullo_epi16(even, scales);
+            let odd = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(bytes), scales);
+            let (upper, half) = (0xaaaa_aaaa_aaaa_aaaa, _mm512_set1_epi16(128));
+            let low = _mm512_mask_blend_epi8(upper, even, _mm512_slli_epi16::<8>(odd));
+            let (even, odd) = (_mm512_add_epi16(even, half), _mm512_add_epi16(odd, half));
+            [low, _mm512_mask_blend_epi8(upper, _mm512_srli_epi16::<8>(even), odd)]
+        })
     }
     #[inline(always)]
     fn dot_i16(self, sums: __m512i, weights: __m512i, pair: i32) -> __m512i {

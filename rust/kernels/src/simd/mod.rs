@@ -201,6 +201,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_low_bytes(self, vector: Self::I32, values: &mut [u8; LANES]);
     /// `a + b`, wrapping.
     fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `a * b + c`, wrapping.
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32;
+    /// The same for lanes of `a` that fit 16 bits, and lanes of `b` whose low 16 bits are a signed number and whose others are zeros.
+    fn mul_add_i16(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32;
     /// `a - b`, wrapping.
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Bitwise and.
@@ -265,6 +269,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn dot_bf16(self, sums: Self::F32, weights: Self::I32, pair: u32) -> Self::F32 {
         dot_bf16_in_two(self, sums, weights, pair)
+    }
+
+    /// The four signed bytes of each lane times its lane of `scales`, as the low and the high bytes of `256 * high + low`, both signed.
+    /// Products are at most 32,639.
+    #[inline(always)]
+    fn scale_bytes(self, bytes: Self::I32, scales: Self::I32) -> [Self::I32; 2] {
+        let (mut all, mut own) = ([0; LANES], [0; LANES]);
+        self.store_i32(bytes, &mut all);
+        self.store_i32(scales, &mut own);
+        let (mut low, mut high) = ([0; LANES], [0; LANES]);
+        for lane in 0..LANES {
+            for (column, byte) in all[lane].to_le_bytes().into_iter().enumerate() {
+                let product = i32::from(byte as i8) * own[lane];
+                low[lane] |= (product & 0xff) << (8 * column);
+                high[lane] |= (((product + 128) >> 8) & 0xff) << (8 * column);
+            }
+        }
+        [self.load_i32(&low), self.load_i32(&high)]
     }
 
     /// Adds to each lane of `sums` the products of its pair of signed 16-bit integers with those of `pair`, exactly.

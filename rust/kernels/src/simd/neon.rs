@@ -331,6 +331,14 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
         each!(i => vaddq_s32(a[i], b[i]))
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: I32, b: I32, c: I32) -> I32 {
+        each!(i => vmlaq_s32(c[i], a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul_add_i16(self, a: I32, b: I32, c: I32) -> I32 {
+        each!(i => vmlal_s16(c[i], vmovn_s32(a[i]), vmovn_s32(b[i])))
+    }
+    #[inline(always)]
     fn sub_i32(self, a: I32, b: I32) -> I32 {
         each!(i => vsubq_s32(a[i], b[i]))
     }

@@ -179,6 +179,14 @@ impl Simd for Scalar {
         zip(a, b, i32::wrapping_add)
     }
     #[inline(always)]
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32 {
+        zip(zip(a, b, i32::wrapping_mul), c, i32::wrapping_add)
+    }
+    #[inline(always)]
+    fn mul_add_i16(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32 {
+        self.mul_add_i32(a, b.map(|number| i32::from(number as i16)), c)
+    }
+    #[inline(always)]
     fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
         zip(a, b, i32::wrapping_sub)
     }

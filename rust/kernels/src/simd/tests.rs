@@ -50,9 +50,14 @@ impl Kernel for Everything {
         let [[first], [second]] = s.dot_bytes_of_two([&weights, &other], &[row], &[-128 * total]);
         let [nibble_sums, again] =
             s.dot_nibbles(weights.first_chunk().unwrap_or(&[0; 256]), &[row; 2], &[-8 * total; 2]);
+        let [low, high] = s.scale_bytes(w, s.sub_i32(s.and_i32(w, s.splat_i32(0xff)), s.splat_i32(127)));
         for value in [
             s.add_i32(w, nibbles),
             s.sub_i32(nibbles, w),
+            s.mul_add_i32(w, nibbles, s.splat_i32(-5)),
+            s.mul_add_i16(s.sub_i32(s.shift_right(w, 17), s.splat_i32(1 << 14)), s.shift_right(w, 16), w),
+            low,
+            high,
             s.or_i32(w, nibbles),
             s.xor_i32(w, nibbles),
             s.shift_left(w, 5),

@@ -20,11 +20,6 @@ pub struct TileShape {
 }
 
 impl TileShape {
-    /// Bytes between rows of input of bytes.
-    pub(super) fn input_stride(self) -> usize {
-        self.bytes.max(LINE / 2)
-    }
-
     fn is_valid(self) -> bool {
         (1..=TILE_ROWS).contains(&self.rows)
             && (4..=LINE).contains(&self.bytes)
@@ -64,27 +59,24 @@ impl<S: Simd> MatrixUnit<S> {
     }
 
     /// Exact sums of products of signed bytes with signed bytes, over `steps` tiles of two panels with those of `T` tiles of input. An
-    /// input tile is (steps, 16 rows, 32), of which the columns from `from` on are multiplied, or (steps, 16 rows, 64), where that many
-    /// are; a panel is (steps, bytes / 4, 16 lanes, 4). Sums are (2 panels, T).
+    /// input tile is (steps, rows, bytes); a panel is (steps, bytes / 4, 16 lanes, 4). Sums are (2 panels, T).
     ///
     /// # Panics
-    /// When one of them is too short, there is no step, or several are not of 16 whole rows.
+    /// When one of them is too short, there is no step, or tiles are not of whole groups of 32 bytes.
     #[inline(always)]
     pub fn bytes<const T: usize>(
         &self,
         input: [&[[u8; 32]]; T],
-        from: usize,
         weights: [&[u8]; 2],
         steps: usize,
         sums: &mut [TileSums<i32>],
     ) {
         let TileShape { rows, bytes } = self.shape;
-        let (stride, sums) = (self.shape.input_stride(), sums.as_chunks_mut::<T>().0);
-        let sums = sums.first_chunk_mut().expect("sums of two panels");
-        assert!(from + bytes <= stride && (steps == 1 || steps > 1 && rows == TILE_ROWS && bytes == stride));
-        assert!(input.iter().all(|tile| tile.len() >= steps * rows * stride / 32));
+        let sums = sums.as_chunks_mut::<T>().0.first_chunk_mut().expect("sums of two panels");
+        assert!(steps > 0 && bytes.is_multiple_of(32));
+        assert!(input.iter().all(|tile| tile.len() >= steps * rows * (bytes / 32)));
         assert!(weights.iter().all(|panel| panel.len() >= steps * (bytes / 4 * LINE)));
-        let input = input.map(|tile| tile.as_ptr().cast::<u8>().wrapping_add(from));
+        let input = input.map(|tile| tile.as_ptr().cast::<u8>());
         let weights = weights.map(<[u8]>::as_ptr);
         // SAFETY: the unit is prepared for this shape, and all that it reads exists.
         unsafe { self.simd.multiply_bytes::<T>(self.shape, input, weights, steps, sums) };
@@ -136,7 +128,7 @@ pub(super) unsafe fn multiply_bytes_ref<const T: usize>(
             for (row, sums) in sums.0.iter_mut().enumerate().take(shape.rows) {
                 for (lane, sum) in sums.iter_mut().enumerate() {
                     let product = |(step, k): (usize, usize)| {
-                        let input = (step * TILE_ROWS + row) * shape.input_stride() + k;
+                        let input = (step * shape.rows + row) * shape.bytes + k;
                         let weight = (step * shape.bytes / 4 + k / 4) * LINE + lane * 4 + k % 4;
                         // SAFETY: the caller's promise.
                         let pair = unsafe { (*tile.add(input), *panel.add(weight)) };

@@ -34,11 +34,14 @@ impl Kernel for QuantizeTile<'_> {
                     let group = span * self.rounding.span + index;
                     let at = self.tiles.at(width, group, lane);
                     let sums = quantize_group(simd, values, inverse, &mut self.bytes[at]);
+                    if self.tiles.are_full() && self.rounding.totals == Totals::None {
+                        continue; // a matrix unit multiplies integers that are not offset
+                    }
                     if self.rounding.halves {
-                        self.sums(simd, 2 * group, lane, sums.0);
-                        self.sums(simd, 2 * group + 1, lane, sums.1);
+                        self.sums(simd, (2 * group, width), lane, sums.0);
+                        self.sums(simd, (2 * group + 1, width), lane, sums.1);
                     } else {
-                        self.sums(simd, group, lane, simd.add_i32(sums.0, sums.1));
+                        self.sums(simd, (group, width), lane, simd.add_i32(sums.0, sums.1));
                     }
                 }
             }
@@ -56,10 +59,10 @@ impl Kernel for QuantizeTile<'_> {
 }
 
 impl QuantizeTile<'_> {
-    /// Notes what follows from the sums of a part's bytes per lane, given the part's number in the row; parts come in order.
+    /// Notes what follows from the sums of a part's bytes per lane, given the part's number in the row and the tile's width; parts come in order.
     #[inline(always)]
-    fn sums<S: Simd>(&mut self, simd: S, part: usize, row: usize, lanes: S::I32) {
-        let (sum, width) = (simd.reduce_sum_i32(lanes), self.tiles.width(self.tile));
+    fn sums<S: Simd>(&mut self, simd: S, (part, width): (usize, usize), row: usize, lanes: S::I32) {
+        let sum = simd.reduce_sum_i32(lanes);
         match self.rounding.totals {
             Totals::Floats => self.totals[part * width + row] = sum as f32,
             Totals::Pairs if part.is_multiple_of(2) => {

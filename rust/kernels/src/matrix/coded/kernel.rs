@@ -1,24 +1,23 @@
-//! Coded panels times 8-bit activations: exact sums in `i32` inside a group, or inside its halves where these have their
-//! own scales; times scales they are added in `f32` in the order of the columns, each followed by its minimum times the sum of
-//! activations, over a record; times the activations' scale, records are added in their order. Where the groups of a record
-//! share a scale, their integers are added exactly. Where minima are counted in steps, these times the sums of activations are added
-//! exactly over a record, and its sum begins with them times the unit: an instruction for two groups in place of two for each
-//! (prompts of Q4_K_M 2 % faster on Zen 5).
+//! Coded panels times 8-bit activations. A record's sum, times the activations' scale, is added in `f32` to those of the records before.
+//!
+//! A record of one group: the exact sum of its products times its scale, plus its minimum times the sum of activations. A record of several
+//! groups is added exactly, in `i32`, before it is multiplied with what its groups share: their scale, or the unit that the scales of groups
+//! or of their halves are counted in, once their sums are multiplied with these. The minima of a record, in their own unit, likewise. (So a
+//! matrix unit adds the groups of a record itself: `tiled/spans.rs`.)
 
 use super::super::activations::IntegerTile;
-use super::super::ahead::AHEAD;
 use super::super::blocks::blocks;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
-use super::scales::{load_drops, load_scales, load_units, record_of};
-use super::unpack::{Book, Five, Nibbles, Six, Unpack, Unpacked};
-use super::{parts_of, record, span, table};
+use super::record::Record;
+use super::unpack::{Book, Five, Nibbles, Six, Unpack};
+use super::{span, table};
 use crate::quant::{Codes, Scales};
-use crate::simd::{Kernel, Simd, WeightSteps};
+use crate::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A kind of scales, known when a kernel is compiled.
-trait Kind: Copy {
+pub(super) trait Kind: Copy {
     const SCALES: Scales;
     /// Groups in a record.
     const SPAN: usize = span(Self::SCALES);
@@ -170,6 +169,9 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize, const FETCH: bool>(
         }
         let inner = match K::SCALES {
             Scales::Shared => record.multiply_shared::<T, FETCH>(index, weights, tile),
+            Scales::Steps { .. } | Scales::StepsDrops { .. } => {
+                record.multiply_steps::<T, FETCH>(index, weights, tile)
+            }
             _ => record.multiply::<T, FETCH>(index, weights, tile),
         };
         for t in 0..T {
@@ -177,169 +179,4 @@ fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize, const FETCH: bool>(
         }
     }
     sums
-}
-
-/// The minima of a record, in steps of `unit`, times the sums of activations: what its sums begin with.
-#[inline(always)]
-pub(in super::super) fn minima<S: Simd, const T: usize>(
-    simd: S,
-    totals: &[[i32; T]],
-    unit: S::F32,
-    drops: impl Fn(usize) -> S::I32,
-) -> [S::F32; T] {
-    let mut exact = [simd.splat_i32(0); T];
-    for (pair, totals) in totals.iter().enumerate() {
-        let drops = drops(pair);
-        for t in 0..T {
-            exact[t] = simd.dot_i16(exact[t], drops, totals[t]);
-        }
-    }
-    let unit = simd.mul(unit, simd.splat(-1.0));
-    let mut inner = [unit; T];
-    for t in 0..T {
-        inner[t] = simd.mul(simd.to_f32(exact[t]), unit);
-    }
-    inner
-}
-
-/// How a record of groups is multiplied.
-struct Record<'a, S: Simd, U: Unpack, K: Kind> {
-    simd: S,
-    scales: &'a [u8],
-    factor: f32,
-    table: &'a [u8; 16],
-    kinds: PhantomData<(U, K)>,
-}
-
-impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
-    /// Sums of a record, of weights times the bytes of activations.
-    #[inline(always)]
-    fn multiply<const T: usize, const FETCH: bool>(
-        &self,
-        index: usize,
-        weights: &[u8],
-        tile: IntegerTile<'_>,
-    ) -> [S::F32; T] {
-        let (simd, totals) = (self.simd, tile.totals.as_chunks::<T>().0);
-        let parts = const { parts_of(K::SCALES) };
-        let units = load_units(simd, K::SCALES, self.factor, self.scales, index * K::SPAN);
-        let mut inner = [simd.splat(0.0); T];
-        if K::SCALES.has_drops() {
-            let record = record_of(K::SCALES, self.scales, index * K::SPAN);
-            let pairs = const { K::SPAN * parts_of(K::SCALES) / 2 };
-            let totals = &tile.total_pairs.as_chunks::<T>().0[index * pairs..][..pairs];
-            inner = minima(simd, totals, units.minimum, |pair| load_drops(simd, K::SCALES, record, pair));
-        }
-        for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
-            let own = load_scales(simd, K::SCALES, units, self.scales, group);
-            for part in 0..parts {
-                let exact = self.exact::<T, FETCH>(group, part, weights, tile);
-                for t in 0..T {
-                    inner[t] = simd.mul_add(simd.to_f32(exact[t]), own.scales[part], inner[t]);
-                    if K::SCALES.has_minima() && !K::SCALES.has_drops() {
-                        let total = simd.splat(totals[group * parts + part][t]);
-                        inner[t] = simd.mul_add(own.minima[part], total, inner[t]);
-                    }
-                }
-            }
-        }
-        inner
-    }
-
-    /// Asks for the scales of weights as far ahead as these are asked for. (One row of Q6_K: 4 to 7 %; where a record holds half as many, nothing.)
-    #[inline(always)]
-    fn fetch(&self, index: usize) {
-        let bytes = const { record(K::SCALES).1 };
-        let ahead = const { 1 + AHEAD / (K::SPAN * U::BYTES) };
-        let next = self.scales.as_ptr().wrapping_add((index + ahead) * bytes);
-        for line in 0..bytes.div_ceil(64) {
-            self.simd.prefetch(next.wrapping_add(line * 64));
-        }
-    }
-
-    /// The same where the groups of a record share a scale.
-    #[inline(always)]
-    fn multiply_shared<const T: usize, const FETCH: bool>(
-        &self,
-        index: usize,
-        weights: &[u8],
-        tile: IntegerTile<'_>,
-    ) -> [S::F32; T] {
-        let simd = self.simd;
-        let mut exact = [simd.splat_i32(0); T];
-        for (group, weights) in (index * K::SPAN..).zip(weights.chunks_exact(U::BYTES)) {
-            let own = self.exact::<T, FETCH>(group, 0, weights, tile);
-            for t in 0..T {
-                exact[t] = simd.add_i32(exact[t], own[t]);
-            }
-        }
-        let scale = load_units(simd, K::SCALES, self.factor, self.scales, index * K::SPAN).scale;
-        let mut inner = [simd.splat(0.0); T];
-        for t in 0..T {
-            inner[t] = simd.mul(simd.to_f32(exact[t]), scale);
-        }
-        inner
-    }
-
-    /// Exact sums of a group, or of a half if halves have their own scales.
-    #[inline(always)]
-    fn exact<const T: usize, const FETCH: bool>(
-        &self,
-        group: usize,
-        part: usize,
-        weights: &[u8],
-        tile: IntegerTile<'_>,
-    ) -> [S::I32; T] {
-        let rows = &tile.bytes.as_chunks::<T>().0[group];
-        // Codes with minima are not offset: nothing to load.
-        let offsets =
-            |at: usize| if K::SCALES.has_minima() { &[0; T] } else { &tile.offsets.as_chunks::<T>().0[at] };
-        if FETCH && part == 0 {
-            for line in 0..U::BYTES / 64 {
-                self.simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
-            }
-        }
-        if K::SCALES.has_halves() {
-            let steps = Unpacked::<U>::new(weights, self.table, 4 * part);
-            dot::<S, U, 4, T>(self.simd, &steps, rows, 4 * part, offsets(2 * group + part))
-        } else {
-            let steps = Unpacked::<U>::new(weights, self.table, 0);
-            dot::<S, U, 8, T>(self.simd, &steps, rows, 0, offsets(group))
-        }
-    }
-}
-
-/// [`Simd::dot`] of what `U` unpacks.
-#[inline(always)]
-fn dot<S: Simd, U: Unpack, const N: usize, const T: usize>(
-    simd: S,
-    steps: &Unpacked<'_, U>,
-    rows: &[[u8; 32]; T],
-    first: usize,
-    offsets: &[i32; T],
-) -> [S::I32; T] {
-    // Eight steps for eight rows are unpacked where they are used: with all of them in registers, a compiler adds products row by
-    // row, and each addition waits for the one before. Fewer are better unpacked first. (Measured: up to 4 and 18 %.)
-    if N * T == 64 {
-        dot_steps::<S, U, _, N, T>(simd, steps, rows, first, offsets)
-    } else {
-        let unpacked: [S::I32; N] = steps.all(simd);
-        dot_steps::<S, U, _, N, T>(simd, &unpacked, rows, first, offsets)
-    }
-}
-
-#[inline(always)]
-fn dot_steps<S: Simd, U: Unpack, W: WeightSteps<S>, const N: usize, const T: usize>(
-    simd: S,
-    steps: &W,
-    rows: &[[u8; 32]; T],
-    first: usize,
-    offsets: &[i32; T],
-) -> [S::I32; T] {
-    match U::BITS {
-        4 => simd.dot::<W, N, T, 4>(steps, rows, first, offsets),
-        5 => simd.dot::<W, N, T, 5>(steps, rows, first, offsets),
-        6 => simd.dot::<W, N, T, 6>(steps, rows, first, offsets),
-        _ => simd.dot::<W, N, T, 8>(steps, rows, first, offsets),
-    }
 }

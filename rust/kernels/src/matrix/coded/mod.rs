@@ -12,13 +12,13 @@
 mod exact;
 mod kernel;
 mod planes;
+mod record;
 mod scales;
 mod unpack;
 
 pub(super) use exact::{unpack_groups, unpack_lane};
 pub(crate) use kernel::CodedLinear;
-pub(super) use kernel::minima;
-pub(super) use scales::{load_drops, load_scales, load_units, record_of};
+pub(super) use scales::{load_drops, load_steps, load_units, record_of};
 pub(super) use unpack::{Book, Five, Nibbles, Six, Unpack, line};
 
 use super::GROUP;

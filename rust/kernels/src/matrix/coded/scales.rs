@@ -60,6 +60,16 @@ pub(in super::super) fn load_scales<S: Simd>(
     RowScales { scales, minima }
 }
 
+/// The steps of a part of a record's groups.
+#[inline(always)]
+pub(in super::super) fn load_steps<S: Simd>(simd: S, kind: Scales, record: &[u8], part: usize) -> S::I32 {
+    let parts = parts_of(kind);
+    match step_at(kind, part / parts, part % parts) {
+        Some(at) => simd.load_i8(bytes_at(record, at)),
+        None => simd.splat_i32(1),
+    }
+}
+
 /// The steps of the minima of two parts of a record's groups, as pairs of 16 bits.
 #[inline(always)]
 pub(in super::super) fn load_drops<S: Simd>(simd: S, kind: Scales, record: &[u8], pair: usize) -> S::I32 {

@@ -4,15 +4,17 @@
 //! all those rows stays there too; a panel or two, so that their block stays in the L1 cache; tiles. Rows of the output lie
 //! pages apart and push each other out of the caches, so they are written once, when sums are complete.
 //!
-//! A group's integers are summed exactly and groups are added in order, so [`ByteTiles`] has the bits of the kernels that
-//! multiply few rows without the unit. [`BfloatTiles`] has its own order of additions inside a group, and multiplies few rows too.
+//! Integers are summed exactly, over a group or a span of them, and added in order, so [`ByteTiles`] and [`SpanTiles`] have the bits of the
+//! kernels that multiply few rows without the unit. [`BfloatTiles`] has its own order of additions inside a group, and multiplies few rows too.
 
 mod bfloat;
 mod block;
 mod integer;
+mod spans;
 
 pub(crate) use bfloat::{BfloatTiles, PairLine, RoundTile};
 pub(crate) use integer::ByteTiles;
+pub(crate) use spans::SpanTiles;
 
 use super::activations::Tiles;
 use super::{Output, PackedMatrix};
@@ -41,6 +43,11 @@ trait BlockKernel<S: Simd> {
     fn begin(&mut self, simd: S, block: &Block);
     /// Adds the products of that block with tiles to their sums, which lie as `at` says.
     fn multiply(&mut self, simd: S, block: &Block, tiles: Range<usize>, sums: &mut [TileSums<f32>]);
+    /// What a panel's complete sum is multiplied with, if anything.
+    #[inline(always)]
+    fn finish(&self, _simd: S, _panel: usize, sum: S::F32) -> S::F32 {
+        sum
+    }
     /// Where, among the sums of `tiles` tiles, those of a panel with a tile are.
     fn at(panel: usize, tile: usize, tiles: usize) -> usize;
 }
@@ -85,7 +92,7 @@ impl Work<'_> {
                 sums.clear();
                 sums.resize(panels.len().next_multiple_of(K::PANELS) * tiles.len(), TileSums::default());
                 self.multiply(simd, &mut kernel, &panels, &tiles, &mut sums);
-                self.finish::<S, K>(simd, &panels, &tiles, &sums);
+                self.finish(simd, &kernel, &panels, &tiles, &sums);
             }
         }
         SUMS.set(sums);
@@ -153,6 +160,7 @@ impl Work<'_> {
     fn finish<S: Simd, K: BlockKernel<S>>(
         &self,
         simd: S,
+        kernel: &K,
         panels: &Range<usize>,
         tiles: &Range<usize>,
         sums: &[TileSums<f32>],
@@ -161,7 +169,7 @@ impl Work<'_> {
             for row in 0..self.tiles.rows(tile) {
                 for panel in panels.clone() {
                     let at = K::at(panel - panels.start, tile - tiles.start, tiles.len());
-                    let sum = simd.load(&sums[at].0[row]);
+                    let sum = kernel.finish(simd, panel, simd.load(&sums[at].0[row]));
                     self.output.store_row(simd, panel, self.tiles.first(tile) + row, sum, self.output.bias);
                 }
             }

@@ -319,25 +319,33 @@ fn pairs_of_panels_equal_the_oracle() {
 #[test]
 fn extremes_of_the_integer_layouts() {
     // The greatest sums: all weights of the smallest or greatest code, all activations +-127.
-    for (format, fill, scale_at) in [
-        (Format::Q8_0, 0x80, 0),
-        (Format::Q8_0, 0x7f, 0),
-        (Format::Q4_0, 0x00, 0),
-        (Format::Q4_0, 0xff, 0),
-        (Format::Q5_0, 0x00, 0),
-        (Format::Q5_0, 0xff, 0),
-        (Format::Q6_K, 0xff, 208),
-        (Format::TQ2_0, 0xff, 64),
-        (Format::IQ4_NL, 0x00, 0),
-        (Format::IQ4_NL, 0xff, 0),
+    for (format, fill, scales_at) in [
+        (Format::Q8_0, 0x80, &[0][..]),
+        (Format::Q8_0, 0x7f, &[0]),
+        (Format::Q4_0, 0x00, &[0]),
+        (Format::Q4_0, 0xff, &[0]),
+        (Format::Q5_0, 0x00, &[0]),
+        (Format::Q5_0, 0xff, &[0]),
+        (Format::Q2_K, 0xff, &[80, 82]),
+        (Format::Q3_K, 0xff, &[108]),
+        (Format::Q4_K, 0xff, &[0, 2]),
+        (Format::Q5_K, 0xff, &[0, 2]),
+        (Format::Q6_K, 0x80, &[208]),
+        (Format::TQ2_0, 0xff, &[64]),
+        (Format::IQ4_NL, 0x00, &[0]),
+        (Format::IQ4_NL, 0xff, &[0]),
+        (Format::IQ4_XS, 0x00, &[0]),
+        (Format::IQ2_XS, 0xff, &[0]),
     ] {
         let columns = format.block_len().max(64);
         let mut row = vec![fill; format.row_bytes(columns).unwrap()];
         for block in row.chunks_mut(format.block_bytes()) {
-            block[scale_at..][..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
+            for &at in scales_at {
+                block[at..][..2].copy_from_slice(&half::f16::from_f32(0.25).to_le_bytes());
+            }
         }
         let weight = Weight { format, columns, rows: vec![row; 20], bias: vec![0.0; 20] };
-        for input in [vec![3.0; columns], vec![-3.0; columns]] {
+        for input in [vec![3.0; 33 * columns], vec![-3.0; 33 * columns]] {
             let expected = weight.reference(Isa::Scalar, &input, Precision::Auto, false);
             for isa in Isa::available() {
                 let got = weight.compute(&context(isa, 1), &input, Precision::Auto, false);
