@@ -83,8 +83,11 @@ impl<S: Simd, const MINIMA: bool> BlockKernel<S> for Multiply<'_, S, MINIMA> {
     #[inline(always)]
     fn multiply(&mut self, simd: S, block: &Block, tiles: Range<usize>, sums: &mut [TileSums<f32>]) {
         match tiles.len() {
-            1 => self.part(simd, block, [tiles.start], sums),
-            _ => self.part(simd, block, [tiles.start, tiles.start + 1], sums),
+            1 => self.part(simd, block, [self.input.tile(tiles.start)], sums),
+            _ => {
+                let tiles = [self.input.tile(tiles.start), self.input.tile(tiles.start + 1)];
+                self.part(simd, block, tiles, sums);
+            }
         }
     }
 
@@ -101,14 +104,14 @@ impl<S: Simd, const MINIMA: bool> Multiply<'_, S, MINIMA> {
         &mut self,
         simd: S,
         block: &Block,
-        tiles: [usize; T],
+        tiles: [IntegerTile<'_>; T],
         sums: &mut [TileSums<f32>],
     ) {
-        let (tiles, start) = (tiles.map(|tile| self.input.tile(tile)), block.groups.start);
+        let start = block.groups.start;
         for first in (0..block.groups.len()).step_by(KEPT) {
             let groups = first..block.groups.len().min(first + KEPT);
             for (group, exact) in groups.clone().zip(self.exact.chunks_exact_mut(2 * T)) {
-                let input = tiles.map(|tile| &tile.bytes[(start + group) * TILE_ROWS..]);
+                let input = std::array::from_fn(|t| &tiles[t].bytes[(start + group) * TILE_ROWS..]);
                 let weights = [0, 1].map(|panel| &self.integers[panel].bytes[group][..]);
                 self.unit.bytes::<T>(input, weights, 1, exact);
             }

@@ -176,8 +176,11 @@ impl<S: Simd, K: Kind> BlockKernel<S> for Multiply<'_, S, K> {
     #[inline(always)]
     fn multiply(&mut self, simd: S, block: &Block, tiles: Range<usize>, sums: &mut [TileSums<f32>]) {
         match tiles.len() {
-            1 => self.part(simd, block, [tiles.start], sums),
-            _ => self.part(simd, block, [tiles.start, tiles.start + 1], sums),
+            1 => self.part(simd, block, [self.input.tile(tiles.start)], sums),
+            _ => {
+                let tiles = [self.input.tile(tiles.start), self.input.tile(tiles.start + 1)];
+                self.part(simd, block, tiles, sums);
+            }
         }
     }
 
@@ -245,13 +248,12 @@ impl<S: Simd, K: Kind> Multiply<'_, S, K> {
         &mut self,
         simd: S,
         block: &Block,
-        tiles: [usize; T],
+        tiles: [IntegerTile<'_>; T],
         sums: &mut [TileSums<f32>],
     ) {
-        let tiles = tiles.map(|tile| self.input.tile(tile));
         let start = block.groups.start;
         for first in (0..block.groups.len()).step_by(K::SPAN) {
-            let input = tiles.map(|tile| &tile.bytes[(start + first) * TILE_ROWS..]);
+            let input = std::array::from_fn(|t| &tiles[t].bytes[(start + first) * TILE_ROWS..]);
             let weights = [0, 1].map(|plane| self.weights.0[plane][first..].as_flattened());
             let steps = K::SPAN.min(block.groups.len() - first).div_ceil(PAIR);
             self.unit.bytes::<T>(input, weights, steps, &mut self.exact);
