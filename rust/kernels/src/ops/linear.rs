@@ -3,7 +3,7 @@
 //! Tasks are chunks of panels, claimed by threads as they come; panels outside, tiles of rows inside, so that a panel
 //! is read from memory once. The columns are never split: a result is one chain of additions in the order of the
 //! columns, whatever the number of rows, its row's position, the tile, the number of threads and the instruction set. (bfloat16
-//! times bfloat16 alone has the instruction set's own order.)
+//! times bfloat16 alone has the instruction set's own order, and a matrix unit adds 256 columns of K-quants exactly.)
 
 use crate::matrix::{
     BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
@@ -105,7 +105,10 @@ fn linear_by(
         Way::Bytes(rounding) => {
             let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
             over_panels(context, weight, rows, |weight, panels| match weight.layout() {
-                Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels }),
+                Layout::Coded(_) => {
+                    let exact = isa.has_tiles();
+                    isa.dispatch(CodedLinear { weight, input, output, panels, exact });
+                }
                 _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
             });
         }
@@ -186,7 +189,7 @@ fn linear_ref(
     let rounded = crate::matrix::round_ref(input, span);
     let one = |(index, row): (usize, &&[u8])| {
         let sum = match (integer, format.as_grouped()) {
-            (true, Some(grouped)) => grouped_ref(grouped, span, row, &rounded),
+            (true, Some(grouped)) => grouped_ref(isa, grouped, span, row, &rounded),
             (true, None) => integer_ref(format, span, row, &rounded),
             (false, _) => {
                 let mut weights = vec![0.0; input.len()];
@@ -266,7 +269,13 @@ fn integer_ref(format: crate::Format, span: usize, row: &[u8], rounded: &[(f32, 
 
 /// The same for a format of groups.
 #[cfg(test)]
-fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded: &[(f32, f32)]) -> f32 {
+fn grouped_ref(
+    isa: Isa,
+    grouped: &crate::quant::Grouped,
+    span: usize,
+    row: &[u8],
+    rounded: &[(f32, f32)],
+) -> f32 {
     use crate::quant::Scales;
     let halves =
         matches!(grouped.scales, Scales::Steps { halves: true } | Scales::StepsDrops { halves: true });
@@ -275,7 +284,7 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
     (grouped.blocks.groups)(row, &mut groups);
     let mut sum = 0.0_f32;
     for (groups, rounded) in groups.chunks(span).zip(rounded.chunks(32 * span)) {
-        let (mut inner, mut whole, mut drops) = (0.0_f32, 0_i64, 0_i64);
+        let (mut inner, mut whole, mut drops, mut rounded_whole) = (0.0_f32, 0_i64, 0_i64, 0.0_f32);
         let unit = grouped.unit_of(&groups[0]);
         let minimum = half::f16::from_bits(groups[0].minimum).to_f32();
         for (group, rounded) in groups.iter().zip(rounded.chunks(32)) {
@@ -284,6 +293,7 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
                 let integers = codes.map(|&code| i64::from(grouped.codes.integer(code)));
                 let exact: i64 = integers.zip(rounded).map(|(weight, value)| weight * value.0 as i64).sum();
                 let total: i64 = rounded.iter().map(|value| value.0 as i64).sum();
+                rounded_whole = (exact as f32).mul_add(f32::from(group.steps[part]), rounded_whole);
                 match grouped.scales {
                     Scales::Half | Scales::Brain => inner = exact as f32 * unit,
                     Scales::HalfMinimum => inner = minimum.mul_add(total as f32, exact as f32 * unit),
@@ -297,7 +307,8 @@ fn grouped_ref(grouped: &crate::quant::Grouped, span: usize, row: &[u8], rounded
             }
         }
         if span > 1 {
-            inner = whole as f32 * unit;
+            let exact = isa.has_tiles() || grouped.scales == Scales::Shared;
+            inner = unit * if exact { whole as f32 } else { rounded_whole };
         }
         if grouped.scales.has_drops() {
             inner = (drops as f32).mul_add(-minimum, inner);

@@ -56,6 +56,7 @@ pub(super) struct Record<'a, S: Simd, U: Unpack, K: Kind> {
     pub(super) simd: S,
     pub(super) scales: &'a [u8],
     pub(super) factor: f32,
+    pub(super) exact: bool,
     pub(super) table: &'a [u8; 16],
     pub(super) kinds: PhantomData<(U, K)>,
 }
@@ -84,7 +85,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         inner
     }
 
-    /// The same where scales are counted in steps of a unit: everything is exact until it is multiplied with that.
+    /// The same where scales are counted in steps of a unit.
     #[inline(always)]
     pub(super) fn multiply_steps<const T: usize, const FETCH: bool>(
         &self,
@@ -94,10 +95,9 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
     ) -> [S::F32; T] {
         let simd = self.simd;
         let record = record_of(K::SCALES, self.scales, index * K::SPAN);
-        let whole = match const { (K::SPAN * parts_of(K::SCALES)).div_ceil(exact_parts(U::BITS, K::SCALES)) }
-        {
-            1 => self.chain::<T, FETCH>(index, (record, 0..K::SPAN), weights, tile),
-            2 => {
+        let chains = const { (K::SPAN * parts_of(K::SCALES)).div_ceil(exact_parts(U::BITS, K::SCALES)) };
+        let whole = match (chains, self.exact) {
+            (2, true) => {
                 let (first, second) = weights.split_at(const { K::SPAN / 2 * U::BYTES });
                 let mut whole = self.chain::<T, FETCH>(index, (record, 0..K::SPAN / 2), first, tile);
                 let rest = self.chain::<T, FETCH>(index, (record, K::SPAN / 2..K::SPAN), second, tile);
@@ -106,7 +106,8 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
                 }
                 whole
             }
-            _ => self.whole::<T, FETCH>(index, record, weights, tile),
+            (3.., true) => self.whole::<T, FETCH>(index, record, weights, tile),
+            _ => self.chain::<T, FETCH>(index, (record, 0..K::SPAN), weights, tile),
         };
         let units = load_units(simd, K::SCALES, self.factor, self.scales, index * K::SPAN);
         let mut inner = whole;
@@ -121,7 +122,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         inner
     }
 
-    /// Sums of some groups of a record, times their steps: as many as numbers in single precision add exactly.
+    /// Sums of some groups of a record, times their steps, added in order.
     #[inline(always)]
     fn chain<const T: usize, const FETCH: bool>(
         &self,
@@ -144,7 +145,7 @@ impl<S: Simd, U: Unpack, K: Kind> Record<'_, S, U, K> {
         exact
     }
 
-    /// Sums of a record, times their steps.
+    /// Sums of a record, times their steps, added exactly.
     #[inline(always)]
     fn whole<const T: usize, const FETCH: bool>(
         &self,
