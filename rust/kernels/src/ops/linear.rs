@@ -22,7 +22,7 @@ pub enum Precision {
     /// Exact weights times `f32` activations, whatever the format: the reference.
     Exact,
     /// Formats of 8 bits and fewer are multiplied with activations of 8 bits, one scale per row and 32 columns, over
-    /// the 128 or 256 of the format's own blocks, or over 128 of Q4_0;
+    /// the 128 or 256 of the format's own blocks, or over 128 of Q4_0, whose own scales are rounded to 12 bits of the greatest of their row;
     /// bfloat16 with activations of bfloat16 where the instruction set multiplies those; others with `f32` activations.
     #[default]
     Auto,

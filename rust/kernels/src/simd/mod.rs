@@ -275,18 +275,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Products are at most 32,639.
     #[inline(always)]
     fn scale_bytes(self, bytes: Self::I32, scales: Self::I32) -> [Self::I32; 2] {
-        let (mut all, mut own) = ([0; LANES], [0; LANES]);
-        self.store_i32(bytes, &mut all);
-        self.store_i32(scales, &mut own);
-        let (mut low, mut high) = ([0; LANES], [0; LANES]);
-        for lane in 0..LANES {
-            for (column, byte) in all[lane].to_le_bytes().into_iter().enumerate() {
-                let product = i32::from(byte as i8) * own[lane];
-                low[lane] |= (product & 0xff) << (8 * column);
-                high[lane] |= (((product + 128) >> 8) & 0xff) << (8 * column);
-            }
-        }
-        [self.load_i32(&low), self.load_i32(&high)]
+        tiles::scale_bytes_ref(self, bytes, scales)
     }
 
     /// Adds to each lane of `sums` the products of its pair of signed 16-bit integers with those of `pair`, exactly.

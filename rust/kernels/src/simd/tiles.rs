@@ -112,6 +112,23 @@ impl<S: Simd> Drop for MatrixUnit<S> {
     }
 }
 
+/// [`Simd::scale_bytes`] where there is no matrix unit to multiply with the result.
+#[inline(always)]
+pub(super) fn scale_bytes_ref<S: Simd>(simd: S, bytes: S::I32, scales: S::I32) -> [S::I32; 2] {
+    let (mut all, mut own) = ([0; LANES], [0; LANES]);
+    simd.store_i32(bytes, &mut all);
+    simd.store_i32(scales, &mut own);
+    let (mut low, mut high) = ([0; LANES], [0; LANES]);
+    for lane in 0..LANES {
+        for (column, byte) in all[lane].to_le_bytes().into_iter().enumerate() {
+            let product = i32::from(byte as i8) * own[lane];
+            low[lane] |= (product & 0xff) << (8 * column);
+            high[lane] |= (((product + 128) >> 8) & 0xff) << (8 * column);
+        }
+    }
+    [simd.load_i32(&low), simd.load_i32(&high)]
+}
+
 /// [`Simd::multiply_bytes`] without a matrix unit.
 ///
 /// # Safety

@@ -6,7 +6,6 @@
 //! of their own, are added exactly. (A matrix unit adds the groups of a record itself: `tiled/spans.rs`. Without one, adding exactly would take
 //! a multiplication of 32-bit integers, which competes with those of bytes: 8 to 16 rows of Q6_K 10 to 20 % slower.)
 
-use super::super::activations::IntegerTile;
 use super::super::blocks::blocks;
 use super::super::{IntegerTiles, Layout, Output, PackedMatrix};
 use super::record::Record;
@@ -140,10 +139,9 @@ impl<U: Unpack, K: Kind, const T: usize, const FETCH: bool> Kernel for Meeting<'
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Meeting { linear: CodedLinear { weight, input, output, exact, .. }, panel, tile, table, .. } =
-            self;
-        let sums = multiply::<S, U, K, T, FETCH>(simd, (weight, *exact), panel, input.tile(tile), table);
-        output.store(simd, panel, input.tiles, tile, &sums, true);
+        let Meeting { linear, panel, tile, table, .. } = self;
+        let sums = multiply::<S, U, K, T, FETCH>(simd, linear, panel, tile, table);
+        linear.output.store(simd, panel, linear.input.tiles, tile, &sums, true);
     }
 }
 
@@ -151,17 +149,18 @@ impl<U: Unpack, K: Kind, const T: usize, const FETCH: bool> Kernel for Meeting<'
 #[inline(always)]
 fn multiply<S: Simd, U: Unpack, K: Kind, const T: usize, const FETCH: bool>(
     simd: S,
-    (weight, exact): (&PackedMatrix, bool),
+    linear: &CodedLinear<'_>,
     panel: usize,
-    tile: IntegerTile<'_>,
+    tile: usize,
     table: &[u8; 16],
 ) -> [S::F32; T] {
+    let (weight, tile) = (linear.weight, linear.input.tile(tile));
     let weights = weight.weights(panel..panel + 1);
     let record = Record::<S, U, K> {
         simd,
         scales: weight.scale_bytes(panel),
         factor: weight.layout().scale_factor(),
-        exact,
+        exact: linear.exact,
         table,
         kinds: PhantomData,
     };

@@ -151,10 +151,11 @@ impl<const MINIMA: bool> Meeting<'_, MINIMA> {
             let scale = simd.load(&self.integers.scales[group]);
             let minimum = simd.load(&self.integers.minima[group]);
             let row_scales: &[f32; TILE_ROWS] = &self.tile.scales.as_chunks().0[self.start + group];
+            let totals =
+                if MINIMA { &self.tile.totals.as_chunks().0[self.start + group] } else { row_scales };
             for t in 0..TILE_ROWS {
                 let mut inner = simd.mul(simd.to_f32(simd.load_i32(&exact.0[t])), scale);
                 if MINIMA {
-                    let totals: &[f32; TILE_ROWS] = &self.tile.totals.as_chunks().0[self.start + group];
                     inner = simd.mul_add(minimum, simd.splat(totals[t]), inner);
                 }
                 complete[t] = simd.mul_add(inner, simd.splat(row_scales[t]), complete[t]);

@@ -11,8 +11,8 @@ use super::super::coded;
 use super::super::integer;
 use super::super::{GROUP, IntegerTiles, Layout, Output, PackedMatrix};
 use super::block::{BLOCK, Bytes, Place, read_integers};
-use super::{Block, BlockKernel, Work, by_pairs};
-use crate::quant::{Grouped, Scales};
+use super::{Block, BlockKernel, PANELS, Work, by_pairs};
+use crate::quant::Scales;
 use crate::simd::{Kernel, LANES, MatrixUnit, Simd, TILE_ROWS, TileShape, TileSums};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -41,12 +41,12 @@ impl Kernel for SpanTiles<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         match self.weight.layout() {
-            Layout::Int4 => self.multiply::<S, RowSteps>(simd, None),
+            Layout::Int4 => self.multiply::<S, RowSteps>(simd),
             Layout::Coded(format) => match format.scales {
-                Scales::Shared => self.multiply::<S, Shared>(simd, Some(format)),
-                Scales::Steps { .. } => self.multiply::<S, Steps>(simd, Some(format)),
-                Scales::StepsDrops { halves: false } => self.multiply::<S, StepsDrops>(simd, Some(format)),
-                Scales::StepsDrops { halves: true } => self.multiply::<S, HalfStepsDrops>(simd, Some(format)),
+                Scales::Shared => self.multiply::<S, Shared>(simd),
+                Scales::Steps { .. } => self.multiply::<S, Steps>(simd),
+                Scales::StepsDrops { halves: false } => self.multiply::<S, StepsDrops>(simd),
+                Scales::StepsDrops { halves: true } => self.multiply::<S, HalfStepsDrops>(simd),
                 Scales::Half | Scales::Brain | Scales::HalfMinimum => unreachable!("groups share nothing"),
             },
             Layout::Int8 | Layout::F32 | Layout::F16 | Layout::Bf16 => unreachable!("groups share nothing"),
@@ -56,7 +56,7 @@ impl Kernel for SpanTiles<'_> {
 
 impl SpanTiles<'_> {
     #[inline(always)]
-    fn multiply<S: Simd, K: Kind>(self, simd: S, format: Option<&Grouped>) {
+    fn multiply<S: Simd, K: Kind>(self, simd: S) {
         let (weight, input, panels) = (self.weight, self.input, self.panels);
         const { assert!(BLOCK.is_multiple_of(K::SPAN) && K::SPAN.is_multiple_of(PAIR)) };
         debug_assert_eq!(input.rounding.span, K::SPAN);
@@ -64,9 +64,9 @@ impl SpanTiles<'_> {
             unit: MatrixUnit::new(simd, TileShape { rows: TILE_ROWS, bytes: PAIR * GROUP }),
             weight,
             input,
-            scales: format.map_or((Scales::Half, 1.0), |format| (format.scales, format.factor)),
             weights: Planes([[[0; GROUP * LANES]; BLOCK]; 2]),
             units: [[[0.0; LANES]; BLOCK]; 2],
+            row_units: [[0.0; LANES]; PANELS],
             drops: [[0; LANES]; BLOCK],
             exact: [TileSums::default(); 4],
             kind: PhantomData,
@@ -143,9 +143,9 @@ struct Multiply<'a, S: Simd, K> {
     unit: MatrixUnit<S>,
     weight: &'a PackedMatrix,
     input: IntegerTiles<'a>,
-    scales: (Scales, f32), // and their factor
     weights: Planes,
     units: [[[f32; LANES]; BLOCK]; 2], // of spans: (2 panels, spans, 16); or of scales, and of minima
+    row_units: [[f32; LANES]; PANELS], // of panels whose sums are kept together
     drops: [[i32; LANES]; BLOCK],      // steps of minima, two parts to a number: (pairs of parts, 16)
     exact: [TileSums<i32>; 4],         // (2 panels or planes, tiles)
     kind: PhantomData<K>,
@@ -163,8 +163,9 @@ impl<S: Simd, K: Kind> BlockKernel<S> for Multiply<'_, S, K> {
     #[inline(always)]
     fn begin(&mut self, simd: S, block: &Block) {
         for (index, panel) in block.panels.clone().enumerate() {
-            if K::OF_SPANS {
-                self.read_units(simd, index, panel, &block.groups);
+            match K::OF_SPANS {
+                true => self.read_units(simd, index, panel, &block.groups),
+                false => self.row_units[panel % PANELS] = *self.weight.units(panel),
             }
             match K::PLANES {
                 1 => read_integers(simd, self.weight, panel, &block.groups, &mut self.weights.0[index]),
@@ -194,7 +195,7 @@ impl<S: Simd, K: Kind> BlockKernel<S> for Multiply<'_, S, K> {
 
     #[inline(always)]
     fn finish(&self, simd: S, panel: usize, sum: S::F32) -> S::F32 {
-        if K::OF_SPANS { sum } else { simd.mul(sum, simd.load(self.weight.units(panel))) }
+        if K::OF_SPANS { sum } else { simd.mul(sum, simd.load(&self.row_units[panel % PANELS])) }
     }
 }
 
@@ -202,7 +203,8 @@ impl<S: Simd, K: Kind> Multiply<'_, S, K> {
     /// Reads what the scales of spans are, or are counted in, and their minima.
     #[inline(always)]
     fn read_units(&mut self, simd: S, index: usize, panel: usize, groups: &Range<usize>) {
-        let ((kind, factor), scales) = (self.scales, self.weight.scale_bytes(panel));
+        let Layout::Coded(format) = self.weight.layout() else { unreachable!("spans without units") };
+        let (kind, factor, scales) = (format.scales, format.factor, self.weight.scale_bytes(panel));
         for (at, group) in groups.clone().step_by(K::SPAN).enumerate() {
             let units = coded::load_units(simd, kind, factor, scales, group);
             simd.store(units.scale, &mut self.units[index][at]);
@@ -219,9 +221,9 @@ impl<S: Simd, K: Kind> Multiply<'_, S, K> {
     /// Reads weights and multiplies them with their steps; a group that is missing in the last pair gets zeros.
     #[inline(always)]
     fn read_scaled(&mut self, simd: S, panel: usize, groups: &Range<usize>) {
-        let ((kind, _), parts) = (self.scales, coded::parts_of(self.scales.0));
         let mut steps = [[simd.splat_i32(0); 2]; BLOCK];
-        if K::OF_SPANS {
+        if let Layout::Coded(format) = self.weight.layout() {
+            let (kind, parts) = (format.scales, coded::parts_of(format.scales));
             for (steps, group) in steps.iter_mut().zip(groups.clone()) {
                 let record = coded::record_of(kind, self.weight.scale_bytes(panel), group);
                 for (half, steps) in steps.iter_mut().enumerate() {
