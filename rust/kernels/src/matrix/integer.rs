@@ -19,7 +19,7 @@ use std::ops::Range;
 /// (`benches/quality.py`).
 pub(super) const INT4_SPAN: usize = 4;
 
-/// Steps that the greatest scale of a row of Int4 is counted in: times any integer of 4 bits they fit two bytes, both with signs.
+/// Steps that the greatest scale of a row of Int4 is counted in: times any integer of 4 bits they fit 16 bits.
 pub(super) const STEPS: f32 = 4064.0;
 
 /// One over the units of rows, or 0 of rows whose scales are all zeros or not all finite.

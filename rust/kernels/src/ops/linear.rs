@@ -9,6 +9,8 @@ use crate::matrix::{
     BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
     PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, SpanTiles, Tiles,
 };
+use crate::quant::Scales;
+use crate::simd::TILE_ROWS;
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,9 +30,22 @@ pub enum Precision {
     Auto,
 }
 
-/// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits. Measured at the shapes of a 1B
-/// Llama: `examples/matrix_unit_speed.rs`.
-const TILED_ROWS: usize = 32;
+/// From how many rows on a matrix unit multiplies integers of a layout faster than vectors do, with the same bits. Measured at the shapes of
+/// a 1B Llama: `examples/matrix_unit_speed.rs`.
+fn tiled_rows(layout: Layout) -> usize {
+    match layout {
+        Layout::Coded(format) => match format.scales {
+            Scales::Shared => 9,
+            Scales::Steps { .. } | Scales::StepsDrops { .. } => 12,
+            Scales::Half | Scales::Brain | Scales::HalfMinimum => MANY_ROWS,
+        },
+        Layout::Int4 => 22,
+        Layout::Int8 | Layout::F32 | Layout::F16 | Layout::Bf16 => MANY_ROWS,
+    }
+}
+
+/// Rows of several tiles.
+const MANY_ROWS: usize = 2 * TILE_ROWS;
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +65,7 @@ impl Way {
         }
         match layout.rounding() {
             Some(rounding) => match layout {
-                _ if isa.has_tiles() && rows >= TILED_ROWS => Way::ByteTiles(rounding),
+                _ if isa.has_tiles() && rows >= tiled_rows(layout) => Way::ByteTiles(rounding),
                 Layout::Int8 if isa >= Isa::Avx512 && rows >= PAIRED_ROWS => Way::PairedBytes(rounding),
                 _ => Way::Bytes(rounding),
             },
@@ -162,7 +177,7 @@ fn over_panels(
         2..8 => 2,
         8..64 => 4,
         // A matrix unit reads all rows once for so many panels.
-        _ if context.isa.has_tiles() && rows >= TILED_ROWS => PANELS,
+        _ if context.isa.has_tiles() && rows >= MANY_ROWS => PANELS,
         _ => 8,
     };
     // Panels that are read from a file are taken in its order: what the system reads ahead is then what any thread needs next.

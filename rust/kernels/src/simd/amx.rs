@@ -90,145 +90,28 @@ pub(super) unsafe fn release() {
     unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
 }
 
-/// [`Simd::multiply_bytes`](super::Simd::multiply_bytes).
-///
-/// # Safety
-/// As there, and AMX is available.
-#[inline(always)]
-pub(super) unsafe fn multiply_bytes<const T: usize>(
-    shape: TileShape,
+/// What a loop over tiles reads and writes: each pointer and how far it goes with a step.
+struct Walk<const T: usize> {
     input: [*const u8; T],
+    /// Bytes of a line of input.
+    stride: usize,
+    input_step: usize,
     weights: [*const u8; 2],
+    weight_step: usize,
+    /// At least 1.
     steps: usize,
-    sums: &mut [[TileSums<i32>; T]; 2],
-) {
-    let sums = sums.as_mut_ptr().cast::<u8>();
-    // SAFETY: the caller's promise.
-    unsafe {
-        match T {
-            1 => bytes_one_by_two(shape, input[0], weights, steps, sums),
-            2 => bytes_two_by_two(shape, [input[0], input[T - 1]], weights, steps, sums),
-            _ => unreachable!("one tile of input or two"),
-        }
-    }
-}
-
-/// One tile of input by two panels.
-///
-/// # Safety
-/// As for [`multiply_bytes`].
-#[inline(always)]
-unsafe fn bytes_one_by_two(
-    shape: TileShape,
-    input: *const u8,
-    weights: [*const u8; 2],
-    steps: usize,
+    /// (2 panels, T).
     sums: *mut u8,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{input} + {stride}*1]",
-            "tileloadd tmm6, [{first} + {line}*1]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{second} + {line}*1]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "add {input}, {step}",
-            "add {first}, {step}",
-            "add {second}, {step}",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {line}*1], tmm0",
-            "tilestored [{sums} + {line}*1 + 1024], tmm1",
-            input = inout(reg) input => _,
-            first = inout(reg) weights[0] => _,
-            second = inout(reg) weights[1] => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) sums,
-            line = in(reg) LINE,
-            stride = in(reg) shape.bytes,
-            step = in(reg) shape.rows * shape.bytes,
-            options(nostack)
-        );
-    }
 }
 
-/// Two tiles of input by two panels: four products for four tiles read.
-///
-/// # Safety
-/// As for [`multiply_bytes`].
-#[inline(always)]
-unsafe fn bytes_two_by_two(
-    shape: TileShape,
-    input: [*const u8; 2],
-    weights: [*const u8; 2],
-    steps: usize,
-    sums: *mut u8,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm6, [{first} + {line}*1]",
-            "tileloadd tmm4, [{upper} + {stride}*1]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{lower} + {stride}*1]",
-            "tdpbssd tmm1, tmm5, tmm6",
-            "tileloadd tmm7, [{second} + {line}*1]",
-            "tdpbssd tmm2, tmm4, tmm7",
-            "tdpbssd tmm3, tmm5, tmm7",
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {first}, {step}",
-            "add {second}, {step}",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {line}*1], tmm0",
-            "tilestored [{sums} + {line}*1 + 1024], tmm1",
-            "tilestored [{sums} + {line}*1 + 2048], tmm2",
-            "tilestored [{sums} + {line}*1 + 3072], tmm3",
-            upper = inout(reg) input[0] => _,
-            lower = inout(reg) input[1] => _,
-            first = inout(reg) weights[0] => _,
-            second = inout(reg) weights[1] => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) sums,
-            line = in(reg) LINE,
-            stride = in(reg) shape.bytes,
-            step = in(reg) shape.rows * shape.bytes,
-            options(nostack)
-        );
-    }
+/// Sums that begin as zeros.
+macro_rules! zeros {
+    ($($register:literal)*) => { concat!($("tilezero tmm", $register, "\n"),*) };
 }
 
-/// [`Simd::multiply_bf16`](super::Simd::multiply_bf16).
-///
-/// # Safety
-/// As there, and AMX is available.
-#[inline(always)]
-pub(super) unsafe fn multiply_bf16<const T: usize>(
-    shape: TileShape,
-    input: [*const u8; T],
-    weights: [*const u8; 2],
-    groups: usize,
-    sums: &mut [[TileSums<f32>; T]; 2],
-) {
-    let sums = sums.as_mut_ptr().cast::<u8>();
-    // SAFETY: the caller's promise.
-    unsafe {
-        match T {
-            1 => one_by_two(shape, input[0], weights, groups, sums),
-            2 => two_by_two(shape, [input[0], input[T - 1]], weights, groups, sums),
-            _ => unreachable!("one tile of input or two"),
-        }
-    }
+/// Sums that go on from what memory holds.
+macro_rules! kept {
+    ($($register:literal)*) => { concat!($("tileloadd tmm", $register, ", [{sums} + {line}*1 + 1024*", $register, "]\n"),*) };
 }
 
 /// Asks for the lines of a kilobyte, 4 KB after a register's address.
@@ -241,96 +124,135 @@ macro_rules! ahead {
     };
 }
 
-/// One tile of input by two panels: for few rows, when weights come from memory.
-///
-/// # Safety
-/// As for [`multiply_bf16`].
-unsafe fn one_by_two(
-    shape: TileShape,
-    input: *const u8,
-    weights: [*const u8; 2],
-    groups: usize,
-    sums: *mut u8,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
+/// One tile of input by two panels; `first` and `second` are the instructions that multiply with them.
+macro_rules! one_by_two {
+    ($walk:expr, $begin:expr, $ahead:expr, $first:literal, $second:literal) => {{
+        let Walk { input, stride, input_step, weights, weight_step, steps, sums } = $walk;
         asm!(
-            "tileloadd tmm0, [{sums} + {line}*1]",
-            "tileloadd tmm1, [{sums} + {line}*1 + 1024]",
+            $begin,
             "2:",
-            ahead!("first"),
-            ahead!("second"),
-            "tileloadd tmm4, [{input} + {line}*1]",
+            $ahead,
+            "tileloadd tmm4, [{input} + {stride}*1]",
             "tileloadd tmm6, [{first} + {line}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
+            concat!($first, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{second} + {line}*1]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {input}, {step}",
-            "add {first}, 1024",
-            "add {second}, 1024",
-            "dec {groups}",
+            concat!($second, " tmm1, tmm4, tmm7"),
+            "add {input}, {input_step}",
+            "add {first}, {weight_step}",
+            "add {second}, {weight_step}",
+            "dec {steps}",
             "jnz 2b",
             "tilestored [{sums} + {line}*1], tmm0",
             "tilestored [{sums} + {line}*1 + 1024], tmm1",
-            input = inout(reg) input => _,
+            input = inout(reg) input[0] => _,
             first = inout(reg) weights[0] => _,
             second = inout(reg) weights[1] => _,
-            groups = inout(reg) groups => _,
-            step = in(reg) shape.rows * LINE,
-            line = in(reg) LINE,
+            steps = inout(reg) steps => _,
             sums = in(reg) sums,
+            line = in(reg) LINE,
+            stride = in(reg) stride,
+            input_step = in(reg) input_step,
+            weight_step = in(reg) weight_step,
             options(nostack)
-        );
-    }
+        )
+    }};
 }
 
 /// Two tiles of input by two panels: four products for four tiles read.
-///
-/// # Safety
-/// As for [`multiply_bf16`].
-unsafe fn two_by_two(
-    shape: TileShape,
-    input: [*const u8; 2],
-    weights: [*const u8; 2],
-    groups: usize,
-    sums: *mut u8,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
+macro_rules! two_by_two {
+    ($walk:expr, $begin:expr, $first:literal, $second:literal) => {{
+        let Walk { input, stride, input_step, weights, weight_step, steps, sums } = $walk;
         asm!(
-            "tileloadd tmm0, [{sums} + {line}*1]",
-            "tileloadd tmm1, [{sums} + {line}*1 + 1024]",
-            "tileloadd tmm2, [{sums} + {line}*1 + 2048]",
-            "tileloadd tmm3, [{sums} + {line}*1 + 3072]",
+            $begin,
             "2:",
             "tileloadd tmm6, [{first} + {line}*1]",
-            "tileloadd tmm4, [{upper} + {line}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{lower} + {line}*1]",
-            "tdpbf16ps tmm1, tmm5, tmm6",
+            "tileloadd tmm4, [{upper} + {stride}*1]",
+            concat!($first, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm5, [{lower} + {stride}*1]",
+            concat!($first, " tmm1, tmm5, tmm6"),
             "tileloadd tmm7, [{second} + {line}*1]",
-            "tdpbf16ps tmm2, tmm4, tmm7",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {first}, 1024",
-            "add {second}, 1024",
-            "dec {groups}",
+            concat!($second, " tmm2, tmm4, tmm7"),
+            concat!($second, " tmm3, tmm5, tmm7"),
+            "add {upper}, {input_step}",
+            "add {lower}, {input_step}",
+            "add {first}, {weight_step}",
+            "add {second}, {weight_step}",
+            "dec {steps}",
             "jnz 2b",
             "tilestored [{sums} + {line}*1], tmm0",
             "tilestored [{sums} + {line}*1 + 1024], tmm1",
             "tilestored [{sums} + {line}*1 + 2048], tmm2",
             "tilestored [{sums} + {line}*1 + 3072], tmm3",
             upper = inout(reg) input[0] => _,
-            lower = inout(reg) input[1] => _,
+            lower = inout(reg) input[T - 1] => _,
             first = inout(reg) weights[0] => _,
             second = inout(reg) weights[1] => _,
-            groups = inout(reg) groups => _,
-            step = in(reg) shape.rows * LINE,
-            line = in(reg) LINE,
+            steps = inout(reg) steps => _,
             sums = in(reg) sums,
+            line = in(reg) LINE,
+            stride = in(reg) stride,
+            input_step = in(reg) input_step,
+            weight_step = in(reg) weight_step,
             options(nostack)
-        );
+        )
+    }};
+}
+
+/// [`Simd::multiply_bytes`](super::Simd::multiply_bytes).
+///
+/// # Safety
+/// As there, and AMX is available.
+#[inline(always)]
+pub(super) unsafe fn multiply_bytes<const T: usize, const UNSIGNED: bool>(
+    shape: TileShape,
+    input: [*const u8; T],
+    weights: [*const u8; 2],
+    steps: usize,
+    sums: &mut [[TileSums<i32>; T]; 2],
+) {
+    let sums = sums.as_mut_ptr().cast::<u8>();
+    let (input_step, weight_step) = (shape.rows * shape.bytes, TILE_ROWS * shape.bytes);
+    let walk = Walk { input, stride: shape.bytes, input_step, weights, weight_step, steps, sums };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (T, UNSIGNED) {
+            (1, false) => one_by_two!(walk, zeros!(0 1), "", "tdpbssd", "tdpbssd"),
+            (1, true) => one_by_two!(walk, zeros!(0 1), "", "tdpbsud", "tdpbssd"),
+            (2, false) => two_by_two!(walk, zeros!(0 1 2 3), "tdpbssd", "tdpbssd"),
+            (2, true) => two_by_two!(walk, zeros!(0 1 2 3), "tdpbsud", "tdpbssd"),
+            _ => unreachable!("one tile of input or two"),
+        }
+    }
+}
+
+/// [`Simd::multiply_bf16`](super::Simd::multiply_bf16). One tile of input asks for weights ahead: they come from memory.
+///
+/// # Safety
+/// As there, and AMX is available.
+#[inline(always)]
+pub(super) unsafe fn multiply_bf16<const T: usize>(
+    shape: TileShape,
+    input: [*const u8; T],
+    weights: [*const u8; 2],
+    steps: usize,
+    sums: &mut [[TileSums<f32>; T]; 2],
+) {
+    let sums = sums.as_mut_ptr().cast::<u8>();
+    let (input_step, weight_step) = (shape.rows * LINE, TILE_ROWS * LINE);
+    let walk = Walk { input, stride: LINE, input_step, weights, weight_step, steps, sums };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match T {
+            1 => one_by_two!(
+                walk,
+                kept!(0 1),
+                concat!(ahead!("first"), ahead!("second")),
+                "tdpbf16ps",
+                "tdpbf16ps"
+            ),
+            2 => two_by_two!(walk, kept!(0 1 2 3), "tdpbf16ps", "tdpbf16ps"),
+            _ => unreachable!("one tile of input or two"),
+        }
     }
 }
 

@@ -391,17 +391,19 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         hardware!(_mm512_storeu_si512(bytes.as_mut_ptr().cast(), vector));
     }
     #[inline(always)]
-    fn scale_bytes(self, bytes: __m512i, scales: __m512i) -> [__m512i; 2] {
+    fn scale_codes<const DROP: bool>(self, codes: __m512i, scales: __m512i, drops: __m512i) -> [__m512i; 2] {
         hardware!({
-            let low_halves = _mm512_and_si512(scales, _mm512_set1_epi32(0xffff));
-            let scales = _mm512_or_si512(low_halves, _mm512_slli_epi32::<16>(scales));
-            let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
-            let even = _mm512_mullo_epi16(even, scales);
-            let odd = _mm512_mullo_epi16(_mm512_srai_epi16::<8>(bytes), scales);
-            let (upper, half) = (0xaaaa_aaaa_aaaa_aaaa, _mm512_set1_epi16(128));
-            let low = _mm512_mask_blend_epi8(upper, even, _mm512_slli_epi16::<8>(odd));
-            let (even, odd) = (_mm512_add_epi16(even, half), _mm512_add_epi16(odd, half));
-            [low, _mm512_mask_blend_epi8(upper, _mm512_srli_epi16::<8>(even), odd)]
+            let evens = _mm512_set1_epi16(0xff);
+            let mut even = _mm512_mullo_epi16(_mm512_and_si512(codes, evens), scales);
+            let mut odd = _mm512_mullo_epi16(_mm512_srli_epi16::<8>(codes), scales);
+            if DROP {
+                (even, odd) = (_mm512_sub_epi16(even, drops), _mm512_sub_epi16(odd, drops));
+            }
+            const AND_OR: i32 = 0b11101010; // a & b | c
+            const AND_NOT_OR: i32 = 0b10111010; // a & !b | c
+            let low = _mm512_ternarylogic_epi32::<AND_OR>(even, evens, _mm512_slli_epi16::<8>(odd));
+            let high = _mm512_ternarylogic_epi32::<AND_NOT_OR>(odd, evens, _mm512_srli_epi16::<8>(even));
+            [low, high]
         })
     }
     #[inline(always)]
@@ -469,7 +471,7 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         }
     }
     #[inline(always)]
-    unsafe fn multiply_bytes<const T: usize>(
+    unsafe fn multiply_bytes<const T: usize, const UNSIGNED: bool>(
         self,
         shape: TileShape,
         input: [*const u8; T],
@@ -478,8 +480,10 @@ impl<const BF16: bool, const AMX: bool> Simd for Avx512<BF16, AMX> {
         sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         match AMX {
-            true => hardware!(amx::multiply_bytes::<T>(shape, input, weights, steps, sums)),
-            false => hardware!(tiles::multiply_bytes_ref(shape, input, weights, steps, sums)),
+            true => hardware!(amx::multiply_bytes::<T, UNSIGNED>(shape, input, weights, steps, sums)),
+            false => {
+                hardware!(tiles::multiply_bytes_ref::<T, UNSIGNED>(shape, input, weights, steps, sums));
+            }
         }
     }
     #[inline(always)]

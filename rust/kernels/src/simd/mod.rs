@@ -271,11 +271,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
         dot_bf16_in_two(self, sums, weights, pair)
     }
 
-    /// The four signed bytes of each lane times its lane of `scales`, as the low and the high bytes of `256 * high + low`, both signed.
-    /// Products are at most 32,639.
+    /// The four bytes of each lane times its scale, minus `drops` if `DROP`, as the low bytes, unsigned, and the high ones, signed, of
+    /// `256 * high + low`. Both halves of a lane of `scales` and of `drops` are the same 16 bits, and results are within 16 bits.
     #[inline(always)]
-    fn scale_bytes(self, bytes: Self::I32, scales: Self::I32) -> [Self::I32; 2] {
-        tiles::scale_bytes_ref(self, bytes, scales)
+    fn scale_codes<const DROP: bool>(
+        self,
+        codes: Self::I32,
+        scales: Self::I32,
+        drops: Self::I32,
+    ) -> [Self::I32; 2] {
+        tiles::scale_codes_ref::<_, DROP>(self, codes, scales, drops)
     }
 
     /// Adds to each lane of `sums` the products of its pair of signed 16-bit integers with those of `pair`, exactly.
@@ -321,7 +326,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// The matrix unit is prepared for this shape, and so much input and weights can be read; there is a step.
     #[inline(always)]
-    unsafe fn multiply_bytes<const T: usize>(
+    unsafe fn multiply_bytes<const T: usize, const UNSIGNED: bool>(
         self,
         shape: TileShape,
         input: [*const u8; T],
@@ -330,7 +335,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         sums: &mut [[TileSums<i32>; T]; 2],
     ) {
         // SAFETY: the caller's promise.
-        unsafe { tiles::multiply_bytes_ref(shape, input, weights, steps, sums) }
+        unsafe { tiles::multiply_bytes_ref::<T, UNSIGNED>(shape, input, weights, steps, sums) }
     }
     /// See [`MatrixUnit::bf16`].
     ///

@@ -50,7 +50,10 @@ impl Kernel for Everything {
         let [[first], [second]] = s.dot_bytes_of_two([&weights, &other], &[row], &[-128 * total]);
         let [nibble_sums, again] =
             s.dot_nibbles(weights.first_chunk().unwrap_or(&[0; 256]), &[row; 2], &[-8 * total; 2]);
-        let [low, high] = s.scale_bytes(w, s.sub_i32(s.and_i32(w, s.splat_i32(0xff)), s.splat_i32(127)));
+        let halves = s.splat_i32(0x0101_0101_u32.wrapping_mul(u32::from(row[0])) as i32 & 0x7f00_7f00);
+        let drops = s.splat_i32(i32::from_le_bytes([row[1], row[2], row[1], row[2]]));
+        let [low, high] = s.scale_codes::<true>(w, halves, drops);
+        let [plain_low, plain_high] = s.scale_codes::<false>(w, halves, drops);
         for value in [
             s.add_i32(w, nibbles),
             s.sub_i32(nibbles, w),
@@ -58,6 +61,8 @@ impl Kernel for Everything {
             s.mul_add_i16(s.sub_i32(s.shift_right(w, 17), s.splat_i32(1 << 14)), s.shift_right(w, 16), w),
             low,
             high,
+            plain_low,
+            plain_high,
             s.or_i32(w, nibbles),
             s.xor_i32(w, nibbles),
             s.shift_left(w, 5),

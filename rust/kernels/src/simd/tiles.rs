@@ -58,13 +58,13 @@ impl<S: Simd> MatrixUnit<S> {
         MatrixUnit { simd, shape, thread: PhantomData }
     }
 
-    /// Exact sums of products of signed bytes with signed bytes, over `steps` tiles of two panels with those of `T` tiles of input. An
-    /// input tile is (steps, rows, bytes); a panel is (steps, bytes / 4, 16 lanes, 4). Sums are (2 panels, T).
+    /// Exact sums of products of signed bytes with signed bytes, or unsigned ones in the first panel if `UNSIGNED`, over `steps` tiles of
+    /// two panels with those of `T` tiles of input. An input tile is (steps, rows, bytes); a panel is (steps, bytes / 4, 16 lanes, 4). Sums are (2 panels, T).
     ///
     /// # Panics
     /// When one of them is too short, there is no step, or tiles are not of whole groups of 32 bytes.
     #[inline(always)]
-    pub fn bytes<const T: usize>(
+    pub fn bytes<const T: usize, const UNSIGNED: bool>(
         &self,
         input: [&[[u8; 32]]; T],
         weights: [&[u8]; 2],
@@ -79,7 +79,7 @@ impl<S: Simd> MatrixUnit<S> {
         let input = input.map(|tile| tile.as_ptr().cast::<u8>());
         let weights = weights.map(<[u8]>::as_ptr);
         // SAFETY: the unit is prepared for this shape, and all that it reads exists.
-        unsafe { self.simd.multiply_bytes::<T>(self.shape, input, weights, steps, sums) };
+        unsafe { self.simd.multiply_bytes::<T, UNSIGNED>(self.shape, input, weights, steps, sums) };
     }
 
     /// Adds to the sums of two panels with `T` tiles of input the products of `groups` groups of bfloat16. An input tile is
@@ -112,18 +112,27 @@ impl<S: Simd> Drop for MatrixUnit<S> {
     }
 }
 
-/// [`Simd::scale_bytes`] where there is no matrix unit to multiply with the result.
+/// [`Simd::scale_codes`] where there is no matrix unit to multiply with the result.
 #[inline(always)]
-pub(super) fn scale_bytes_ref<S: Simd>(simd: S, bytes: S::I32, scales: S::I32) -> [S::I32; 2] {
-    let (mut all, mut own) = ([0; LANES], [0; LANES]);
-    simd.store_i32(bytes, &mut all);
-    simd.store_i32(scales, &mut own);
+pub(super) fn scale_codes_ref<S: Simd, const DROP: bool>(
+    simd: S,
+    codes: S::I32,
+    scales: S::I32,
+    drops: S::I32,
+) -> [S::I32; 2] {
+    let of = |vector| {
+        let mut lanes = [0; LANES];
+        simd.store_i32(vector, &mut lanes);
+        lanes
+    };
+    let (codes, scales, drops) = (of(codes), of(scales), of(drops));
     let (mut low, mut high) = ([0; LANES], [0; LANES]);
     for lane in 0..LANES {
-        for (column, byte) in all[lane].to_le_bytes().into_iter().enumerate() {
-            let product = i32::from(byte as i8) * own[lane];
-            low[lane] |= (product & 0xff) << (8 * column);
-            high[lane] |= (((product + 128) >> 8) & 0xff) << (8 * column);
+        let drop = if DROP { drops[lane] as i16 } else { 0 };
+        for (column, code) in codes[lane].to_le_bytes().into_iter().enumerate() {
+            let product = i16::from(code).wrapping_mul(scales[lane] as i16).wrapping_sub(drop);
+            low[lane] |= i32::from(product as u8) << (8 * column);
+            high[lane] |= i32::from((product >> 8) as u8) << (8 * column);
         }
     }
     [simd.load_i32(&low), simd.load_i32(&high)]
@@ -133,14 +142,14 @@ pub(super) fn scale_bytes_ref<S: Simd>(simd: S, bytes: S::I32, scales: S::I32) -
 ///
 /// # Safety
 /// As there.
-pub(super) unsafe fn multiply_bytes_ref<const T: usize>(
+pub(super) unsafe fn multiply_bytes_ref<const T: usize, const UNSIGNED: bool>(
     shape: TileShape,
     input: [*const u8; T],
     weights: [*const u8; 2],
     steps: usize,
     sums: &mut [[TileSums<i32>; T]; 2],
 ) {
-    for (sums, panel) in sums.iter_mut().zip(weights) {
+    for (unsigned, (sums, panel)) in [UNSIGNED, false].into_iter().zip(sums.iter_mut().zip(weights)) {
         for (sums, tile) in sums.iter_mut().zip(input) {
             for (row, sums) in sums.0.iter_mut().enumerate().take(shape.rows) {
                 for (lane, sum) in sums.iter_mut().enumerate() {
@@ -149,7 +158,8 @@ pub(super) unsafe fn multiply_bytes_ref<const T: usize>(
                         let weight = (step * shape.bytes / 4 + k / 4) * LINE + lane * 4 + k % 4;
                         // SAFETY: the caller's promise.
                         let pair = unsafe { (*tile.add(input), *panel.add(weight)) };
-                        i32::from(pair.0 as i8) * i32::from(pair.1 as i8)
+                        let weight = if unsigned { i32::from(pair.1) } else { i32::from(pair.1 as i8) };
+                        i32::from(pair.0 as i8) * weight
                     };
                     let columns = (0..steps).flat_map(|step| (0..shape.bytes).map(move |k| (step, k)));
                     *sum = columns.map(product).sum();

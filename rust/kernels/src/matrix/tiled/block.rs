@@ -1,5 +1,6 @@
 //! A block of a panel of integers, whatever the format, as bytes that a matrix unit multiplies and scales that are `f32`.
 
+use super::super::ahead::AHEAD;
 use super::super::coded::{self, Book, Five, Nibbles, Six, Unpack};
 use super::super::{GROUP, Layout, PackedMatrix};
 use crate::quant::Codes;
@@ -8,6 +9,9 @@ use std::ops::Range;
 
 /// Groups in a block: 8 KB of bytes.
 pub(super) const BLOCK: usize = 16;
+
+/// What codes of Int4 are.
+pub(super) const INT4: Codes = Codes::Nibbles(8);
 
 /// Integers of some groups of a panel: (groups, 8 steps of four columns, 16 lanes, 4).
 pub(super) type Bytes = [[u8; GROUP * LANES]; BLOCK];
@@ -38,7 +42,7 @@ impl Integers {
         panel: usize,
         groups: Range<usize>,
     ) {
-        read_integers(simd, weight, panel, &groups, &mut self.bytes);
+        read_codes(simd, weight, panel, &groups, &mut self.bytes[..], false);
         let Layout::Coded(format) = weight.layout() else {
             for (own, scales) in self.scales.iter_mut().zip(&weight.scales(panel)[groups]) {
                 simd.store(simd.load_f16(scales), own);
@@ -54,58 +58,77 @@ impl Integers {
     }
 }
 
-/// Where integers go as they are read.
+/// Where codes go as they are read.
 pub(super) trait Place<S: Simd> {
-    /// Takes those of a step of four columns of a group: four bytes to a lane.
-    fn put(&mut self, simd: S, group: usize, step: usize, integers: S::I32);
+    /// Prepares for those of a group.
+    #[inline(always)]
+    fn start(&mut self, _simd: S, _group: usize) {}
+    /// Takes those of a step of four columns of a group: four bytes to a lane, which an integer exceeds by `offset`. Without an offset, or
+    /// if it is 128, codes may have 8 bits.
+    fn put(&mut self, simd: S, group: usize, step: usize, codes: S::I32, offset: u8);
 }
 
-impl<S: Simd> Place<S> for Bytes {
+/// As signed integers.
+impl<S: Simd> Place<S> for [[u8; GROUP * LANES]] {
     #[inline(always)]
-    fn put(&mut self, simd: S, group: usize, step: usize, integers: S::I32) {
+    fn put(&mut self, simd: S, group: usize, step: usize, codes: S::I32, offset: u8) {
+        let splat = |byte: u8| simd.splat_i32(i32::from_le_bytes([byte; 4]));
+        let upper = splat(0x80);
+        // Bytes minus the offset: with the upper bit set there is no borrow, and without it they are right.
+        let integers = match offset {
+            128 => simd.xor_i32(codes, upper),
+            _ => simd.xor_i32(simd.sub_i32(simd.or_i32(codes, upper), splat(offset)), upper),
+        };
         simd.store_bytes(integers, &mut self[group].as_chunks_mut().0[step]);
     }
 }
 
-/// Reads the integers of some groups of a panel, at most [`BLOCK`]; they are counted from the first one on.
+/// Reads the codes of some groups of a panel, at most [`BLOCK`]; they are counted from the first one on. `ahead`: asks for weights some way
+/// after them.
 #[inline(always)]
-pub(super) fn read_integers<S: Simd>(
+pub(super) fn read_codes<S: Simd>(
     simd: S,
     weight: &PackedMatrix,
     panel: usize,
     groups: &Range<usize>,
-    place: &mut impl Place<S>,
+    place: &mut (impl Place<S> + ?Sized),
+    ahead: bool,
 ) {
     let group_bytes = weight.layout().group_bytes();
     let weights = &weight.weights(panel..panel + 1)[groups.start * group_bytes..groups.end * group_bytes];
     match weight.layout() {
-        Layout::Int8 => unpack::<S, Whole>(simd, weights, Codes::Nibbles(0), place),
-        Layout::Int4 => unpack::<S, Nibbles>(simd, weights, Codes::Nibbles(8), place),
+        Layout::Int8 => unpack::<S, Whole>(simd, weights, Codes::Nibbles(0), place, ahead),
+        Layout::Int4 => unpack::<S, Nibbles>(simd, weights, INT4, place, ahead),
         Layout::Coded(format) => match format.codes {
-            Codes::Nibbles(_) => unpack::<S, Nibbles>(simd, weights, format.codes, place),
-            Codes::Five(_) => unpack::<S, Five>(simd, weights, format.codes, place),
-            Codes::Six(_) => unpack::<S, Six>(simd, weights, format.codes, place),
-            Codes::Book(_) => unpack::<S, Book>(simd, weights, format.codes, place),
+            Codes::Nibbles(_) => unpack::<S, Nibbles>(simd, weights, format.codes, place, ahead),
+            Codes::Five(_) => unpack::<S, Five>(simd, weights, format.codes, place, ahead),
+            Codes::Six(_) => unpack::<S, Six>(simd, weights, format.codes, place, ahead),
+            Codes::Book(_) => unpack::<S, Book>(simd, weights, format.codes, place, ahead),
         },
         Layout::F32 | Layout::F16 | Layout::Bf16 => unreachable!("a layout without integers"),
     }
 }
 
-/// Unpacks codes and makes them integers.
+/// Unpacks codes.
 #[inline(always)]
-fn unpack<S: Simd, U: Unpack>(simd: S, weights: &[u8], codes: Codes, place: &mut impl Place<S>) {
+fn unpack<S: Simd, U: Unpack>(
+    simd: S,
+    weights: &[u8],
+    codes: Codes,
+    place: &mut (impl Place<S> + ?Sized),
+    ahead: bool,
+) {
     let table = coded::table(codes);
-    let splat = |byte: u8| simd.splat_i32(i32::from_le_bytes([byte; 4]));
-    // Bytes minus the offset: with the upper bit set there is no borrow, and without it they are right.
-    let (upper, offset) = (splat(0x80), splat(-coded::offset(codes) as u8 & 0x7f));
+    let offset = if U::BITS == 8 { 128 } else { -coded::offset(codes) as u8 };
     for (group, weights) in weights.chunks_exact(U::BYTES).enumerate() {
+        if ahead {
+            for line in 0..U::BYTES / 64 {
+                simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
+            }
+        }
+        place.start(simd, group);
         for step in 0..8 {
-            let bytes = U::step(simd, weights, step, &table);
-            let integers = match U::BITS {
-                8 => simd.xor_i32(bytes, upper),
-                _ => simd.xor_i32(simd.sub_i32(simd.or_i32(bytes, upper), offset), upper),
-            };
-            place.put(simd, group, step, integers);
+            place.put(simd, group, step, U::step(simd, weights, step, &table), offset);
         }
     }
 }

@@ -113,7 +113,7 @@ impl<S: Simd, const MINIMA: bool> Multiply<'_, S, MINIMA> {
             for (group, exact) in groups.clone().zip(self.exact.chunks_exact_mut(2 * T)) {
                 let input = std::array::from_fn(|t| &tiles[t].bytes[(start + group) * TILE_ROWS..]);
                 let weights = [0, 1].map(|panel| &self.integers[panel].bytes[group][..]);
-                self.unit.bytes::<T>(input, weights, 1, exact);
+                self.unit.bytes::<T, false>(input, weights, 1, exact);
             }
             for panel in 0..block.panels.len() {
                 for (t, tile) in tiles.iter().enumerate() {

@@ -10,7 +10,9 @@
 mod bfloat;
 mod block;
 mod integer;
+mod scaled;
 mod spans;
+mod stream;
 
 pub(crate) use bfloat::{BfloatTiles, PairLine, RoundTile};
 pub(crate) use integer::ByteTiles;
