@@ -21,6 +21,7 @@ Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 _KEYS = {"prompt", "prompt_token_ids"}
 _PROMPT = "a prompt is a string, a list of token ids, or a dictionary with prompt_token_ids (or prompt)"
+_BYTES = (bytes, bytearray, memoryview)  # their items would pass for token ids
 _Item = TypeVar("_Item")
 
 
@@ -144,14 +145,16 @@ def _token_ids(value: Any, where: str, wanted: str = "a list is needed") -> list
 
 def _is_token_ids(value: Any) -> bool:
     """Tell token ids from a list of prompts by the first element; an empty list is an empty list of prompts."""
-    if getattr(value, "ndim", None) == 1:  # numpy, torch
-        return True
-    return isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0 and isinstance(value[0], Integral)
+    if isinstance(value, _BYTES):
+        return False
+    if getattr(value, "ndim", None) == 1 and len(value) > 0:  # numpy, torch
+        return not isinstance(value[0], str)
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Integral)
 
 
 def _sequence(value: Any, where: str, wanted: str = "a list is needed") -> Sequence[Any]:
     if hasattr(value, "tolist"):  # numpy, torch: Python integers from here on
         value = value.tolist()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+    if isinstance(value, (str, Mapping, *_BYTES)) or not isinstance(value, Sequence):
         raise InferError(f"{where}: {wanted}, got {type(value).__name__}")
     return value

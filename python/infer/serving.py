@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from infer import hub
@@ -77,11 +78,13 @@ def speculation(config: Mapping[str, Any] | None, target: Path, **hub_options: A
     draft = config.get("model")
     if draft is None and method == "draft_model":
         draft = hub.DRAFTS.get(target)
+    if draft is not None and method == "ngram":
+        raise InferError('speculative_config: \'model\' is for the method "draft_model", not for "ngram"')
     lookup_max = config.get("prompt_lookup_max", 4)
     return (
         method,
         config.get("num_speculative_tokens", 2 if method == "draft_model" else 4),
-        config.get("prompt_lookup_min", min(2, lookup_max) if isinstance(lookup_max, int) else 2),
+        config.get("prompt_lookup_min", max(1, min(2, int(lookup_max))) if isinstance(lookup_max, Integral) else 2),
         lookup_max,
         None if draft is None else hub.resolve(draft, **hub_options),
         config.get("num_draft_tokens"),

@@ -37,9 +37,12 @@ if TYPE_CHECKING:
         ("stop", [""]),
         ("stop_token_ids", [-1]),
         ("logprobs", -2),
+        ("logprobs", 2**32 - 1),
         ("prompt_logprobs", -2),
         ("allowed_token_ids", []),
         ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: 1e300}),
+        ("logit_bias", {"1": 1.0}),
     ],
 )
 def test_sampling_parameters_out_of_range(name: str, value: Any) -> None:
@@ -246,7 +249,8 @@ def test_advice_of_a_wrong_type(tmp_path: Path, bare_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"), [(3, "int"), (b"abc", "bytes"), (["a", 3], "int"), ([1.5], "float"), ([["a"]], "'a'")]
+    ("prompt", "found"),
+    [(3, "int"), (b"abc", "bytes"), (bytearray(b"abc"), "bytearray"), (["a", 3], "int"), ([1.5], "float"), ([["a"]], "'a'")],
 )
 def test_prompts_of_a_wrong_type(llm: LLM, prompt: Any, found: str) -> None:
     with pytest.raises(InferError, match=f"prompts.* got {found}"):

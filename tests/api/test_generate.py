@@ -89,6 +89,21 @@ def test_stop_strings_and_tokens(llm: LLM) -> None:
     assert ended.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
 
 
+def test_a_stop_string_may_begin_before_min_tokens_but_not_end(llm: LLM) -> None:
+    free = llm.generate("Once upon a time", GREEDY.replace(max_tokens=8))[0].outputs[0]
+    assert free.text.startswith(" there was a ")  # a token a word
+    for least, reason in ((3, "stop"), (4, "length")):
+        params = GREEDY.replace(max_tokens=8, stop=["was a"], min_tokens=least)
+        stopped = llm.generate("Once upon a time", params)[0].outputs[0]
+        assert (stopped.finish_reason, stopped.text) == (reason, " there " if reason == "stop" else free.text)
+
+
+def test_any_temperature_leaves_forbidden_tokens_out(llm: LLM) -> None:
+    params = SamplingParams(temperature=1e300, allowed_token_ids=[5, 6, 7], n=40, max_tokens=1, seed=1)
+    drawn = {output.token_ids[0] for output in llm.generate("Once upon a time", params)[0].outputs}
+    assert drawn == {5, 6, 7}
+
+
 def test_the_end_of_text_ends_an_answer_unless_ignored(llm: LLM) -> None:
     force_end = {"temperature": 0, "max_tokens": 6, "logit_bias": {0: 100.0}}
     ended = llm.generate("The end.", SamplingParams(**force_end))[0].outputs[0]

@@ -4,7 +4,7 @@ use std::any::TypeId;
 
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyMapping, PyString};
+use pyo3::types::{PyBool, PyByteArray, PyBytes, PyMapping, PyMemoryView, PyString};
 
 use crate::error::refusal;
 
@@ -127,7 +127,8 @@ pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     let wrong = |object: &Bound<'_, PyAny>| {
         refusal(format!("{name} must be a sequence of token ids, got {}", type_name(object)))
     };
-    if object.is_instance_of::<PyString>() || object.cast::<PyMapping>().is_ok() {
+    let is_text = object.is_instance_of::<PyString>() || is_bytes(object);
+    if is_text || object.cast::<PyMapping>().is_ok() {
         return Err(wrong(object));
     }
     let items = object.try_iter().map_err(|_| wrong(object))?;
@@ -143,6 +144,13 @@ pub fn token_ids(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         })?);
     }
     Ok(ids)
+}
+
+/// Bytes, whose items would pass for token ids.
+fn is_bytes(object: &Bound<'_, PyAny>) -> bool {
+    object.is_instance_of::<PyBytes>()
+        || object.is_instance_of::<PyByteArray>()
+        || object.is_instance_of::<PyMemoryView>()
 }
 
 /// A number, if it is one. To Python, True is an integer, too; whoever gives it for a number has mistaken the argument.

@@ -7,7 +7,7 @@ use infer_engine as core;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyString, PyTuple};
 
-use crate::convert::{Arg, Int, number, text, token_ids, type_name};
+use crate::convert::{Arg, Int, number, shown, text, token_ids, type_name};
 use crate::error::{guarded, refusal};
 
 /// How to choose tokens and when to stop; names, defaults and meanings are vLLM's. Immutable.
@@ -280,7 +280,10 @@ fn top_or_all(name: &str, top: Arg<Int>) -> PyResult<u32> {
     let right = "None, at least 0, or -1 for all tokens";
     match top.fit::<i64>(name, right)? {
         -1 => Ok(ALL),
-        count => Arg::int(count.into()).fit(name, right),
+        count => match Arg::int(count.into()).fit(name, right)? {
+            ALL => Err(refusal(format!("{name} must be {right}, got {count}, which is too large"))),
+            count => Ok(count),
+        },
     }
 }
 
@@ -317,8 +320,17 @@ fn biases(object: &Bound<'_, PyAny>) -> PyResult<BTreeMap<u32, f32>> {
     let mut biases = BTreeMap::new();
     for item in mapping.items()?.iter() {
         let (key, value) = item.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
-        let wrong = || refusal(format!("logit_bias must map token ids to numbers, got {key}: {value}"));
-        biases.insert(number(&key).ok_or_else(wrong)?, number(&value).ok_or_else(wrong)?);
+        let wrong = || {
+            let (key, value) = (shown(&key), shown(&value));
+            refusal(format!(
+                "logit_bias must map token ids, which are integers, to finite numbers, got {key}: {value}"
+            ))
+        };
+        let bias: f64 = number(&value).ok_or_else(wrong)?;
+        if !(bias as f32).is_finite() {
+            return Err(wrong());
+        }
+        biases.insert(number(&key).ok_or_else(wrong)?, bias as f32);
     }
     Ok(biases)
 }

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 
 use crate::convert::{Arg, Int};
 use crate::error::guarded;
-use crate::settings::{MAX_THREADS, read_quantization, thread_count};
+use crate::settings::{MAX_THREADS, named_quantization, thread_count};
 use crate::vocabulary;
 use crate::wait::interruptible;
 
@@ -49,7 +49,7 @@ pub fn quantize(
 ) -> PyResult<u64> {
     guarded(|| {
         let (path, output) = (path.get("path", "a path")?, output.get("output", "a path")?);
-        let quantization = read_quantization(Some(quantization))?;
+        let quantization = Some(named_quantization(quantization, "a string")?);
         let threads = threads.map_or(Ok(infer_kernels::default_threads().min(MAX_THREADS)), thread_count)?;
         let mmap = mmap.flag("mmap")?;
         let stop = Arc::new(AtomicBool::new(false));

@@ -44,8 +44,12 @@ pub fn seconds(name: &str, value: Arg<f64>) -> PyResult<Duration> {
 /// How weights are rounded.
 pub fn read_quantization(value: Option<Arg<String>>) -> PyResult<Option<&'static Quantization>> {
     let Some(name) = value else { return Ok(None) };
-    let name = name.get("quantization", "None or a string")?;
-    Quantization::from_name(&name).map(Some).map_err(refusal)
+    named_quantization(name, "None or a string").map(Some)
+}
+
+/// The same where there must be one.
+pub fn named_quantization(name: Arg<String>, right: &str) -> PyResult<&'static Quantization> {
+    Quantization::from_name(&name.get("quantization", right)?).map_err(refusal)
 }
 
 /// The seed of random weights, if the way of loading is that.

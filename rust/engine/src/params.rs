@@ -216,9 +216,10 @@ impl SamplingParams {
     }
 }
 
-/// What logits are multiplied by. Tiny temperatures would divide to infinity; any number this large already leaves only the largest.
+/// What logits are multiplied by. Tiny temperatures would divide to infinity; any number this large already leaves only the largest. Huge ones
+/// would divide to zero, which makes no number of a logit of minus infinity; any number this small already leaves all others alike.
 pub(crate) fn inverse_temperature(temperature: f64) -> f32 {
-    (1.0 / temperature).min(f64::from(f32::MAX)) as f32
+    (1.0 / temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)) as f32
 }
 
 #[cfg(test)]
@@ -229,6 +230,13 @@ mod tests {
         let mut params = SamplingParams::default();
         change(&mut params);
         params.validate().and_then(|()| params.validate_for(100)).expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn no_temperature_multiplies_by_zero_or_infinity() {
+        for temperature in [f64::MIN_POSITIVE, 1e-300, 1.0, 1e46, f64::MAX] {
+            assert!(inverse_temperature(temperature).is_normal(), "{temperature}");
+        }
     }
 
     #[test]

@@ -79,17 +79,16 @@ impl Detokenizer {
         }
         let mut text = String::new();
         self.state.push(self.tokenizer.decoding(), token, self.skip_special, &mut text);
-        self.release(text)
+        self.release(text, true)
     }
 
-    /// Takes the next token without looking for stop strings (before `min_tokens` are reached).
+    /// Takes the next token before `min_tokens` are reached: stop strings that it completes end nothing, but one may begin with it, as in vLLM.
     pub fn push_without_stops(&mut self, token: u32) -> String {
-        let mut text = std::mem::take(&mut self.held);
+        let mut text = String::new();
         if self.stopped.is_none() {
             self.state.push(self.tokenizer.decoding(), token, self.skip_special, &mut text);
         }
-        self.stops.reset();
-        text
+        self.release(text, false).text
     }
 
     /// Ends the text: what was held back comes out, an incomplete character as U+FFFD.
@@ -101,7 +100,7 @@ impl Detokenizer {
         }
         let mut text = String::new();
         self.state.finish(self.tokenizer.decoding(), &mut text);
-        let mut text = self.release(text).text;
+        let mut text = self.release(text, true).text;
         if self.stopped.is_none() {
             text.push_str(&std::mem::take(&mut self.held));
         }
@@ -113,12 +112,17 @@ impl Detokenizer {
         self.stopped.as_ref()
     }
 
-    fn release(&mut self, new: String) -> TextStep {
+    fn release(&mut self, new: String, may_stop: bool) -> TextStep {
         if self.stops.is_empty() {
             return TextStep { text: new, stopped: None };
         }
         let before = self.held.len();
-        let found = self.stops.find(&new);
+        let mut found = self.stops.find(&new);
+        let mut rest = &new[..];
+        while let Some(ignored) = found.as_ref().filter(|_| !may_stop) {
+            rest = &rest[ignored.end..];
+            found = self.stops.find(rest);
+        }
         self.held.push_str(&new);
         let mut text = std::mem::take(&mut self.held);
         if let Some(found) = found {

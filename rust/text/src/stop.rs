@@ -106,9 +106,4 @@ impl StopStrings {
     pub(crate) fn undecided(&self) -> usize {
         self.automata.iter().map(|automaton| automaton.state).max().unwrap_or(0)
     }
-
-    /// Forgets the text so far.
-    pub(crate) fn reset(&mut self) {
-        self.automata.iter_mut().for_each(|automaton| automaton.state = 0);
-    }
 }

@@ -224,10 +224,26 @@ fn text_is_held_back_only_while_it_may_become_a_stop_string() {
     assert_eq!(detokenizer.push(hash[0]).text, "");
     assert_eq!(detokenizer.push(letter[0]).text, "##x");
     assert_eq!(detokenizer.push(hash[0]).text, "");
-    assert_eq!(detokenizer.push_without_stops(hash[0]), "##");
-    assert_eq!(detokenizer.push(hash[0]).text, "");
     assert_eq!(detokenizer.finish(), "#");
     assert!(Detokenizer::new(&tokenizer, false, vec![String::new()], false).is_err());
+}
+
+#[test]
+fn a_stop_string_may_begin_before_texts_may_stop() {
+    let Some(tokenizer) = tinylm() else { return };
+    let hash = tokenizer.encode("#", false).unwrap()[0];
+    let new = |stop: &str| Detokenizer::new(&tokenizer, false, vec![stop.to_owned()], false).unwrap();
+    // What was complete too early ends nothing, also as the beginning of what is complete later.
+    let mut detokenizer = new("##");
+    let early: String = (0..3).map(|_| detokenizer.push_without_stops(hash)).collect();
+    assert_eq!(early, "##");
+    let step = detokenizer.push(hash);
+    assert_eq!((step.text.as_str(), step.stopped.is_some()), ("", true));
+    // Half of it too early.
+    let mut detokenizer = new("###");
+    assert_eq!(detokenizer.push_without_stops(hash), "");
+    assert_eq!(detokenizer.push_without_stops(hash), "");
+    assert!(detokenizer.push(hash).stopped.is_some());
 }
 
 #[test]
