@@ -200,7 +200,7 @@ mod tests {
             )
         };
         let hundred = replace(r#"{"String": "a"}"#, &"a".repeat(100));
-        assert_eq!(error(&sequence(&[hundred.clone()])), "");
+        assert_eq!(error(&sequence(std::slice::from_ref(&hundred))), "");
         assert!(error(&sequence(&vec![hundred; 6])).contains("up to 1000000000000 times longer"));
         let regex = replace(r#"{"Regex": "a"}"#, "aaa");
         assert!(error(&sequence(&vec![regex; 5])).contains("up to 1024 times longer"));

@@ -44,7 +44,8 @@ fn repr(value: &Value, out: &mut String, depth: usize, items: &mut usize) -> Res
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::String => string_repr(value.as_str().unwrap_or_default(), out),
         ValueKind::Number => out.push_str(&number(value)),
-        ValueKind::Seq => {
+        ValueKind::Iterable if value.len().is_none() => _ = write!(out, "{value}"),
+        ValueKind::Seq | ValueKind::Iterable => {
             let tuple = value.is_tuple();
             out.push(if tuple { '(' } else { '[' });
             let length = value.len().unwrap_or(0);
