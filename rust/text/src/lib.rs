@@ -16,6 +16,7 @@ mod detokenizer;
 mod error;
 mod folder;
 mod gguf;
+mod growth;
 mod merges;
 mod pre_tokenizers;
 mod sentencepiece;

@@ -143,7 +143,7 @@ fn printable(bytes: &[u8]) -> String {
 }
 
 /// Standard base64 with padding.
-fn base64(text: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn base64(text: &[u8]) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(4) {
         return None;
     }

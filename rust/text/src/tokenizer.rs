@@ -237,6 +237,7 @@ fn check_space_runs(text: &str) -> Result<(), TextError> {
 
 /// Parses `tokenizer.json`.
 pub(crate) fn backend_from_json(what: &str, json: &[u8]) -> Result<Backend, TextError> {
+    crate::growth::check(what, json)?;
     let backend = shielded(
         what,
         AssertUnwindSafe(|| {

@@ -112,6 +112,9 @@ fn hostile_tokenizer_json_is_refused() {
     refused("/decoder", json!({"type": "BPEDecoder", "suffix": "</w>"}));
     refused("/model", json!({"type": "Unigram", "unk_id": 3, "vocab": []}));
     refused("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "////"}));
+    let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "a".repeat(100)});
+    refused("/normalizer", json!({"type": "Sequence", "normalizers": vec![replace.clone(); 6]}));
+    refused("/decoder", json!({"type": "Sequence", "decoders": vec![replace; 6]}));
     refused(
         "/pre_tokenizer",
         json!({"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": false}),

@@ -4,7 +4,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
-use super::{clock, json, methods, printing};
+use super::{clock, formats, json, methods, printing, values};
 
 /// Steps that one rendering may take: about a second of work, and hundreds of times what long chats need.
 const FUEL: u64 = 20_000_000;
@@ -21,19 +21,21 @@ pub(super) fn new() -> Environment<'static> {
     environment.set_formatter(|out, _, value| {
         match value.as_str() {
             Some(text) => out.write_str(text),
-            None => out.write_str(&printing::python_str(value)),
+            None => out.write_str(&printing::python_str(value)?),
         }
         .map_err(|_| Error::new(ErrorKind::WriteFailure, "cannot write output"))
     });
     minijinja_contrib::add_to_environment(&mut environment);
     methods::add_to(&mut environment);
+    values::add_to(&mut environment);
+    formats::add_to(&mut environment);
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("string", |value: &Value| printing::python_str(value));
     environment.add_filter("indent", indent);
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        let message = printing::python_str(message);
+        let message = printing::python_str(message)?;
         Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
     });
     set_clock(&mut environment, None);
@@ -59,7 +61,7 @@ fn indent(text: &str, positional: Rest<Value>, named: Kwargs) -> Result<String, 
         positional.get(index).map_or_else(|| named.get(name), |value| Ok(Some(value.clone())))
     };
     let indentation = match argument(0, "width")? {
-        Some(width) if width.as_str().is_some() => printing::python_str(&width),
+        Some(width) if width.as_str().is_some() => printing::python_str(&width)?,
         Some(width) => match usize::try_from(width) {
             Ok(width @ ..=1024) => " ".repeat(width),
             _ => return Err(Error::new(ErrorKind::InvalidOperation, "indent: expected at most 1024 spaces")),

@@ -30,6 +30,7 @@ pub(super) fn tojson(
         indent: present(argument(1, "indent")?).map(|value| indentation(&value)).transpose()?,
         separators: None,
         sort_keys: argument(3, "sort_keys")?.is_some_and(|value| value.is_true()),
+        items: 0,
     };
     if let Some(pair) = present(argument(2, "separators")?) {
         let part = |index: usize| -> Result<String, Error> {
@@ -64,12 +65,17 @@ struct Writer {
     indent: Option<String>,
     separators: Option<(String, String)>,
     sort_keys: bool,
+    items: usize,
 }
 
 impl Writer {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(invalid(format!("tojson: nested more than {MAX_DEPTH} levels deep")));
+        }
+        self.items += 1;
+        if self.out.len() > printing::MAX_BYTES || self.items > printing::MAX_ITEMS {
+            return Err(invalid(printing::too_long()));
         }
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),

@@ -6,9 +6,12 @@
 
 use std::fmt::Display;
 
+use minijinja::formatting::FormatStyle;
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
+
+use super::formats;
 
 /// Widest padding of `center`, `ljust`, `rjust` and `zfill`, in characters.
 const MAX_WIDTH: i64 = 1024;
@@ -24,6 +27,10 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
 
 fn call(state: &mut State<'_, '_>, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let known = match value.kind() {
+        ValueKind::String if method == "format" => {
+            let text = value.as_str().unwrap_or_default();
+            formats::formatted(state, FormatStyle::StrFormat, text, args).map(Some)
+        }
         ValueKind::String => of_string(value.as_str().unwrap_or_default(), method, args),
         ValueKind::Seq => of_list(value, method, args),
         ValueKind::Map if method == "copy" => from_args(args).map(|()| Some(value.clone())),

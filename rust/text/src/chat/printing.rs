@@ -5,41 +5,53 @@
 
 use std::fmt::Write;
 
-use minijinja::Value;
 use minijinja::value::ValueKind;
+use minijinja::{Error, ErrorKind, Value};
 
 /// Deepest nesting that is printed; deeper values print as `...`.
 const MAX_DEPTH: usize = 100;
+/// Longest text that is printed, in bytes.
+pub(super) const MAX_BYTES: usize = 1 << 26;
+/// Most items that are printed, those of lists in lists included: a list that holds another twice stands for many.
+pub(super) const MAX_ITEMS: usize = 1 << 22;
 
 /// `str(value)`. Undefined prints nothing, as in Jinja2.
-pub(super) fn python_str(value: &Value) -> String {
+///
+/// # Errors
+/// A value that prints as more than [`MAX_BYTES`], or has more than [`MAX_ITEMS`].
+pub(super) fn python_str(value: &Value) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
+        ValueKind::Undefined => Ok(String::new()),
+        ValueKind::String => Ok(value.as_str().unwrap_or_default().to_owned()),
         _ => {
             let mut out = String::new();
-            repr(value, &mut out, 0);
-            out
+            repr(value, &mut out, 0, &mut 0)?;
+            Ok(out)
         }
     }
 }
 
-fn repr(value: &Value, out: &mut String, depth: usize) {
+fn repr(value: &Value, out: &mut String, depth: usize, items: &mut usize) -> Result<(), Error> {
+    *items += 1;
+    if out.len() > MAX_BYTES || *items > MAX_ITEMS {
+        return Err(Error::new(ErrorKind::InvalidOperation, too_long()));
+    }
     if depth > MAX_DEPTH {
         out.push_str("...");
-        return;
+        return Ok(());
     }
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::String => string_repr(value.as_str().unwrap_or_default(), out),
         ValueKind::Number => out.push_str(&number(value)),
-        ValueKind::Seq => {
+        ValueKind::Iterable if value.len().is_none() => _ = write!(out, "{value}"),
+        ValueKind::Seq | ValueKind::Iterable => {
             let tuple = value.is_tuple();
             out.push(if tuple { '(' } else { '[' });
             let length = value.len().unwrap_or(0);
             for (index, item) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
-                repr(&item, out, depth + 1);
+                repr(&item, out, depth + 1, items)?;
             }
             out.push_str(if tuple && length == 1 { "," } else { "" });
             out.push(if tuple { ')' } else { ']' });
@@ -48,14 +60,20 @@ fn repr(value: &Value, out: &mut String, depth: usize) {
             out.push('{');
             for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
-                repr(&key, out, depth + 1);
+                repr(&key, out, depth + 1, items)?;
                 out.push_str(": ");
-                repr(&value.get_item(&key).unwrap_or(Value::UNDEFINED), out, depth + 1);
+                repr(&value.get_item(&key).unwrap_or(Value::UNDEFINED), out, depth + 1, items)?;
             }
             out.push('}');
         }
         _ => _ = write!(out, "{value}"),
     }
+    Ok(())
+}
+
+/// What is said of a value with too many items or bytes.
+pub(super) fn too_long() -> String {
+    format!("a value is too long to be printed: at most {MAX_ITEMS} items and {MAX_BYTES} bytes are accepted")
 }
 
 /// A number as Python prints it: floats switch to exponents outside 1e-4 <= |x| < 1e16.
@@ -130,10 +148,10 @@ mod tests {
             {"a": [1, 2.0, true, null, "it's", "say \"hi\"", "tab\t\u{e9}\u{200b}"], "b": {"c": 1e300, "d": 1e-7}}
         ));
         assert_eq!(
-            python_str(&value),
+            python_str(&value).unwrap(),
             r#"{'a': [1, 2.0, True, None, "it's", 'say "hi"', 'tab\té\u200b'], 'b': {'c': 1e+300, 'd': 1e-07}}"#
         );
-        assert_eq!(python_str(&Value::from("it's")), "it's");
-        assert_eq!(python_str(&Value::UNDEFINED), "");
+        assert_eq!(python_str(&Value::from("it's")).unwrap(), "it's");
+        assert_eq!(python_str(&Value::UNDEFINED).unwrap(), "");
     }
 }

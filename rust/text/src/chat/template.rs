@@ -9,13 +9,14 @@ use minijinja::{Environment, ErrorKind, Value};
 use super::ending::{Continued, Ending};
 use super::environment;
 use super::generation::without_generation_tags;
+use super::{guards, roomy, tags, values};
 use crate::error::{TextError, shielded};
 use crate::folder::{self, SpecialTokens, read_optional};
 
 /// Longest template source, in bytes (the longest published one has 16 kB).
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Longest rendered text, in bytes.
-const MAX_OUTPUT_BYTES: usize = 1 << 26;
+const MAX_OUTPUT_BYTES: usize = super::printing::MAX_BYTES;
 /// Deepest nesting of messages and tools.
 const MAX_DEPTH: usize = 100;
 const NAME: &str = "chat";
@@ -44,12 +45,12 @@ impl ChatTemplate {
         let special = special.into_iter().filter_map(|(name, t)| Some((name, t?.to_owned()))).collect();
         let mut environment = environment::new();
         let plain = without_generation_tags(source);
-        shielded(
-            "chat template",
-            AssertUnwindSafe(|| {
-                environment.add_template_owned(NAME, plain).map_err(|error| template_error(&error))
-            }),
-        )?;
+        let guarded = guards::guarded(&plain, &tags::tags(&plain)?);
+        roomy::run(|| {
+            let compiled =
+                || environment.add_template_owned(NAME, guarded).map_err(|error| template_error(&error));
+            shielded("chat template", AssertUnwindSafe(compiled))
+        })?;
         Ok(ChatTemplate { environment, special, source: source.to_owned() })
     }
 
@@ -132,7 +133,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TextError::Template`]: the template called `raise_exception`, failed on these messages, or went over a
-    /// limit (fuel, size of the output, nesting), or the last message cannot be continued.
+    /// limit (time, fuel, size of the output and of values, nesting), or the last message cannot be continued.
     pub fn render(
         &self,
         messages: &serde_json::Value,
@@ -173,7 +174,10 @@ impl ChatTemplate {
         context.insert("messages", environment::messages_of(messages));
         context.insert("tools", tools.map_or(Value::from(()), environment::value_of));
         context.insert("add_generation_prompt", Value::from(ending == Ending::GenerationPrompt));
-        let text = shielded("chat template", AssertUnwindSafe(|| self.run(context)))?;
+        let text = roomy::run(|| {
+            values::start_clock();
+            shielded("chat template", AssertUnwindSafe(|| self.run(context)))
+        })?;
         match continued {
             Some(continued) => continued.cut(&text),
             None => Ok(text),
