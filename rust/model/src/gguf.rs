@@ -40,6 +40,9 @@ const NUMBERS: &[(&str, &str)] = &[
     ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
 ];
 
+/// Ids of tokens that end a text, where there are more than GGUF has keys for.
+pub const END_TOKENS_KEY: &str = "tokenizer.infer.end_token_ids";
+
 /// Looks a tensor up by name.
 type FindTensor<'a, 't> = &'a dyn Fn(&str) -> Option<Tensor<'t>>;
 
@@ -117,7 +120,9 @@ impl Reader<'_, '_> {
             let id = self.metadata.i64(&format!("tokenizer.ggml.{key}_token_id")).ok().flatten();
             id.and_then(|id| u32::try_from(id).ok())
         };
-        let ends: Vec<u32> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
+        let mut ends: Vec<u32> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
+        let more = self.metadata.u64s(END_TOKENS_KEY).ok().flatten().unwrap_or_default();
+        ends.extend(more.into_iter().filter_map(|id| u32::try_from(id).ok()));
         fields.insert("eos_token_id".to_owned(), json!(ends));
         fields.insert("bos_token_id".to_owned(), json!(id("bos")));
         Ok(fields)
