@@ -55,7 +55,9 @@ class Calls:
         except InferError as error:
             if changes:
                 raise
-            raise InferError(f"generation_config.json beside {self._engine.info.path}, or general.sampling in it: {error}") from error
+            raise InferError(
+                f"generation_config.json beside {self._engine.info.path}, or general.sampling in it: {error}"
+            ) from error
 
     def _tokenizer(self) -> _core.Tokenizer:
         if self._names is None:
