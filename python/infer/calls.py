@@ -46,13 +46,18 @@ class Calls:
     _waits: bool
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
-        """Return what the model's authors advise (its `generation_config.json`), with some fields changed."""
+        """Return what the model's authors advise, with some fields changed.
+
+        That is its `generation_config.json`, or what a `.gguf` file says under `general.sampling`.
+        """
         try:
             return SamplingParams(**{**self._defaults, **changes})
         except InferError as error:
             if changes:
                 raise
-            raise InferError(f"generation_config.json beside {self._engine.info.path}: {error}") from error
+            raise InferError(
+                f"generation_config.json beside {self._engine.info.path}, or general.sampling in it: {error}"
+            ) from error
 
     def _tokenizer(self) -> _core.Tokenizer:
         if self._names is None:

@@ -1,5 +1,6 @@
 """The sampling that a model's authors advise: `generation_config.json` in its folder, or beside its `.gguf` file.
 
+A `.gguf` file may also say it itself (`general.sampling` in its metadata), which the core reads; the file beside it comes before.
 As in vLLM these hold where a call names no parameters at all; a `SamplingParams` given by the caller is taken as it stands.
 """
 

@@ -163,7 +163,7 @@ class LLM(Generating, Sessions):
             raise InferError(f"kv_offload_max_bytes is {kv_offload_max_bytes!r}, but there is no kv_offload_dir to bound")
         hub_options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         path = hub.resolve(model, revision=revision, **hub_options)
-        self._defaults = defaults.read(path)
+        advice = defaults.read(path)
         self._engine, self._worker = devices.start(
             device,
             path,
@@ -192,6 +192,7 @@ class LLM(Generating, Sessions):
         )
         if self._worker is not None:
             self._worker.close_at_exit(self)
+        self._defaults = {**self._engine.info.advised_sampling, **advice}
         logs.loaded(self._engine)
         self._names = self._engine.tokenizer
         self._process = os.getpid()

@@ -69,6 +69,44 @@ def test_what_the_models_say_of_themselves(source: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.gguf"]
 
 
+def test_a_file_ends_talks_and_samples_as_its_folder_does(tmp_path: Path) -> None:
+    folder = float_folder(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer_end = config.pop("eos_token_id")  # the tokenizer alone names it
+    (folder / "config.json").write_text(json.dumps(config))
+    advice = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1, "max_new_tokens": 7}
+    generation = {"eos_token_id": [20, 12, 15, 17, 19], **advice}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("tools: {{ tools[0].name }}")
+    path = quantize(folder, tmp_path / "elsewhere.gguf", "int8")
+    ends = model_info(path).eos_token_ids
+    assert ends == model_info(folder).eos_token_ids == sorted({12, 15, 17, 19, 20, *tokenizer_end})
+    with LLM(folder, max_num_seqs=1) as theirs, LLM(path, max_num_seqs=1) as ours:
+        talk = [{"role": "user", "content": "Hi"}]
+        tools = [{"name": "clock"}]
+        assert ours.tokenizer.apply_chat_template(talk, tools=tools) == "tools: clock"
+        assert ours.tokenizer.apply_chat_template(talk) == theirs.tokenizer.apply_chat_template(talk)
+        params = ours.default_sampling_params()
+        assert params == theirs.default_sampling_params()
+        assert (params.temperature, params.top_k, params.max_tokens) == (0.7, 40, 7)
+    keys = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+    assert keys[gguf.Keys.Tokenizer.CHAT_TEMPLATES] == ["tool_use"]
+    assert keys[gguf.Keys.General.SAMPLING_TOP_K] == 40
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.2}')
+    with LLM(path, max_num_seqs=1) as llm:
+        assert (llm.default_sampling_params().temperature, llm.default_sampling_params().top_k) == (0.2, 40)
+
+
+def test_a_file_without_a_tokenizer_has_its_ends(bare_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((bare_folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7, 9]}')
+    path = quantize(tmp_path, tmp_path / "model.out.gguf", "int8")
+    assert model_info(path).eos_token_ids == model_info(tmp_path).eos_token_ids
+
+
 def test_the_gguf_package_reads_the_same_weights(source: Path, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(quantize(source, tmp_path / "model.gguf", "int4"))
     fields = {key: field.contents() for key, field in reader.fields.items()}

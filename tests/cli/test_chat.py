@@ -113,7 +113,7 @@ def test_questions_that_are_no_text(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "infer", "chat", *GREEDY]
     done = subprocess.run(command, input=b"\xff\n", cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == b"error: standard input is not utf-8: invalid start byte at byte 0\n"
+    assert done.stderr == b"error: standard input is not UTF-8: invalid start byte at byte 0\n"
 
 
 class Terminal:
@@ -198,6 +198,23 @@ def test_a_script_learns_of_a_failed_line(infer_cli: Cli) -> None:
     assert "did you mean 'top_p'?" in done.stderr
     assert "/regenerate" in done.stderr
     assert json.loads(done.stdout)["role"] == "assistant"
+
+
+def test_the_end_of_input_ends_a_question_of_several_lines(infer_cli: Cli) -> None:
+    whole = infer_cli("chat", *GREEDY, "--json", stdin='"""Two\nlines."""\n')
+    cut = infer_cli("chat", *GREEDY, "--json", stdin='"""Two\nlines.\n')
+    content = json.loads(whole.stdout)["content"]
+    assert cut.returncode == 0
+    assert json.loads(cut.stdout)["content"] == content
+
+
+def test_input_that_is_no_text(tmp_path: Path) -> None:
+    # In the C locale Python lets such bytes through.
+    environment = {**os.environ, "LC_ALL": "C", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "infer", "chat", "-n", "3"]
+    done = subprocess.run(command, input=b"caf\xe9\n", cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"standard input is not UTF-8: unexpected end of data at byte 3\n" in done.stderr
 
 
 def test_a_failed_answer_leaves_the_conversation_as_it_was(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,12 @@ def test_two_models(infer_cli: Cli) -> None:
         compare(first, second)
 
 
+def test_another_vocabulary_is_told_before_anything_is_computed(infer_cli: Cli, bare_folder: Path) -> None:
+    done = infer_cli("diff", *EXACT, "--second", f"model={bare_folder}", "-n", "4")
+    assert done.returncode == 1
+    assert "--second one of 80; only models of one vocabulary can be compared" in " ".join(done.stderr.split())
+
+
 def test_what_no_way_is(infer_cli: Cli) -> None:
     for wrong, words in (
         ("devise=cuda", "--first: 'devise' is no option of LLM; did you mean 'device'?"),
@@ -61,3 +67,5 @@ def test_what_no_way_is(infer_cli: Cli) -> None:
         done = infer_cli("diff", "--first", wrong)
         assert done.returncode == 1
         assert words in done.stderr and "Traceback" not in done.stderr
+    done = infer_cli("diff", *EXACT, "--second", "threads=x", "-n", "4")
+    assert "--second: threads" in done.stderr

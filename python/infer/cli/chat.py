@@ -244,7 +244,10 @@ def _is_message(value: Any) -> bool:
 
 
 def _read(prompt: str) -> str | None:
-    """Read a question, or several lines between triple quotes; None at the end of input. Ctrl-C drops what was typed."""
+    """Read a question, or several lines between triple quotes; None at the end of input, which also ends an open question.
+
+    Ctrl-C drops what was typed.
+    """
     try:
         line = _line(prompt)
         if line is None or not line.startswith('"""'):
@@ -253,7 +256,7 @@ def _read(prompt: str) -> str | None:
         while not lines[-1].rstrip().endswith('"""'):
             more = _line("... ")
             if more is None:
-                return None
+                return "\n".join(lines).strip("\n")
             lines.append(more)
         return "\n".join(lines).rstrip()[:-3].strip("\n")
     except KeyboardInterrupt:
@@ -263,11 +266,13 @@ def _read(prompt: str) -> str | None:
 
 def _line(prompt: str) -> str | None:
     try:
-        return input(prompt if sys.stdin.isatty() else "")
+        line = input(prompt if sys.stdin.isatty() else "")
+        # In some locales Python lets bytes that are no UTF-8 through, as halves of surrogate pairs.
+        return line if line.isascii() else line.encode("utf-8", "surrogateescape").decode("utf-8")
     except EOFError:
         return None
     except UnicodeDecodeError as error:
-        raise InferError(f"standard input is not {error.encoding}: {error.reason} at byte {error.start}") from error
+        raise InferError(f"standard input is not {error.encoding.upper()}: {error.reason} at byte {error.start}") from error
 
 
 @contextlib.contextmanager

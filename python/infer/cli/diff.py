@@ -50,7 +50,7 @@ def diff(
         "second": _options("--second", second, {"device": "cuda"}),
     }
     token_ids, *ours = _computed("--first", {"model": model, **ways["first"]}, prompt, max_tokens)
-    _, *theirs = _computed("--second", {"model": model, **ways["second"]}, token_ids, max_tokens)
+    _, *theirs = _computed("--second", {"model": model, **ways["second"]}, token_ids, max_tokens, ours[0].shape[1])
     report = {**ways, **compare(ours, theirs)}
     if as_json:
         print_json(report)
@@ -68,17 +68,28 @@ def _options(side: str, texts: ParamOption, usual: dict[str, Any]) -> dict[str, 
 
 
 def _computed(
-    side: str, options: dict[str, Any], prompt: str | list[int], max_tokens: int
+    side: str, options: dict[str, Any], prompt: str | list[int], max_tokens: int, vocabulary: int | None = None
 ) -> tuple[list[int], NDArray[np.float32], list[int]]:
-    """Return a prompt's tokens, their logits (tokens, vocabulary), and the greedy continuation."""
+    """Return a prompt's tokens, their logits (tokens, vocabulary), and the greedy continuation.
+
+    With `vocabulary` a model that has another is refused before it computes: the tokens may be none of its own.
+    """
     try:
         llm = LLM(**options)
-    except TypeError as error:
+    except (TypeError, InferError) as error:
         raise InferError(f"{side}: {error}") from error
     with llm:
+        if vocabulary is not None:
+            _same_vocabulary(vocabulary, llm.info.vocabulary_size)
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         (output,) = llm.generate([prompt], params, use_tqdm=False)
         return output.prompt_token_ids, llm.logits(output.prompt_token_ids), output.outputs[0].token_ids
+
+
+def _same_vocabulary(first: int, second: int) -> None:
+    if first != second:
+        sizes = f"{first} tokens, --second one of {second}"
+        raise InferError(f"--first has a vocabulary of {sizes}; only models of one vocabulary can be compared")
 
 
 def compare(first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any]:
@@ -89,9 +100,7 @@ def compare(first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any]:
     import numpy as np
 
     (ours, written), (theirs, other) = first, second
-    if ours.shape != theirs.shape:
-        sizes = f"{ours.shape[1]} tokens, --second one of {theirs.shape[1]}"
-        raise InferError(f"--first has a vocabulary of {sizes}; only models of one vocabulary can be compared")
+    _same_vocabulary(ours.shape[1], theirs.shape[1])
     difference = np.abs(ours - theirs)
     logs = [values - np.logaddexp.reduce(values, axis=-1, keepdims=True) for values in (ours.astype(float), theirs.astype(float))]
     divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)

@@ -1,5 +1,6 @@
 //! What a model and a machine are.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use infer_kernels::{Isa, PAGE_TOKENS, Precision};
@@ -7,6 +8,7 @@ use infer_model::{Checkpoint, KvTypes, ModelSpec, Quantization};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::advice::{self, Number};
 use crate::error::{guarded, refusal};
 use crate::kv::{automatic, read_kv_types};
 use crate::memory::{Budget, CacheLayout, CacheRequest, free_memory, plan_cache};
@@ -44,6 +46,8 @@ pub struct ModelInfo {
     kv_bytes_per_token: usize,
     /// Tokens whose keys and values `LLM` would make room for, by its other defaults, with the memory that is free now.
     kv_cache_tokens: usize,
+    /// The sampling that a GGUF file advises, by the names of `SamplingParams`.
+    advised_sampling: BTreeMap<&'static str, Number>,
     /// The Jinja source.
     chat_template: Option<String>,
 }
@@ -81,7 +85,7 @@ impl ModelInfo {
     }
 
     /// # Errors
-    /// `kv_cache_dtype` names a layer that the model has not.
+    /// `kv_cache_dtype` names a layer that the model has not, or the file's advice on sampling is no numbers.
     pub fn new(
         checkpoint: &Checkpoint,
         text: Option<&TextModel>,
@@ -110,6 +114,7 @@ impl ModelInfo {
             has_tokenizer: text.is_some(),
             kv_bytes_per_token: page_bytes / PAGE_TOKENS,
             kv_cache_tokens,
+            advised_sampling: advice::from_metadata(checkpoint.metadata.as_ref())?,
             chat_template: text.and_then(TextModel::chat_template).map(str::to_owned),
         })
     }

@@ -7,6 +7,7 @@
 //! * objects remember the process that made them: in a forked child, where their threads do not exist, use raises and drop leaks
 #![deny(unsafe_code)] // but for the CUDA driver's functions in driver.rs
 
+mod advice;
 mod backend;
 mod convert;
 mod device;

@@ -11,6 +11,7 @@ use infer_model::{Checkpoint, ExportOptions, Quantization, export};
 use infer_text::GgufVocabulary;
 use pyo3::prelude::*;
 
+use crate::advice;
 use crate::convert::{Arg, Int};
 use crate::error::guarded;
 use crate::settings::{MAX_THREADS, named_quantization, thread_count};
@@ -80,7 +81,8 @@ fn write(
     if !checkpoint.is_gguf() && path.is_dir() {
         let (size, ends) = (checkpoint.spec.vocabulary, &checkpoint.spec.eos_token_ids);
         let found = GgufVocabulary::of_folder(path, size, ends).map_err(|error| text(&error))?;
-        metadata = vocabulary::to_metadata(found.unwrap_or_default());
+        metadata = vocabulary::to_metadata(found.unwrap_or_else(|| GgufVocabulary::without_tokenizer(ends)));
+        metadata.extend(advice::of_folder(path)?);
     }
     let context = Context::new(threads).map_err(|error| text(&error))?;
     let options = ExportOptions { quantization, metadata, context: &context, stop };

@@ -79,12 +79,13 @@ impl TextModel {
     }
 
     fn of_metadata(metadata: &infer_formats::Metadata) -> Result<Option<Self>, String> {
-        let Some(vocabulary) = vocabulary::from_metadata(metadata)? else { return Ok(None) };
+        let Some(mut vocabulary) = vocabulary::from_metadata(metadata)? else { return Ok(None) };
         let tokenizer = infer_text::Tokenizer::from_gguf(&vocabulary).map_err(|error| error.to_string())?;
         let Some(tokenizer) = tokenizer else { return Ok(None) };
         let spelling = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
         let (bos, eos) = (spelling(tokenizer.bos()), spelling(tokenizer.eos()));
-        Ok(Some(Self::new(tokenizer, vocabulary.chat_template, None, bos, eos)))
+        let tools = vocabulary.named_templates.remove("tool_use");
+        Ok(Some(Self::new(tokenizer, vocabulary.chat_template, tools, bos, eos)))
     }
 
     fn of_folder(path: &Path) -> Result<Option<Self>, String> {

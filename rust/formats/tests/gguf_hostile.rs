@@ -183,6 +183,7 @@ fn products_that_wrap_are_refused() {
     for dimensions in wrapping {
         refused(&one_tensor(dimensions, F32_TYPE, 0, 64), &["tensor \"w\""]);
     }
+    refused(&one_tensor(&[1 << 62], F32_TYPE, 0, 64), &["the shape of tensor \"w\"", "a size below"]);
     let huge = one_tensor(&[1 << 63, 1], Q8_0_TYPE, 0, 64);
     refused(&huge, &["the data of tensor \"w\" needs 9799832789158199296 bytes", "64 are left"]);
 }

@@ -82,6 +82,9 @@ impl Checkpoint {
                 )),
             };
         }
+        if !kind.is_dir() {
+            return Err(not_a_model(path, "it is neither a regular file nor a folder"));
+        }
         let found = files_with_extension(path, "gguf")?;
         // Some folders keep the configuration beside a GGUF file that was made from it; that file needs no other.
         let only_gguf = !found.is_empty() && files_with_extension(path, "safetensors")?.is_empty();

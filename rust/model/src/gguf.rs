@@ -10,7 +10,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::arch;
 use crate::checkpoint::Tensor;
-use crate::family::{Arch, Windows};
+use crate::family::{Arch, Positions, Windows};
 use crate::{Config, ModelError};
 
 /// (field of `config.json`, key below the architecture's prefix) of numbers that carry over as they are.
@@ -39,6 +39,9 @@ const NUMBERS: &[(&str, &str)] = &[
     ("moe_intermediate_size", "expert_feed_forward_length"),
     ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
 ];
+
+/// Ids of tokens that end a text, where there are more than GGUF has keys for.
+pub const END_TOKENS_KEY: &str = "tokenizer.infer.end_token_ids";
 
 /// Looks a tensor up by name.
 type FindTensor<'a, 't> = &'a dyn Fn(&str) -> Option<Tensor<'t>>;
@@ -76,7 +79,7 @@ impl Reader<'_, '_> {
     fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
         let key = format!("{}.{key}", self.prefix);
         let Some(value) = self.metadata.get(&key) else { return Ok(None) };
-        let wrong = |found: &str| ModelError::config(&key, found, "one finite number");
+        let wrong = |found: &str| ModelError::config(&key, found, "one finite number, below 2^63 if whole");
         if let Value::Array(_) = value {
             let list = self.metadata.i32s(&key).ok().flatten().unwrap_or_default();
             return match list.split_first() {
@@ -90,11 +93,46 @@ impl Reader<'_, '_> {
         // The shortest decimal that is this f32: 1e-5 stays 1e-5 when it is widened.
         let number =
             self.metadata.f32(&key).ok().flatten().and_then(|number| number.to_string().parse().ok());
-        number.filter(|number: &f64| number.is_finite()).map(Some).ok_or_else(|| wrong(value.type_name()))
+        number.filter(|number: &f64| number.is_finite()).map(Some).ok_or_else(|| wrong(&self.described(&key)))
     }
 
-    fn text(&self, key: &str) -> Option<&str> {
-        self.metadata.str(&format!("{}.{key}", self.prefix)).ok()?
+    fn text(&self, key: &str) -> Result<Option<&str>, ModelError> {
+        let key = format!("{}.{key}", self.prefix);
+        self.metadata.str(&key).map_err(|_| self.mistyped(&key, "a string"))
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        let key = format!("{}.{key}", self.prefix);
+        self.metadata.bool(&key).map_err(|_| self.mistyped(&key, "a bool"))
+    }
+
+    /// A token's id. Writers mark an absent token by -1, signed or not.
+    fn token_id(&self, key: &str) -> Result<Option<u32>, ModelError> {
+        if matches!(self.metadata.u64(key), Ok(Some(id)) if id > u64::from(u32::MAX)) {
+            return Ok(None);
+        }
+        let id = self.metadata.i64(key).map_err(|_| self.mistyped(key, "a token id"))?;
+        Ok(id.and_then(|id| u32::try_from(id).ok()))
+    }
+
+    /// All tokens that end a text.
+    fn ends(&self) -> Result<Vec<u32>, ModelError> {
+        let mut ends = Vec::new();
+        for name in ["eos", "eot", "eom"] {
+            ends.extend(self.token_id(&format!("tokenizer.ggml.{name}_token_id"))?);
+        }
+        let more = self.metadata.u64s(END_TOKENS_KEY);
+        let more = more.map_err(|_| self.mistyped(END_TOKENS_KEY, "an array of token ids"))?;
+        ends.extend(more.unwrap_or_default().into_iter().filter_map(|id| u32::try_from(id).ok()));
+        Ok(ends)
+    }
+
+    fn described(&self, key: &str) -> String {
+        self.metadata.described(key).unwrap_or_else(|| "missing".to_owned())
+    }
+
+    fn mistyped(&self, key: &str, expected: &str) -> ModelError {
+        ModelError::config(key, self.described(key), expected)
     }
 
     fn fields(&self, arch: &Arch) -> Result<Map<String, Json>, ModelError> {
@@ -104,27 +142,21 @@ impl Reader<'_, '_> {
                 fields.insert((*field).to_owned(), number_value(number));
             }
         }
-        self.sizes(&mut fields);
+        self.sizes(&mut fields)?;
         self.rotation(arch, &mut fields)?;
         self.windows(arch, &mut fields)?;
         self.family(arch, &mut fields)?;
-        if self.metadata.bool(&format!("{}.attention.causal", self.prefix)).ok().flatten() == Some(false) {
+        if self.flag("attention.causal")? == Some(false) {
             let expected = "true: only causal language models are computed";
             return Err(ModelError::config("attention.causal", false, expected));
         }
-        // Writers mark an absent token by -1, signed or not.
-        let id = |key: &str| {
-            let id = self.metadata.i64(&format!("tokenizer.ggml.{key}_token_id")).ok().flatten();
-            id.and_then(|id| u32::try_from(id).ok())
-        };
-        let ends: Vec<u32> = ["eos", "eot", "eom"].into_iter().filter_map(id).collect();
-        fields.insert("eos_token_id".to_owned(), json!(ends));
-        fields.insert("bos_token_id".to_owned(), json!(id("bos")));
+        fields.insert("eos_token_id".to_owned(), json!(self.ends()?));
+        fields.insert("bos_token_id".to_owned(), json!(self.token_id("tokenizer.ggml.bos_token_id")?));
         Ok(fields)
     }
 
     /// What the tensors say where metadata are silent.
-    fn sizes(&self, fields: &mut Map<String, Json>) {
+    fn sizes(&self, fields: &mut Map<String, Json>) -> Result<(), ModelError> {
         if let Some(embedding) = (self.tensor)("token_embd.weight")
             && let Some(rows) = embedding.info.shape.first()
         {
@@ -132,9 +164,7 @@ impl Reader<'_, '_> {
         }
         let tied = (self.tensor)("output.weight").is_none();
         fields.insert("tie_word_embeddings".to_owned(), json!(tied));
-        if let Some(parallel) =
-            self.metadata.bool(&format!("{}.use_parallel_residual", self.prefix)).ok().flatten()
-        {
+        if let Some(parallel) = self.flag("use_parallel_residual")? {
             fields.insert("use_parallel_residual".to_owned(), json!(parallel));
         }
         let rows = |name: &str| (self.tensor)(name).and_then(|found| found.info.shape.first().copied());
@@ -147,10 +177,16 @@ impl Reader<'_, '_> {
             fields.insert("moe_intermediate_size".to_owned(), json!(width));
         }
         fields.insert("qk_layernorm".to_owned(), json!((self.tensor)("blk.0.attn_q_norm.weight").is_some()));
+        Ok(())
     }
 
     fn rotation(&self, arch: &Arch, fields: &mut Map<String, Json>) -> Result<(), ModelError> {
         if let Some(rotated) = self.number("rope.dimension_count")? {
+            let fits = rotated >= 2.0 && rotated % 2.0 == 0.0;
+            if !fits && arch.positions != Positions::Learned {
+                let key = format!("{}.rope.dimension_count", self.prefix);
+                return Err(self.mistyped(&key, "an even number of a head's dimensions, at least 2"));
+            }
             fields.insert("rotary_dim".to_owned(), number_value(rotated));
         }
         let mut rope = self.scaling()?;
@@ -186,7 +222,7 @@ impl Reader<'_, '_> {
         let factor = self.number("rope.scaling.factor")?.or(self.number("rope.scale_linear")?);
         let silent =
             if factor.is_some_and(|factor| factor != 0.0 && factor != 1.0) { "linear" } else { "none" };
-        let kind = self.text("rope.scaling.type").unwrap_or(silent);
+        let kind = self.text("rope.scaling.type")?.unwrap_or(silent);
         match kind {
             "none" | "longrope" => {}
             "linear" => {

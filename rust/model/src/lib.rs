@@ -65,6 +65,7 @@ pub use error::ModelError;
 pub use export::{ExportOptions, export};
 pub use family::{Arch, Bias, ExpertsRow, Parallel, Positions, QkNorm, Rotated, Scale, Windows};
 pub use fingerprint::Fingerprint;
+pub use gguf::END_TOKENS_KEY;
 pub use kv::{KvPage, KvTypes};
 pub use packed_cache::PackedCacheUse;
 pub use program::{Buffer, MatrixKey, Program, VectorKey};

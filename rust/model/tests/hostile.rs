@@ -161,6 +161,17 @@ fn folders_that_are_no_models_say_what_is_missing() {
     assert!(open(folder.path()).is_ok(), "a GGUF file beside its configuration is the model");
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_neither_file_nor_folder_is_told() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let socket = folder.path().join("x.gguf");
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+    for path in [Path::new("/dev/null"), &socket] {
+        refused(CpuModel::load(path, &exact(1)), &["is not a model", "neither a regular file nor a folder"]);
+    }
+}
+
 /// Two shards with one tensor: only one of the two could be meant.
 #[test]
 fn a_tensor_in_two_files_is_refused() {

@@ -70,6 +70,56 @@ fn mistakes_are_told() {
     assert_eq!(left, 2, "only the source and the first output");
 }
 
+/// Loading rounds embedding and head of a folder, so what cannot be rounded must not be written.
+#[test]
+fn ends_that_cannot_be_rounded_are_told_before_anything_is_written() {
+    let place = tempfile::tempdir().unwrap();
+    let source = place.path().join("source");
+    llama(&source, false);
+    let path = source.join("model.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        let range = Safetensors::parse(&whole).unwrap().tensor(name).unwrap().range.clone();
+        for bits in [0x7fc0_u16, 0x7f80, 0x47c3] {
+            // Not a number, infinity, and 99840, beyond half precision
+            let mut bytes = whole.clone();
+            bytes[range.start + 2..range.start + 4].copy_from_slice(&bits.to_le_bytes());
+            std::fs::write(&path, bytes).unwrap();
+            for quantization in ["int8", "int4", "int4-g128"] {
+                told(
+                    write(&source, &place.path().join("out"), Some(rounded(quantization))),
+                    &["quantization", name],
+                );
+            }
+        }
+    }
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1, "only the source");
+}
+
+/// Advice must not lead from one container to the other and back.
+#[test]
+fn what_no_container_holds_is_told_in_words() {
+    let place = tempfile::tempdir().unwrap();
+    let (file, folder) = (place.path().join("x.gguf"), place.path().join("x"));
+    let inner = golden_folder().join("gpt2_inner");
+    told(
+        write(&inner, &file, None),
+        &["cannot say that the activation (hidden_act) is gelu", "nor can a folder"],
+    );
+    told(write(&inner, &folder, Some(rounded("int8"))), &["transposed", "nor can a .gguf file", "is gelu"]);
+    for (case, words) in [
+        ("mistral", &["cannot say which layers have sliding windows (of ", "write a folder instead"][..]),
+        ("qwen2_moe_mixed", &["which layers are dense among layers with experts"]),
+        ("llama_rope_dynamic", &["rope_parameters"]),
+        (
+            "stablelm_qk_norm",
+            &["cannot hold the norms of single heads", "q_layernorm", "write a folder instead"],
+        ),
+    ] {
+        told(write(&golden_folder().join(case), &file, None), words);
+    }
+}
+
 #[test]
 fn other_methods_are_told() {
     let place = tempfile::tempdir().unwrap();

@@ -185,8 +185,8 @@ impl Reader<'_> {
         }
         let (count, bytes): ([u8; 8], [u8; 8]) = (self.array("number of pages")?, self.array("file length")?);
         if u64::from_le_bytes(bytes) != file_bytes {
-            let value = u64::from_le_bytes(bytes);
-            return Err(self.lie("file length", value, format!("{file_bytes}, which the file has")));
+            let expected = format!("{}, which its head says", u64::from_le_bytes(bytes));
+            return Err(self.lie("file length", file_bytes, expected));
         }
         let stored: [u8; 32] = self.array("namespace")?;
         if stored != namespace {

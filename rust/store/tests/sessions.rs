@@ -60,7 +60,12 @@ fn every_cut_and_every_changed_byte_is_an_error() {
         read(&path).expect_err(&format!("byte {at} changed"));
     }
     fs::write(&path, [&whole[..], b"x"].concat()).unwrap();
-    read(&path).expect_err("one byte more");
+    let told = read(&path).expect_err("one byte more");
+    let (found, said) = (whole.len() + 1, whole.len());
+    assert!(
+        told.contains(&format!("file length is {found}; expected {said}, which its head says")),
+        "{told}"
+    );
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The vocabulary inside a GGUF file (`tokenizer.ggml.*`).
 
+use std::collections::BTreeMap;
+
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer as Backend};
@@ -37,7 +39,8 @@ pub struct GgufVocabulary {
     pub unknown_token_id: Option<u32>,
     /// Padding.
     pub padding_token_id: Option<u32>,
-    /// Tokens that end a turn (`eot_token_id`, `eom_token_id`).
+    /// Further tokens that end a text (`eot_token_id`, `eom_token_id`, and `tokenizer.infer.end_token_ids` for all that these cannot
+    /// hold).
     pub end_of_turn_ids: Vec<u32>,
     /// Whether a text begins with bos.
     pub add_bos_token: Option<bool>,
@@ -51,6 +54,8 @@ pub struct GgufVocabulary {
     pub precompiled_charsmap: Vec<u8>,
     /// The chat template (`tokenizer.chat_template`).
     pub chat_template: Option<String>,
+    /// Further chat templates by name (`tokenizer.chat_template.NAME`), such as `tool_use`.
+    pub named_templates: BTreeMap<String, String>,
     /// A whole `tokenizer.json` (`tokenizer.huggingface.json`), which is exact where no `pre` kind fits; it
     /// stands for all of the above but the ids and `add_*`.
     pub huggingface_json: Option<String>,

@@ -4,6 +4,7 @@
 //! formats can say it: byte-level vocabularies whose way of cutting text has a name there, and SentencePiece models. Of others it gets
 //! no vocabulary rather than a wrong one.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -26,7 +27,8 @@ const UNUSED: i32 = 5;
 const ADDED_SCORE: f32 = -1000.0;
 
 impl GgufVocabulary {
-    /// The vocabulary of a folder, for a model of `size` tokens that `ends` end; `None` when the folder has no tokenizer.
+    /// The vocabulary of a folder, for a model of `size` tokens that `ends` end; `None` when the folder has no tokenizer. A text ends
+    /// with each of `ends` and with what the tokenizer calls its end, as it does in a folder.
     ///
     /// # Errors
     /// Files that cannot be read or are malformed.
@@ -36,7 +38,8 @@ impl GgufVocabulary {
         let parsed: Value =
             serde_json::from_str(&json).map_err(|error| TextError::invalid("tokenizer", error))?;
         let empty = tokenizer.encode("", true)?;
-        let eos = tokenizer.eos().filter(|id| ends.is_empty() || ends.contains(id)).or(ends.first().copied());
+        let (eos, others) = split_ends(tokenizer.eos(), ends);
+        let mut templates = ChatTemplate::sources(folder)?.0;
         let named = |name: &Option<String>| name.as_ref().and_then(|name| tokenizer.id(name));
         let special = tokenizer.special_tokens();
         let mut vocabulary = GgufVocabulary {
@@ -45,12 +48,13 @@ impl GgufVocabulary {
             eos_token_id: eos,
             unknown_token_id: named(&special.unk),
             padding_token_id: named(&special.pad),
-            end_of_turn_ids: ends.iter().copied().filter(|id| Some(*id) != eos).take(2).collect(),
+            end_of_turn_ids: others,
             add_bos_token: Some(tokenizer.bos().is_some_and(|bos| empty.first() == Some(&bos))),
             add_eos_token: Some(
                 tokenizer.eos().is_some_and(|eos| empty.len() > 1 && empty.last() == Some(&eos)),
             ),
-            chat_template: ChatTemplate::sources(folder)?.0.remove("default"),
+            chat_template: templates.remove("default"),
+            named_templates: keyed(templates),
             ..GgufVocabulary::default()
         };
         let scored = match read_optional(&folder.join("tokenizer.model"), MAX_TOKENIZER_BYTES)? {
@@ -63,6 +67,18 @@ impl GgufVocabulary {
         }
         vocabulary.huggingface_json = Some(json);
         Ok(Some(vocabulary))
+    }
+
+    /// What a file says of a model without a tokenizer: that there is none, and which ids `ends` end its texts.
+    #[must_use]
+    pub fn without_tokenizer(ends: &[u32]) -> Self {
+        let (eos_token_id, end_of_turn_ids) = split_ends(None, ends);
+        GgufVocabulary {
+            model: "none".to_owned(),
+            eos_token_id,
+            end_of_turn_ids,
+            ..GgufVocabulary::default()
+        }
     }
 
     /// The pieces of a SentencePiece model; false for those that are no byte-pair encodings.
@@ -162,6 +178,22 @@ impl GgufVocabulary {
     }
 }
 
+/// The end that a file calls by that name, and all others.
+fn split_ends(eos: Option<u32>, ends: &[u32]) -> (Option<u32>, Vec<u32>) {
+    let eos = eos.or(ends.first().copied());
+    (eos, ends.iter().copied().filter(|id| Some(*id) != eos).collect())
+}
+
+/// Templates by names that a key may end in: as llama.cpp's converter does it, `_` stands for all but letters and digits.
+fn keyed(templates: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let plain = |name: &str| {
+        name.chars()
+            .map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '_' })
+            .collect::<String>()
+    };
+    templates.into_iter().map(|(name, source)| (plain(&name), source)).collect()
+}
+
 /// The patterns that cut text before byte-level merging, one after the other; none where something else is done.
 fn patterns(step: &Value) -> Option<Vec<String>> {
     match step["type"].as_str()? {
@@ -244,6 +276,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn no_end_and_no_template_is_lost() {
+        let plain =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let folder = folder(plain);
+        let templates = folder.path().join("additional_chat_templates");
+        std::fs::create_dir(&templates).unwrap();
+        std::fs::write(templates.join("tool_use.jinja"), "tools").unwrap();
+        std::fs::write(templates.join("my-own.jinja"), "own").unwrap();
+        // The tokenizer ends texts with 258, which the configuration does not name.
+        let vocabulary = GgufVocabulary::of_folder(folder.path(), 262, &[0, 2, 5, 7, 9]).unwrap().unwrap();
+        assert_eq!(vocabulary.eos_token_id, Some(258));
+        assert_eq!(vocabulary.end_of_turn_ids, [0, 2, 5, 7, 9]);
+        let named = |name: &str| vocabulary.named_templates.get(name).map(String::as_str);
+        assert_eq!(
+            (named("tool_use"), named("my_own"), named("default")),
+            (Some("tools"), Some("own"), None)
+        );
+        let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap().unwrap();
+        assert_eq!((tokenizer.eos(), tokenizer.end_of_turn()), (Some(258), &[0, 2, 5, 7, 9][..]));
+        let bare = GgufVocabulary::without_tokenizer(&[3, 4]);
+        assert_eq!((bare.eos_token_id, &bare.end_of_turn_ids[..]), (Some(3), &[4][..]));
+        assert!(Tokenizer::from_gguf(&bare).unwrap().is_none());
     }
 
     #[test]

@@ -143,6 +143,11 @@ impl Metadata {
         self.typed(key, "an array of non-negative integers", integers)
     }
 
+    /// A value as messages show it, with its type; none for an absent key.
+    pub fn described(&self, key: &str) -> Option<String> {
+        self.get(key).map(described)
+    }
+
     fn typed<'a, T>(
         &'a self,
         key: &str,

@@ -216,7 +216,7 @@ fn read_shape(cursor: &mut Cursor<'_>, budget: &mut Budget, name: &str) -> Resul
 /// Bytes of a tensor whose rows hold whole blocks.
 fn tensor_bytes(tensor_type: TensorType, shape: &[usize], name: &str) -> Result<usize, FormatError> {
     let columns = shape.last().copied().unwrap_or(1);
-    if tensor_type.byte_len(columns).is_none() {
+    if columns.checked_rem(tensor_type.block_len()) != Some(0) {
         return Err(FormatError::invalid(
             CONTAINER,
             format_args!("the shape of tensor {}", Key(name)),

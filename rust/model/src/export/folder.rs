@@ -9,15 +9,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use infer_formats::{SafetensorsWriter, TensorType};
-use infer_kernels::{Format, PackedFormat};
+use infer_kernels::{Format, PackedFormat, round_rows};
 use serde_json::{Value, json};
 
-use super::ExportOptions;
 use super::output::{Draft, WriteError};
 use super::plan::{self, Planned, Source, target};
+use super::{ExportOptions, gguf};
 use crate::checkpoint::{Checkpoint, QUANTIZATION_FIELD};
 use crate::step::Role;
-use crate::weights::Loader;
+use crate::weights::{Loader, unroundable};
 use crate::{ModelError, Quantization};
 
 /// Ends of names of small files that belong to a model.
@@ -37,14 +37,19 @@ pub(super) fn write(
         return Err(ModelError::Quantization("a folder is written in quantized form only".to_owned()));
     };
     if checkpoint.spec.arch.transposed {
+        let instead = match gguf::unsaid(checkpoint, options)? {
+            None => "write a .gguf file".to_owned(),
+            Some(unsaid) => format!("nor can a .gguf file hold this model, which cannot say {unsaid}"),
+        };
         return Err(ModelError::Quantization(format!(
-            "output: {} stores its matrices transposed, which packed safetensors cannot say; write a .gguf file",
+            "output: {} stores its matrices transposed, which packed safetensors cannot say; {instead}",
             checkpoint.spec.architecture()
         )));
     }
     let draft = Draft::new(output)?;
     let loader = Loader::new(checkpoint, None, Format::F32);
     let (tensors, plain) = tensors(&loader, quantization)?;
+    check_ends(&loader, quantization, options)?;
     let config = config(checkpoint, quantization, &plain)?;
     let in_output = |source: infer_formats::FormatError| ModelError::Format {
         path: output.to_owned(),
@@ -153,6 +158,36 @@ fn tensors(
     plain.sort_unstable();
     plain.dedup();
     Ok((all, plain))
+}
+
+/// Rows that are rounded at a time, only to see whether they can be.
+const CHECKED_ROWS: usize = 4096;
+
+/// The embedding and the head are copied, and rounded whenever the folder is loaded: what cannot be rounded then is refused now.
+fn check_ends(
+    loader: &Loader<'_>,
+    quantization: &Quantization,
+    options: &ExportOptions<'_>,
+) -> Result<(), ModelError> {
+    for (name, (role, columns)) in plan::roles(loader)? {
+        let Some(tensor) = loader.checkpoint.tensor(&name) else { continue };
+        if !matches!(role, Role::Embedding | Role::Head) {
+            continue;
+        }
+        let target = target(Some(quantization), role, tensor, columns)?;
+        let table = loader.whole(tensor, columns, false)?;
+        let mut rows: Vec<&[u8]> = table.bytes.chunks_exact(table.row_bytes()).collect();
+        if role == Role::Head {
+            rows.truncate(loader.spec.vocabulary); // more are padding, which no load reads
+        }
+        for part in rows.chunks(CHECKED_ROWS) {
+            options.go_on()?;
+            round_rows(options.context, table.format, target, columns, part)
+                .map_err(|error| unroundable(&table, target, error))?;
+        }
+        loader.checkpoint.release(tensor.bytes);
+    }
+    Ok(())
 }
 
 /// The bytes of one tensor of the file. Integers and scales come of one rounding: the scales wait for their turn, which is the next.

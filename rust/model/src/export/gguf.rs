@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::io::BufWriter;
 use std::path::Path;
 
-use infer_formats::{GgufWriter, Metadata, TensorType, Value, shortened};
+use infer_formats::{GgufWriter, TensorType, Value};
 use infer_kernels::Format;
 
 use super::ExportOptions;
-use super::header::{Entries, header, same};
+use super::difference::{check, of_heads};
+use super::header::{Entries, header};
 use super::output::{Draft, WriteError};
 use super::plan::{self, Planned, Source, target, tensor_type};
 use crate::checkpoint::{Checkpoint, Tensor};
@@ -21,7 +22,7 @@ use crate::rope::RopeScaling;
 use crate::spec::FeedForward;
 use crate::step::Role;
 use crate::weights::Loader;
-use crate::{ModelError, ModelSpec, Quantization, gguf};
+use crate::{ModelError, Quantization};
 
 /// What a file says about its types.
 const FILE_TYPE: &str = "general.file_type";
@@ -82,13 +83,33 @@ pub(super) fn convert(
 ) -> Result<u64, ModelError> {
     let loader = Loader::new(checkpoint, None, Format::F32);
     let tensors = tensors(&loader, options)?;
-    loader.check_all_read()?;
+    loader.check_all_read().map_err(|error| of_heads(&loader, error))?;
     let mut entries = header(checkpoint)?;
-    check(checkpoint, &entries, &tensors)?;
+    if let Some(unsaid) = check(checkpoint, &entries, &tensors)? {
+        // A folder of such a family cannot be written, so it is not advised.
+        let instead = match checkpoint.spec.arch.transposed {
+            true => "nor can a folder hold this model: its matrices are stored transposed",
+            false => "write a folder instead",
+        };
+        return Err(ModelError::Quantization(format!(
+            "output: a GGUF file of {} cannot say {unsaid}; {instead}",
+            checkpoint.spec.architecture()
+        )));
+    }
     let own: Vec<String> = options.metadata.iter().map(|(key, _)| key.clone()).collect();
     entries.retain(|(key, _)| !own.contains(key));
     entries.extend(options.metadata.iter().cloned());
     write(&loader, output, options, entries, &tensors)
+}
+
+/// What a GGUF file cannot say of a folder, if there is something.
+pub(super) fn unsaid(
+    checkpoint: &Checkpoint,
+    options: &ExportOptions<'_>,
+) -> Result<Option<String>, ModelError> {
+    let plain = ExportOptions { quantization: None, metadata: Vec::new(), ..*options };
+    let loader = Loader::new(checkpoint, None, Format::F32);
+    check(checkpoint, &header(checkpoint)?, &tensors(&loader, &plain)?)
 }
 
 fn write(
@@ -128,30 +149,6 @@ fn write(
     })?;
     draft.commit()?;
     Ok(bytes)
-}
-
-/// What our own reader makes of a header and tensors must be the model that the folder holds.
-fn check(checkpoint: &Checkpoint, entries: &Entries, tensors: &[Planned]) -> Result<(), ModelError> {
-    let path = checkpoint.path();
-    let metadata = Metadata::new(entries.clone())
-        .map_err(|source| ModelError::Format { path: path.to_owned(), source: Box::new(source) })?;
-    let find = |name: &str| {
-        let planned = tensors.iter().find(|planned| planned.info.name == name)?;
-        let bytes = match &planned.source {
-            Source::Given(bytes) => bytes.as_slice(),
-            _ => &[],
-        };
-        Some(Tensor::plain(&planned.info, bytes))
-    };
-    let (row, config) = gguf::config(&metadata, &find, path)?;
-    let read = ModelSpec::read(row, &config)?;
-    same(&checkpoint.spec, &read).map_err(|(field, value)| {
-        ModelError::Quantization(format!(
-            "output: a GGUF file of {} cannot say that {field} is {}; write a folder instead",
-            checkpoint.spec.architecture(),
-            shortened(&value)
-        ))
-    })
 }
 
 /// A tensor's name in one naming.

@@ -108,7 +108,7 @@ impl Header {
                 self.count("rope.scaling.original_context_length", original);
             }
             RopeScaling::None | RopeScaling::Llama3 { .. } => {}
-            RopeScaling::Dynamic { .. } | RopeScaling::Factors { .. } => {} // `same` finds out
+            RopeScaling::Dynamic { .. } | RopeScaling::Factors { .. } => {} // `difference` finds out
         }
     }
 
@@ -140,34 +140,4 @@ impl Header {
         }
         Ok(())
     }
-}
-
-/// Whether a model that was read back is the one that was written; else a field that differs, and its value.
-pub(super) fn same(own: &ModelSpec, read: &ModelSpec) -> Result<(), (&'static str, String)> {
-    let mut differs = Ok(());
-    let mut check = |field: &'static str, equal: bool, value: String| {
-        if !equal && differs.is_ok() {
-            differs = Err((field, value));
-        }
-    };
-    macro_rules! equal {
-        ($($field:ident)*) => { $(check(stringify!($field), own.$field == read.$field, format!("{:?}", own.$field));)* };
-    }
-    macro_rules! near {
-        ($($field:ident)*) => { $(check(stringify!($field), near(own.$field, read.$field), own.$field.to_string());)* };
-    }
-    equal!(hidden vocabulary max_positions heads kv_heads head_dim epsilon qk_norm parallel shared_norm layers activation tied);
-    equal!(attention_softcap logit_softcap);
-    near!(attention_scale embedding_scale residual_scale logit_scale);
-    check("rope_parameters", own.ropes.len() == read.ropes.len(), format!("{:?}", own.ropes));
-    for (own, read) in own.ropes.iter().zip(&read.ropes) {
-        let equal = own.rotary_dim == read.rotary_dim && own.is_near(read);
-        check("rope_parameters", equal, format!("{own:?}"));
-    }
-    differs
-}
-
-/// Equal but for a last digit: files hold `f32` of what configurations say in decimals.
-fn near(left: f32, right: f32) -> bool {
-    (left - right).abs() <= 1e-6 * left.abs()
 }

@@ -1,8 +1,10 @@
 //! A file or folder that appears whole or not at all: everything goes to a temporary name beside it, reaches the disk, and is renamed.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ModelError;
 
@@ -11,8 +13,12 @@ pub(super) struct Draft {
     /// Where everything goes until it is complete.
     temporary: PathBuf,
     target: PathBuf,
-    complete: bool,
+    /// Whether something of that temporary name was made here, and must be removed if it is not completed.
+    made: Cell<bool>,
 }
+
+/// How many drafts this process has begun: two of one output have names of their own.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
 
 impl Draft {
     /// A draft of a file or folder that must not exist yet.
@@ -27,13 +33,16 @@ impl Draft {
         if !parent.is_dir() {
             return refuse("lies in a folder that does not exist");
         }
-        let name = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
-        Ok(Draft { temporary: parent.join(name), target: target.to_owned(), complete: false })
+        let (process, number) = (std::process::id(), BEGUN.fetch_add(1, Ordering::Relaxed));
+        let name = format!(".{}.{process}-{number}.partial", name.to_string_lossy());
+        Ok(Draft { temporary: parent.join(name), target: target.to_owned(), made: Cell::new(false) })
     }
 
     /// Makes the folder.
     pub fn make_folder(&self) -> Result<(), ModelError> {
-        fs::create_dir(&self.temporary).map_err(|source| self.failed(&self.temporary, 0, &source))
+        fs::create_dir(&self.temporary).map_err(|source| self.failed(&self.temporary, 0, &source))?;
+        self.made.set(true);
+        Ok(())
     }
 
     /// Writes one file of `bytes` bytes: the draft itself, or one of that name inside it.
@@ -49,6 +58,7 @@ impl Draft {
             fs::create_dir_all(parent).map_err(io)?;
         }
         let mut file = File::options().write(true).create_new(true).open(&path).map_err(io)?;
+        self.made.set(true);
         match write(&mut file) {
             Err(ModelError::Io { source, .. }) => Err(io(source)),
             other => other,
@@ -58,13 +68,13 @@ impl Draft {
     }
 
     /// Gives everything its name.
-    pub fn commit(mut self) -> Result<(), ModelError> {
+    pub fn commit(self) -> Result<(), ModelError> {
         let io = |source: io::Error| self.failed(&self.target, 0, &source);
         if fs::symlink_metadata(&self.target).is_ok() {
             return Err(io(io::Error::from(io::ErrorKind::AlreadyExists)));
         }
         fs::rename(&self.temporary, &self.target).map_err(io)?;
-        self.complete = true;
+        self.made.set(false);
         // The new name reaches the disk with its folder; where folders cannot be opened, the system sees to it.
         if let Ok(folder) = File::open(parent_of(&self.target)) {
             folder.sync_all().map_err(|source| self.failed(&self.target, 0, &source))?;
@@ -82,7 +92,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.complete {
+        if self.made.get() {
             // Whatever there is of it; an error here would hide the one that led here.
             let _ = fs::remove_file(&self.temporary).or_else(|_| fs::remove_dir_all(&self.temporary));
         }
@@ -132,6 +142,30 @@ mod tests {
         assert_eq!(names(folder.path()), ["model.gguf"]);
         let message = Draft::new(&target).err().unwrap().to_string();
         assert!(message.contains("exists already"), "{message}");
+    }
+
+    #[test]
+    fn two_drafts_of_one_output_do_not_meet() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("model.gguf");
+        let text = |text: &'static [u8]| {
+            move |file: &mut File| file.write_all(text).map_err(|error| WriteError::from(error).0)
+        };
+        let (first, second) = (Draft::new(&target).unwrap(), Draft::new(&target).unwrap());
+        first.file(None, 5, text(b"first")).unwrap();
+        second.file(None, 6, text(b"second")).unwrap();
+        second.commit().unwrap();
+        let message = first.commit().unwrap_err().to_string();
+        assert!(message.contains("cannot write") && message.contains("model.gguf"), "{message}");
+        assert_eq!(fs::read(&target).unwrap(), b"second");
+        assert_eq!(names(folder.path()), ["model.gguf"]);
+        // What lies where a draft would go is not the draft's.
+        let other = Draft::new(&folder.path().join("other")).unwrap();
+        fs::create_dir(&other.temporary).unwrap();
+        assert!(other.make_folder().is_err() && other.file(None, 5, text(b"other")).is_err());
+        let kept = other.temporary.clone();
+        drop(other);
+        assert!(kept.is_dir());
     }
 
     #[test]

@@ -135,6 +135,7 @@ pub fn gguf_vocabulary(bytes: &[u8]) -> GgufVocabulary {
         remove_extra_whitespaces: flag("remove_extra_whitespaces"),
         precompiled_charsmap: Vec::new(),
         chat_template: values.get("tokenizer.chat_template").and_then(Value::text),
+        named_templates: std::collections::BTreeMap::new(),
         huggingface_json: values.get("tokenizer.huggingface.json").and_then(Value::text),
     }
 }
