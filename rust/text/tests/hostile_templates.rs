@@ -91,15 +91,23 @@ fn values_are_bounded() {
             "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns == ns }}".to_owned(),
             "a namespace cannot be part",
         ),
-        ("{% set x = [1] * 99999999 %}".to_owned(), "more than 1048576 items"),
-        ("{% macro m(a) %}{% endmacro %}{{ m([1] * 99999999) }}".to_owned(), "more than 1048576 items"),
-        ("{% for a in [[1] * 99999999] %}{% endfor %}".to_owned(), "more than 1048576 items"),
-        ("{% with a = [1] * 99999999 %}{% endwith %}".to_owned(), "more than 1048576 items"),
-        ("{{ [1] * 99999999 }}".to_owned(), "too long to be printed"),
-        ("{{ [[1] * 99999999] * 99999999 }}".to_owned(), "too long to be printed"),
-        ("{{ ([[1] * 99999999] * 99999999)|tojson }}".to_owned(), "too long to be printed"),
+        ("{% set x = [1] * 99999999 %}".to_owned(), "a list cannot be multiplied"),
+        ("{{ (99999999 * [[1] * 99999999]) ~ '' }}".to_owned(), "a list cannot be multiplied"),
+        ("{{ 99999999 * messages[0:] == 3 }}".to_owned(), "a list cannot be multiplied"),
+        ("{% macro m(a) %}{% endmacro %}{{ m(LONG) }}".to_owned(), "more than 1048576 items"),
+        ("{% for b in [LONG] %}{% endfor %}".to_owned(), "more than 1048576 items"),
+        ("{% with b = LONG %}{% endwith %}".to_owned(), "more than 1048576 items"),
+        (
+            "{% set b = [a, a, a, a, a] %}{{ [b, b, b, b, b, b, b, b, b] }}".to_owned(),
+            "too long to be printed",
+        ),
+        (
+            "{% set b = [a, a, a, a, a] %}{{ [b, b, b, b, b, b, b, b, b]|tojson }}".to_owned(),
+            "too long to be printed",
+        ),
     ] {
-        let result = render_in_little(&source);
+        let long = source.replace("LONG", &format!("(a{})", " + a".repeat(12)));
+        let result = render_in_little(&format!("{{% set a = range(99999)|list %}}{long}"));
         let refused = result.as_ref().is_err_and(|error| error.contains(expected));
         assert!(refused, "{source}: {result:?}");
     }

@@ -7,31 +7,65 @@ use super::tags::Tag;
 pub(super) const VARIABLE: &str = "infer_checked_variable";
 /// The filter that checks what becomes part of a namespace.
 pub(super) const ATTRIBUTE: &str = "infer_checked_attribute";
+/// The filter that checks what is multiplied.
+pub(super) const FACTOR: &str = "infer_checked_factor";
 
 /// The template with checks. Lines stay where they are, and so does every sign that removes white space.
 pub(super) fn guarded(source: &str, tags: &[Tag]) -> String {
-    let mut output = String::with_capacity(source.len() + 64 * tags.len());
-    let mut written = 0;
+    let mut added = Vec::new();
     for tag in tags {
         let words: Vec<&str> = tag.tokens.iter().map(|token| &source[token.clone()]).collect();
         let assigned = (tag.keyword(source) == Some("set")).then(|| first_at_top(&words, "=")).flatten();
         if let Some(first) = assigned.map(|equals| equals + 1).filter(|first| *first < words.len()) {
             let is_attribute = words[..first].contains(&".");
-            let start = tag.tokens[first].start;
-            output.push_str(&source[written..start]);
-            output.push('(');
-            output.push_str(&source[start..tag.end]);
-            output.push_str(&format!(")|{} ", if is_attribute { ATTRIBUTE } else { VARIABLE }));
-            written = tag.end;
+            added.push((tag.tokens[first].start, "(".to_owned()));
+            added.push((tag.end, format!(")|{} ", if is_attribute { ATTRIBUTE } else { VARIABLE })));
+        }
+        for last in factors(&words) {
+            added.push((tag.tokens[last].end, format!("|{FACTOR}")));
         }
         for name in bound(&words, tag.keyword(source)) {
-            output.push_str(&source[written..tag.end]);
-            output.push_str(&format!(" %}}{{% set {name} = {name}|{VARIABLE} "));
-            written = tag.end;
+            added.push((tag.end, format!(" %}}{{% set {name} = {name}|{VARIABLE} ")));
         }
+    }
+    // What is added at a tag's end stays in order, after what is added to a factor that ends there.
+    added.sort_by_key(|(place, text)| (*place, !text.starts_with('|')));
+    let (mut output, mut written) = (String::with_capacity(source.len() + 64 * added.len()), 0);
+    for (place, text) in added {
+        output.push_str(&source[written..place]);
+        output.push_str(&text);
+        written = place;
     }
     output.push_str(&source[written..]);
     output
+}
+
+/// The last words of what stands on both sides of each `*`, methods and filters included.
+fn factors(words: &[&str]) -> Vec<usize> {
+    let is_product = |at: &usize| words[*at] == "*" && *at > 0 && !matches!(words[at - 1], "(" | ",");
+    let sides = |at: usize| [Some(at - 1), end_of_factor(words, at + 1)];
+    let mut found: Vec<usize> = (0..words.len()).filter(is_product).flat_map(sides).flatten().collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// The last word of the factor that starts at `at`.
+fn end_of_factor(words: &[&str], mut at: usize) -> Option<usize> {
+    let end_of_group =
+        |at: usize| depths(&words[at..]).position(|depth| depth == 0).map(|length| at + length);
+    while *words.get(at)? == "-" {
+        at += 1;
+    }
+    let mut last = end_of_group(at)?;
+    loop {
+        last = match words.get(last + 1) {
+            Some(&("(" | "[")) => end_of_group(last + 1)?,
+            Some(&("." | "|")) if last + 2 < words.len() => last + 2,
+            Some(next) if next.starts_with(['\'', '"']) && words[last].starts_with(['\'', '"']) => last + 1,
+            _ => return Some(last),
+        };
+    }
 }
 
 /// Where a word is that no bracket surrounds.
@@ -85,7 +119,7 @@ mod tests {
 
     fn guarded(source: &str) -> String {
         let text = super::guarded(source, &tags(source).unwrap());
-        text.replace(super::VARIABLE, "V").replace(super::ATTRIBUTE, "A")
+        text.replace(super::VARIABLE, "V").replace(super::ATTRIBUTE, "A").replace(super::FACTOR, "F")
     }
 
     #[test]
@@ -101,6 +135,9 @@ mod tests {
                 "{% macro m(a, b=f(c, d)) %}",
                 "{% macro m(a, b=f(c, d))  %}{% set a = a|V  %}{% set b = b|V %}",
             ),
+            ("{{ f(*a) * -b.c[0]|d(1).e - 2 ** 3 }}", "{{ f(*a)|F * -b.c[0]|d(1).e|F - 2 ** 3 }}"),
+            ("{{ 1e-5*1.5E+3 }}", "{{ 1e-5|F*1.5E+3|F }}"),
+            ("{% set x = 2 * a*'b' 'c'%}", "{% set x = (2|F * a|F*'b' 'c'|F)|V %}"),
             ("{% call(a) m(b) %}", "{% call(a) m(b)  %}{% set a = a|V %}"),
             (
                 "{% with a = f(b=1), c = 2 %}",

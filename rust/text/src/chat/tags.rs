@@ -118,6 +118,12 @@ fn tag(source: &str, mut at: usize, is_statement: bool) -> Result<(Tag, Option<u
 fn token(rest: &[u8]) -> Option<usize> {
     let word = rest.iter().take_while(|&&byte| byte.is_ascii_alphanumeric() || byte == b'_').count();
     match rest.first()? {
+        b'0'..=b'9' if rest[..word].ends_with(b"e") || rest[..word].ends_with(b"E") => {
+            let is_signed =
+                matches!(rest.get(word), Some(b'-' | b'+')) && !matches!(rest.get(1), Some(b'x' | b'X'));
+            let digits = || rest[word + 1..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            Some(if is_signed { word + 1 + digits() } else { word })
+        }
         _ if word > 0 => Some(word),
         quote @ (b'\'' | b'"') => {
             let mut at = 1;

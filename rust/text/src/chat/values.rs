@@ -38,10 +38,19 @@ pub(super) fn check_clock() -> Result<(), Error> {
 }
 
 pub(super) fn add_to(environment: &mut Environment<'static>) {
+    environment.add_filter(guards::FACTOR, factor);
     environment
         .add_filter(guards::VARIABLE, |state: &State<'_, '_>, value: Value| checked(state, value, false));
     environment
         .add_filter(guards::ATTRIBUTE, |state: &State<'_, '_>, value: Value| checked(state, value, true));
+}
+
+/// A factor of a product: a list may stand for any number of items that minijinja prints and compares without counting.
+fn factor(value: Value) -> Result<Value, Error> {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable => Err(refusal("a list cannot be multiplied".to_owned())),
+        _ => Ok(value),
+    }
 }
 
 /// The value, with lists in place of what would be computed again for each use, which could be nested without end, too.
