@@ -82,7 +82,8 @@ def test_biases_by_token(infer_cli: Cli) -> None:
     done = infer_cli("generate", "The king", "-n", "3", "--temperature", "0", "-p", 'logit_bias={"100": 100}', "--json")
     assert json.loads(done.stdout)["outputs"][0]["token_ids"] == [100, 100, 100]
     assert (
-        "logit_bias must map token ids to numbers, got x: 1" in infer_cli("generate", "The", "-p", 'logit_bias={"x": 1}').stderr
+        "logit_bias must map token ids to finite numbers, got 'x': 1"
+        in infer_cli("generate", "The", "-p", 'logit_bias={"x": 1}').stderr
     )
 
 

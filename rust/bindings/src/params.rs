@@ -322,9 +322,7 @@ fn biases(object: &Bound<'_, PyAny>) -> PyResult<BTreeMap<u32, f32>> {
         let (key, value) = item.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
         let wrong = || {
             let (key, value) = (shown(&key), shown(&value));
-            refusal(format!(
-                "logit_bias must map token ids, which are integers, to finite numbers, got {key}: {value}"
-            ))
+            refusal(format!("logit_bias must map token ids to finite numbers, got {key}: {value}"))
         };
         let bias: f64 = number(&value).ok_or_else(wrong)?;
         if !(bias as f32).is_finite() {

@@ -27,7 +27,7 @@ fn with_entry(case: &str, key: &str, value: Value) -> Result<Checkpoint, ModelEr
 
 #[track_caller]
 fn refused(key: &str, value: Value, words: &str) {
-    let message = with_entry("llama", key, value).err().expect("refused").to_string();
+    let message = with_entry("llama", key, value).expect_err("refused").to_string();
     assert!(message.contains(&format!("`{key}` is {words}")), "{message}");
 }
 
