@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -94,9 +95,38 @@ def test_a_file_ends_talks_and_samples_as_its_folder_does(tmp_path: Path) -> Non
     keys = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
     assert keys[gguf.Keys.Tokenizer.CHAT_TEMPLATES] == ["tool_use"]
     assert keys[gguf.Keys.General.SAMPLING_TOP_K] == 40
+    assert keys["general.sampling.penalty_last_n"] == -1  # all tokens, as in transformers
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.2}')
     with LLM(path, max_num_seqs=1) as llm:
         assert (llm.default_sampling_params().temperature, llm.default_sampling_params().top_k) == (0.2, 40)
+
+
+@pytest.mark.parametrize(
+    ("advice", "words"),
+    [
+        ({"temperature": "warm"}, 'temperature is "warm"; expected a number'),
+        ({"top_k": 1.5}, "top_k is 1.5; expected a whole number of 32 bits"),
+        ({"max_new_tokens": 1 << 40}, "max_new_tokens is 1099511627776; expected a whole number of 32 bits"),
+    ],
+)
+def test_advice_that_no_file_can_hold(bare_folder: Path, tmp_path: Path, advice: dict[str, Any], words: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((bare_folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps(advice))
+    with pytest.raises(InferError, match=re.escape(f"generation_config.json: {words}")):
+        quantize(tmp_path, tmp_path / "x.gguf", "int8")
+
+
+def test_advice_of_another_type(bare_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((bare_folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"top_k": 40}')
+    path = quantize(tmp_path, tmp_path / "x.gguf", "int8")
+    key = b"general.sampling.top_k"
+    whole, float32 = (kind.to_bytes(4, "little") for kind in (gguf.GGUFValueType.INT32, gguf.GGUFValueType.FLOAT32))
+    path.write_bytes(path.read_bytes().replace(key + whole, key + float32))
+    with pytest.raises(InferError, match=r"general\.sampling\.top_k.* \(f32\); expected a signed 64-bit integer"):
+        model_info(path)
 
 
 def test_a_file_without_a_tokenizer_has_its_ends(bare_folder: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ fn what_no_container_holds_is_told_in_words() {
         ("llama_rope_dynamic", &["rope_parameters"]),
         (
             "stablelm_qk_norm",
-            &["cannot hold the norms of single heads", "q_layernorm", "write a folder instead"],
+            &["cannot hold the norms of single heads", "k_layernorm", "write a folder instead"],
         ),
     ] {
         told(write(&golden_folder().join(case), &file, None), words);

@@ -51,11 +51,12 @@ pub(super) fn of_heads(loader: &Loader<'_>, error: ModelError) -> ModelError {
 
 /// The first thing in which a model that was read back is not the one that was written, as it goes on after "cannot say".
 fn difference(own: &ModelSpec, read: &ModelSpec) -> Option<String> {
-    sizes(own, read)
+    // How many positions there are follows from how they are scaled, so that comes first.
+    positions(own, read)
+        .or_else(|| sizes(own, read))
         .or_else(|| structure(own, read))
         .or_else(|| numbers(own, read))
         .or_else(|| layers(own, read))
-        .or_else(|| positions(own, read))
 }
 
 fn sizes(own: &ModelSpec, read: &ModelSpec) -> Option<String> {

@@ -71,7 +71,10 @@ impl Draft {
     pub fn commit(self) -> Result<(), ModelError> {
         let io = |source: io::Error| self.failed(&self.target, 0, &source);
         if fs::symlink_metadata(&self.target).is_ok() {
-            return Err(io(io::Error::from(io::ErrorKind::AlreadyExists)));
+            let path = self.target.display();
+            return Err(ModelError::Quantization(format!(
+                "output: {path} was made by somebody else while this was written; name another, or remove it"
+            )));
         }
         fs::rename(&self.temporary, &self.target).map_err(io)?;
         self.made.set(false);
@@ -156,7 +159,7 @@ mod tests {
         second.file(None, 6, text(b"second")).unwrap();
         second.commit().unwrap();
         let message = first.commit().unwrap_err().to_string();
-        assert!(message.contains("cannot write") && message.contains("model.gguf"), "{message}");
+        assert!(message.contains("model.gguf was made by somebody else"), "{message}");
         assert_eq!(fs::read(&target).unwrap(), b"second");
         assert_eq!(names(folder.path()), ["model.gguf"]);
         // What lies where a draft would go is not the draft's.
