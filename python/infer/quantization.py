@@ -35,7 +35,8 @@ def quantize(
     model
         A model stored as floats: a folder, a `.gguf` file or a hub id.
     output
-        A name that ends in `.gguf` makes a GGUF file, with tokenizer and chat template inside, for this program and llama.cpp.
+        A name that ends in `.gguf` makes a GGUF file for this program and llama.cpp, with tokenizer, chat templates and the
+        advised sampling inside.
         Any other makes a folder of safetensors with its tokenizer files beside, in the format "pack-quantized" of
         compressed-tensors, for this program, vLLM and transformers. It must not exist.
     quantization
