@@ -265,7 +265,7 @@ impl Tokenizer {
                 )));
             }
             let model = Arc::clone(&self.model);
-            // A hostile template may run until its fuel is spent.
+            // A hostile template may run until its time or its fuel is spent.
             interruptible(py, "infer-template", move || {
                 let template = model.choose_template(source.as_deref(), tools.is_some())?;
                 let rendered = template.render(&messages, tools.as_ref(), ending, &extra);
