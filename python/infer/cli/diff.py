@@ -49,9 +49,9 @@ def diff(
         "first": _options("--first", first, {"device": "cpu"}),
         "second": _options("--second", second, {"device": "cuda"}),
     }
-    token_ids, *ours = _computed("--first", {"model": model, **ways["first"]}, prompt, max_tokens)
-    _, *theirs = _computed("--second", {"model": model, **ways["second"]}, token_ids, max_tokens, ours[0].shape[1])
-    report = {**ways, **compare(ours, theirs)}
+    token_ids, logits, written = _computed("--first", {"model": model, **ways["first"]}, prompt, max_tokens)
+    _, *theirs = _computed("--second", {"model": model, **ways["second"]}, token_ids, max_tokens, logits.shape[1])
+    report = {**ways, **compare((logits, written), theirs)}
     if as_json:
         print_json(report)
     else:
