@@ -4,7 +4,7 @@
 //!   `tokenizer.model`, `vocab.json` with `merges.txt`, [`GgufVocabulary`]) and gives ids for text and back.
 //!   Whatever the file, the work is done by the `tokenizers` crate, so there is one behaviour to trust.
 //! - [`Detokenizer`] turns a stream of ids into whole characters and watches for stop strings.
-//! - [`ChatTemplate`] renders messages as transformers' Jinja2 environment does, under a fuel limit.
+//! - [`ChatTemplate`] renders messages as transformers' Jinja2 environment does, under limits on time, steps and sizes.
 //!
 //! Every file here comes from strangers: sizes are limited, numbers are checked, and panics of third-party
 //! parsers are caught; each failure is one [`TextError`].

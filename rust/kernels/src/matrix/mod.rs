@@ -42,7 +42,7 @@ pub(crate) use output::Output;
 pub use pack::RowHolder;
 pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
 pub use round::round_rows;
-pub(crate) use tiled::{BfloatTiles, ByteTiles, PANELS, SpanTiles};
+pub(crate) use tiled::{BfloatTiles, ByteTiles, MANY_ROWS, PANELS, SpanTiles};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;

@@ -6,11 +6,9 @@
 //! times bfloat16 alone has the instruction set's own order, and a matrix unit adds 256 columns of K-quants exactly.)
 
 use crate::matrix::{
-    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, Output,
+    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, MANY_ROWS, Output,
     PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, SpanTiles, Tiles,
 };
-use crate::quant::Scales;
-use crate::simd::TILE_ROWS;
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,23 +28,6 @@ pub enum Precision {
     Auto,
 }
 
-/// From how many rows on a matrix unit multiplies integers of a layout faster than vectors do, with the same bits. Measured at the shapes of
-/// a 1B Llama: `examples/matrix_unit_speed.rs`.
-fn tiled_rows(layout: Layout) -> usize {
-    match layout {
-        Layout::Coded(format) => match format.scales {
-            Scales::Shared => 9,
-            Scales::Steps { .. } | Scales::StepsDrops { .. } => 12,
-            Scales::Half | Scales::Brain | Scales::HalfMinimum => MANY_ROWS,
-        },
-        Layout::Int4 => 22,
-        Layout::Int8 | Layout::F32 | Layout::F16 | Layout::Bf16 => MANY_ROWS,
-    }
-}
-
-/// Rows of several tiles.
-const MANY_ROWS: usize = 2 * TILE_ROWS;
-
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -65,7 +46,7 @@ impl Way {
         }
         match layout.rounding() {
             Some(rounding) => match layout {
-                _ if isa.has_tiles() && rows >= tiled_rows(layout) => Way::ByteTiles(rounding),
+                _ if isa.has_tiles() && rows >= layout.tiled_rows() => Way::ByteTiles(rounding),
                 Layout::Int8 if isa >= Isa::Avx512 && rows >= PAIRED_ROWS => Way::PairedBytes(rounding),
                 _ => Way::Bytes(rounding),
             },

@@ -75,31 +75,32 @@ fn sizes(own: &ModelSpec, read: &ModelSpec) -> Option<String> {
 }
 
 fn structure(own: &ModelSpec, read: &ModelSpec) -> Option<String> {
-    let either = |which: bool, is: &str, is_not: &str| if which { is.to_owned() } else { is_not.to_owned() };
     if own.qk_norm != read.qk_norm {
-        let (some, none) =
-            ("that queries and keys have norms of this kind", "that queries and keys have no norms");
-        return Some(either(own.qk_norm.is_some(), some, none));
+        return Some(match own.qk_norm {
+            Some(_) => "that queries and keys have norms of this kind".to_owned(),
+            None => "that queries and keys have no norms".to_owned(),
+        });
     }
-    if own.parallel != read.parallel {
-        let beside = "that attention and feed-forward network are computed side by side";
-        return Some(either(own.parallel, beside, "that the feed-forward network comes after attention"));
-    }
-    if own.shared_norm != read.shared_norm {
-        let one = "that attention and feed-forward network share a norm";
-        return Some(either(
-            own.shared_norm,
-            one,
+    let flags = |spec: &ModelSpec| [spec.parallel, spec.shared_norm, spec.tied];
+    // Each as it is if the flag is set, and if it is not.
+    let words = [
+        [
+            "that attention and feed-forward network are computed side by side",
+            "that the feed-forward network comes after attention",
+        ],
+        [
+            "that attention and feed-forward network share a norm",
             "that attention and feed-forward network have a norm each",
-        ));
-    }
-    if own.tied != read.tied {
-        let one = "that embedding and output head are one matrix (tie_word_embeddings)";
-        return Some(either(
-            own.tied,
-            one,
+        ],
+        [
+            "that embedding and output head are one matrix (tie_word_embeddings)",
             "that embedding and output head are two matrices (tie_word_embeddings)",
-        ));
+        ],
+    ];
+    for ((own, read), words) in flags(own).into_iter().zip(flags(read)).zip(words) {
+        if own != read {
+            return Some(words[usize::from(!own)].to_owned());
+        }
     }
     let other = own.activation != read.activation;
     other.then(|| format!("that the activation (hidden_act) is {}", activation_name(own.activation)))

@@ -2,7 +2,8 @@
 //!
 //! * `output.rs`: a file or folder that appears whole or not at all.
 //! * `plan.rs`: which tensors a file gets, and how each is made when it is its turn.
-//! * `gguf.rs`: the tensors of a GGUF file, `header.rs` what it says about a model, and `difference.rs` what it cannot say; `folder.rs`: the same for a safetensors folder.
+//! * `gguf.rs`: the tensors of a GGUF file, `header.rs` what it says about a model, and `difference.rs` what it cannot say;
+//!   `folder.rs`: the same for a safetensors folder.
 //!
 //! What is written is what a load with the same quantization computes with, bit for bit: both round with [`round_rows`]'s code, and a
 //! row's rounding depends on that row alone.

@@ -10,9 +10,6 @@ use std::ops::Range;
 /// Groups in a block: 8 KB of bytes.
 pub(super) const BLOCK: usize = 16;
 
-/// What codes of Int4 are.
-pub(super) const INT4: Codes = Codes::Nibbles(8);
-
 /// Integers of some groups of a panel: (groups, 8 steps of four columns, 16 lanes, 4).
 pub(super) type Bytes = [[u8; GROUP * LANES]; BLOCK];
 
@@ -60,11 +57,10 @@ impl Integers {
 
 /// Where codes go as they are read.
 pub(super) trait Place<S: Simd> {
-    /// Prepares for those of a group.
+    /// Prepares for those of a group, which exceed integers by `offset`.
     #[inline(always)]
-    fn start(&mut self, _simd: S, _group: usize) {}
-    /// Takes those of a step of four columns of a group: four bytes to a lane, which an integer exceeds by `offset`. Without an offset, or
-    /// if it is 128, codes may have 8 bits.
+    fn start(&mut self, _simd: S, _group: usize, _offset: u8) {}
+    /// Takes those of a step of four columns of a group: four bytes to a lane. They have 8 bits if the offset is 128.
     fn put(&mut self, simd: S, group: usize, step: usize, codes: S::I32, offset: u8);
 }
 
@@ -98,7 +94,7 @@ pub(super) fn read_codes<S: Simd>(
     let weights = &weight.weights(panel..panel + 1)[groups.start * group_bytes..groups.end * group_bytes];
     match weight.layout() {
         Layout::Int8 => unpack::<S, Whole>(simd, weights, Codes::Nibbles(0), place, ahead),
-        Layout::Int4 => unpack::<S, Nibbles>(simd, weights, INT4, place, ahead),
+        Layout::Int4 => unpack::<S, Nibbles>(simd, weights, Codes::Nibbles(8), place, ahead),
         Layout::Coded(format) => match format.codes {
             Codes::Nibbles(_) => unpack::<S, Nibbles>(simd, weights, format.codes, place, ahead),
             Codes::Five(_) => unpack::<S, Five>(simd, weights, format.codes, place, ahead),
@@ -126,7 +122,7 @@ fn unpack<S: Simd, U: Unpack>(
                 simd.prefetch(weights.as_ptr().wrapping_add(AHEAD + line * 64));
             }
         }
-        place.start(simd, group);
+        place.start(simd, group, offset);
         for step in 0..8 {
             place.put(simd, group, step, U::step(simd, weights, step, &table), offset);
         }

@@ -19,14 +19,34 @@ pub(crate) use integer::ByteTiles;
 pub(crate) use spans::SpanTiles;
 
 use super::activations::Tiles;
-use super::{Output, PackedMatrix};
-use crate::simd::{Simd, TileSums};
+use super::{Layout, Output, PackedMatrix};
+use crate::quant::Scales;
+use crate::simd::{Simd, TILE_ROWS, TileSums};
 use std::cell::Cell;
 use std::ops::Range;
 
 /// Panels and tiles whose sums are kept together: 512 KB. As many panels meet a block of input that the L2 cache has read.
 pub(crate) const PANELS: usize = 16;
 const TILES: usize = 32;
+
+/// Rows of several tiles.
+pub(crate) const MANY_ROWS: usize = 2 * TILE_ROWS;
+
+impl Layout {
+    /// From how many rows on a matrix unit multiplies integers faster than vectors do, with the same bits. Measured at the shapes of a 1B
+    /// Llama: `examples/matrix_unit_speed.rs`.
+    pub(crate) fn tiled_rows(self) -> usize {
+        match self {
+            Layout::Coded(format) => match format.scales {
+                Scales::Shared => 9,
+                Scales::Steps { .. } | Scales::StepsDrops { .. } => 12,
+                Scales::Half | Scales::Brain | Scales::HalfMinimum => MANY_ROWS,
+            },
+            Layout::Int4 => 22,
+            Layout::Int8 | Layout::F32 | Layout::F16 | Layout::Bf16 => MANY_ROWS,
+        }
+    }
+}
 
 thread_local! {
     /// Memory for sums.

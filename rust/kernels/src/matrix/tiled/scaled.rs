@@ -2,8 +2,8 @@
 
 use super::super::coded;
 use super::super::integer;
-use super::super::{GROUP, Layout, PackedMatrix};
-use super::block::{INT4, Place};
+use super::super::{GROUP, PackedMatrix};
+use super::block::Place;
 use super::spans::Kind;
 use crate::simd::{LANES, Simd};
 use std::marker::PhantomData;
@@ -17,9 +17,7 @@ pub(super) struct Scaled<'a, S: Simd, K: Kind> {
     first: usize,
     /// One over the units of rows, of Int4.
     inverse: S::F32,
-    /// By how much codes exceed integers.
-    offset: S::I32,
-    /// What codes of the group's halves are multiplied with, and what the offset makes too much.
+    /// What codes of the group's halves are multiplied with, and what their offset makes too much.
     steps: [S::I32; 2],
     drops: [S::I32; 2],
     planes: [&'a mut [[u8; GROUP * LANES]]; 2],
@@ -36,21 +34,17 @@ impl<'a, S: Simd, K: Kind> Scaled<'a, S, K> {
         first: usize,
         planes: [&'a mut [[u8; GROUP * LANES]]; 2],
     ) -> Scaled<'a, S, K> {
-        let (mut inverse, mut offset, mut scales) = (simd.splat(0.0), coded::offset(INT4), &[][..]);
-        if let Layout::Coded(format) = weight.layout() {
-            offset = coded::offset(format.codes);
-        } else {
+        let (mut inverse, mut scales) = (simd.splat(0.0), &[][..]);
+        if K::SCALES.is_none() {
             inverse = integer::inverse(simd, simd.load(weight.units(panel)));
             scales = weight.scales(panel);
         }
-        debug_assert!(offset == 0 || K::DROPS == 0);
         let zeros = [simd.splat_i32(0); 2];
         Scaled {
             records: weight.scale_bytes(panel),
             scales,
             first,
             inverse,
-            offset: simd.splat_i32(-offset),
             steps: zeros,
             drops: zeros,
             planes,
@@ -61,7 +55,9 @@ impl<'a, S: Simd, K: Kind> Scaled<'a, S, K> {
 
 impl<S: Simd, K: Kind> Place<S> for Scaled<'_, S, K> {
     #[inline(always)]
-    fn start(&mut self, simd: S, group: usize) {
+    fn start(&mut self, simd: S, group: usize, offset: u8) {
+        debug_assert!(offset == 0 || K::DROPS == 0);
+        let offset = simd.splat_i32(i32::from(offset));
         let group = self.first + group;
         for half in 0..2 {
             let steps = match K::SCALES {
@@ -76,7 +72,7 @@ impl<S: Simd, K: Kind> Place<S> for Scaled<'_, S, K> {
                     continue;
                 }
             };
-            let drops = simd.mul_add_i32(steps, self.offset, simd.splat_i32(0));
+            let drops = simd.mul_add_i32(steps, offset, simd.splat_i32(0));
             (self.steps[half], self.drops[half]) = (both_halves(simd, steps), both_halves(simd, drops));
         }
     }
