@@ -3,12 +3,14 @@
 use crate::matrix::Activations;
 use crate::ops::AttentionScratch;
 
-/// Working memory of [`linear`](crate::linear) and [`attention`](crate::attention); its contents mean nothing between
-/// calls.
+/// Working memory of [`linear`](crate::linear), [`gated_linear`](crate::gated_linear) and [`attention`](crate::attention); its contents
+/// mean nothing between calls.
 #[derive(Debug, Default)]
 pub struct Scratch {
     /// Input rows as `linear` wants them.
     pub(crate) activations: Activations,
+    /// Gate and up of few rows: (rows, 2 * width).
+    pub(crate) gate_up: Vec<f32>,
     /// Tasks, scores and partial results of `attention`.
     pub(crate) attention: AttentionScratch,
 }

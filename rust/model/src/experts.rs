@@ -3,7 +3,7 @@
 //! Rows of an expert are gathered, so its weights are read once per batch. Contributions are added in ascending order
 //! of experts for every row, so a row's sum does not depend on its neighbours.
 
-use infer_kernels::{Activation, Context, Precision, Rows, RowsMut, Scratch, gated_activation, linear};
+use infer_kernels::{Activation, Context, Precision, Rows, RowsMut, Scratch, gated_linear, linear};
 
 use crate::weights::Matrix;
 
@@ -15,7 +15,6 @@ pub(crate) struct Routes {
     order: Vec<usize>,
     weights: Vec<f32>,
     gathered: Vec<f32>,
-    gate_up: Vec<f32>,
     inner: Vec<f32>,
     result: Vec<f32>,
 }
@@ -91,22 +90,13 @@ impl ExpertNetworks<'_> {
         scratch: &mut Scratch,
     ) {
         let width = self.width;
-        routes.gate_up.resize(rows * 2 * width, 0.0);
         routes.inner.resize(rows * width, 0.0);
         routes.result.resize(rows * output_width, 0.0);
         let (gate_up, down) = (self.gate_up[expert], self.down[expert]);
         let gathered = Rows::new(&routes.gathered, rows, input_width, input_width);
-        let both = RowsMut::new(&mut routes.gate_up, rows, 2 * width, 2 * width);
-        linear(context, &gate_up.packed, gathered, both, gate_up.bias.as_deref(), self.precision, scratch);
-        let gate = Rows::new(&routes.gate_up, rows, width, 2 * width);
-        let up = Rows::new(&routes.gate_up[width..], rows, width, 2 * width);
-        gated_activation(
-            context,
-            self.activation,
-            gate,
-            up,
-            RowsMut::new(&mut routes.inner, rows, width, width),
-        );
+        let inner = RowsMut::new(&mut routes.inner, rows, width, width);
+        let (bias, activation) = (gate_up.bias.as_deref(), self.activation);
+        gated_linear(context, &gate_up.packed, gathered, inner, bias, activation, self.precision, scratch);
         let inner = Rows::new(&routes.inner, rows, width, width);
         let result = RowsMut::new(&mut routes.result, rows, output_width, output_width);
         linear(context, &down.packed, inner, result, down.bias.as_deref(), self.precision, scratch);

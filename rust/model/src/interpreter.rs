@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use infer_kernels::{
     Attention, AttentionRows, Context, Format, Norm, Precision, RopeStyle, activation_in_place, add_in_place,
-    attention, gated_activation, linear, norm, norm_in_place, rope_in_place, scale_in_place,
+    attention, gated_activation, gated_linear, linear, norm, norm_in_place, rope_in_place, scale_in_place,
     softcap_in_place,
 };
 
@@ -57,6 +57,7 @@ impl Interpreter {
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         program.narrow();
+        program.gate();
         let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;
         let Weights { matrices, embedding } = weights;
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
@@ -197,6 +198,22 @@ impl Interpreter {
                         output,
                         matrix.bias.as_deref(),
                         self.precision,
+                        scratch,
+                    );
+                });
+            }
+            Step::GatedLinear { input, output, weight, activation } => {
+                let Some(Matrix { packed, bias, .. }) = &self.matrices[*weight] else { return };
+                memory.map(&self.program, *input, *output, |scratch, input, output| {
+                    let (activation, precision) = (*activation, self.precision);
+                    gated_linear(
+                        context,
+                        packed,
+                        input,
+                        output,
+                        bias.as_deref(),
+                        activation,
+                        precision,
                         scratch,
                     );
                 });

@@ -31,6 +31,7 @@ mod family;
 mod file_bytes;
 mod fingerprint;
 mod folder;
+mod gate;
 mod gguf;
 mod interpreter;
 mod kv;

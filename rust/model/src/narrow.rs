@@ -9,7 +9,7 @@ use crate::step::{Slice, Step};
 
 /// What a step does with columns.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Use {
+pub(crate) enum Use {
     Reads,
     Fills,
     /// In place.
@@ -69,7 +69,7 @@ fn live(steps: &mut [Step]) -> Vec<usize> {
 
 impl Step {
     /// Calls `act` with all places that it reads or writes.
-    fn visit(&mut self, act: &mut impl FnMut(&mut Slice, Use)) {
+    pub(crate) fn visit(&mut self, act: &mut impl FnMut(&mut Slice, Use)) {
         match self {
             Self::Embed { output, .. } => act(output, Use::Fills),
             Self::AddPosition { rows }
@@ -79,6 +79,7 @@ impl Step {
             | Self::Softcap { rows, .. } => act(rows, Use::Changes),
             Self::Norm { input, output, .. }
             | Self::Linear { input, output, .. }
+            | Self::GatedLinear { input, output, .. }
             | Self::Attend { queries: input, output, .. }
             | Self::Experts { input, output, .. }
             | Self::Select { input, output } => {

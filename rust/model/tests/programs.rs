@@ -70,3 +70,22 @@ fn rows_are_selected_behind_the_last_attention() {
         assert!(!words.any(|word| ["hidden", "attended"].contains(&word)), "{case}: {rest:?}");
     }
 }
+
+#[test]
+fn gate_and_up_together_are_one_step_with_their_activation() {
+    let checkpoint = Checkpoint::open(&golden_folder().join("llama"), true).expect("opens");
+    let apart = Program::new(&checkpoint.spec);
+    let mut gated = apart.clone();
+    gated.gate();
+    assert_eq!(gated.steps, apart.steps, "two matrices stay apart");
+    gated.fuse(|_, _| true);
+    gated.gate();
+    let text = gated.to_string();
+    assert!(text.contains("gated_linear Silu normed -> activated Gate.0|Up.0\n"), "{text}");
+    assert!(!text.contains("gate_up"), "{text}");
+    let memory = |program: &Program| {
+        let own = program.buffers.iter().filter(|buffer| buffer.name == "gate_up");
+        own.map(|buffer| buffer.width).sum::<usize>()
+    };
+    assert!(memory(&apart) > 0 && memory(&gated) == 0, "what nobody uses has no memory");
+}

@@ -33,7 +33,7 @@ mod unpack;
 #[cfg(test)]
 pub(crate) use activations::round_ref;
 pub(crate) use activations::{Activations, IntegerTiles, Rounding, RowTiles, Tiles, Totals};
-pub(crate) use bfloat::BfloatLinear;
+pub(crate) use bfloat::{BfloatLinear, Pair};
 pub(crate) use coded::CodedLinear;
 pub(crate) use float::FloatLinear;
 pub(crate) use integer::IntegerLinear;
@@ -42,7 +42,7 @@ pub(crate) use output::Output;
 pub use pack::RowHolder;
 pub(crate) use paired::{PAIRED_ROWS, PairedLinear};
 pub use round::round_rows;
-pub(crate) use tiled::{BfloatTiles, ByteTiles, MANY_ROWS, PANELS, SpanTiles};
+pub(crate) use tiled::{BfloatTiles, ByteTiles, MANY_ROWS, PANELS, PairLine, SpanTiles};
 
 pub(crate) use crate::quant::GROUP;
 use crate::quant::Grouped;

@@ -9,6 +9,8 @@ use crate::simd::{LANES, Simd};
 pub(crate) struct Output<'a> {
     /// All of it.
     pub(crate) rows: SharedRows<'a>,
+    /// The panel whose columns come first in these rows.
+    pub(crate) first: usize,
     /// Added to every row.
     pub(crate) bias: Option<&'a [f32]>,
 }
@@ -18,9 +20,10 @@ impl Output<'_> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)] // shared between tasks, see below
     fn part(&self, panel: usize, row: usize) -> &mut [f32] {
-        let width = LANES.min(self.rows.width() - panel * LANES);
+        let column = (panel - self.first) * LANES;
+        let width = LANES.min(self.rows.width() - column);
         // SAFETY: no other task has this panel, and this one holds one such slice at a time.
-        unsafe { self.rows.part_mut(row, panel * LANES, width) }
+        unsafe { self.rows.part_mut(row, column, width) }
     }
 
     /// Sums that `store` left with `last` false.

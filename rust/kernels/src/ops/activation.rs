@@ -87,11 +87,12 @@ pub fn activation_in_place(context: &Context, activation: Activation, rows: Rows
     });
 }
 
-struct Gated<'a> {
-    activation: Activation,
-    gate: &'a [f32],
-    up: &'a [f32],
-    output: &'a mut [f32],
+/// `output = activation(gate) * up` of a row.
+pub(super) struct Gated<'a> {
+    pub(super) activation: Activation,
+    pub(super) gate: &'a [f32],
+    pub(super) up: &'a [f32],
+    pub(super) output: &'a mut [f32],
 }
 
 impl Kernel for Gated<'_> {

@@ -6,8 +6,9 @@
 //! times bfloat16 alone has the instruction set's own order, and a matrix unit adds 256 columns of K-quants exactly.)
 
 use crate::matrix::{
-    BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, Layout, MANY_ROWS, Output,
-    PAIRED_ROWS, PANELS, PackedMatrix, PairedLinear, Rounding, SpanTiles, Tiles,
+    Activations, BfloatLinear, BfloatTiles, ByteTiles, CodedLinear, FloatLinear, IntegerLinear, IntegerTiles,
+    Layout, MANY_ROWS, Output, PAIRED_ROWS, PANELS, PackedMatrix, Pair, PairLine, PairedLinear, Rounding,
+    RowTiles, SpanTiles, Tiles,
 };
 use crate::{Context, Isa, Rows, RowsMut, Scratch};
 use std::ops::Range;
@@ -30,7 +31,7 @@ pub enum Precision {
 
 /// How a matrix is multiplied: what activations are rounded to, and what multiplies them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     Bytes(Rounding),
     PairedBytes(Rounding),
     ByteTiles(Rounding),
@@ -40,8 +41,10 @@ enum Way {
 }
 
 impl Way {
-    fn of(isa: Isa, layout: Layout, precision: Precision, rows: usize) -> Way {
-        if precision == Precision::Exact {
+    pub(super) fn of(isa: Isa, layout: Layout, precision: Precision, rows: usize) -> Way {
+        // The mistake that tests/api/test_invariance.py must find: several rows take another way than one.
+        let other_way = cfg!(feature = "planted") && rows > 1;
+        if precision == Precision::Exact || other_way {
             return Way::Floats;
         }
         match layout.rounding() {
@@ -74,18 +77,19 @@ pub fn linear(
     precision: Precision,
     scratch: &mut Scratch,
 ) {
-    assert_eq!(input.width(), weight.columns(), "input width");
-    assert_eq!(output.width(), weight.rows(), "output width");
-    assert_eq!(input.rows(), output.rows(), "output rows");
-    assert!(bias.is_none_or(|bias| bias.len() == weight.rows()), "bias length");
+    check(weight, input, (output.rows(), output.width()), bias);
     if input.rows() == 0 {
         return;
     }
-    // The mistake that tests/api/test_invariance.py must find: several rows take another way than one.
-    let other_way = cfg!(feature = "planted") && input.rows() > 1;
-    let precision = if other_way { Precision::Exact } else { precision };
     let way = Way::of(context.isa, weight.layout(), precision, input.rows());
-    linear_by(way, context, weight, input, Output { rows: output.share(), bias }, scratch);
+    linear_by(way, context, weight, input, Output { rows: output.share(), first: 0, bias }, scratch);
+}
+
+/// Panics when shapes do not fit; those of the output are (rows, width).
+pub(super) fn check(weight: &PackedMatrix, input: Rows<'_>, output: (usize, usize), bias: Option<&[f32]>) {
+    assert_eq!(input.width(), weight.columns(), "input width");
+    assert_eq!(output, (input.rows(), weight.rows()), "output rows and width");
+    assert!(bias.is_none_or(|bias| bias.len() == weight.rows()), "bias length");
 }
 
 fn linear_by(
@@ -96,61 +100,81 @@ fn linear_by(
     output: Output<'_>,
     scratch: &mut Scratch,
 ) {
-    let (isa, rows, memory) = (context.isa, input.rows(), &mut scratch.activations);
-    match way {
-        Way::Bytes(rounding) => {
-            let input = memory.quantize(context, input, rounding, Tiles::new(isa, rows));
-            over_panels(context, weight, rows, |weight, panels| match weight.layout() {
-                Layout::Coded(_) => {
-                    let exact = isa.has_tiles();
-                    isa.dispatch(CodedLinear { weight, input, output, panels, exact });
-                }
-                _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
-            });
-        }
-        Way::PairedBytes(rounding) => {
-            let input = memory.quantize(context, input, rounding, Tiles::for_two_panels(rows));
-            over_panels(context, weight, rows, |weight, panels| {
-                isa.dispatch(PairedLinear { weight, input, output, panels });
-            });
-        }
-        Way::ByteTiles(rounding) => {
-            let spans = rounding.span > 1;
-            let input = memory.quantize(context, input, rounding, Tiles::full(rows, spans));
-            over_panels(context, weight, rows, |weight, panels| match spans {
-                true => isa.dispatch_tiles(SpanTiles { weight, input, output, panels }),
-                false => isa.dispatch_tiles(ByteTiles { weight, input, output, panels }),
-            });
-        }
-        Way::Bfloats => {
-            let input = memory.pair(context, input);
-            over_panels(context, weight, rows, |weight, panels| {
-                isa.dispatch(BfloatLinear { weight, input, output, panels });
-            });
-        }
-        Way::BfloatTiles => {
-            let input = memory.pair_lines(context, input);
-            over_panels(context, weight, rows, |weight, panels| {
-                isa.dispatch_tiles(BfloatTiles { weight, input, output, panels });
-            });
-        }
-        Way::Floats => {
-            let input = memory.interleave(context, input);
-            over_panels(context, weight, rows, |weight, panels| {
-                isa.dispatch(FloatLinear { weight, input, output, panels });
-            });
+    let rounded = way.round(context, input, &mut scratch.activations);
+    over_panels(context, weight, weight.panels(), input.rows(), |panels| {
+        weight.with_panels(context.isa, panels, |weight, panels| {
+            rounded.multiply(context.isa, weight, panels, output);
+        });
+    });
+}
+
+/// Input rows as a way wants them.
+pub(super) enum Rounded<'a> {
+    Bytes { input: IntegerTiles<'a>, exact: bool },
+    PairedBytes(IntegerTiles<'a>),
+    ByteTiles(IntegerTiles<'a>),
+    SpanTiles(IntegerTiles<'a>),
+    Bfloats(RowTiles<'a, Pair>),
+    BfloatTiles(RowTiles<'a, PairLine>),
+    Floats(RowTiles<'a, f32>),
+}
+
+impl Way {
+    /// Rounds input rows, and cuts them into tiles.
+    pub(super) fn round<'a>(
+        self,
+        context: &Context,
+        input: Rows<'_>,
+        memory: &'a mut Activations,
+    ) -> Rounded<'a> {
+        let (isa, rows) = (context.isa, input.rows());
+        match self {
+            Way::Bytes(rounding) => Rounded::Bytes {
+                input: memory.quantize(context, input, rounding, Tiles::new(isa, rows)),
+                exact: isa.has_tiles(),
+            },
+            Way::PairedBytes(rounding) => {
+                Rounded::PairedBytes(memory.quantize(context, input, rounding, Tiles::for_two_panels(rows)))
+            }
+            Way::ByteTiles(rounding) => {
+                let spans = rounding.span > 1;
+                let input = memory.quantize(context, input, rounding, Tiles::full(rows, spans));
+                if spans { Rounded::SpanTiles(input) } else { Rounded::ByteTiles(input) }
+            }
+            Way::Bfloats => Rounded::Bfloats(memory.pair(context, input)),
+            Way::BfloatTiles => Rounded::BfloatTiles(memory.pair_lines(context, input)),
+            Way::Floats => Rounded::Floats(memory.interleave(context, input)),
         }
     }
 }
 
-/// Hands out chunks of panels: small enough to end together, large enough to stream.
-fn over_panels(
+impl Rounded<'_> {
+    /// Some panels times all rows.
+    pub(super) fn multiply(&self, isa: Isa, weight: &PackedMatrix, panels: Range<usize>, output: Output<'_>) {
+        match *self {
+            Rounded::Bytes { input, exact } => match weight.layout() {
+                Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels, exact }),
+                _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
+            },
+            Rounded::PairedBytes(input) => isa.dispatch(PairedLinear { weight, input, output, panels }),
+            Rounded::ByteTiles(input) => isa.dispatch_tiles(ByteTiles { weight, input, output, panels }),
+            Rounded::SpanTiles(input) => isa.dispatch_tiles(SpanTiles { weight, input, output, panels }),
+            Rounded::Bfloats(input) => isa.dispatch(BfloatLinear { weight, input, output, panels }),
+            Rounded::BfloatTiles(input) => isa.dispatch_tiles(BfloatTiles { weight, input, output, panels }),
+            Rounded::Floats(input) => isa.dispatch(FloatLinear { weight, input, output, panels }),
+        }
+    }
+}
+
+/// Hands out chunks of the first `panels` panels: small enough to end together, large enough to stream.
+pub(super) fn over_panels(
     context: &Context,
     weight: &PackedMatrix,
+    panels: usize,
     rows: usize,
-    body: impl Fn(&PackedMatrix, Range<usize>) + Sync,
+    body: impl Fn(Range<usize>) + Sync,
 ) {
-    let (panels, threads) = (weight.panels(), context.pool.threads());
+    let threads = context.pool.threads();
     let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
     let chunk = match panels / threads {
         _ if alone => panels.max(1),
@@ -165,7 +189,7 @@ fn over_panels(
     let (late, next) = (weight.is_late(), AtomicUsize::new(0));
     context.pool.run(panels.div_ceil(chunk), |task| {
         let task = if late { next.fetch_add(1, Ordering::Relaxed) } else { task };
-        weight.with_panels(context.isa, task * chunk..panels.min((task + 1) * chunk), &body);
+        body(task * chunk..panels.min((task + 1) * chunk));
     });
 }
 

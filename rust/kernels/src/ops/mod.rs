@@ -3,6 +3,7 @@
 mod activation;
 mod attention;
 mod elementwise;
+mod gated;
 mod linear;
 mod math;
 mod norm;
@@ -11,6 +12,7 @@ mod rope;
 pub use activation::*;
 pub use attention::*;
 pub use elementwise::*;
+pub use gated::gated_linear;
 pub use linear::*;
 pub use norm::*;
 pub use rope::*;
