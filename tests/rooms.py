@@ -64,6 +64,7 @@ WORDS_AS_DATA = {"tests/text/compare_tokenizers.py": "a line of source code to t
 # ops and quant files of the CPU that have no CUDA twin, with the reason
 REPACKED = "the GPU's loader unpacks it and stores a type that the GPU multiplies"
 NO_CUDA_TWIN: dict[str, str] = {
+    "ops/gated": "the GPU's products combine gates themselves, where that is faster",
     "ops/math": "CUDA has exp, tanh and erf",
     **{
         f"quant/{path.stem}": REPACKED

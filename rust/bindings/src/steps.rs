@@ -60,13 +60,6 @@ pub fn fields<'py>(py: Python<'py>, step: &Step) -> PyResult<(&'static str, Boun
         Step::Linear { input, output, weight } => {
             step!("linear", input = at(input), output = at(output), weight = *weight)
         }
-        Step::GatedLinear { input, output, weight, activation } => step!(
-            "gated_linear",
-            input = at(input),
-            output = at(output),
-            weight = *weight,
-            activation = activation_name(*activation)
-        ),
         Step::Rope { rows, heads, rope, style } => {
             step!("rope", rows = at(rows), heads = *heads, rope = *rope, style = rope_style(*style))
         }

@@ -13,6 +13,7 @@ use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
+use crate::gate::Gated;
 use crate::kv::KvCaches;
 use crate::late::{LateFiles, LateWeights};
 use crate::loading::{CacheNews, LookupTable, Weights};
@@ -57,7 +58,7 @@ impl Interpreter {
         let mut program = Program::new(&spec);
         program.fuse(|left, right| loader.may_merge(left, right));
         program.narrow();
-        program.gate();
+        program.release_unused_buffers();
         let (weights, news) = Weights::load(&loader, &program, &context, packed_cache_dir)?;
         let Weights { matrices, embedding } = weights;
         let vectors = program.vectors.iter().map(|key| loader.vector(key)).collect::<Result<_, _>>()?;
@@ -156,8 +157,18 @@ impl Interpreter {
         memory.prepare(&self.program, &self.ropes, batch);
         // From the last attention on, all is for logits only.
         let end = if batch.logit_rows.is_empty() { self.program.last_attention() } else { None };
-        for step in &self.program.steps[..end.unwrap_or(self.program.steps.len())] {
-            self.step(step, batch, caches, memory);
+        let mut steps = &self.program.steps[..end.unwrap_or(self.program.steps.len())];
+        while let [step, rest @ ..] = steps {
+            steps = match Gated::first_of(steps) {
+                Some(gated) => {
+                    self.gated(&gated, memory);
+                    &rest[1..]
+                }
+                None => {
+                    self.step(step, batch, caches, memory);
+                    rest
+                }
+            };
         }
         Ok(())
     }
@@ -198,22 +209,6 @@ impl Interpreter {
                         output,
                         matrix.bias.as_deref(),
                         self.precision,
-                        scratch,
-                    );
-                });
-            }
-            Step::GatedLinear { input, output, weight, activation } => {
-                let Some(Matrix { packed, bias, .. }) = &self.matrices[*weight] else { return };
-                memory.map(&self.program, *input, *output, |scratch, input, output| {
-                    let (activation, precision) = (*activation, self.precision);
-                    gated_linear(
-                        context,
-                        packed,
-                        input,
-                        output,
-                        bias.as_deref(),
-                        activation,
-                        precision,
                         scratch,
                     );
                 });
@@ -267,6 +262,14 @@ impl Interpreter {
                 softcap_in_place(context, memory.rows_mut(*rows, &self.program), *cap);
             }
         }
+    }
+
+    fn gated(&self, gated: &Gated, memory: &mut Memory) {
+        let Some(Matrix { packed, bias, .. }) = &self.matrices[gated.weight] else { return };
+        let (context, bias) = (&self.context, bias.as_deref());
+        memory.map(&self.program, gated.input, gated.output, |scratch, input, output| {
+            gated_linear(context, packed, input, output, bias, gated.activation, self.precision, scratch);
+        });
     }
 
     fn norm(&self, parameters: &Norm<'_>, input: Slice, output: Slice, memory: &mut Memory) {

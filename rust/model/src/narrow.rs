@@ -79,7 +79,6 @@ impl Step {
             | Self::Softcap { rows, .. } => act(rows, Use::Changes),
             Self::Norm { input, output, .. }
             | Self::Linear { input, output, .. }
-            | Self::GatedLinear { input, output, .. }
             | Self::Attend { queries: input, output, .. }
             | Self::Experts { input, output, .. }
             | Self::Select { input, output } => {

@@ -95,17 +95,6 @@ pub enum Step {
         /// Tokens visible.
         window: Option<usize>,
     },
-    /// The same with gate and up, which are side by side in one matrix, and then `activation(gate) * up`.
-    GatedLinear {
-        /// Rows to read.
-        input: Slice,
-        /// (rows, width)
-        output: Slice,
-        /// Index into [`crate::Program::matrices`].
-        weight: usize,
-        /// The function.
-        activation: Activation,
-    },
     /// `activation(gate) * up`.
     GatedActivation {
         /// (rows, width)
@@ -271,10 +260,6 @@ impl fmt::Display for Program {
                 ),
                 Step::Linear { input, output, weight } => {
                     writeln!(f, "linear {} -> {} {}", name(input), name(output), matrix(weight))
-                }
-                Step::GatedLinear { input, output, weight, activation } => {
-                    let (input, output, matrix) = (name(input), name(output), matrix(weight));
-                    writeln!(f, "gated_linear {activation:?} {input} -> {output} {matrix}")
                 }
                 Step::Rope { rows, heads, rope, style } => {
                     writeln!(f, "rope {} heads={heads} rope={rope} {style:?}", name(rows))

@@ -1,8 +1,8 @@
 //! Where results go: a panel's 16 columns of some output rows.
 
 use super::activations::Tiles;
-use crate::SharedRows;
 use crate::simd::{LANES, Simd};
+use crate::{RowsMut, SharedRows};
 
 /// The output of a multiplication, (input rows, weight rows). Tasks have different panels, so different columns.
 #[derive(Clone, Copy)]
@@ -15,7 +15,12 @@ pub(crate) struct Output<'a> {
     pub(crate) bias: Option<&'a [f32]>,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// All columns of some rows.
+    pub(crate) fn whole(rows: RowsMut<'a>, bias: Option<&'a [f32]>) -> Output<'a> {
+        Output { rows: rows.share(), first: 0, bias }
+    }
+
     /// A panel's part of a row.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)] // shared between tasks, see below

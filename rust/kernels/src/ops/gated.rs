@@ -4,7 +4,7 @@
 //! writing both out for all rows, and reading them again, took a twentieth of a long prompt's time, and 64 KB a token of a 1B Llama.
 //!
 //! Few rows take as long as reading the weights, and going to and fro between gate and up made that a twentieth slower: they are multiplied
-//! first, in order. So are widths that are no whole panels, since one panel has columns of both.
+//! first, in order. So are weights that are still read from a file, and widths that are no whole panels, since one panel has columns of both.
 
 use super::activation::Gated;
 use super::linear::{Precision, Way, check, over_panels};
@@ -39,8 +39,11 @@ pub fn gated_linear(
     if rows == 0 {
         return;
     }
-    if rows < MANY_ROWS || !width.is_multiple_of(LANES) {
+    if rows < MANY_ROWS || weight.is_late() || !width.is_multiple_of(LANES) {
         return in_turn(context, weight, input, output, bias, activation, precision, scratch);
+    }
+    if scratch.gate_up.len() >= MANY_ROWS * 2 * width {
+        scratch.gate_up = Vec::new(); // of prompts before all weights were packed
     }
     let way = Way::of(context.isa, weight.layout(), precision, rows);
     let rounded = way.round(context, input, &mut scratch.activations);

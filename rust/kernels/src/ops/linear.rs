@@ -82,7 +82,7 @@ pub fn linear(
         return;
     }
     let way = Way::of(context.isa, weight.layout(), precision, input.rows());
-    linear_by(way, context, weight, input, Output { rows: output.share(), first: 0, bias }, scratch);
+    linear_by(way, context, weight, input, Output::whole(output, bias), scratch);
 }
 
 /// Panics when shapes do not fit; those of the output are (rows, width).
@@ -110,7 +110,7 @@ fn linear_by(
 
 /// Input rows as a way wants them.
 pub(super) enum Rounded<'a> {
-    Bytes { input: IntegerTiles<'a>, exact: bool },
+    Bytes(IntegerTiles<'a>),
     PairedBytes(IntegerTiles<'a>),
     ByteTiles(IntegerTiles<'a>),
     SpanTiles(IntegerTiles<'a>),
@@ -129,10 +129,9 @@ impl Way {
     ) -> Rounded<'a> {
         let (isa, rows) = (context.isa, input.rows());
         match self {
-            Way::Bytes(rounding) => Rounded::Bytes {
-                input: memory.quantize(context, input, rounding, Tiles::new(isa, rows)),
-                exact: isa.has_tiles(),
-            },
+            Way::Bytes(rounding) => {
+                Rounded::Bytes(memory.quantize(context, input, rounding, Tiles::new(isa, rows)))
+            }
             Way::PairedBytes(rounding) => {
                 Rounded::PairedBytes(memory.quantize(context, input, rounding, Tiles::for_two_panels(rows)))
             }
@@ -152,8 +151,11 @@ impl Rounded<'_> {
     /// Some panels times all rows.
     pub(super) fn multiply(&self, isa: Isa, weight: &PackedMatrix, panels: Range<usize>, output: Output<'_>) {
         match *self {
-            Rounded::Bytes { input, exact } => match weight.layout() {
-                Layout::Coded(_) => isa.dispatch(CodedLinear { weight, input, output, panels, exact }),
+            Rounded::Bytes(input) => match weight.layout() {
+                Layout::Coded(_) => {
+                    let exact = isa.has_tiles();
+                    isa.dispatch(CodedLinear { weight, input, output, panels, exact });
+                }
                 _ => isa.dispatch(IntegerLinear { weight, input, output, panels }),
             },
             Rounded::PairedBytes(input) => isa.dispatch(PairedLinear { weight, input, output, panels }),

@@ -62,11 +62,7 @@ impl Weight {
         let (count, width) = (inputs.len() / self.columns, self.rows.len());
         let mut out = vec![0.0; count * width];
         let input = Rows::new(inputs, count, self.columns, self.columns);
-        let output = Output {
-            rows: RowsMut::new(&mut out, count, width, width).share(),
-            first: 0,
-            bias: Some(&self.bias),
-        };
+        let output = Output::whole(RowsMut::new(&mut out, count, width, width), Some(&self.bias));
         linear_by(way, context, &matrix, input, output, &mut Scratch::default());
         out.chunks(width).map(<[f32]>::to_vec).collect()
     }
