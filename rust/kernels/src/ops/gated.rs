@@ -19,7 +19,7 @@ thread_local! {
     static BOTH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// `output = activation(gate) * up`, where `weight` times `input` is gate and up side by side: the same as [`linear`] and then
+/// `output = activation(gate) * up`, where `weight` times `input` is gate and up side by side: the same as [`linear()`] and then
 /// [`gated_activation`], bit for bit.
 ///
 /// # Panics
