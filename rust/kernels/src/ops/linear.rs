@@ -168,7 +168,7 @@ impl Rounded<'_> {
     }
 }
 
-/// Hands out chunks of the first `panels` panels: small enough to end together, large enough to stream.
+/// Hands out chunks of the first `panels` panels, all or a half: small enough to end together, large enough to stream.
 pub(super) fn over_panels(
     context: &Context,
     weight: &PackedMatrix,
@@ -178,7 +178,7 @@ pub(super) fn over_panels(
 ) {
     let threads = context.pool.threads();
     let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
-    let chunk = match panels / threads {
+    let chunk = match weight.panels() / threads {
         _ if alone => panels.max(1),
         0 | 1 => 1,
         2..8 => 2,
