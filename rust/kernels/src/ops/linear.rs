@@ -178,13 +178,15 @@ pub(super) fn over_panels(
 ) {
     let threads = context.pool.threads();
     let alone = threads == 1 || weight.bytes().saturating_mul(rows) < ALONE;
-    let chunk = match weight.panels() / threads {
+    // A matrix unit reads all rows once for a chunk.
+    let unit = context.isa.has_tiles() && rows >= MANY_ROWS;
+    let chunk = match panels / threads {
         _ if alone => panels.max(1),
         0 | 1 => 1,
         2..8 => 2,
+        32..64 if unit => PANELS / 2,
         8..64 => 4,
-        // A matrix unit reads all rows once for so many panels.
-        _ if context.isa.has_tiles() && rows >= MANY_ROWS => PANELS,
+        _ if unit => PANELS,
         _ => 8,
     };
     // Panels that are read from a file are taken in its order: what the system reads ahead is then what any thread needs next.
