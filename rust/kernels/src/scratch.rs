@@ -9,7 +9,7 @@ use crate::ops::AttentionScratch;
 pub struct Scratch {
     /// Input rows as `linear` wants them.
     pub(crate) activations: Activations,
-    /// Gate and up of few rows: (rows, 2 * width).
+    /// Gate and up of `gated_linear`, where it writes them out: (rows, 2 * width).
     pub(crate) gate_up: Vec<f32>,
     /// Tasks, scores and partial results of `attention`.
     pub(crate) attention: AttentionScratch,

@@ -4,7 +4,15 @@ use crate::Program;
 use crate::step::{Slice, Step};
 use infer_kernels::Activation;
 
-/// Both steps.
+/// What the CPU computes at once.
+pub(crate) enum Turn<'a> {
+    /// A step.
+    Step(&'a Step),
+    /// Both steps of a gate.
+    Gated(Gated),
+}
+
+/// A product of gate and up, and their activation.
 pub(crate) struct Gated {
     pub input: Slice,
     pub output: Slice,
@@ -15,7 +23,7 @@ pub(crate) struct Gated {
 
 impl Gated {
     /// The first two of some steps, if they are such.
-    pub fn first_of(steps: &[Step]) -> Option<Gated> {
+    fn first_of(steps: &[Step]) -> Option<Gated> {
         let &[
             Step::Linear { input, output: both, weight },
             Step::GatedActivation { gate, up, output, activation },
@@ -31,21 +39,26 @@ impl Gated {
     }
 }
 
+/// Steps in the CPU's turns.
+pub(crate) fn turns(mut steps: &[Step]) -> impl Iterator<Item = Turn<'_>> {
+    std::iter::from_fn(move || {
+        let (turn, len) = match Gated::first_of(steps) {
+            Some(gated) => (Turn::Gated(gated), 2),
+            None => (Turn::Step(steps.first()?), 1),
+        };
+        steps = &steps[len..];
+        Some(turn)
+    })
+}
+
 impl Program {
     /// Leaves buffers without memory that the CPU never writes to: it writes gate and up out only where they are two products.
     pub fn release_unused_buffers(&mut self) {
         let mut used = vec![false; self.buffers.len()];
-        let mut at = 0;
-        while at < self.steps.len() {
-            match Gated::first_of(&self.steps[at..]) {
-                Some(Gated { input, output, .. }) => {
-                    (used[input.buffer], used[output.buffer]) = (true, true);
-                    at += 2;
-                }
-                None => {
-                    self.steps[at].visit(&mut |slice, _| used[slice.buffer] = true);
-                    at += 1;
-                }
+        for turn in turns(&self.steps) {
+            match turn {
+                Turn::Step(step) => step.clone().visit(&mut |slice, _| used[slice.buffer] = true),
+                Turn::Gated(gated) => (used[gated.input.buffer], used[gated.output.buffer]) = (true, true),
             }
         }
         for (buffer, _) in self.buffers.iter_mut().zip(used).filter(|(_, used)| !used) {

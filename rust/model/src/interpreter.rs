@@ -13,7 +13,7 @@ use crate::batch::Batch;
 use crate::checkpoint::Checkpoint;
 use crate::experts::{ExpertNetworks, add_gated};
 use crate::family::Positions;
-use crate::gate::Gated;
+use crate::gate::{Gated, Turn, turns};
 use crate::kv::KvCaches;
 use crate::late::{LateFiles, LateWeights};
 use crate::loading::{CacheNews, LookupTable, Weights};
@@ -157,18 +157,11 @@ impl Interpreter {
         memory.prepare(&self.program, &self.ropes, batch);
         // From the last attention on, all is for logits only.
         let end = if batch.logit_rows.is_empty() { self.program.last_attention() } else { None };
-        let mut steps = &self.program.steps[..end.unwrap_or(self.program.steps.len())];
-        while let [step, rest @ ..] = steps {
-            steps = match Gated::first_of(steps) {
-                Some(gated) => {
-                    self.gated(&gated, memory);
-                    &rest[1..]
-                }
-                None => {
-                    self.step(step, batch, caches, memory);
-                    rest
-                }
-            };
+        for turn in turns(&self.program.steps[..end.unwrap_or(self.program.steps.len())]) {
+            match turn {
+                Turn::Step(step) => self.step(step, batch, caches, memory),
+                Turn::Gated(gated) => self.gated(&gated, memory),
+            }
         }
         Ok(())
     }

@@ -40,7 +40,15 @@ pub fn gated_linear(
         return;
     }
     if rows < MANY_ROWS || weight.is_late() || !width.is_multiple_of(LANES) {
-        return in_turn(context, weight, input, output, bias, activation, precision, scratch);
+        let mut both = std::mem::take(&mut scratch.gate_up);
+        both.resize(both.len().max(rows * 2 * width), 0.0);
+        let product = RowsMut::new(&mut both, rows, 2 * width, 2 * width);
+        linear(context, weight, input, product, bias, precision, scratch);
+        let product = Rows::new(&both, rows, 2 * width, 2 * width);
+        let (gate, up) = (product.columns(0, width), product.columns(width, width));
+        gated_activation(context, activation, gate, up, output);
+        scratch.gate_up = both;
+        return;
     }
     if scratch.gate_up.len() >= MANY_ROWS * 2 * width {
         scratch.gate_up = Vec::new(); // of prompts before all weights were packed
@@ -71,28 +79,6 @@ pub fn gated_linear(
         }
         BOTH.set(memory);
     });
-}
-
-/// The product, and then the activation.
-fn in_turn(
-    context: &Context,
-    weight: &PackedMatrix,
-    input: Rows<'_>,
-    output: RowsMut<'_>,
-    bias: Option<&[f32]>,
-    activation: Activation,
-    precision: Precision,
-    scratch: &mut Scratch,
-) {
-    let (rows, width) = (input.rows(), output.width());
-    let mut both = std::mem::take(&mut scratch.gate_up);
-    both.resize(both.len().max(rows * 2 * width), 0.0);
-    let product = RowsMut::new(&mut both, rows, 2 * width, 2 * width);
-    linear(context, weight, input, product, bias, precision, scratch);
-    let product = Rows::new(&both, rows, 2 * width, 2 * width);
-    let (gate, up) = (product.columns(0, width), product.columns(width, width));
-    gated_activation(context, activation, gate, up, output);
-    scratch.gate_up = both;
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //!
 //! Where the groups of a span share a scale of weights too, it multiplies two panels. Where their scales are integers, steps of a unit, it multiplies
 //! two planes of one panel (`scaled`) as it does two panels, and a sum is 256 times that of the high bytes plus that of the low ones. That is
-//! two products where groups added by vectors need one for each of them or, in Q6_K, for each half, but those vectors, and writing out what they read, take four times as long as a product (512 rows of Q6_K 2.1 to 2.2 times as fast).
+//! two products where groups added by vectors need one for each of them or, in Q6_K, for each half, but those vectors, and writing out what
+//! they read, take four times as long as a product (512 rows of Q6_K 2.1 to 2.2 times as fast).
 
 use super::super::activations::IntegerTile;
 use super::super::coded;
